@@ -1,0 +1,199 @@
+"""The VLM: a transformers checkpoint, its final-layer states, and LoRA. Sections 3.2 and 3.8 of arXiv:2604.08065.
+
+Enc(view) is the VLM's own forward pass; the embedding of a view is the final-layer hidden state (after the last norm)
+at one known position. An image is encoded once, however many views show it: `encode_images` gives its features,
+`forward` places them. `VLM.save_adapter` writes LoRA weights in PEFT's format; `merge_lora` folds them into the base
+weights for inference, after which the model is an ordinary transformers model again.
+
+Letters: B batch, T sequence, D hidden size, V vocabulary, P image tokens, r LoRA rank, S 1 + deepstack levels (Qwen3-VL).
+Left out on purpose: losses and anything that knows about training.
+"""
+
+import json
+import math
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
+
+from data import Batch, ImageStore, View, collate
+
+
+class LoRALinear(nn.Module):
+    """y = W x + (alpha / r) * B A x with W frozen; A (r, in) random, B (out, r) zero, so training starts at W."""
+
+    def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float):
+        super().__init__()
+        self.base, self.scaling = base, alpha / rank
+        self.dropout = nn.Dropout(dropout)
+        self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, device=base.weight.device))
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, device=base.weight.device))
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        low = nn.functional.linear(self.dropout(x).to(self.lora_A.dtype), self.lora_A)  # (..., r)
+        return self.base(x) + self.scaling * nn.functional.linear(low, self.lora_B).to(x.dtype)
+
+    @torch.no_grad()
+    def merged(self) -> nn.Linear:
+        self.base.weight += (self.scaling * self.lora_B @ self.lora_A).to(self.base.weight.dtype)
+        return self.base
+
+
+def _lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+
+
+def add_lora(model: nn.Module, rank: int, alpha: float, dropout: float, targets: list[str]) -> None:
+    """Freeze `model`, then wrap every nn.Linear whose last name is in `targets`. Raises ValueError if none is."""
+    model.requires_grad_(False)
+    found = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name.split(".")[-1] in targets]
+    if not found:
+        raise ValueError(f"no linear layer is named {' or '.join(targets)}; set --lora_targets to names of this model's layers")
+    for name in found:
+        parent, _, last = name.rpartition(".")
+        parent = model.get_submodule(parent)
+        setattr(parent, last, LoRALinear(getattr(parent, last), rank, alpha, dropout))
+
+
+def merge_lora(model: nn.Module) -> None:
+    """Fold every LoRA layer into its base weight and put the plain layer back."""
+    for name, layer in _lora_layers(model).items():
+        parent, _, last = name.rpartition(".")
+        setattr(model.get_submodule(parent), last, layer.merged())
+
+
+class VLM(nn.Module):
+    """A vision-language model with tokenizer and image processor, from any local folder or hub id.
+
+    Works with Qwen2.5-VL and Qwen3-VL through tokenizer + image processor (their combined processor class would need
+    torchvision). Raises ValueError for a folder that is not such a checkpoint.
+    """
+
+    FAMILIES = ("qwen2_5_vl", "qwen3_vl")
+
+    def __init__(self, path: str | Path, dtype: torch.dtype = torch.float32):
+        super().__init__()
+        self.path = str(path)
+        looks_local = self.path.startswith((".", "/", "~")) or Path(self.path).exists()
+        if looks_local and not (Path(self.path) / "config.json").is_file():
+            raise ValueError(f"{self.path} is not a checkpoint folder: it has no config.json")
+        kind = AutoConfig.from_pretrained(self.path).model_type
+        if kind not in self.FAMILIES:
+            raise ValueError(f"{self.path} is a {kind} model; this version knows {', '.join(self.FAMILIES)}")
+        self.lm = AutoModelForImageTextToText.from_pretrained(self.path, dtype=dtype)
+        self.tokenizer = AutoTokenizer.from_pretrained(self.path)
+        self.image_processor = AutoImageProcessor.from_pretrained(self.path)
+        self.image_token_id: int = self.lm.config.image_token_id
+        self.pad_id: int = self.tokenizer.pad_token_id
+        self.dim: int = self.lm.config.text_config.hidden_size
+        self.max_positions: int = self.lm.config.text_config.max_position_embeddings
+
+    @property
+    def device(self) -> torch.device:
+        return self.lm.device
+
+    def set_trainable(self, rank: int, alpha: float, dropout: float, targets: list[str], vision: bool) -> None:
+        """LoRA of the given rank on the language model (rank 0: all its weights), and on the vision tower if `vision`."""
+        self.lm.requires_grad_(False)
+        for part in [self.lm.model.language_model] + ([self.lm.model.visual] if vision else []):
+            if rank:
+                add_lora(part, rank, alpha, dropout, targets + (["qkv", "proj"] if part is self.lm.model.visual else []))
+            else:
+                part.requires_grad_(True)
+
+    def encode_images(self, pixels: list[Tensor], grids: list[tuple[int, int, int]]) -> list[Tensor]:
+        """Features of each image, (S, P, D): what its image tokens are replaced by, then Qwen3-VL's deepstack levels."""
+        grid = torch.tensor(grids, device=self.device)  # (N, 3)
+        out = self.lm.model.get_image_features(torch.cat(pixels).to(self.device), grid, return_dict=True)
+        sizes = (grid.prod(dim=1) // self.image_processor.merge_size ** 2).tolist()
+        levels = [out.pooler_output, *(getattr(out, "deepstack_features", None) or [])]
+        levels = [torch.cat(list(level)) if isinstance(level, (list, tuple)) else level for level in levels]
+        return list(torch.stack(levels).split(sizes, dim=1))
+
+    def forward(self, batch: Batch, features: list[Tensor], grids: list[tuple[int, int, int]],
+                pred_tokens: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Final-layer states and input embeddings of a batch of views, both (B, T, D).
+
+        features and grids: those of batch.images, in that order. pred_tokens (K, D) fill the [PRED] positions.
+        """
+        is_image = batch.ids == self.image_token_id  # (B, T)
+        embeds = self.lm.get_input_embeddings()(batch.ids)  # (B, T, D)
+        extra = {}
+        if features:
+            stacked = torch.cat(features, dim=1)  # (S, all P, D)
+            assert int(is_image.sum()) == stacked.shape[1], "image tokens and image features do not match"
+            embeds = embeds.masked_scatter(is_image[..., None], stacked[0].to(embeds.dtype))
+            if len(stacked) > 1:  # the one family-specific place: Qwen3-VL adds these inside its first layers
+                extra = dict(visual_pos_masks=is_image, deepstack_visual_embeds=list(stacked[1:].to(embeds.dtype)))
+        if pred_tokens is not None and len(pred_tokens):
+            rows = pred_tokens.to(embeds.dtype).repeat(len(batch.ids), 1)  # (B * K, D)
+            embeds = embeds.masked_scatter(batch.pred[..., None], rows)
+        # Positions are always passed: without mm_token_type_ids the model would fall back to 1-D positions silently.
+        positions, _ = self.lm.model.get_rope_index(
+            batch.ids, mm_token_type_ids=is_image.int(), image_grid_thw=torch.tensor(grids, device=self.device) if grids else None,
+            attention_mask=batch.mask.long())  # (3, B, T)
+        out = self.lm.model.language_model(inputs_embeds=embeds, attention_mask=batch.mask.long(), position_ids=positions,
+                                           use_cache=False, **extra)
+        return out.last_hidden_state, embeds
+
+    def logits(self, states: Tensor) -> Tensor:
+        """(n, D) -> (n, V)"""
+        return self.lm.lm_head(states)
+
+    @torch.no_grad()
+    def generate(self, views: list[View], store: ImageStore, max_new_tokens: int, allowed=None) -> list[list[int]]:
+        """Greedy continuation of each view by the model's own `generate`: no [PRED], no latent predictor, no tool.
+
+        allowed: optional function (row, tokens generated so far) -> token ids that may come next.
+        """
+        batch = collate(views, self.pad_id, left=True).to(self.device)
+        start = batch.ids.shape[1]
+        constraint = None if allowed is None else (lambda row, ids: allowed(row, ids[start:].tolist()))
+        out = self.lm.generate(
+            input_ids=batch.ids, attention_mask=batch.mask.long(), mm_token_type_ids=(batch.ids == self.image_token_id).int(),
+            pixel_values=torch.cat([store.pixels[i] for i in batch.images]).to(self.device, self.lm.dtype),
+            image_grid_thw=torch.tensor([store.grids[i] for i in batch.images], device=self.device),
+            max_new_tokens=max_new_tokens, do_sample=False, prefix_allowed_tokens_fn=constraint)
+        return out[:, start:].tolist()
+
+    # ---- LoRA on disk, in PEFT's format -----------------------------------------------------------------------------
+
+    def save_adapter(self, folder: Path) -> None:
+        """adapter_model.safetensors and adapter_config.json; without LoRA, all trained weights in model.safetensors."""
+        layers = _lora_layers(self.lm)
+        if not layers:
+            save_file({n: p.detach().contiguous() for n, p in self.lm.named_parameters() if p.requires_grad}, folder / "model.safetensors")
+            return
+        weights = {}
+        for name, layer in layers.items():
+            weights[f"base_model.model.{name}.lora_A.weight"] = layer.lora_A.detach().contiguous()
+            weights[f"base_model.model.{name}.lora_B.weight"] = layer.lora_B.detach().contiguous()
+        save_file(weights, folder / "adapter_model.safetensors", metadata=dict(format="pt"))
+        first = next(iter(layers.values()))
+        config = dict(peft_type="LORA", task_type="CAUSAL_LM", base_model_name_or_path=self.path, r=len(first.lora_A),
+                      lora_alpha=first.scaling * len(first.lora_A), lora_dropout=first.dropout.p, bias="none",
+                      target_modules=sorted(layers), inference_mode=True)
+        (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+    @torch.no_grad()
+    def load_adapter(self, folder: Path) -> None:
+        """Put a saved adapter into the base weights, merged: afterwards this is a plain model, ready to answer."""
+        if (folder / "model.safetensors").is_file():
+            _, unexpected = self.lm.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
+            if unexpected:
+                raise ValueError(f"{folder / 'model.safetensors'} does not belong to {self.path}: it has {unexpected[0]}")
+            return
+        file = folder / "adapter_model.safetensors"
+        if not file.is_file():
+            raise FileNotFoundError(f"{file} not found: {folder} is not a trained checkpoint")
+        config = json.loads((folder / "adapter_config.json").read_text())
+        weights = load_file(file, device=str(self.device))
+        for name in config["target_modules"]:
+            low, high = (weights[f"base_model.model.{name}.lora_{part}.weight"] for part in "AB")
+            layer = self.lm.get_submodule(name)
+            if high.shape[0] != layer.out_features or low.shape[1] != layer.in_features:
+                raise ValueError(f"{file}: {name} has another shape than in {self.path}; it was trained on another model")
+            layer.weight += (config["lora_alpha"] / config["r"] * high @ low).to(layer.weight.dtype)

@@ -1,0 +1,510 @@
+"""Rebuild the small VLM of this folder from nothing: the stand-in for the paper's off-the-shelf Qwen2.5-VL.
+
+    python tiny-vlm/pretrain.py --out DIR [--device cuda] [--seed 0]
+
+It is an ordinary Qwen2_5_VLForConditionalGeneration checkpoint (1.9M parameters), pretrained in two stages:
+  1. vision: tower and merger learn dense labels (what is in each 8 x 8 px cell) on scenes and on tool outputs;
+  2. language: the language model learns dialogues about one to three of these images, on the tower's frozen features:
+     captions, boxes, short answers ("Answer: seven"). Tool outputs are just further images in these dialogues.
+It never sees a fine-tuning trajectory: no call, no plan, no reading after a tool's output. Its scenes come from the
+world's "pretrain" split, which no training, validation or test scene shares (data.py).
+"""
+
+import argparse
+import json
+import math
+import random
+import sys
+import time
+import zlib
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import nn
+from transformers import (PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration,
+                          get_cosine_schedule_with_warmup)
+from transformers import AutoImageProcessor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import data  # noqa: E402
+
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
+# ChatML turns; an image is <|vision_start|><|image_pad|><|vision_end|>, as in the Qwen-VL family, without a system turn.
+CHAT_TEMPLATE = (
+    "{%- for message in messages -%}"
+    "{{- '<|im_start|>' + message['role'] + '\\n' -}}"
+    "{%- if message['content'] is string -%}{{- message['content'] -}}"
+    "{%- else -%}{%- for part in message['content'] -%}"
+    "{%- if part['type'] == 'image' -%}{{- '<|vision_start|><|image_pad|><|vision_end|>' -}}"
+    "{%- else -%}{{- part['text'] -}}{%- endif -%}"
+    "{%- endfor -%}{%- endif -%}"
+    "{{- '<|im_end|>\\n' -}}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}")
+PATCH, MERGE = 8, 2
+COLOURS, SHAPES, DIGITS = list(data.COLOURS), data.SHAPES, data.DIGITS
+
+
+def build_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
+    """Byte-level BPE: any text can be written; the world's words and the numbers 0 to 100 are one token each."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=768, special_tokens=SPECIAL, show_progress=False,
+                                                       initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>",
+                                   additional_special_tokens=SPECIAL[1:], chat_template=CHAT_TEMPLATE)
+
+
+def build_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLForConditionalGeneration:
+    token = tokenizer.convert_tokens_to_ids
+    config = Qwen2_5_VLConfig(
+        text_config=dict(vocab_size=math.ceil(len(tokenizer) / 64) * 64, hidden_size=128, intermediate_size=384, num_hidden_layers=4,
+                         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=2048, tie_word_embeddings=True,
+                         rope_parameters=dict(rope_type="default", rope_theta=10000.0, mrope_section=[4, 6, 6]),
+                         bos_token_id=None, eos_token_id=token("<|im_end|>"), pad_token_id=token("<|endoftext|>")),
+        vision_config=dict(depth=4, hidden_size=128, intermediate_size=256, num_heads=4, in_channels=3, patch_size=PATCH,
+                           spatial_merge_size=MERGE, temporal_patch_size=1, out_hidden_size=128, window_size=64,
+                           fullatt_block_indexes=[0, 1, 2, 3], tokens_per_second=2),
+        image_token_id=token("<|image_pad|>"), video_token_id=token("<|video_pad|>"),
+        vision_start_token_id=token("<|vision_start|>"), vision_end_token_id=token("<|vision_end|>"), tie_word_embeddings=True)
+    model = Qwen2_5_VLForConditionalGeneration(config)
+    model.generation_config.eos_token_id = token("<|im_end|>")
+    model.generation_config.pad_token_id = token("<|endoftext|>")
+    return model
+
+
+def image_processor_config() -> dict:
+    return dict(image_processor_type="Qwen2VLImageProcessor", patch_size=PATCH, merge_size=MERGE, temporal_patch_size=1,
+                size=dict(shortest_edge=32 * 32, longest_edge=64 * 64), image_mean=[0.5] * 3, image_std=[0.5] * 3)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures with dense labels and with questions. Labels live on cells of 8 x 8 shown px, four to a merged token.
+# ---------------------------------------------------------------------------------------------------------------------
+
+FLAGS = COLOURS + list(SHAPES) + ["dotted", "height", "route", "other route", "ring", "near", "answer", "bright"]
+CHANNEL = {name: n for n, name in enumerate(FLAGS)}
+
+
+class Labels:
+    """(cells, cells, flags) soft targets in [0, 1] and (cells, cells) digit classes, -1 where there is none."""
+
+    def __init__(self, cells: int, origin=(0, 0), size: int = data.SIZE):
+        self.flags = np.zeros((cells, cells, len(FLAGS)), dtype=np.float16)
+        self.digit = np.full((cells, cells), -1, dtype=np.int8)
+        self.origin, self.scale, self.cells = origin, cells / size, cells
+
+    def at(self, x: float, y: float):
+        column, row = ((v - o) * self.scale for v, o in zip((x, y), self.origin))
+        inside = 0 <= column < self.cells and 0 <= row < self.cells
+        return (int(row), int(column)) if inside else None
+
+    def put(self, x: float, y: float, name: str, value: float = 1.0) -> None:
+        if (cell := self.at(x, y)) is not None:
+            self.flags[cell][CHANNEL[name]] = value
+
+    def read(self, x: float, y: float, digit: int) -> None:
+        if (cell := self.at(x, y)) is not None:
+            self.digit[cell] = digit
+
+    def area(self, x0: float, y0: float, x1: float, y1: float, name: str) -> None:
+        """All cells whose centre lies in the box."""
+        centre = (np.arange(self.cells) + 0.5) / self.scale
+        rows = (centre + self.origin[1] >= y0) & (centre + self.origin[1] <= y1)
+        columns = (centre + self.origin[0] >= x0) & (centre + self.origin[0] <= x1)
+        self.flags[np.ix_(rows, columns, [CHANNEL[name]])] = 1.0
+
+
+def label_objects(labels: Labels, objects: list) -> None:
+    for x, y, r, shape, colour, digit in objects:
+        labels.area(x - r, y - r, x + r, y + r, colour)
+        labels.put(x, y, colour)
+        labels.put(x, y, shape)
+        labels.read(x, y, digit)
+
+
+def label_scene(labels: Labels, spec: dict) -> None:
+    if "objects" in spec:
+        label_objects(labels, spec["objects"])
+    if "bars" in spec:
+        dotted = [bar for bar in spec["bars"] if bar[3]]
+        for bar in spec["bars"]:
+            x, height, colour, has_dot, digit = bar
+            labels.area(x, 110 - height, x + 14, 110, colour)
+            labels.put(x + 7, 103, colour)
+            labels.put(x + 7, 103, "height", height / 100)
+            labels.put(x + 7, 103, "dotted", float(has_dot))
+            labels.put(x + 7, 103, "answer", float(has_dot and bar == max(dotted, key=lambda b: b[1])))
+            if spec["family"] == "highlight+crop":
+                labels.read(x + 7, 119, digit)
+    if "balls" in spec:
+        for row in range(labels.cells):
+            for column in range(labels.cells):
+                x, y = (column + 0.5) / labels.scale, (row + 0.5) / labels.scale
+                for a, b, r, z in spec["balls"]:
+                    if (x - a) ** 2 + (y - b) ** 2 <= r * r:
+                        labels.put(x, y, "near", (z + 1) / 16)
+        for i, name in spec["marks"]:
+            labels.put(*spec["balls"][i][:2], name)
+            labels.put(*spec["balls"][i][:2], "near", (spec["balls"][i][3] + 1) / 16)
+            labels.put(*spec["balls"][i][:2], "answer", float(name == spec["answer"]))
+    if "pictures" in spec:
+        for (x, y), frame, content in zip(data.PIECES, spec["frames"], spec["order"]):
+            labels.area(x, y, x + 42, y + 42, frame)
+            if content == 0:
+                labels.area(x, y, x + 42, y + 42, "answer")
+    if "walks" in spec:
+        for n, (walk, colour, digit) in enumerate(zip(spec["walks"], spec["colours"], spec["digits"])):
+            points = [data.node_xy(node) for node in walk]
+            for (x0, y0), (x1, y1) in zip(points, points[1:]):
+                for t in np.linspace(0, 1, 7):
+                    labels.put(x0 + t * (x1 - x0), y0 + t * (y1 - y0), "other route" if n else "route")
+            labels.put(*points[-1], colour)
+            if spec["family"] == "path+crop":
+                labels.read(*points[-1], digit)
+            if n == 0:
+                labels.put(*points[0], "ring")
+                labels.put(*points[-1], "answer")
+
+
+def answer(text) -> str:
+    return f"Answer: {text}"
+
+
+def numbers(values) -> str:
+    return answer(" ".join(map(str, values)))
+
+
+def object_questions(objects: list, origin=(0, 0), size: int = data.SIZE) -> list[tuple[str, str]]:
+    rows = []
+    shapes = [o[3] for o in objects]
+    for x, y, r, shape, colour, digit in objects:
+        rows += [(f"Which digit is on the {colour} {shape}?", answer(DIGITS[digit]))] * 3
+        rows += [(f"Where is the {colour} {shape}?", numbers(data.box(x, y, r, origin, size)))] * 2
+        rows.append((f"What shape is the {colour} object?", answer(shape)))
+        if shapes.count(shape) == 1:
+            rows.append((f"What colour is the {shape}?", answer(colour)))
+    rows.append(("How many objects are there?", answer(DIGITS[len(objects)])))
+    listed = ", ".join(f"{o[4]} {o[3]} {DIGITS[o[5]]}" for o in sorted(objects, key=lambda o: (o[1] // 40, o[0])))
+    return rows + [("Describe the picture.", f"I see: {listed}.")] * 3
+
+
+def scene_questions(spec: dict) -> list[tuple[str, str]]:
+    """(question, answer) pairs about a scene; the family's own direct question is among them."""
+    rows = [(spec["question"], answer(spec["answer"]))] * 5
+    percent = lambda v: min(100, round(100 * v / data.SIZE))
+    if "objects" in spec:
+        rows = object_questions(spec["objects"])
+        if "calls" in spec:
+            for x, y, _, shape, colour, _ in spec["objects"]:
+                side = ("bottom" if y >= 64 else "top") + " " + ("right" if x >= 64 else "left")
+                rows.append((f"Which panel is the {colour} {shape} in?", answer(side)))
+    if "bars" in spec:
+        bars = spec["bars"]
+        rows += [("Which bar is the tallest?", answer(max(bars, key=lambda b: b[1])[2])),
+                 ("Which bar is the shortest?", answer(min(bars, key=lambda b: b[1])[2])),
+                 ("Which bars are dotted?", answer(" ".join(b[2] for b in bars if b[3]))),
+                 ("Which colours are the bars?", answer(" ".join(b[2] for b in bars)))]
+        for x, height, colour, _, digit in bars:
+            rows.append((f"Where is the {colour} bar?", numbers((percent(x - 1), percent(108 - height), percent(x + 16), 87))))
+            if spec["family"] == "highlight+crop":
+                rows.append((f"Which digit is under the {colour} bar?", answer(DIGITS[digit])))
+                rows.append((f"Where is the digit under the {colour} bar?", numbers(data.box(x + 7, 118, 9))))
+    if "balls" in spec:
+        for i, name in spec["marks"]:
+            rows.append((f"Where is the {name} mark?", numbers(percent(v) for v in spec["balls"][i][:2])))
+    if "pictures" in spec:
+        rows.append(("Which colours are the frames?", answer(" ".join(spec["frames"]))))
+    if "walks" in spec:
+        x, y = data.node_xy(spec["walks"][0][0])
+        rows += [("Where is the ring?", numbers((percent(x), percent(y))))] * 2
+        for walk, colour, digit in zip(spec["walks"], spec["colours"], spec["digits"]):
+            rows.append((f"Where is the {colour} disc?", numbers(data.box(*data.node_xy(walk[-1]), 11))))
+            if spec["family"] == "path+crop":
+                rows.append((f"Which digit is on the {colour} disc?", answer(DIGITS[digit])))
+    return rows
+
+
+def tool_picture(spec: dict, image: Image.Image, rng: random.Random):
+    """One tool output of the scene as a picture in its own right: (image, labels, questions)."""
+    if "objects" in spec:
+        x, y, r, shape, colour, digit = rng.choice(spec["objects"])
+        small = [(f"Which digit is this?", answer(DIGITS[digit])), ("What is this?", answer(f"{colour} {shape}")),
+                 (f"Which digit is on the {colour} {shape}?", answer(DIGITS[digit]))]
+        kind = rng.randrange(3) if "calls" in spec else 1
+        if kind == 0:  # a panel
+            corner = (64 * (x >= 64), 64 * (y >= 64))
+            labels = Labels(8, corner, 64)
+            label_objects(labels, spec["objects"])
+            inside = [o for o in spec["objects"] if corner[0] <= o[0] < corner[0] + 64 and corner[1] <= o[1] < corner[1] + 64]
+            return data.crop(image, *data.box(corner[0] + 32, corner[1] + 32, 32)), labels, object_questions(inside, corner, 64)
+        half = r if kind == 1 else 7
+        lower = 0 if kind == 1 or shape != "triangle" else r // 4
+        labels = Labels(4, (x - half, y + lower - half), 2 * half)
+        labels.area(0, 0, 128, 128, colour)
+        labels.read(x, y + lower, digit)
+        if kind == 1:
+            labels.put(x, y, shape)
+        questions = small if kind == 1 else small[:1]
+        if kind == 1:
+            questions.append(("Where is the mark?", numbers(data.box(r, r + (r // 4 if shape == "triangle" else 0), 7, size=2 * r))))
+        return data.crop(image, *data.box(x, y + lower, half)), labels, questions
+    if "bars" in spec and spec["family"] == "highlight+crop" and rng.random() < 0.5 or spec["family"] == "path+crop" and rng.random() < 0.5:
+        n = rng.randrange(len(spec.get("bars", spec.get("walks"))))
+        if "bars" in spec:
+            x, y, r, digit = spec["bars"][n][0] + 7, 118, 9, spec["bars"][n][4]
+        else:
+            (x, y), r, digit = data.node_xy(spec["walks"][n][-1]), 11, spec["digits"][n]
+        labels = Labels(4, (x - r, y - r), 2 * r)
+        labels.read(x, y, digit)
+        return data.crop(image, *data.box(x, y, r)), labels, [("Which digit is this?", answer(DIGITS[digit]))]
+    labels = Labels(8)
+    out = next(step for step in data.FAMILIES[spec["family"]].tell(spec, image) if not isinstance(step, str))
+    if "bars" in spec:
+        label_scene(labels, spec)
+        for x, height, _, has_dot, _ in spec["bars"]:
+            if has_dot:
+                labels.area(x, 110 - height, x + 14, 110, "bright")
+        bright = [b for b in spec["bars"] if b[3]]
+        tallest = max(bright, key=lambda b: b[1])
+        return out, labels, [("Which bright bar is the tallest?", answer(tallest[2])), ("Which bars are bright?", answer(" ".join(b[2] for b in bright))),
+                             (f"Where is the digit under the {tallest[2]} bar?", numbers(data.box(tallest[0] + 7, 118, 9)))]
+    if "balls" in spec:
+        label_scene(labels, spec)
+        return out, labels, [("Which mark is brighter?", answer(spec["answer"]))]
+    if "pictures" in spec:
+        for box in ((0, 0, 128, 14), (0, 114, 128, 128), (0, 0, 14, 128), (114, 0, 128, 128)):
+            labels.area(*box, spec["answer"])
+        return out, labels, [("What colour is the frame?", answer(spec["answer"]))]
+    label_scene(labels, spec)
+    colour = spec["colours"][0]
+    return out, labels, [("Which disc does the pink route reach?", answer(colour)),
+                         (f"Where is the {colour} disc?", numbers(data.box(*data.node_xy(spec["walks"][0][-1]), 11)))]
+
+
+WEIGHTS = {"crop": 5, "shape": 1, "highlight": 3, "depth": 2, "jigsaw": 3, "path": 4, "zoom": 4, "highlight+crop": 3, "path+crop": 3}
+
+
+def make_pictures(start: int, count: int, seed: int) -> list[tuple]:
+    """(image, flags, digits, questions) for scenes start..start+count: the scene itself and one tool output of it."""
+    rows = []
+    for index in range(start, start + count):
+        rng = random.Random(f"{seed}-{index}")
+        family = rng.choices(list(WEIGHTS), WEIGHTS.values())[0]
+        spec = data.make_spec(family, "pretrain", index, seed)
+        image = data.FAMILIES[family].draw(spec)
+        labels = Labels(8)
+        label_scene(labels, spec)
+        for picture, target, questions in ((image, labels, scene_questions(spec)), tool_picture(spec, image, rng)):
+            rows.append((np.asarray(picture), target.flags, target.digit, questions))
+    return rows
+
+
+def to_tokens(cells: np.ndarray) -> np.ndarray:
+    """(2h, 2w, ...) cells -> (h * w, 4, ...): the four cells of each merged token, raster order."""
+    h, w = cells.shape[0] // 2, cells.shape[1] // 2
+    return cells.reshape(h, 2, w, 2, *cells.shape[2:]).swapaxes(1, 2).reshape(h * w, 4, *cells.shape[2:])
+
+
+def prepare(args) -> tuple:
+    start, count, seed, folder = args
+    processor = AutoImageProcessor.from_pretrained(folder)
+    patches, grids, flags, digits, questions = [], [], [], [], []
+    for image, flag, digit, rows in make_pictures(start, count, seed):
+        out = processor(images=[Image.fromarray(image)], return_tensors="np")
+        grid = tuple(int(v) for v in out["image_grid_thw"][0])
+        if grid[1:] != flag.shape[:2]:
+            continue  # a crop cut short by the image's edge: its labels would not line up
+        patches.append(out["pixel_values"].astype(np.float16))
+        grids.append(grid)
+        flags.append(to_tokens(flag).reshape(-1, 4 * len(FLAGS)))
+        digits.append(to_tokens(digit))
+        questions.append(rows)
+    return patches, grids, flags, digits, questions
+
+
+def make_pool(scenes: int, seed: int, folder: Path, workers: int) -> tuple:
+    chunk = 500
+    jobs = [(start, min(chunk, scenes - start), seed, str(folder)) for start in range(0, scenes, chunk)]
+    pool = ([], [], [], [], [])
+    with ProcessPoolExecutor(workers) as executor:
+        for part in executor.map(prepare, jobs):
+            for whole, piece in zip(pool, part):
+                whole.extend(piece)
+    return pool
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def optimiser(modules, lr: float, steps: int):
+    parameters = [p for m in modules for p in m.parameters()]
+    adam = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=0.05)
+    return adam, get_cosine_schedule_with_warmup(adam, min(200, steps // 10), steps), parameters
+
+
+def vision_batch(pool, index, device, noise: float):
+    patches, grids, flags, digits, _ = pool
+    pixels = torch.from_numpy(np.concatenate([patches[i] for i in index])).to(device).float()
+    pixels = pixels + noise * torch.randn_like(pixels)
+    grid = torch.tensor([grids[i] for i in index], device=device)
+    flag = torch.from_numpy(np.concatenate([flags[i] for i in index])).to(device).float()
+    digit = torch.from_numpy(np.concatenate([digits[i] for i in index]).astype(np.int64)).to(device)
+    return pixels, grid, flag, digit
+
+
+def features(model, pixels, grid) -> torch.Tensor:
+    return torch.cat(model.model.get_image_features(pixels, grid, return_dict=True).pooler_output)
+
+
+def train_vision(model, pool, valid, steps: int, batch: int, lr: float, device) -> None:
+    head = nn.Sequential(nn.LayerNorm(128, elementwise_affine=False), nn.Linear(128, 4 * (len(FLAGS) + 10))).to(device)
+    adam, schedule, parameters = optimiser([model.model.visual, head], lr, steps)
+    start, rng = time.time(), random.Random(0)
+    for step in range(1, steps + 1):
+        index = [rng.randrange(len(pool[0])) for _ in range(batch)]
+        pixels, grid, flag, digit = vision_batch(pool, index, device, 0.06)
+        with torch.autocast(torch.device(device).type, torch.bfloat16):
+            out = head(features(model, pixels, grid)).view(len(flag), 4, -1).float()  # (tokens, 4, flags + 10)
+        loss_flag = F.binary_cross_entropy_with_logits(out[..., :len(FLAGS)].flatten(1), flag)
+        loss_digit = F.cross_entropy(out[..., len(FLAGS):][digit >= 0], digit[digit >= 0])
+        (10 * loss_flag + loss_digit).backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        adam.step(), schedule.step(), adam.zero_grad()
+        if step % 250 == 0 or step == steps:
+            with torch.no_grad():
+                pixels, grid, flag, digit = vision_batch(valid, range(400), device, 0.0)
+                out = head(features(model, pixels, grid)).view(len(flag), 4, -1)
+                right = (out[..., len(FLAGS):].argmax(-1) == digit)[digit >= 0].float().mean()
+                bce = F.binary_cross_entropy_with_logits(out[..., :len(FLAGS)].flatten(1), flag)
+            print(f"vision {step}/{steps} flags {loss_flag:.4f} digit {loss_digit:.3f} | held out: flags {bce:.4f} digits right {right:.3f} "
+                  f"| {(time.time() - start):.0f} s", flush=True)
+
+
+def dialogue(tokenizer, pool, rng: random.Random) -> tuple[list[int], list[int], list[int]]:
+    """(ids, labels, picture indices) of a dialogue about one to three pictures; only the assistant's words are labels."""
+    newline = tokenizer.encode("\n")
+    special = tokenizer.convert_tokens_to_ids
+    turn = lambda role: [special("<|im_start|>")] + tokenizer.encode(role) + newline
+    end = [special("<|im_end|>")] + newline
+    ids, labels, pictures = [], [], []
+    for _ in range(rng.choice((1, 2, 2, 3))):
+        index = rng.randrange(len(pool[0]))
+        pictures.append(index)
+        tokens = pool[1][index][1] * pool[1][index][2] // MERGE ** 2
+        image = [special("<|vision_start|>")] + [special("<|image_pad|>")] * tokens + [special("<|vision_end|>")]
+        for _ in range(rng.choice((1, 2, 3))):
+            question, reply = rng.choice(pool[4][index])
+            asked = turn("user") + image + tokenizer.encode(question) + end + turn("assistant")
+            said = tokenizer.encode(reply) + end
+            ids += asked + said
+            labels += [-100] * len(asked) + said[:-1] + [-100]
+            image = []
+    return ids, labels, pictures
+
+
+def embed(model, ids: torch.Tensor, image_features: torch.Tensor) -> torch.Tensor:
+    embedded = model.get_input_embeddings()(ids)
+    return embedded.masked_scatter((ids == model.config.image_token_id)[..., None], image_features.to(embedded.dtype))
+
+
+def train_language(model, tokenizer, pool, steps: int, batch: int, lr: float, device, joint: bool) -> None:
+    """Language model on the dialogues; with `joint` the vision tower trains too, otherwise its features are cached."""
+    model.model.visual.requires_grad_(joint)
+    cache = None
+    if not joint:
+        with torch.no_grad():
+            cache = []
+            for i in range(0, len(pool[0]), 200):
+                index = range(i, min(i + 200, len(pool[0])))
+                pixels, grid, _, _ = vision_batch(pool, index, device, 0.0)
+                out = features(model, pixels, grid)
+                cache += [f.to(torch.float16) for f in out.split((grid.prod(-1) // MERGE ** 2).tolist())]
+    adam, schedule, parameters = optimiser([model] if joint else [model.model.language_model], lr, steps)
+    rng, start = random.Random(1), time.time()
+    pad = tokenizer.pad_token_id
+    spent = 0.0
+    for step in range(1, steps + 1):
+        rows = sorted((dialogue(tokenizer, pool, rng) for _ in range(batch * 4)), key=lambda row: len(row[0])) if step % 4 == 1 else rows
+        part = rows[(step % 4) * batch:(step % 4 + 1) * batch]  # neighbours in length: little padding
+        width = max(len(r[0]) for r in part)
+        ids = torch.tensor([r[0] + [pad] * (width - len(r[0])) for r in part], device=device)
+        labels = torch.tensor([r[1] + [-100] * (width - len(r[1])) for r in part], device=device)
+        mask = torch.tensor([[1] * len(r[0]) + [0] * (width - len(r[0])) for r in part], device=device)
+        index = [i for r in part for i in r[2]]
+        grid = torch.tensor([pool[1][i] for i in index], device=device)
+        if joint:
+            pixels, grid, _, _ = vision_batch(pool, index, device, 0.03)
+            with torch.autocast(torch.device(device).type, torch.bfloat16):
+                vision = features(model, pixels, grid).float()
+        else:
+            vision = torch.cat([cache[i] for i in index]).float()
+            vision = vision + 0.05 * vision.std() * torch.randn_like(vision)
+        position_ids, _ = model.model.get_rope_index(ids, (ids == model.config.image_token_id).int(), grid, attention_mask=mask)
+        target = labels[:, 1:]
+        with torch.autocast(torch.device(device).type, torch.bfloat16):
+            hidden = model.model.language_model(inputs_embeds=embed(model, ids, vision), attention_mask=mask,
+                                                position_ids=position_ids).last_hidden_state  # (B, T, D)
+            logits = model.lm_head(hidden[:, :-1][target != -100])
+        loss = F.cross_entropy(logits.float(), target[target != -100])
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        adam.step(), schedule.step(), adam.zero_grad()
+        if step % 250 == 0 or step == steps:
+            print(f"{'joint' if joint else 'language'} {step}/{steps} loss {loss:.4f} | {time.time() - start:.0f} s", flush=True)
+    model.model.visual.requires_grad_(True)
+
+
+def save(model, tokenizer, out: Path) -> None:
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    (out / "preprocessor_config.json").write_text(json.dumps(image_processor_config(), indent=2) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="new folder for the checkpoint")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--scenes", type=int, default=30000, help="scenes in the pool; each gives itself and one tool output")
+    parser.add_argument("--vision_steps", type=int, default=8000)
+    parser.add_argument("--language_steps", type=int, default=6000)
+    parser.add_argument("--joint_steps", type=int, default=0)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--workers", type=int, default=2)
+    args = parser.parse_args()
+    if args.out.exists():
+        sys.exit(f"{args.out} exists already: choose a new folder")
+    args.out.mkdir(parents=True)
+    torch.manual_seed(args.seed)
+    corpus = [t for rows in make_pictures(0, 300, args.seed) for q, a in rows[3] for t in (q, a)]
+    corpus += [f"{a} {b}" for a in range(101) for b in (range(101))]
+    corpus += ["user\n", "assistant\n"] * 100 + [f"Answer: {w}." for w in (*COLOURS, *SHAPES, *DIGITS)] * 50
+    corpus += [s for f in data.FAMILIES for i in range(40) for s in data.make_example(f, "pretrain", i, 0).texts]
+    tokenizer = build_tokenizer(corpus)
+    model = build_model(tokenizer).to(args.device)
+    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, vocabulary {len(tokenizer)}")
+    save(model, tokenizer, args.out)
+    start = time.time()
+    pool = make_pool(args.scenes, args.seed, args.out, args.workers)
+    valid = make_pool(300, args.seed + 10_000, args.out, args.workers)
+    print(f"{len(pool[0])} pictures drawn in {time.time() - start:.0f} s", flush=True)
+    train_vision(model, pool, valid, args.vision_steps, args.batch, 1e-3, args.device)
+    save(model, tokenizer, args.out)
+    train_language(model, tokenizer, pool, args.language_steps, args.batch, 1e-3, args.device, joint=False)
+    if args.joint_steps:
+        train_language(model, tokenizer, pool, args.joint_steps, args.batch, 3e-4, args.device, joint=True)
+    save(model, tokenizer, args.out)
+    print(f"saved {args.out} after {(time.time() - start) / 60:.1f} minutes")
+
+
+if __name__ == "__main__":
+    main()
