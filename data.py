@@ -168,7 +168,7 @@ def crop(image: Image.Image, x0: int, y0: int, x1: int, y1: int) -> Image.Image:
     w, h = image.size
     left, top = max(0, x0 * w // 100), max(0, y0 * h // 100)
     right, bottom = min(w, -(-x1 * w // 100)), min(h, -(-y1 * h // 100))
-    if right <= left or bottom <= top:
+    if x1 <= x0 or y1 <= y0 or right <= left or bottom <= top:
         raise ValueError(f"crop box {x0} {y0} {x1} {y1} is empty")
     return image.crop((left, top, right, bottom))
 

@@ -22,6 +22,11 @@ from torch import Tensor
 DISTANCES = ("cosine", "smoothl1", "mse", "l2")
 
 
+def _exact(logits: Tensor) -> Tensor:
+    """At least float32: the sum over a vocabulary loses too much in bfloat16."""
+    return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+
+
 def distance(prediction: Tensor, target: Tensor, kind: str) -> Tensor:
     """D(prediction, target) over the last dimension: (..., D), (..., D) -> (...).
 
@@ -82,7 +87,7 @@ def nextlat_token_loss(rollout: list[tuple[Tensor, Tensor, Tensor]], labels: Ten
         following = F.pad(labels, (0, 1), value=-100)[row, position + 1]  # (n,) the token that comes after the forecast state
         keep = following != -100
         if keep.any():
-            total = total + F.cross_entropy(F.linear(forecast[keep], head_weight).float(), following[keep])
+            total = total + F.cross_entropy(_exact(F.linear(forecast[keep], head_weight)), following[keep])
     return total / max(1, len(rollout))
 
 
@@ -94,7 +99,7 @@ def vlm_loss(states: Tensor, labels: Tensor, head: Callable[[Tensor], Tensor]) -
     """
     follows = labels[:, 1:]  # (B, T-1) the token after each position
     keep = follows != -100
-    return F.cross_entropy(head(states[:, :-1][keep]).float(), follows[keep])
+    return F.cross_entropy(_exact(head(states[:, :-1][keep])), follows[keep])
 
 
 def pearl_loss(vlm: Tensor, jepa: Tensor, nextlat: Tensor, lambda_latent: float) -> tuple[Tensor, dict[str, Tensor]]:

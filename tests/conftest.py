@@ -1,0 +1,36 @@
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing in the tests may reach for the network
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+import data  # noqa: E402
+from model import VLM  # noqa: E402
+from train import Config  # noqa: E402
+
+torch.set_num_threads(2)
+TINY = str(Path(__file__).resolve().parent.parent / "tiny-vlm")
+
+
+@pytest.fixture
+def vlm64():
+    """The shipped model in float64, fresh for each test."""
+    torch.manual_seed(0)
+    return VLM(TINY, dtype=torch.float64)
+
+
+@pytest.fixture(scope="session")
+def mixed():
+    """Ten training examples, two of each tool."""
+    return data.make_world("mixed", "train", 10, seed=3)
+
+
+@pytest.fixture
+def config(tmp_path):
+    """A run small enough for a test."""
+    return Config(device="cpu", out=str(tmp_path / "run"), steps=4, batch=4, train_examples=12, valid_examples=5, test_per_family=2,
+                  eval_every=2, log_every=1, lora_rank=4, lora_alpha=8.0)

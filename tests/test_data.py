@@ -1,0 +1,275 @@
+"""Claims: the world is the same for the same seed and disjoint across splits; each tool, run on the picture, reveals the
+answer; a folder survives the round trip; every kind of bad record is refused with file, line and mend; the views' tokens,
+labels and positions are those of one rendering of the whole conversation."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+
+EVERY = list(data.FAMILIES)
+
+
+# ---- the world ----
+
+
+@pytest.mark.parametrize("family", EVERY)
+def test_same_seed_same_bytes_other_seed_other_bytes(family):
+    one, two, other = (data.make_example(family, "train", 5, seed) for seed in (1, 1, 2))
+    assert [i.tobytes() for i in one.images] == [i.tobytes() for i in two.images]
+    assert (one.question, one.options, one.texts) == (two.question, two.options, two.texts)
+    assert one.image.tobytes() != other.image.tobytes()
+
+
+@pytest.mark.parametrize("family", EVERY)
+def test_splits_are_disjoint_by_construction(family):
+    import zlib
+    for split, buckets in data.BUCKETS.items():
+        for i in range(8):
+            assert zlib.crc32(repr(data.make_spec(family, split, i, 0)).encode()) % 16 in buckets
+    buckets = sorted(b for r in data.BUCKETS.values() for b in r)
+    assert buckets == list(range(16))  # each scene belongs to exactly one split
+
+
+@pytest.mark.parametrize("family", [f for f in EVERY if f != data.HELD_OUT])
+def test_trajectories_are_what_the_format_says(family):
+    for i in range(20):
+        ex = data.make_example(family, "train", i, 0)
+        assert ex.answer in ex.options and len(set(ex.options)) == len(ex.options)
+        assert data.CALL.search(ex.texts[0]) and not data.CALL.search(ex.texts[-1])
+        assert ex.texts[-1].endswith(f"Answer: {ex.answer}")
+        image, steps = ex.image, iter(ex.trajectory)  # the calls, run again, give the recorded images
+        for text, output in zip(steps, steps):
+            image = data.call_tool(text, image)
+            assert image.tobytes() == output.tobytes()
+
+
+def test_regimes_have_the_calls_their_names_promise():
+    calls = {name: [(len(ex.images) - 1, data.CALL.search(ex.texts[0])[1]) for ex in data.make_world(name, "train", 60)] for name in data.REGIMES}
+    assert set(calls["single"]) == {(1, "crop")}
+    assert {n for n, _ in calls["mixed"]} == {1} and {tool for _, tool in calls["mixed"]} == set(data.TOOLS)
+    assert {n for n, _ in calls["multi"]} == {1, 2, 3} and {tool for _, tool in calls["multi"]} == {"crop"}
+    assert max(n for n, _ in calls["all"]) == 3 and len({tool for _, tool in calls["all"]}) == 3
+    assert not any(ex.trajectory for ex in [data.make_example(data.HELD_OUT, "test", i, 0) for i in range(3)])
+
+
+# ---- the tools ----
+
+
+def test_crop_cuts_at_full_resolution_and_refuses_an_empty_box():
+    image = Image.fromarray(np.arange(100 * 200 * 3, dtype=np.uint32).astype(np.uint8).reshape(100, 200, 3))
+    assert data.crop(image, 10, 20, 30, 60).tobytes() == image.crop((20, 20, 60, 60)).tobytes()
+    with pytest.raises(ValueError, match="empty"):
+        data.crop(image, 30, 20, 30, 60)
+
+
+def test_highlight_dims_the_rest():
+    out = np.asarray(data.highlight(Image.new("RGB", (10, 10), (200, 100, 40)), 0, 0, 50, 100))
+    assert (out[:, :5] == (200, 100, 40)).all() and (out[:, 5:] == (50, 25, 10)).all()
+
+
+def test_depth_makes_the_nearer_mark_brighter():
+    right = []
+    for i in range(60):
+        spec = data.make_spec("depth", "train", i, 0)
+        out = np.asarray(data.depth(data.draw_balls(spec)).convert("L"), dtype=float)
+        level = {}
+        for ball, name in spec["marks"]:
+            x, y = spec["balls"][ball][:2]
+            ring = [out[y + dy, x + dx] for dx in (-7, 0, 7) for dy in (-7, 0, 7) if dx or dy]
+            level[name] = np.median(ring)
+        right.append(max(level, key=level.get) == spec["answer"])
+    assert np.mean(right) > 0.95
+
+
+def test_jigsaw_finds_the_piece():
+    fits = []
+    for i in range(60):
+        spec = data.make_spec("jigsaw", "train", i, 0)
+        frame = np.asarray(data.jigsaw(data.draw_jigsaw(spec)))[1, 1]
+        fits.append(tuple(frame) == data.COLOURS[spec["answer"]])
+    assert np.mean(fits) > 0.95
+
+
+def test_path_paints_the_route_to_its_end_and_no_other():
+    for i in range(30):
+        spec = data.make_spec("path", "train", i, 0)
+        out = np.asarray(data.tell_path(spec, data.draw_routes(spec))[1])
+        painted = (out == data.ROUTE_PAINT).all(-1)
+        for n, walk in enumerate(spec["walks"]):
+            x, y = data.node_xy(walk[-1])
+            assert painted[max(0, y - 11):y + 12, max(0, x - 11):x + 12].any() == (n == 0), (i, n)
+
+
+@pytest.mark.parametrize("text", ["no call here", "[crop 1 2]", "[zoom 1 2 3 4]", "[highlight 1 2 3]", "[crop 5 5 5 9]"])
+def test_malformed_calls_raise_one_kind_of_error(text):
+    with pytest.raises(ValueError):
+        data.call_tool(text, Image.new("RGB", (64, 64)))
+
+
+# ---- the format ----
+
+
+def test_folder_round_trip(tmp_path, mixed):
+    data.write_folder(tmp_path / "set", mixed)
+    for ex, back in zip(mixed, data.read_folder(tmp_path / "set")):
+        assert (ex.id, ex.family, ex.question, ex.options, ex.answer, ex.texts, ex.split) == \
+            (back.id, back.family, back.question, back.options, back.answer, back.texts, back.split)
+        assert [i.tobytes() for i in ex.images] == [i.tobytes() for i in back.images]
+    with pytest.raises(FileExistsError, match="nothing is overwritten"):
+        data.write_folder(tmp_path / "set", mixed)
+
+
+def test_split_by_image_when_the_record_names_none(tmp_path):
+    Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
+    rows = [dict(id=str(i), image="a.png", question="q", options=["x", "y"], answer="x", trajectory=[{"text": "x"}]) for i in range(20)]
+    (tmp_path / data.FILE).write_text("\n".join(map(json.dumps, rows)))
+    assert len({ex.split for ex in data.read_folder(tmp_path)}) == 1  # one image, one side
+
+
+GOOD = dict(id="1", image="a.png", question="q", options=["x", "y"], answer="x", trajectory=[{"text": "call"}, {"image": "a.png"}, {"text": "x"}])
+BAD = {
+    "not json": ("{", "not valid JSON"),
+    "a list": ([], "expected a JSON object"),
+    "no question": ({**GOOD, "question": None}, "field 'question' must be a str"),
+    "answer not an option": ({**GOOD, "answer": "z"}, "'z' is not among the options"),
+    "empty option": ({**GOOD, "options": ["x", " "]}, "non-empty"),
+    "missing image": ({**GOOD, "image": "b.png"}, "b.png not found"),
+    "broken image": ({**GOOD, "image": "broken.png"}, "broken.png cannot be read"),
+    "missing tool image": ({**GOOD, "trajectory": [{"image": "c.png"}, {"text": "x"}]}, "c.png not found"),
+    "no text": ({**GOOD, "trajectory": [{"image": "a.png"}]}, "must end in a text"),
+    "empty trajectory": ({**GOOD, "trajectory": []}, "must end in a text"),
+    "blank text": ({**GOOD, "trajectory": [{"text": " "}]}, "step 0: text must be a non-empty string"),
+    "unknown step": ({**GOOD, "trajectory": [{"sound": "a"}]}, "step 0 must be"),
+    "answer not said": ({**GOOD, "trajectory": [{"text": "no idea"}]}, "does not contain the answer"),
+    "unknown split": ({**GOOD, "split": "dev"}, "'dev' is none of"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_records_name_file_line_and_mend(tmp_path, name):
+    record, message = BAD[name]
+    Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
+    (tmp_path / "broken.png").write_bytes((tmp_path / "a.png").read_bytes()[:40])
+    line = record if isinstance(record, str) else json.dumps(record)
+    (tmp_path / data.FILE).write_text(json.dumps({**GOOD, "id": "0"}) + "\n" + line + "\n")
+    with pytest.raises((ValueError, FileNotFoundError), match="line 2.*" + message):
+        data.read_folder(tmp_path)
+
+
+def test_duplicate_ids_and_missing_file(tmp_path):
+    Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
+    (tmp_path / data.FILE).write_text((json.dumps(GOOD) + "\n") * 2)
+    with pytest.raises(ValueError, match="line 2: id '1' was used on line 1"):
+        data.read_folder(tmp_path)
+    with pytest.raises(FileNotFoundError, match=data.FILE):
+        data.read_folder(tmp_path / "nowhere")
+
+
+# ---- the views ----
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    from model import VLM
+    from conftest import TINY
+    vlm = VLM(TINY)
+    return vlm, data.Serializer(vlm.tokenizer, vlm.image_token_id, 2048), data.ImageStore(vlm.image_processor)
+
+
+def whole(vlm, turns, image_tokens):
+    """The conversation rendered in one piece, tokenised in one piece, each image token repeated."""
+    text = vlm.tokenizer.apply_chat_template([data.Serializer._message(role, parts) for role, parts in turns], tokenize=False)
+    sizes, ids = iter(image_tokens), []
+    for token in vlm.tokenizer(text, add_special_tokens=False).input_ids:
+        ids += [token] * (next(sizes) if token == vlm.image_token_id else 1)
+    return ids
+
+
+@pytest.mark.parametrize("family", [f for f in EVERY if f != data.HELD_OUT])
+def test_views_equal_one_rendering_and_labels_decode_to_the_expert(shipped, family):
+    vlm, serializer, store = shipped
+    ex = data.make_example(family, "train", 0, 0)
+    images, tokens = store.add(ex)
+    views = serializer.views(ex, images, tokens, 2, "trajectory")
+    end, turns = serializer.end_id, serializer.turns(ex)
+    assert views.full.ids == whole(vlm, turns, tokens)[:-1]  # all but the line break after the last turn
+    assert views.target.ids == whole(vlm, turns[1:], tokens[1:])[:-1]
+    assert views.input.ids[:-2] == whole(vlm, turns[:1], tokens[:1]) + serializer.header_ids
+    said = [t for t in views.full.labels if t != -100]
+    assert vlm.tokenizer.decode(said) == "".join(text + "<|im_end|>" for text in ex.texts)
+    assert all(label in (-100, token) for label, token in zip(views.full.labels, views.full.ids))
+    assert views.full.ids[views.full.embed_at] == views.target.ids[views.target.embed_at] == end
+    assert views.target.embed_at == len(views.target.ids) - 1 and views.input.embed_at == len(views.input.ids) - 1
+    assert views.full.images == images and views.target.images == images[1:] and views.input.images == images[:1]
+
+
+def test_worked_example_of_the_docstring(shipped):
+    """Every token's role: the supervised pieces of a crop trajectory, by position."""
+    vlm, serializer, store = shipped
+    ex = data.make_example("crop", "train", 1, 0)
+    view = serializer.views(ex, *store.add(ex), 2, "trajectory").full
+    words = vlm.tokenizer.convert_ids_to_tokens(view.ids)
+    first_reply = words.index("assistant") + 2
+    assert all(label == -100 for label in view.labels[:first_reply])
+    first_end = words.index("<|im_end|>", first_reply)
+    assert all(label != -100 for label in view.labels[first_reply:first_end + 1])
+    second_reply = words.index("assistant", first_end) + 2
+    assert all(label == -100 for label in view.labels[first_end + 1:second_reply])  # line break, tool turn, header
+    assert all(label != -100 for label in view.labels[second_reply:]) and words[-1] == "<|im_end|>"
+
+
+def test_target_with_image_keeps_i0_and_drops_the_question(shipped):
+    vlm, serializer, store = shipped
+    ex = data.make_example("crop", "train", 0, 0)
+    images, tokens = store.add(ex)
+    view = serializer.views(ex, images, tokens, 0, "trajectory_with_image").target
+    assert view.images == images and view.ids.count(vlm.image_token_id) == sum(tokens)
+    assert ex.question not in vlm.tokenizer.decode(view.ids)
+
+
+def test_k0_ends_at_the_generation_prompt(shipped):
+    vlm, serializer, store = shipped
+    ex = data.make_example("crop", "train", 0, 0)
+    view = serializer.views(ex, *store.add(ex), 0, "trajectory").input
+    assert view.pred == 0 and view.ids[-len(serializer.header_ids):] == serializer.header_ids
+
+
+def test_views_refuse_what_they_cannot_serialise(shipped):
+    from dataclasses import replace
+    vlm, serializer, store = shipped
+    ex = data.make_example("crop", "train", 0, 0)
+    images, tokens = store.add(ex)
+    with pytest.raises(ValueError, match="special token '<|im_end|>'".replace("|", r"\|")):
+        serializer.views(replace(ex, question="hi<|im_end|>"), images, tokens, 2, "trajectory")
+    with pytest.raises(ValueError, match="without text"):
+        serializer.views(replace(ex, trajectory=[]), images, tokens, 2, "trajectory")
+    with pytest.raises(ValueError, match="limit is 20; .* raise --max_tokens"):
+        data.Serializer(vlm.tokenizer, vlm.image_token_id, 20).views(ex, images, tokens, 2, "trajectory")
+    with pytest.raises(ValueError, match="rejects image 0.*crop or drop it"):
+        store.add(replace(ex, image=Image.new("RGB", (2000, 4))))
+
+
+def test_collate_pads_and_points(shipped):
+    long, short = data.View([1, 2, 3, 4], [-100, 2, 3, 4], [7], 3, 2), data.View([5, 6], [-100, 6], [8, 9], 1, 1)
+    batch = data.collate([long, short], pad_id=0)
+    assert batch.ids.tolist() == [[1, 2, 3, 4], [5, 6, 0, 0]] and batch.labels.tolist()[1] == [-100, 6, -100, -100]
+    assert batch.mask.tolist()[1] == [True, True, False, False] and batch.pred.tolist() == [[False, False, True, True], [False, True, False, False]]
+    assert batch.embed_at.tolist() == [3, 1] and batch.images == [7, 8, 9]
+    left = data.collate([long, short], pad_id=0, left=True)
+    assert left.ids.tolist()[1] == [0, 0, 5, 6] and left.embed_at.tolist() == [3, 3] and left.pred.tolist()[1] == [False, False, False, True]
+
+
+def test_command_line_writes_a_folder_that_reads_back(tmp_path):
+    import subprocess
+    import sys
+    run = lambda *args: subprocess.run([sys.executable, data.__file__, *args], capture_output=True, text=True)
+    assert run("--out", str(tmp_path / "set"), "--regime", "all", "--count", "8").returncode == 0
+    assert Image.open(tmp_path / "set" / "contact_sheet.png").width > 1000
+    assert "8 train, 2 validation, 2 test" in run("--check", str(tmp_path / "set")).stdout
+    again = run("--out", str(tmp_path / "set"))
+    assert again.returncode == 1 and again.stderr.startswith("error:") and "Traceback" not in again.stderr

@@ -1,0 +1,304 @@
+"""Claims: lambda = 0 is SFT to the last gradient; the JEPA target is a constant; each image is encoded once; [PRED] rows train
+under LoRA; one batch can be overfitted; the same seed gives the same run; a run's checkpoint answers as plain transformers do."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import data
+import evaluate
+import losses
+import train
+from conftest import TINY
+from model import VLM
+from predictor import Predictor
+
+
+def setup(vlm, examples, config):
+    """Everything a step needs, in the model's own precision."""
+    vlm.set_trainable(config.lora_rank, config.lora_alpha, 0.0, ["q_proj", "v_proj", "down_proj"], config.train_vision)
+    torch.manual_seed(1)
+    for name, p in vlm.named_parameters():
+        if "lora_B" in name:  # away from zero, so that every gradient is there
+            torch.nn.init.normal_(p, std=0.02)
+    predictor = Predictor(vlm.dim, config.pred_tokens, torch.randn(vlm.dim), config.nextlat_sees_next)
+    torch.nn.init.normal_(predictor.latent.mlp[-1].weight, std=0.02)
+    vlm.double(), predictor.double()
+    return predictor, train.Examples(examples, vlm, config)
+
+
+def gradients(loss, vlm, predictor):
+    named = [(n, p) for m in (vlm, predictor) for n, p in m.named_parameters() if p.requires_grad]
+    return dict(zip([n for n, _ in named], torch.autograd.grad(loss, [p for _, p in named], allow_unused=True)))
+
+
+def embeddings(vlm, predictor, examples, rows, which, config):
+    """h^_R or h_R of the rows, one example at a time: no padding, no cache, no sharing."""
+    out = []
+    for row in rows:
+        view = getattr(examples.views[row], which)
+        features = vlm.encode_images([examples.store.pixels[i] for i in view.images], [examples.store.grids[i] for i in view.images])
+        states, _ = vlm(data.collate([view], vlm.pad_id), features, [examples.store.grids[i] for i in view.images],
+                        predictor.pred_tokens if view.pred else None)
+        out.append(states[0, -1])
+    return torch.stack(out)
+
+
+def test_lambda_zero_gives_exactly_the_gradients_of_sft(vlm64, mixed, config):
+    config.lambda_latent = 0.0
+    predictor, examples = setup(vlm64, mixed[:4], config)
+    sft, _, _ = train.compute_losses(vlm64, None, examples, [0, 1, 2, 3], config)
+    pearl, _, _ = train.compute_losses(vlm64, predictor, examples, [0, 1, 2, 3], config)
+    torch.testing.assert_close(sft, pearl, rtol=0, atol=0)
+    one, other = gradients(sft, vlm64, predictor), gradients(pearl, vlm64, predictor)
+    for name in one:
+        a, b = (g if g is not None else torch.zeros(()) for g in (one[name], other[name]))
+        assert torch.equal(a.expand_as(b) if a.dim() == 0 else a, b), name
+
+
+@pytest.mark.parametrize("nextlat_view", ["none", "trajectory"])
+def test_the_jepa_target_is_a_constant(vlm64, mixed, config, nextlat_view):
+    """Gradient of L_JEPA in the step = gradient with h_R replaced by its numbers, also when the target pass carries gradient."""
+    config = dataclasses.replace(config, nextlat_view=nextlat_view)
+    predictor, examples = setup(vlm64, mixed[:3], config)
+    rows = [0, 1, 2]
+    total, parts, (predicted, target) = train.compute_losses(vlm64, predictor, examples, rows, config)
+    with torch.no_grad():
+        numbers = embeddings(vlm64, predictor, examples, rows, "target", config)
+    torch.testing.assert_close(target, numbers)
+    jepa = (1 - F.cosine_similarity(embeddings(vlm64, predictor, examples, rows, "input", config), numbers, dim=-1)).mean()
+    torch.testing.assert_close(parts["jepa"], jepa.detach())
+    vlm_only, _, _ = train.compute_losses(vlm64, None, examples, rows, config)
+    if nextlat_view == "none":
+        whole, rest, naive = (gradients(x, vlm64, predictor) for x in (total, vlm_only, config.lambda_latent * jepa))
+        for name, g in whole.items():
+            if g is not None:
+                torch.testing.assert_close(g, naive[name] + (rest[name] if rest[name] is not None else 0), msg=name)
+        assert whole["pred_tokens"].abs().sum() > 0
+
+
+@pytest.mark.parametrize("nextlat_view, sees_next, horizon", [("full", True, 1), ("full", False, 2), ("trajectory", False, 1)])
+def test_nextlat_runs_along_the_states_it_should(vlm64, mixed, config, nextlat_view, sees_next, horizon):
+    config = dataclasses.replace(config, nextlat_view=nextlat_view, nextlat_sees_next=sees_next, horizon=horizon)
+    predictor, examples = setup(vlm64, mixed[:2], config)
+    _, parts, _ = train.compute_losses(vlm64, predictor, examples, [0, 1], config)
+    sums, counts = [0.0] * horizon, [0] * horizon
+    for row in range(2):
+        view = getattr(examples.views[row], "full" if nextlat_view == "full" else "target")
+        features = vlm64.encode_images([examples.store.pixels[i] for i in view.images], [examples.store.grids[i] for i in view.images])
+        states, embeds = (x[0] for x in vlm64(data.collate([view], vlm64.pad_id), features, [examples.store.grids[i] for i in view.images]))
+        wanted = [label != -100 for label in view.labels] if nextlat_view == "full" else [True] * len(view.ids)
+        for t in range(len(view.ids) - 1):
+            state = states[t]
+            for i in range(1, horizon + 1):
+                if t + i >= len(view.ids) or not all(wanted[t + 1:t + i + 1]):
+                    break
+                state = predictor.latent(state[None], embeds[t + i][None])[0]
+                sums[i - 1] += F.smooth_l1_loss(state, states[t + i]).item()
+                counts[i - 1] += 1
+    assert float(parts["nextlat"]) == pytest.approx(sum(s / c for s, c in zip(sums, counts)) / horizon, rel=1e-6)
+
+
+def test_sft_makes_one_pass_and_pearl_three_and_images_are_encoded_once(vlm64, mixed, config, monkeypatch):
+    predictor, examples = setup(vlm64, mixed[:2], config)
+    passes, encoded = [], []
+    forward, encode = vlm64.forward, vlm64.encode_images
+    monkeypatch.setattr(vlm64, "forward", lambda *a: passes.append(torch.is_grad_enabled()) or forward(*a))
+    monkeypatch.setattr(vlm64, "encode_images", lambda pixels, grids: encoded.append(len(pixels)) or encode(pixels, grids))
+    train.compute_losses(vlm64, None, examples, [0, 1], config)
+    assert passes == [True] and encoded == [4]  # two scenes and two tool images
+    train.compute_losses(vlm64, predictor, examples, [0, 1], config)
+    assert passes[1:] == [True, True, False] and encoded == [4]  # the target pass keeps no graph; nothing was encoded again
+
+
+def test_a_trained_vision_tower_gets_gradient_and_is_encoded_every_step(vlm64, mixed, config, monkeypatch):
+    config.train_vision = True
+    predictor, examples = setup(vlm64, mixed[:2], config)
+    encoded, encode = [], vlm64.encode_images
+    monkeypatch.setattr(vlm64, "encode_images", lambda pixels, grids: encoded.append(len(pixels)) or encode(pixels, grids))
+    for _ in range(2):
+        loss, _, _ = train.compute_losses(vlm64, predictor, examples, [0, 1], config)
+    assert encoded == [4, 4] and not examples.features
+    assert any("visual" in name and g is not None and g.abs().sum() > 0 for name, g in gradients(loss, vlm64, predictor).items())
+
+
+def test_cached_features_change_nothing(vlm64, mixed, config):
+    predictor, examples = setup(vlm64, mixed[:3], config)
+    first, _, _ = train.compute_losses(vlm64, predictor, examples, [0, 1, 2], config)
+    cached, _, _ = train.compute_losses(vlm64, predictor, examples, [0, 1, 2], config)
+    config.feature_cache_gb = 0.0
+    examples.features.clear()
+    without, _, _ = train.compute_losses(vlm64, predictor, examples, [0, 1, 2], config)
+    assert not examples.features and torch.equal(first, cached) and torch.equal(first, without)
+
+
+def test_accumulation_equals_one_large_batch(vlm64, mixed, config):
+    """For rows with equally many supervised tokens; L_VLM is a mean over the tokens of a pass."""
+    config = dataclasses.replace(config, nextlat_view="none")
+    predictor, examples = setup(vlm64, mixed, config)
+    words = [sum(label != -100 for label in v.full.labels) for v in examples.views]
+    rows = [i for i, n in enumerate(words) if n == max(set(words), key=words.count)]
+    rows = rows[:len(rows) // 2 * 2]
+    assert len(rows) >= 2
+    grads = []
+    for batch in (len(rows), len(rows) // 2):
+        vlm64.zero_grad()
+        parts, pair = train.train_step(vlm64, predictor, examples, rows, dataclasses.replace(config, batch=batch))
+        grads.append({n: p.grad.clone() for n, p in vlm64.named_parameters() if p.grad is not None})
+        assert len(pair[0]) == len(rows)
+    for name in grads[0]:
+        torch.testing.assert_close(grads[0][name], grads[1][name], msg=name)
+
+
+def test_batches_show_every_example_once_an_epoch_in_the_seeds_order():
+    take = lambda seed: [next(gen) for gen in [train.batches(10, 4, seed)] for _ in range(5)]
+    rows = [i for batch in take(0) for i in batch]
+    assert sorted(rows[:10]) == sorted(rows[10:]) == list(range(10))
+    assert take(0) == take(0) != take(1)
+
+
+def test_one_batch_can_be_overfitted_and_pred_rows_move(mixed, config):
+    torch.manual_seed(0)
+    vlm = VLM(TINY)
+    vlm.set_trainable(16, 32.0, 0.0, config.lora_targets.split(","), False)
+    examples = train.Examples(mixed[:3], vlm, config)
+    predictor = Predictor(vlm.dim, 4, vlm.lm.get_input_embeddings().weight[0])
+    before = predictor.pred_tokens.detach().clone()
+    adam = torch.optim.AdamW([p for m in (vlm, predictor) for p in m.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.0)
+    history = []
+    for _ in range(60):
+        loss, parts, _ = train.compute_losses(vlm, predictor, examples, [0, 1, 2], config)
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+        history.append(float(parts["vlm"]))
+    assert history[-1] < 0.1 * history[0] and float(parts["jepa"]) < 0.05
+    assert ((predictor.pred_tokens - before).norm(dim=1) > 0.01).all()
+
+
+# ---- whole runs ----
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "run"
+    config = train.Config(device="cpu", out=str(out), steps=4, batch=4, train_examples=12, valid_examples=5, test_per_family=2, eval_every=2,
+                          log_every=1, lora_rank=4, lora_alpha=8.0, lr=5e-3)
+    train.train(config)
+    return out, config
+
+
+def test_the_run_folder_holds_what_the_docstring_says(finished):
+    out, config = finished
+    names = {path.name for path in out.iterdir()}
+    best = json.loads((out / "best.json").read_text())
+    assert names == {"config.json", "log.jsonl", "best.json", "results.json", best["checkpoint"]}
+    assert {path.name for path in (out / best["checkpoint"]).iterdir()} == {"adapter_model.safetensors", "adapter_config.json", "predictor.safetensors"}
+    assert json.loads((out / "config.json").read_text()) == dataclasses.asdict(config)
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in log if r["kind"] == "train"] == [1, 2, 3, 4]
+    valid = {r["step"]: r["loss"] for r in log if r["kind"] == "valid"}
+    assert best["step"] == min(valid, key=valid.get) and best["valid"]["loss"] == min(valid.values())
+    for r in log:
+        assert r["loss"] == pytest.approx(r["vlm"] + config.lambda_latent * (r["jepa"] + r["nextlat"]), rel=1e-5)
+        assert {"r2", "spread_pred", "spread_target", "effective_rank", "mean_cosine", "retrieval", "retrieval_chance"} <= r.keys()
+
+
+def test_same_seed_same_run(finished, tmp_path):
+    out, config = finished
+    again = train.train(dataclasses.replace(config, out=str(tmp_path / "again")))
+    strip = lambda folder: [{k: v for k, v in json.loads(line).items() if k != "ms"} for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert strip(out) == strip(again)
+    files = [folder / json.loads((folder / "best.json").read_text())["checkpoint"] / "adapter_model.safetensors" for folder in (out, again)]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_the_checkpoint_answers_as_plain_transformers_from_a_merged_folder(finished, tmp_path):
+    from transformers import AutoModelForImageTextToText
+    out, config = finished
+    vlm, _ = evaluate.load_run(out, "cpu")
+    vlm.lm.save_pretrained(tmp_path)
+    plain = AutoModelForImageTextToText.from_pretrained(tmp_path)
+    serializer, store = data.Serializer(vlm.tokenizer, vlm.image_token_id, 2048), data.ImageStore(vlm.image_processor)
+    for ex in data.make_world("mixed", "test", 5):
+        images, tokens = store.add(ex)
+        view = serializer.prompt(ex, images[:1], tokens[:1])
+        ids = torch.tensor([view.ids])
+        expected = plain.generate(input_ids=ids, attention_mask=torch.ones_like(ids), mm_token_type_ids=(ids == vlm.image_token_id).int(),
+                                  pixel_values=store.pixels[images[0]], image_grid_thw=torch.tensor([store.grids[images[0]]]),
+                                  max_new_tokens=6, do_sample=False)
+        assert vlm.generate([view], store, 6)[0] == expected[0, len(view.ids):].tolist()
+
+
+def test_inference_does_not_open_the_predictor(finished, tmp_path):
+    import shutil
+    out, _ = finished
+    copy = tmp_path / "copy"
+    shutil.copytree(out, copy)
+    tests = data.make_world("mixed", "test", 5)
+    answers = evaluate.answer_questions(evaluate.load_run(out, "cpu")[0], tests)
+    for file in copy.glob("checkpoint-*/predictor.safetensors"):
+        file.write_bytes(b"not a predictor")
+    assert evaluate.answer_questions(evaluate.load_run(copy, "cpu")[0], tests) == answers
+
+
+def test_a_run_is_never_overwritten(finished):
+    out, config = finished
+    with pytest.raises(FileExistsError, match="choose another --out"):
+        train.train(config)
+
+
+def test_a_folder_of_ones_own_trains_and_bad_ones_stop_before_training(tmp_path):
+    rows = [ex for split, n in (("train", 6), ("validation", 3), ("test", 2)) for ex in data.make_world("all", split, n)]
+    data.write_folder(tmp_path / "set", rows)
+    small = ["--device", "cpu", "--steps", "2", "--batch", "2", "--lora_rank", "2", "--method", "sft"]
+    train.train(train.parse_config(["--data", str(tmp_path / "set"), "--out", str(tmp_path / "run"), *small]))
+    assert "all" in json.loads((tmp_path / "run" / "results.json").read_text())["after"]
+    (tmp_path / "set" / "images").rename(tmp_path / "set" / "pictures")
+    done = subprocess.run([sys.executable, train.__file__, "--data", str(tmp_path / "set"), "--out", str(tmp_path / "other"), *small],
+                          capture_output=True, text=True)
+    assert done.returncode == 1 and "line 1: image" in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "other").exists()
+
+
+# ---- the command line ----
+
+
+def test_recipes_set_defaults_and_options_win():
+    paper = train.parse_config(["--recipe", "paper"])
+    assert (paper.distance, paper.nextlat_view, paper.lambda_latent) == ("smoothl1", "trajectory", 0.2)
+    mine = train.parse_config(["--recipe", "paper", "--distance", "mse", "--train_vision", "True"])
+    assert mine.distance == "mse" and mine.nextlat_view == "trajectory" and mine.train_vision is True
+    assert train.parse_config(["--train_vision", "false"]).train_vision is False
+    assert train.parse_config(["--method", "sft", "--seed", "3"]).out == "runs/sft-mixed-seed3"
+    for fields in train.RECIPES.values():
+        assert fields.keys() <= {f.name for f in dataclasses.fields(train.Config)}
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["--regime", "triple"], "single.*mixed.*multi.*all"), (["--learning_rate", "1"], "unrecognized arguments: --learning_rate"),
+    (["--steps", "0"], "--steps must be at least 1"), (["--train_vision", "maybe"], "write true or false"), (["--distance", "dot"], "cosine")])
+def test_bad_options_name_the_good_ones(argv, message, capsys):
+    import re
+    with pytest.raises(SystemExit):
+        train.parse_config(argv)
+    assert re.search(message, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("recipe", list(train.RECIPES))
+@pytest.mark.parametrize("regime", list(data.REGIMES))
+def test_every_recipe_steps_in_every_regime(recipe, regime, config):
+    fields = {**train.RECIPES[recipe], "regime": regime}
+    config = dataclasses.replace(config, **fields)
+    vlm = VLM(TINY)
+    vlm.set_trainable(2, 4.0, config.lora_dropout, ["q_proj"], False)
+    examples = train.Examples(data.make_world(regime, "train", 3), vlm, config)
+    predictor = Predictor(vlm.dim, 4, vlm.lm.get_input_embeddings().weight[0], config.nextlat_sees_next)
+    parts, pair = train.train_step(vlm, predictor, examples, [0, 1, 2], config)
+    assert all(torch.isfinite(value) and value > 0 for value in parts.values()) and pair[0].shape == (3, vlm.dim)
+    assert predictor.pred_tokens.grad.abs().sum() > 0 and any(p.grad is not None for p in vlm.parameters())
