@@ -16,6 +16,7 @@ Left out on purpose: readers for published data sets, padding tricks and caches.
 import argparse
 import json
 import re
+import textwrap
 import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -139,7 +140,7 @@ def _read_record(record: dict, folder: Path, where: str) -> Example:
         split = {0: "test", 1: "validation"}.get(bucket, "train")
     if split not in SPLITS:
         raise ValueError(f"{where}: split {split!r} is none of {', '.join(SPLITS)}")
-    return Example(record["id"], record.get("family", "all"), open_image(folder / record["image"], where),
+    return Example(record["id"], record.get("family", "questions"), open_image(folder / record["image"], where),
                    record["question"].strip(), record["options"], record["answer"], steps, split)
 
 
@@ -602,8 +603,10 @@ def tell_path(spec: Spec, image: Image.Image) -> list:
     start, end = (node_xy(spec["walks"][0][n]) for n in (0, -1))
     texts = ["Trace the route. " + _call("path", *(round(100 * v / SIZE) for v in start))]
     if spec["family"] == "path+crop":
-        return tell_steps(image, texts + [f"It ends at the {spec['colours'][0]} disc. " + _call("crop", *box(*end, 11)), _read(spec)])
-    return tell_steps(image, texts + [final(f"It ends at the {spec['answer']} disc.", spec["answer"])])
+        texts += [f"It ends at the {spec['colours'][0]} disc. " + _call("crop", *box(*end, 11)), _read(spec)]
+    else:
+        texts.append(final(f"It ends at the {spec['answer']} disc.", spec["answer"]))
+    return tell_steps(image, texts)
 
 
 FAMILIES: dict[str, Family] = {
@@ -687,16 +690,17 @@ class Serializer:
 
     Worked example, shipped model, K = 2; I0 takes 16 image tokens, the crop 4. s supervised, - not:
 
-        full    - <|im_start|>user\\n<|vision_start|>(16 x <|image_pad|>)<|vision_end|>Which digit is on the red disc?<|im_end|>\\n
-                - <|im_start|>assistant\\n
-                s Zoom in on the red disc. [crop 12 30 28 46]<|im_end|>
-                - \\n<|im_start|>user\\n<|vision_start|>(4 x <|image_pad|>)<|vision_end|><|im_end|>\\n
-                - <|im_start|>assistant\\n
-                s The digit is seven. Answer: seven<|im_end|>                              L_VLM (Eq. 3), L_NextLat (Eq. 2)
-        input   - <|im_start|>user\\n(I0, question as above)<|im_end|>\\n<|im_start|>assistant\\n[PRED][PRED]
-                                                                                   h^_R: state of the last [PRED] (Eq. 1)
-        target  the full view's assistant and tool turns without the first user turn, so without I0 and Q
-                                                                                   h_R: state of the last <|im_end|> (Eq. 1)
+        full view (L_VLM, Eq. 3, and L_NextLat, Eq. 2)
+          - <|im_start|>user\\n<|vision_start|>(16 x <|image_pad|>)<|vision_end|>Which digit is on the red disc?<|im_end|>\\n
+          - <|im_start|>assistant\\n
+          s Zoom in on the red disc. [crop 12 30 28 46]<|im_end|>
+          - \\n<|im_start|>user\\n<|vision_start|>(4 x <|image_pad|>)<|vision_end|><|im_end|>\\n
+          - <|im_start|>assistant\\n
+          s The digit is seven. Answer: seven<|im_end|>
+        input view (h^_R, Eq. 1: state of the last [PRED])
+          - the full view's first two lines, then [PRED][PRED]
+        target view (h_R, Eq. 1: state of the last <|im_end|>)
+          - the full view without its first line, so without I0 and Q
 
     Deviation: the paper embeds a view at its last token. We end every view at the token that ends the turn (the
     released code takes the same token) and put [PRED] after the generation prompt, where decoding would start; the
@@ -727,11 +731,12 @@ class Serializer:
 
     def _pieces(self, turns: list[tuple[str, list]]) -> list[tuple[str, bool]]:
         """(text, supervised) pieces of a conversation of (role, parts) turns."""
-        messages, done, pieces = [], 0, []
+        messages, before, pieces = [], "", []
         for role, parts in turns:
             messages.append(self._message(role, parts))
             whole = self._render(messages)
-            turn, done = whole[done:], len(whole)
+            assert whole.startswith(before), "the chat template rewrites earlier turns"
+            turn, before = whole[len(before):], whole
             if role == "assistant":
                 body = self.header + parts[0] + self.ending
                 assert turn.endswith(body), f"the chat template changed the assistant's text: {turn!r}"
@@ -799,7 +804,8 @@ class Serializer:
 
     def prompt(self, example: Example, images: list[int], image_tokens: list[int], answer_prefix: str = "") -> View:
         """<I0, Q> and the generation prompt (and what the answer is made to start with): all that inference sees."""
-        ids, _ = self._tokens(self._pieces(self.turns(example)[:1]) + [(self.header, False), (answer_prefix, False)], image_tokens)
+        pieces = self._pieces(self.turns(example)[:1]) + [(self.header, False), (answer_prefix, False)]
+        ids, _ = self._tokens(pieces, image_tokens)
         return View(ids, [-100] * len(ids), images, len(ids) - 1)
 
     def tool_prompt(self, example: Example, images: list[int], image_tokens: list[int]) -> View:
@@ -857,8 +863,8 @@ class ImageStore:
             try:
                 out = self.processor(images=[image], return_tensors="pt")
             except ValueError as error:
-                raise ValueError(f"example {example.id}: the image processor rejects image {n} ({image.width} x {image.height} px): "
-                                 f"{error}; crop or drop it") from None
+                raise ValueError(f"example {example.id}: the image processor rejects image {n} "
+                                 f"({image.width} x {image.height} px): {error}; crop or drop it") from None
             self.pixels.append(out["pixel_values"])
             self.grids.append(tuple(int(v) for v in out["image_grid_thw"][0]))
         indices = list(range(first, len(self.pixels)))
@@ -900,8 +906,53 @@ def contact_sheet(examples: list[Example], width: int = 1500, side: int = 132) -
                 write(x, y, step)
             else:
                 scale = min(side, cell - 6) / max(step.size)
-                sheet.paste(step.resize((max(1, round(step.width * scale)), max(1, round(step.height * scale))), Image.Resampling.NEAREST), (x, y))
+                size = [max(1, round(length * scale)) for length in step.size]
+                sheet.paste(step.resize(size, Image.Resampling.NEAREST), (x, y))
         draw.line((0, y + side + 5, width, y + side + 5), fill=(200, 200, 200))
+    return sheet
+
+
+def views_figure(example: Example) -> Image.Image:
+    """One trajectory as the three views show it, with what each loss sees (the README's picture)."""
+    font, bold = ImageFont.load_default(15), ImageFont.load_default(19)
+    sheet = Image.new("RGB", (1180, 590), "white")
+    draw = ImageDraw.Draw(sheet)
+    grey, green, violet, blue = (236, 236, 236), (205, 238, 205), (226, 210, 245), (205, 225, 250)
+    lefts = dict(I0=20, Q=130, T1=290, I1=560, T2=670, state=960)
+
+    def block(column: str, y: int, width: int, content, fill=grey) -> None:
+        x = lefts[column]
+        if isinstance(content, Image.Image):
+            sheet.paste(content.resize((96, 96), Image.Resampling.NEAREST), (x, y))
+        else:
+            draw.rounded_rectangle((x, y, x + width, y + 96), 8, fill=fill)
+            draw.multiline_text((x + 9, y + 12), content, fill="black", font=font, spacing=6)
+
+    def row(y: int, title: str, shown: str, fill, state: str) -> None:
+        draw.text((20, y - 28), title, fill="black", font=bold)
+        plan, call = example.texts[0].split(" [")
+        reading, said = example.texts[-1].split(" Answer")
+        texts = dict(Q="\n".join(textwrap.wrap(example.question, 16)), T1=plan + "\n[" + call + "\n<|im_end|>",
+                     T2=reading + "\nAnswer" + said + "\n<|im_end|>")
+        for column, content in dict(I0=example.image, I1=example.images[1], **texts).items():
+            if column in shown.split():
+                block(column, y, dict(Q=145, T1=255, T2=255).get(column, 96), content, fill if column[0] == "T" else grey)
+        block("state", y, 200, state, blue)
+
+    row(40, "full view <I0, Q, R>", "I0 Q T1 I1 T2", green,
+        "green words: L_VLM (Eq. 3)\n\ntheir states, one to the\nnext: L_NextLat (Eq. 2)")
+    row(220, "input view <I0, Q> + K x [PRED]: all that inference has, plus [PRED]", "I0 Q", grey,
+        "h^_R: state of the\nlast [PRED]\n\n(gradient flows here)")
+    for k in range(4):
+        draw.rounded_rectangle((290 + 84 * k, 240, 366 + 84 * k, 296), 8, fill=violet)
+        draw.text((301 + 84 * k, 258), "[PRED]", fill="black", font=font)
+    row(420, "target view R: encoded on its own, without gradient", "T1 I1 T2", grey,
+        "h_R: state of the\nlast <|im_end|>\n\n(stop-gradient)")
+    draw.line((1060, 326, 1060, 410), fill=(40, 80, 200), width=4)
+    draw.polygon([(1052, 404), (1068, 404), (1060, 418)], fill=(40, 80, 200))
+    draw.text((900, 356), "L_JEPA (Eq. 1)", fill=(40, 80, 200), font=bold)
+    draw.text((20, 545), "L = L_VLM + lambda (L_JEPA + L_NextLat)   (Eq. 4)      inference: plain decoding from <I0, Q>, "
+              "no tool, no [PRED]", fill="black", font=bold)
     return sheet
 
 
@@ -911,12 +962,15 @@ def main() -> None:
     parser.add_argument("--regime", choices=list(REGIMES), default="mixed")
     parser.add_argument("--count", type=int, default=40, help="training examples; a quarter as many for validation and for test")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--figure", type=Path, metavar="PNG", help="draw the README's picture of the three views")
     parser.add_argument("--check", type=Path, metavar="DIR", help="read a data folder and report")
     args = parser.parse_args()
     if args.check:
         examples = read_folder(args.check)
         counts = {split: sum(ex.split == split for ex in examples) for split in SPLITS}
         print(f"{args.check}: {len(examples)} records are well-formed; " + ", ".join(f"{n} {s}" for s, n in counts.items()))
+    elif args.figure:
+        views_figure(make_example("crop", "train", 1, 0)).save(args.figure)
     elif args.out:
         if args.count < 1:
             parser.error("--count must be at least 1")

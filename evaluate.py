@@ -83,8 +83,8 @@ def answer_questions(vlm: VLM, examples: list[Example], answer_prefix: str = "An
     direct = generate_all(vlm, prompt(answer_prefix), store, max(len(way) for ways in paths for way in ways), paths)
     free = generate_all(vlm, prompt(""), store, free_tokens)
     with_tool = [i for i, ex in enumerate(examples) if len(ex.images) > 1]
-    reading = generate_all(vlm, [serializer.tool_prompt(examples[i], *placed[i]) for i in with_tool], store, READING_TOKENS) if with_tool else []
-    read = dict(zip(with_tool, reading))
+    read = dict(zip(with_tool, generate_all(vlm, [serializer.tool_prompt(examples[i], *placed[i]) for i in with_tool], store,
+                                            READING_TOKENS)))
 
     records = []
     for i, ex in enumerate(examples):

@@ -132,9 +132,9 @@ class VLM(nn.Module):
             rows = pred_tokens.to(embeds.dtype).repeat(len(batch.ids), 1)  # (B * K, D)
             embeds = embeds.masked_scatter(batch.pred[..., None], rows)
         # Positions are always passed: without mm_token_type_ids the model would fall back to 1-D positions silently.
-        positions, _ = self.lm.model.get_rope_index(
-            batch.ids, mm_token_type_ids=is_image.int(), image_grid_thw=torch.tensor(grids, device=self.device) if grids else None,
-            attention_mask=batch.mask.long())  # (3, B, T)
+        grid = torch.tensor(grids, device=self.device) if grids else None
+        positions, _ = self.lm.model.get_rope_index(batch.ids, mm_token_type_ids=is_image.int(), image_grid_thw=grid,
+                                                    attention_mask=batch.mask.long())  # (3, B, T)
         out = self.lm.model.language_model(inputs_embeds=embeds, attention_mask=batch.mask.long(), position_ids=positions,
                                            use_cache=False, **extra)
         return out.last_hidden_state, embeds
@@ -165,7 +165,8 @@ class VLM(nn.Module):
         """adapter_model.safetensors and adapter_config.json; without LoRA, all trained weights in model.safetensors."""
         layers = _lora_layers(self.lm)
         if not layers:
-            save_file({n: p.detach().contiguous() for n, p in self.lm.named_parameters() if p.requires_grad}, folder / "model.safetensors")
+            trained = {n: p.detach().contiguous() for n, p in self.lm.named_parameters() if p.requires_grad}
+            save_file(trained, folder / "model.safetensors", metadata=dict(format="pt"))
             return
         weights = {}
         for name, layer in layers.items():

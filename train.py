@@ -86,7 +86,8 @@ class Config:
 
 RECIPES = {
     "ours": {},
-    "paper": dict(lambda_latent=0.2, distance="smoothl1", target_view="trajectory", nextlat_view="trajectory", nextlat_sees_next=False),
+    "paper": dict(lambda_latent=0.2, distance="smoothl1", target_view="trajectory", nextlat_view="trajectory",
+                  nextlat_sees_next=False),
     "release": dict(lambda_latent=0.2, distance="cosine", target_view="trajectory_with_image", nextlat_view="full",
                     nextlat_sees_next=True, nextlat_token=True, lora_dropout=0.1, weight_decay=0.1),
 }
@@ -96,7 +97,8 @@ CHOICES = dict(method=METHODS, recipe=tuple(RECIPES), regime=tuple(data.REGIMES)
 
 def parse_config(argv: list[str] | None = None) -> Config:
     """Config from the command line: one option a field; unknown names and values stop with the list of known ones."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def boolean(text: str) -> bool:
         if text.lower() not in ("true", "false"):
@@ -109,8 +111,8 @@ def parse_config(argv: list[str] | None = None) -> Config:
                             metavar=None if f.name in CHOICES else kind.__name__.upper(), help=f"default {f.default!r}")
     given = vars(parser.parse_args(argv))
     config = Config(**{**RECIPES[given.get("recipe", "ours")], **given})
-    for name, least in dict(steps=1, batch=1, accumulate=1, pred_tokens=0, horizon=1, lora_rank=0, train_examples=1, valid_examples=2,
-                            test_per_family=1, eval_every=1, log_every=1, lambda_latent=0, lr=0).items():
+    for name, least in dict(steps=1, batch=1, accumulate=1, pred_tokens=0, horizon=1, lora_rank=0, train_examples=1,
+                            valid_examples=2, test_per_family=1, eval_every=1, log_every=1, lambda_latent=0, lr=0).items():
         if getattr(config, name) < least:
             parser.error(f"--{name} must be at least {least}, not {getattr(config, name)}")
     config.out = config.out or f"runs/{config.method}-{config.regime}-seed{config.seed}"
@@ -164,7 +166,8 @@ def image_features(vlm: VLM, examples: Examples, indices: list[int], config: Con
     new = {}
     if wanted:
         with nullcontext() if config.train_vision else torch.no_grad():
-            new = dict(zip(wanted, vlm.encode_images([examples.store.pixels[i] for i in wanted], [examples.store.grids[i] for i in wanted])))
+            pixels, grids = ([rows[i] for i in wanted] for rows in (examples.store.pixels, examples.store.grids))
+            new = dict(zip(wanted, vlm.encode_images(pixels, grids)))
     if not config.train_vision and examples.feature_bytes < config.feature_cache_gb * 1e9:
         new = {i: f.clone() for i, f in new.items()}  # a slice would keep the whole batch's features alive
         examples.features |= new
@@ -173,7 +176,7 @@ def image_features(vlm: VLM, examples: Examples, indices: list[int], config: Con
 
 
 def encode(vlm: VLM, examples: Examples, views: list[data.View], features: dict[int, Tensor], pred_tokens: Tensor | None = None):
-    """Enc of a list of views: the batch, its states (B, T, D) and input embeddings (B, T, D), and the views' embeddings (B, D)."""
+    """Enc of a list of views: (batch, states (B, T, D), input embeddings (B, T, D), the views' embeddings (B, D))."""
     batch = data.collate(views, vlm.pad_id).to(vlm.device)
     states, inputs = vlm(batch, [features[i] for i in batch.images], [examples.store.grids[i] for i in batch.images], pred_tokens)
     embedding = states[torch.arange(len(views), device=vlm.device), batch.embed_at]
@@ -229,7 +232,9 @@ def train_step(vlm: VLM, predictor: Predictor | None, examples: Examples, rows: 
 
 
 def autocast(config: Config):
-    return torch.autocast("cuda", torch.bfloat16) if torch.device(config.device).type == "cuda" else nullcontext()
+    """bfloat16 arithmetic on a GPU, and wherever the weights are bfloat16; float32 on a CPU."""
+    device = torch.device(config.device).type
+    return torch.autocast(device, torch.bfloat16, enabled=device == "cuda" or config.dtype == "bfloat16")
 
 
 @torch.no_grad()
@@ -287,7 +292,8 @@ def progress_line(step: int, config: Config, parts: dict, gauges: dict, norm: fl
     terms = " ".join(f"{name} {value:.4f}" for name, value in parts.items())
     shown = f" | r2 {gauges['r2']:.2f} retrieval {gauges['retrieval']:.2f} rank {gauges['effective_rank']:.1f}" if gauges else ""
     left = (config.steps - step) * ms / 1000
-    return f"{step:5d}/{config.steps} {terms}{shown} | lr {lr:.1e} grad {norm:.2f} {ms:.0f} ms/step, {left // 60:.0f}:{left % 60:02.0f} left"
+    return (f"{step:5d}/{config.steps} {terms}{shown} | lr {lr:.1e} grad {norm:.2f} {ms:.0f} ms/step, "
+            f"{int(left) // 60}:{int(left) % 60:02d} left")
 
 
 def train(config: Config) -> Path:
@@ -299,7 +305,8 @@ def train(config: Config) -> Path:
     examples, valid_examples = Examples(train_set, vlm, config), Examples(valid_set, vlm, config)
     out = start_folder(config)
 
-    vlm.set_trainable(config.lora_rank, config.lora_alpha, config.lora_dropout, config.lora_targets.split(","), config.train_vision)
+    vlm.set_trainable(config.lora_rank, config.lora_alpha, config.lora_dropout, config.lora_targets.split(","),
+                      config.train_vision)
     predictor = None
     if config.method == "pearl" and config.lambda_latent > 0:
         end_row = vlm.lm.get_input_embeddings().weight[data.Serializer(vlm.tokenizer, vlm.image_token_id, 0).end_id]
@@ -307,8 +314,9 @@ def train(config: Config) -> Path:
     parameters = [p for module in (vlm, predictor) if module is not None for p in module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
     schedule = get_cosine_schedule_with_warmup(optimizer, math.ceil(config.warmup * config.steps), config.steps)
-    print(f"{config.method} on {config.data or config.regime}: {len(train_set)} examples, {sum(p.numel() for p in parameters) / 1e6:.2f}M "
-          f"trained parameters, {config.device}, run folder {out}")
+    trained = sum(p.numel() for p in parameters) / 1e6
+    print(f"{config.method} on {config.data or config.regime}: {len(train_set)} examples, {trained:.2f}M trained parameters, "
+          f"{config.device}, run folder {out}")
 
     before = evaluate.summarise(evaluate.answer_questions(vlm, tests, config.answer_prefix))
     vlm.train()
@@ -348,7 +356,8 @@ def report(out: Path, config: Config, tests: list[data.Example], before: dict, s
     after = evaluate.summarise(answers)
     best = json.loads((out / "best.json").read_text())
     evaluate.write_json(out / "results.json", dict(before=before, after=after, best=best, train_seconds=seconds, answers=answers))
-    print(f"\ntest accuracy in %, before and after {config.steps} steps ({seconds / 60:.1f} minutes); best checkpoint: step {best['step']}")
+    print(f"\ntest accuracy in %, before and after {config.steps} steps ({seconds / 60:.1f} minutes); "
+          f"best checkpoint: step {best['step']}")
     print(evaluate.format_table(dict(before=before, after=after)))
     gauges = {name: value for name, value in best["valid"].items() if name not in ("loss", "vlm", "jepa", "nextlat")}
     if gauges:

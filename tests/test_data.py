@@ -3,6 +3,7 @@ answer; a folder survives the round trip; every kind of bad record is refused wi
 labels and positions are those of one rendering of the whole conversation."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -161,6 +162,17 @@ def test_bad_records_name_file_line_and_mend(tmp_path, name):
         data.read_folder(tmp_path)
 
 
+def test_the_readmes_record_is_read(tmp_path):
+    readme = (Path(data.__file__).parent / "README.md").read_text()
+    record = " ".join(readme[readme.index('    {"id"'):readme.index("    python data.py --check")].split("\n\n")[0].split())
+    (tmp_path / "images").mkdir()
+    for name in ("0001.png", "0001-crop.png"):
+        Image.new("RGB", (64, 64)).save(tmp_path / "images" / name)
+    (tmp_path / data.FILE).write_text("\ufeff" + record + "\n\n")  # a byte-order mark and a blank line are nothing to stop at
+    [ex] = data.read_folder(tmp_path)
+    assert ex.answer == "seven" and len(ex.images) == 2 and data.CALL.search(ex.texts[0])
+
+
 def test_duplicate_ids_and_missing_file(tmp_path):
     Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
     (tmp_path / data.FILE).write_text((json.dumps(GOOD) + "\n") * 2)
@@ -271,5 +283,7 @@ def test_command_line_writes_a_folder_that_reads_back(tmp_path):
     assert run("--out", str(tmp_path / "set"), "--regime", "all", "--count", "8").returncode == 0
     assert Image.open(tmp_path / "set" / "contact_sheet.png").width > 1000
     assert "8 train, 2 validation, 2 test" in run("--check", str(tmp_path / "set")).stdout
+    assert run("--figure", str(tmp_path / "views.png")).returncode == 0
+    assert Image.open(tmp_path / "views.png").width > 1000
     again = run("--out", str(tmp_path / "set"))
     assert again.returncode == 1 and again.stderr.startswith("error:") and "Traceback" not in again.stderr

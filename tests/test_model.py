@@ -129,6 +129,21 @@ def test_adapter_on_disk_is_in_pefts_layout(tmp_path, vlm64, mixed):
     torch.testing.assert_close(run(fresh, store, [v.full for v in views])[1], run(vlm64, store, [v.full for v in views])[1], rtol=1e-5, atol=1e-5)
 
 
+def test_full_fine_tuning_survives_the_disk(tmp_path, vlm64, mixed):
+    """lora_rank 0: all weights of the language model train and are saved, none of the vision tower's."""
+    views, store = views_of(vlm64, mixed[:2])
+    vlm64.set_trainable(0, 1.0, 0.0, [], vision=False)
+    with torch.no_grad():
+        for p in vlm64.parameters():
+            if p.requires_grad:
+                p += 0.05 * torch.randn_like(p)
+    vlm64.save_adapter(tmp_path)
+    assert not any("visual" in name for name in load_file(tmp_path / "model.safetensors"))
+    fresh = VLM(TINY, dtype=torch.float64)
+    fresh.load_adapter(tmp_path)
+    torch.testing.assert_close(run(fresh, store, [v.full for v in views])[1], run(vlm64, store, [v.full for v in views])[1])
+
+
 def test_errors_say_what_to_do(tmp_path, vlm64):
     with pytest.raises(ValueError, match="no config.json"):
         VLM(tmp_path)

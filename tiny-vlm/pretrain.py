@@ -231,61 +231,69 @@ def scene_questions(spec: dict) -> list[tuple[str, str]]:
     return rows
 
 
+def object_crop(spec: dict, image: Image.Image, rng: random.Random):
+    """A panel, an object or a mark, cut out."""
+    x, y, r, shape, colour, digit = rng.choice(spec["objects"])
+    kind = rng.choice(("panel", "object", "mark")) if "calls" in spec else "object"
+    lower = r // 4 if shape == "triangle" else 0  # where a triangle's mark stands
+    if kind == "panel":
+        corner = (64 * (x >= 64), 64 * (y >= 64))
+        labels = Labels(8, corner, 64)
+        label_objects(labels, spec["objects"])
+        inside = [o for o in spec["objects"] if all(c <= v < c + 64 for c, v in zip(corner, o))]
+        return data.crop(image, *data.box(corner[0] + 32, corner[1] + 32, 32)), labels, object_questions(inside, corner, 64)
+    centre, half = ((x, y), r) if kind == "object" else ((x, y + lower), 7)
+    labels = Labels(4, (centre[0] - half, centre[1] - half), 2 * half)
+    labels.area(0, 0, data.SIZE, data.SIZE, colour)
+    labels.read(x, y + lower, digit)
+    questions = [("Which digit is this?", answer(DIGITS[digit]))]
+    if kind == "object":
+        labels.put(x, y, shape)
+        questions += [("What is this?", answer(f"{colour} {shape}")),
+                      (f"Which digit is on the {colour} {shape}?", answer(DIGITS[digit])),
+                      ("Where is the mark?", numbers(data.box(r, r + lower, 7, size=2 * r)))]
+    return data.crop(image, *data.box(*centre, half)), labels, questions
+
+
+def digit_crop(spec: dict, image: Image.Image, rng: random.Random):
+    """The digit under a bar or at the end of a route, cut out."""
+    if "bars" in spec:
+        bar = rng.choice(spec["bars"])
+        x, y, r, digit = bar[0] + 7, 118, 9, bar[4]
+    else:
+        n = rng.randrange(len(spec["walks"]))
+        (x, y), r, digit = data.node_xy(spec["walks"][n][-1]), 11, spec["digits"][n]
+    labels = Labels(4, (x - r, y - r), 2 * r)
+    labels.read(x, y, digit)
+    return data.crop(image, *data.box(x, y, r)), labels, [("Which digit is this?", answer(DIGITS[digit]))]
+
+
 def tool_picture(spec: dict, image: Image.Image, rng: random.Random):
     """One tool output of the scene as a picture in its own right: (image, labels, questions)."""
     if "objects" in spec:
-        x, y, r, shape, colour, digit = rng.choice(spec["objects"])
-        small = [(f"Which digit is this?", answer(DIGITS[digit])), ("What is this?", answer(f"{colour} {shape}")),
-                 (f"Which digit is on the {colour} {shape}?", answer(DIGITS[digit]))]
-        kind = rng.randrange(3) if "calls" in spec else 1
-        if kind == 0:  # a panel
-            corner = (64 * (x >= 64), 64 * (y >= 64))
-            labels = Labels(8, corner, 64)
-            label_objects(labels, spec["objects"])
-            inside = [o for o in spec["objects"] if corner[0] <= o[0] < corner[0] + 64 and corner[1] <= o[1] < corner[1] + 64]
-            return data.crop(image, *data.box(corner[0] + 32, corner[1] + 32, 32)), labels, object_questions(inside, corner, 64)
-        half = r if kind == 1 else 7
-        lower = 0 if kind == 1 or shape != "triangle" else r // 4
-        labels = Labels(4, (x - half, y + lower - half), 2 * half)
-        labels.area(0, 0, 128, 128, colour)
-        labels.read(x, y + lower, digit)
-        if kind == 1:
-            labels.put(x, y, shape)
-        questions = small if kind == 1 else small[:1]
-        if kind == 1:
-            questions.append(("Where is the mark?", numbers(data.box(r, r + (r // 4 if shape == "triangle" else 0), 7, size=2 * r))))
-        return data.crop(image, *data.box(x, y + lower, half)), labels, questions
-    if "bars" in spec and spec["family"] == "highlight+crop" and rng.random() < 0.5 or spec["family"] == "path+crop" and rng.random() < 0.5:
-        n = rng.randrange(len(spec.get("bars", spec.get("walks"))))
-        if "bars" in spec:
-            x, y, r, digit = spec["bars"][n][0] + 7, 118, 9, spec["bars"][n][4]
-        else:
-            (x, y), r, digit = data.node_xy(spec["walks"][n][-1]), 11, spec["digits"][n]
-        labels = Labels(4, (x - r, y - r), 2 * r)
-        labels.read(x, y, digit)
-        return data.crop(image, *data.box(x, y, r)), labels, [("Which digit is this?", answer(DIGITS[digit]))]
+        return object_crop(spec, image, rng)
+    if spec["family"].endswith("+crop") and rng.random() < 0.5:
+        return digit_crop(spec, image, rng)
     labels = Labels(8)
     out = next(step for step in data.FAMILIES[spec["family"]].tell(spec, image) if not isinstance(step, str))
-    if "bars" in spec:
-        label_scene(labels, spec)
-        for x, height, _, has_dot, _ in spec["bars"]:
-            if has_dot:
-                labels.area(x, 110 - height, x + 14, 110, "bright")
-        bright = [b for b in spec["bars"] if b[3]]
-        tallest = max(bright, key=lambda b: b[1])
-        return out, labels, [("Which bright bar is the tallest?", answer(tallest[2])), ("Which bars are bright?", answer(" ".join(b[2] for b in bright))),
-                             (f"Where is the digit under the {tallest[2]} bar?", numbers(data.box(tallest[0] + 7, 118, 9)))]
-    if "balls" in spec:
-        label_scene(labels, spec)
-        return out, labels, [("Which mark is brighter?", answer(spec["answer"]))]
-    if "pictures" in spec:
-        for box in ((0, 0, 128, 14), (0, 114, 128, 128), (0, 0, 14, 128), (114, 0, 128, 128)):
-            labels.area(*box, spec["answer"])
+    if "pictures" in spec:  # the assembled picture: a frame in the fitting piece's colour
+        for edge in ((0, 0, 128, 14), (0, 114, 128, 128), (0, 0, 14, 128), (114, 0, 128, 128)):
+            labels.area(*edge, spec["answer"])
         return out, labels, [("What colour is the frame?", answer(spec["answer"]))]
     label_scene(labels, spec)
-    colour = spec["colours"][0]
-    return out, labels, [("Which disc does the pink route reach?", answer(colour)),
-                         (f"Where is the {colour} disc?", numbers(data.box(*data.node_xy(spec["walks"][0][-1]), 11)))]
+    if "balls" in spec:
+        return out, labels, [("Which mark is brighter?", answer(spec["answer"]))]
+    if "walks" in spec:
+        colour, end = spec["colours"][0], data.node_xy(spec["walks"][0][-1])
+        return out, labels, [("Which disc does the pink route reach?", answer(colour)),
+                             (f"Where is the {colour} disc?", numbers(data.box(*end, 11)))]
+    bright = [bar for bar in spec["bars"] if bar[3]]
+    for x, height, *_ in bright:
+        labels.area(x, 110 - height, x + 14, 110, "bright")
+    tallest = max(bright, key=lambda bar: bar[1])
+    return out, labels, [("Which bright bar is the tallest?", answer(tallest[2])),
+                         ("Which bars are bright?", answer(" ".join(bar[2] for bar in bright))),
+                         (f"Where is the digit under the {tallest[2]} bar?", numbers(data.box(tallest[0] + 7, 118, 9)))]
 
 
 WEIGHTS = {"crop": 5, "shape": 1, "highlight": 3, "depth": 2, "jigsaw": 3, "path": 4, "zoom": 4, "highlight+crop": 3, "path+crop": 3}
