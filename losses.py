@@ -46,15 +46,19 @@ def distance(prediction: Tensor, target: Tensor, kind: str) -> Tensor:
     raise ValueError(f"unknown distance {kind!r}: choose one of {', '.join(DISTANCES)}")
 
 
-def jepa_loss(predicted: Tensor, target: Tensor, kind: str = "cosine") -> Tensor:
+def jepa_loss(predicted: Tensor, target: Tensor, kind: str = "cosine", centre: Tensor | None = None) -> Tensor:
     """Eq. 1: L_JEPA = mean over the batch of D(h^_R, sg[h_R]).
 
     predicted (B, D): h^_R, the state of the last [PRED] token after <I0, Q>. target (B, D): h_R, the state of the
     trajectory's last token. Gradient: flows to `predicted`, stops at `target`; the target is trained by the other two
     losses only, so the model cannot make the prediction easy by moving both ends together.
     Deviation: the paper's text has D = SmoothL1, the authors' release 1 - cos. Ours is cosine; kind="smoothl1" is the text.
+    Deviation: centre (D), a running mean of h_R, is subtracted from both. The end-of-turn states of a language model share
+    a large constant part; without it cosines start above 0.99 and nothing is left to learn. None: as in paper and release.
     """
     target = target.detach()
+    if centre is not None:
+        predicted, target = predicted - centre, target - centre
     return distance(predicted, target, kind).mean()
 
 

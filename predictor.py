@@ -60,7 +60,8 @@ class Predictor(nn.Module):
     The [PRED] rows are parameters of their own and not rows of the vocabulary: under LoRA the embedding matrix is
     frozen, and rows added to it would stay at their initial value (as they do in the released code).
     They start at `start` (D), the embedding of the end-of-turn token, whose state is what they must predict, plus
-    noise of a tenth of its size to tell them apart.
+    noise of a tenth of its size to tell them apart. (Started from the answer prefix instead, they bend the very states
+    that decode a direct answer, and direct accuracy falls.) `centre` (D) is the running mean of h_R for jepa_loss.
     """
 
     def __init__(self, dim: int, pred_tokens: int, start: Tensor, sees_next: bool = True):
@@ -69,3 +70,12 @@ class Predictor(nn.Module):
         noise = 0.1 * start.square().mean().sqrt() * torch.randn(pred_tokens, dim, device=start.device)
         self.pred_tokens = nn.Parameter(start.repeat(pred_tokens, 1) + noise)  # (K, D)
         self.latent = LatentPredictor(dim, sees_next)
+        self.register_buffer("centre", torch.zeros(dim))
+        self.register_buffer("seen", torch.zeros(()))
+
+    @torch.no_grad()
+    def update_centre(self, target: Tensor, momentum: float = 0.9) -> None:
+        """Move the running mean towards that of h_R (B, D); the first batch sets it."""
+        keep = momentum * (self.seen > 0)
+        self.centre.copy_(keep * self.centre + (1 - keep) * target.to(self.centre.dtype).mean(dim=0))
+        self.seen += 1

@@ -51,6 +51,14 @@ def test_eq1_stops_at_the_target():
     assert predicted.grad.abs().sum() > 0 and target.grad is None
 
 
+@pytest.mark.parametrize("kind", losses.DISTANCES)
+def test_centred_eq1_equals_a_loop(kind):
+    predicted, target, centre = rand(B, D), rand(B, D), torch.randn(D, dtype=torch.float64)
+    naive = sum(naive_distance(predicted[i] - centre, target[i].detach() - centre, kind) for i in range(B)) / B
+    same(losses.jepa_loss(predicted, target, kind, centre), naive, predicted)
+    assert torch.autograd.grad(losses.jepa_loss(predicted, target, kind, centre), target, allow_unused=True) == (None,)
+
+
 def test_unknown_distance_lists_the_known_ones():
     with pytest.raises(ValueError, match="cosine, smoothl1, mse, l2"):
         losses.distance(rand(D), rand(D), "euclid")

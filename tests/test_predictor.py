@@ -31,6 +31,16 @@ def test_token_embeddings_get_no_gradient_from_nextlat():
     assert embeds.grad is None and states.grad is not None
 
 
+def test_centre_is_a_running_mean_that_the_first_batch_sets():
+    predictor = Predictor(3, 1, torch.randn(3))
+    one, two = torch.randn(4, 3, requires_grad=True), torch.randn(4, 3)
+    predictor.update_centre(one)
+    torch.testing.assert_close(predictor.centre, one.mean(0).detach())
+    predictor.update_centre(two)
+    torch.testing.assert_close(predictor.centre, 0.9 * one.mean(0).detach() + 0.1 * two.mean(0))
+    assert not predictor.centre.requires_grad and "centre" in predictor.state_dict()
+
+
 def test_pred_rows_start_near_their_seed_and_differ():
     start = torch.randn(64)
     rows = Predictor(64, 4, start).pred_tokens

@@ -64,7 +64,7 @@ def test_lambda_zero_gives_exactly_the_gradients_of_sft(vlm64, mixed, config):
 @pytest.mark.parametrize("nextlat_view", ["none", "trajectory"])
 def test_the_jepa_target_is_a_constant(vlm64, mixed, config, nextlat_view):
     """Gradient of L_JEPA in the step = gradient with h_R replaced by its numbers, also when the target pass carries gradient."""
-    config = dataclasses.replace(config, nextlat_view=nextlat_view)
+    config = dataclasses.replace(config, nextlat_view=nextlat_view, center=False)
     predictor, examples = setup(vlm64, mixed[:3], config)
     rows = [0, 1, 2]
     total, parts, (predicted, target) = train.compute_losses(vlm64, predictor, examples, rows, config)
@@ -80,6 +80,21 @@ def test_the_jepa_target_is_a_constant(vlm64, mixed, config, nextlat_view):
             if g is not None:
                 torch.testing.assert_close(g, naive[name] + (rest[name] if rest[name] is not None else 0), msg=name)
         assert whole["pred_tokens"].abs().sum() > 0
+
+
+def test_the_centre_moves_in_training_and_not_in_validation(vlm64, mixed, config):
+    predictor, examples = setup(vlm64, mixed[:3], config)
+    _, parts, (predicted, target) = train.compute_losses(vlm64, predictor, examples, [0, 1, 2], config)
+    torch.testing.assert_close(predictor.centre, target.mean(0))
+    centred = [x - target.mean(0) for x in (predicted, target)]
+    torch.testing.assert_close(parts["jepa"], (1 - F.cosine_similarity(*centred, dim=-1)).mean())
+    before = predictor.centre.clone()
+    train.validate(vlm64, predictor, examples, config)
+    assert torch.equal(predictor.centre, before)
+    plain = dataclasses.replace(config, center=False)
+    _, parts, (predicted, target) = train.compute_losses(vlm64, predictor, examples, [0, 1, 2], plain)
+    torch.testing.assert_close(parts["jepa"], (1 - F.cosine_similarity(predicted, target, dim=-1)).mean())
+    assert torch.equal(predictor.centre, before)
 
 
 @pytest.mark.parametrize("nextlat_view, sees_next, horizon", [("full", True, 1), ("full", False, 2), ("trajectory", False, 1)])

@@ -187,7 +187,7 @@ def object_questions(objects: list, origin=(0, 0), size: int = data.SIZE) -> lis
     for x, y, r, shape, colour, digit in objects:
         rows += [(f"Which digit is on the {colour} {shape}?", answer(DIGITS[digit]))] * 3
         rows += [(f"Where is the {colour} {shape}?", numbers(data.box(x, y, r, origin, size)))] * 2
-        rows.append((f"What shape is the {colour} object?", answer(shape)))
+        rows += [(f"What shape is the {colour} object?", answer(shape))] * 3
         if shapes.count(shape) == 1:
             rows.append((f"What colour is the {shape}?", answer(colour)))
     rows.append(("How many objects are there?", answer(DIGITS[len(objects)])))
@@ -296,7 +296,7 @@ def tool_picture(spec: dict, image: Image.Image, rng: random.Random):
                          (f"Where is the digit under the {tallest[2]} bar?", numbers(data.box(tallest[0] + 7, 118, 9)))]
 
 
-WEIGHTS = {"crop": 5, "shape": 1, "highlight": 3, "depth": 2, "jigsaw": 3, "path": 4, "zoom": 4, "highlight+crop": 3, "path+crop": 3}
+WEIGHTS = {"crop": 4, "shape": 3, "highlight": 3, "depth": 3, "jigsaw": 6, "path": 3, "zoom": 3, "highlight+crop": 3, "path+crop": 3}
 
 
 def make_pictures(start: int, count: int, seed: int) -> list[tuple]:
