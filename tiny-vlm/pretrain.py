@@ -64,8 +64,9 @@ def build_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
 def build_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLForConditionalGeneration:
     token = tokenizer.convert_tokens_to_ids
     config = Qwen2_5_VLConfig(
-        text_config=dict(vocab_size=math.ceil(len(tokenizer) / 64) * 64, hidden_size=128, intermediate_size=384, num_hidden_layers=4,
-                         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=2048, tie_word_embeddings=True,
+        text_config=dict(vocab_size=math.ceil(len(tokenizer) / 64) * 64, hidden_size=128, intermediate_size=384,
+                         num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+                         max_position_embeddings=2048, tie_word_embeddings=True,
                          rope_parameters=dict(rope_type="default", rope_theta=10000.0, mrope_section=[4, 6, 6]),
                          bos_token_id=None, eos_token_id=token("<|im_end|>"), pad_token_id=token("<|endoftext|>")),
         vision_config=dict(depth=4, hidden_size=128, intermediate_size=256, num_heads=4, in_channels=3, patch_size=PATCH,
@@ -296,7 +297,8 @@ def tool_picture(spec: dict, image: Image.Image, rng: random.Random):
                          (f"Where is the digit under the {tallest[2]} bar?", numbers(data.box(tallest[0] + 7, 118, 9)))]
 
 
-WEIGHTS = {"crop": 4, "shape": 3, "highlight": 3, "depth": 3, "jigsaw": 6, "path": 3, "zoom": 3, "highlight+crop": 3, "path+crop": 3}
+WEIGHTS = {"crop": 4, "shape": 3, "highlight": 3, "depth": 3, "jigsaw": 6, "path": 3, "zoom": 3, "highlight+crop": 3,
+           "path+crop": 3}  # how often a family is drawn
 
 
 def make_pictures(start: int, count: int, seed: int) -> list[tuple]:
@@ -393,8 +395,8 @@ def train_vision(model, pool, valid, steps: int, batch: int, lr: float, device) 
                 out = head(features(model, pixels, grid)).view(len(flag), 4, -1)
                 right = (out[..., len(FLAGS):].argmax(-1) == digit)[digit >= 0].float().mean()
                 bce = F.binary_cross_entropy_with_logits(out[..., :len(FLAGS)].flatten(1), flag)
-            print(f"vision {step}/{steps} flags {loss_flag:.4f} digit {loss_digit:.3f} | held out: flags {bce:.4f} digits right {right:.3f} "
-                  f"| {(time.time() - start):.0f} s", flush=True)
+            print(f"vision {step}/{steps} flags {loss_flag:.4f} digit {loss_digit:.3f} | held out: flags {bce:.4f} "
+                  f"digits right {right:.3f} | {time.time() - start:.0f} s", flush=True)
 
 
 def dialogue(tokenizer, pool, rng: random.Random) -> tuple[list[int], list[int], list[int]]:
@@ -419,56 +421,48 @@ def dialogue(tokenizer, pool, rng: random.Random) -> tuple[list[int], list[int],
     return ids, labels, pictures
 
 
-def embed(model, ids: torch.Tensor, image_features: torch.Tensor) -> torch.Tensor:
-    embedded = model.get_input_embeddings()(ids)
-    return embedded.masked_scatter((ids == model.config.image_token_id)[..., None], image_features.to(embedded.dtype))
+@torch.no_grad()
+def all_features(model, pool, device) -> list[torch.Tensor]:
+    """The frozen tower's features of every picture of the pool, once."""
+    cache = []
+    for i in range(0, len(pool[0]), 200):
+        pixels, grid, _, _ = vision_batch(pool, range(i, min(i + 200, len(pool[0]))), device, 0.0)
+        out = features(model, pixels, grid)
+        cache += [f.to(torch.float16) for f in out.split((grid.prod(-1) // MERGE ** 2).tolist())]
+    return cache
 
 
-def train_language(model, tokenizer, pool, steps: int, batch: int, lr: float, device, joint: bool) -> None:
-    """Language model on the dialogues; with `joint` the vision tower trains too, otherwise its features are cached."""
-    model.model.visual.requires_grad_(joint)
-    cache = None
-    if not joint:
-        with torch.no_grad():
-            cache = []
-            for i in range(0, len(pool[0]), 200):
-                index = range(i, min(i + 200, len(pool[0])))
-                pixels, grid, _, _ = vision_batch(pool, index, device, 0.0)
-                out = features(model, pixels, grid)
-                cache += [f.to(torch.float16) for f in out.split((grid.prod(-1) // MERGE ** 2).tolist())]
-    adam, schedule, parameters = optimiser([model] if joint else [model.model.language_model], lr, steps)
-    rng, start = random.Random(1), time.time()
-    pad = tokenizer.pad_token_id
-    spent = 0.0
-    for step in range(1, steps + 1):
-        rows = sorted((dialogue(tokenizer, pool, rng) for _ in range(batch * 4)), key=lambda row: len(row[0])) if step % 4 == 1 else rows
-        part = rows[(step % 4) * batch:(step % 4 + 1) * batch]  # neighbours in length: little padding
+def train_language(model, tokenizer, pool, steps: int, batch: int, lr: float, device) -> None:
+    """The language model learns the dialogues, on cached features with a little noise."""
+    cache = all_features(model, pool, device)
+    adam, schedule, parameters = optimiser([model.model.language_model], lr, steps)
+    rng, start, pad = random.Random(1), time.time(), tokenizer.pad_token_id
+    for step in range(steps):
+        if step % 4 == 0:  # four batches at a time, sorted: neighbours in length need little padding
+            rows = sorted((dialogue(tokenizer, pool, rng) for _ in range(batch * 4)), key=lambda row: len(row[0]))
+        part = rows[step % 4 * batch:(step % 4 + 1) * batch]
         width = max(len(r[0]) for r in part)
         ids = torch.tensor([r[0] + [pad] * (width - len(r[0])) for r in part], device=device)
         labels = torch.tensor([r[1] + [-100] * (width - len(r[1])) for r in part], device=device)
         mask = torch.tensor([[1] * len(r[0]) + [0] * (width - len(r[0])) for r in part], device=device)
         index = [i for r in part for i in r[2]]
+        vision = torch.cat([cache[i] for i in index]).float()
+        vision = vision + 0.05 * vision.std() * torch.randn_like(vision)
+        is_image = ids == model.config.image_token_id
         grid = torch.tensor([pool[1][i] for i in index], device=device)
-        if joint:
-            pixels, grid, _, _ = vision_batch(pool, index, device, 0.03)
-            with torch.autocast(torch.device(device).type, torch.bfloat16):
-                vision = features(model, pixels, grid).float()
-        else:
-            vision = torch.cat([cache[i] for i in index]).float()
-            vision = vision + 0.05 * vision.std() * torch.randn_like(vision)
-        position_ids, _ = model.model.get_rope_index(ids, (ids == model.config.image_token_id).int(), grid, attention_mask=mask)
+        position_ids, _ = model.model.get_rope_index(ids, is_image.int(), grid, attention_mask=mask)
+        embeds = model.get_input_embeddings()(ids).masked_scatter(is_image[..., None], vision)
         target = labels[:, 1:]
         with torch.autocast(torch.device(device).type, torch.bfloat16):
-            hidden = model.model.language_model(inputs_embeds=embed(model, ids, vision), attention_mask=mask,
+            hidden = model.model.language_model(inputs_embeds=embeds, attention_mask=mask,
                                                 position_ids=position_ids).last_hidden_state  # (B, T, D)
             logits = model.lm_head(hidden[:, :-1][target != -100])
         loss = F.cross_entropy(logits.float(), target[target != -100])
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         adam.step(), schedule.step(), adam.zero_grad()
-        if step % 250 == 0 or step == steps:
-            print(f"{'joint' if joint else 'language'} {step}/{steps} loss {loss:.4f} | {time.time() - start:.0f} s", flush=True)
-    model.model.visual.requires_grad_(True)
+        if (step + 1) % 250 == 0 or step + 1 == steps:
+            print(f"language {step + 1}/{steps} loss {loss:.4f} | {time.time() - start:.0f} s", flush=True)
 
 
 def save(model, tokenizer, out: Path) -> None:
@@ -483,10 +477,8 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scenes", type=int, default=30000, help="scenes in the pool; each gives itself and one tool output")
-    parser.add_argument("--vision_steps", type=int, default=8000)
-    parser.add_argument("--language_steps", type=int, default=6000)
-    parser.add_argument("--joint_steps", type=int, default=0)
-    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--vision_steps", type=int, default=6200, help="of 64 pictures")
+    parser.add_argument("--language_steps", type=int, default=5800, help="of 32 dialogues")
     parser.add_argument("--workers", type=int, default=2)
     args = parser.parse_args()
     if args.out.exists():
@@ -505,11 +497,9 @@ def main() -> None:
     pool = make_pool(args.scenes, args.seed, args.out, args.workers)
     valid = make_pool(300, args.seed + 10_000, args.out, args.workers)
     print(f"{len(pool[0])} pictures drawn in {time.time() - start:.0f} s", flush=True)
-    train_vision(model, pool, valid, args.vision_steps, args.batch, 1e-3, args.device)
+    train_vision(model, pool, valid, args.vision_steps, 64, 1e-3, args.device)
     save(model, tokenizer, args.out)
-    train_language(model, tokenizer, pool, args.language_steps, args.batch, 1e-3, args.device, joint=False)
-    if args.joint_steps:
-        train_language(model, tokenizer, pool, args.joint_steps, args.batch, 3e-4, args.device, joint=True)
+    train_language(model, tokenizer, pool, args.language_steps, 32, 1.5e-3, args.device)
     save(model, tokenizer, args.out)
     print(f"saved {args.out} after {(time.time() - start) / 60:.1f} minutes")
 
