@@ -263,6 +263,7 @@ SIZE = 128  # px; the shipped model is shown 64 x 64, so that a crop has more to
 COLOURS = dict(red=(215, 45, 45), green=(40, 165, 65), blue=(60, 95, 225), yellow=(230, 215, 60),
                purple=(150, 55, 190), orange=(240, 140, 35))
 SHAPES = ("disc", "square", "triangle", "diamond")
+PANELS = ("top left", "top right", "bottom left", "bottom right")
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 GLYPHS = (  # 5 x 7 bitmaps, a row a group
     "01110 10001 10011 10101 11001 10001 01110", "00100 01100 00100 00100 00100 00100 01110",
@@ -338,7 +339,7 @@ def final(reading: str, answer: str) -> str:
     return f"{reading} Answer: {answer}"
 
 
-# crop: read the digit on one of five objects; zoom: the same, smaller, in panels; shape: name a large object (held out)
+# crop: read the digit on one of five objects; zoom: the same, smaller, in panels
 
 
 def _sample_objects(rng: np.random.Generator, count: int, r: tuple[int, int]) -> list[tuple]:
@@ -357,13 +358,6 @@ def sample_crop(rng: np.random.Generator) -> Spec:
     _, _, _, shape, colour, digit = objects[0]
     return dict(family="crop", objects=objects, height=9, question=f"Which digit is on the {colour} {shape}?",
                 answer=DIGITS[digit], options=_options(rng, DIGITS[digit], DIGITS))
-
-
-def sample_shape(rng: np.random.Generator) -> Spec:
-    objects = _sample_objects(rng, 5, (15, 19))
-    _, _, _, shape, colour, _ = objects[0]
-    return dict(family="shape", objects=objects, height=14, question=f"What shape is the {colour} object?",
-                answer=shape, options=_options(rng, shape, SHAPES))
 
 
 def sample_zoom(rng: np.random.Generator) -> Spec:
@@ -396,6 +390,10 @@ def mark_ink(colour: str) -> tuple[int, int, int]:
     return tuple(v * 3 // 10 for v in COLOURS[colour])
 
 
+def panel_name(x: int, y: int) -> str:
+    return PANELS[2 * (y >= 64) + (x >= 64)]
+
+
 def _read(spec: Spec) -> str:
     return final(f"The digit is {spec['answer']}.", spec["answer"])
 
@@ -410,8 +408,7 @@ def tell_zoom(spec: Spec, image: Image.Image) -> list:
     if spec["calls"] == 1:
         return tell_crop(spec, image)
     corner = (64 * (x >= 64), 64 * (y >= 64))
-    side = ("bottom" if corner[1] else "top") + " " + ("right" if corner[0] else "left")
-    texts = [f"Zoom in on the {side} panel. " + _call("crop", *box(corner[0] + 32, corner[1] + 32, 32)),
+    texts = [f"Zoom in on the {panel_name(x, y)} panel. " + _call("crop", *box(corner[0] + 32, corner[1] + 32, 32)),
              f"Zoom in on the {colour} {shape}. " + _call("crop", *box(x, y, r, corner, 64))]
     if spec["calls"] == 3:
         lower = r // 4 if shape == "triangle" else 0
@@ -419,7 +416,7 @@ def tell_zoom(spec: Spec, image: Image.Image) -> list:
     return tell_steps(image, texts + [_read(spec)])
 
 
-# highlight: which of the dotted bars is tallest; with +crop, the digit below it
+# highlight: which of the dotted bars is tallest; with +crop, the digit below it; tallest: of all bars (held out)
 
 
 def sample_highlight(rng: np.random.Generator, digits: bool = False) -> Spec:
@@ -433,6 +430,15 @@ def sample_highlight(rng: np.random.Generator, digits: bool = False) -> Spec:
                     answer=DIGITS[tallest[4]], options=_options(rng, DIGITS[tallest[4]], DIGITS))
     return dict(family="highlight", bars=bars, question="Which dotted bar is the tallest?",
                 answer=tallest[2], options=_options(rng, tallest[2], colours))
+
+
+def sample_tallest(rng: np.random.Generator) -> Spec:
+    """Large, easy perception: no tool is needed, and no trajectory is about it."""
+    spec = sample_highlight(rng)
+    bars = [(x, 18 + 8 * rank, *rest) for (x, _, *rest), rank in zip(spec["bars"], _pick(rng, range(11), 6))]
+    tallest = max(bars, key=lambda bar: bar[1])[2]
+    return dict(family="tallest", bars=bars, question="Which bar is the tallest?", answer=tallest,
+                options=_options(rng, tallest, [bar[2] for bar in bars]))
 
 
 def draw_bars(spec: Spec) -> Image.Image:
@@ -618,7 +624,7 @@ FAMILIES: dict[str, Family] = {
     "zoom": Family(sample_zoom, draw_objects, tell_zoom),
     "highlight+crop": Family(lambda rng: sample_highlight(rng, digits=True), draw_bars, tell_highlight),
     "path+crop": Family(lambda rng: sample_path(rng, digits=True), draw_routes, tell_path),
-    "shape": Family(sample_shape, draw_objects, lambda spec, image: []),
+    "tallest": Family(sample_tallest, draw_bars, lambda spec, image: []),
 }
 REGIMES: dict[str, list[str]] = {
     "single": ["crop"],  # one tool type, one call
@@ -626,7 +632,7 @@ REGIMES: dict[str, list[str]] = {
     "multi": ["zoom"],  # one type, one to three calls
     "all": ["highlight+crop", "path+crop", "zoom"],  # several types, several calls
 }
-HELD_OUT = "shape"  # no trajectory covers it: shows what fine-tuning forgets
+HELD_OUT = "tallest"  # no trajectory covers it: shows what fine-tuning forgets
 BUCKETS = dict(test=range(0, 2), validation=range(2, 4), train=range(4, 10), pretrain=range(10, 16))  # of 16, by hash
 
 

@@ -119,8 +119,8 @@ def format_table(columns: dict[str, dict[str, dict]]) -> str:
     """Families down, runs across: direct [95% interval], free, tool, all in %."""
     families = list(dict.fromkeys(family for table in columns.values() for family in table))
     wide = max(26, max(map(len, columns)) + 2)
-    lines = ["family          n  chance  " + "".join(name.ljust(wide + 12) for name in columns),
-             " " * 27 + "".join("direct [95%]    free  tool".ljust(wide + 12) for _ in columns)]
+    lines = ["family            n  chance  " + "".join(name.ljust(wide + 12) for name in columns),
+             " " * 29 + "".join("direct [95%]    free  tool".ljust(wide + 12) for _ in columns)]
     for family in families:
         first = next(table[family] for table in columns.values() if family in table)
         label = f"{family} (held out)" if family == HELD_OUT else family
@@ -130,7 +130,7 @@ def format_table(columns: dict[str, dict[str, dict]]) -> str:
             direct = "{:5.1f} [{:4.1f}-{:5.1f}]".format(*(100 * v for v in row["direct"])) if "direct" in row else ""
             rest = "".join(f"{100 * row[k][0]:6.1f}" if k in row else "     -" for k in ("free", "tool"))
             cells.append((direct.ljust(19) + rest).ljust(wide + 12))
-        lines.append(f"{label:16s}{first['n']:4d} {100 * first['chance']:5.0f}  " .rjust(27) + "".join(cells))
+        lines.append(f"{label:18s}{first['n']:4d} {100 * first['chance']:5.0f}  " .rjust(29) + "".join(cells))
     return "\n".join(line.rstrip() for line in lines)
 
 

@@ -34,7 +34,7 @@ def test_summary_by_hand():
     assert table["all"]["n"] == 4 and table["all"]["direct"][0] == 0.75  # the held-out family is not in "all"
     assert "tool" not in table[data.HELD_OUT] and table[data.HELD_OUT]["free"][0] == 1
     text = evaluate.format_table({"before": table})
-    assert " 75.0 [" in text and "shape (held out)" in text
+    assert " 75.0 [" in text and "tallest (held out)" in text
 
 
 def test_direct_answer_is_the_likeliest_option():

@@ -204,8 +204,7 @@ def scene_questions(spec: dict) -> list[tuple[str, str]]:
         rows = object_questions(spec["objects"])
         if "calls" in spec:
             for x, y, _, shape, colour, _ in spec["objects"]:
-                side = ("bottom" if y >= 64 else "top") + " " + ("right" if x >= 64 else "left")
-                rows.append((f"Which panel is the {colour} {shape} in?", answer(side)))
+                rows.append((f"Which panel is the {colour} {shape} in?", answer(data.panel_name(x, y))))
     if "bars" in spec:
         bars = spec["bars"]
         rows += [("Which bar is the tallest?", answer(max(bars, key=lambda b: b[1])[2])),
@@ -297,7 +296,7 @@ def tool_picture(spec: dict, image: Image.Image, rng: random.Random):
                          (f"Where is the digit under the {tallest[2]} bar?", numbers(data.box(tallest[0] + 7, 118, 9)))]
 
 
-WEIGHTS = {"crop": 4, "shape": 3, "highlight": 3, "depth": 3, "jigsaw": 6, "path": 3, "zoom": 3, "highlight+crop": 3,
+WEIGHTS = {"crop": 7, "highlight": 3, "depth": 3, "jigsaw": 6, "path": 3, "zoom": 3, "highlight+crop": 3,
            "path+crop": 3}  # how often a family is drawn
 
 
