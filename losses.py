@@ -53,8 +53,9 @@ def jepa_loss(predicted: Tensor, target: Tensor, kind: str = "cosine", centre: T
     trajectory's last token. Gradient: flows to `predicted`, stops at `target`; the target is trained by the other two
     losses only, so the model cannot make the prediction easy by moving both ends together.
     Deviation: the paper's text has D = SmoothL1, the authors' release 1 - cos. Ours is cosine; kind="smoothl1" is the text.
-    Deviation: centre (D), a running mean of h_R, is subtracted from both. The end-of-turn states of a language model share
-    a large constant part; without it cosines start above 0.99 and nothing is left to learn. None: as in paper and release.
+    centre (D), if given, is subtracted from both (not in the paper, off by default): the end-of-turn states of a language
+    model share a large constant part, and with it gone the cosine has more to say. But it also lets h_R collapse onto a
+    single direction, on which every cosine is 1 or -1: watch effective_rank.
     """
     target = target.detach()
     if centre is not None:

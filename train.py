@@ -54,7 +54,7 @@ class Config:
     lambda_latent: float = 1.0  # Eq. 4; the paper has 0.2
     pred_tokens: int = 4  # K; 0: h^_R is the state of the last prompt token
     distance: str = "cosine"  # D of Eq. 1: cosine, smoothl1, mse, l2
-    center: bool = True  # subtract the running mean of h_R from both embeddings before D
+    center: bool = False  # subtract the running mean of h_R from both embeddings before D (losses.jepa_loss)
     target_view: str = "trajectory"  # what h_R sees: trajectory (R alone), trajectory_with_image (I0 too, no question)
     nextlat_view: str = "full"  # whose states Eq. 2 runs along: full, trajectory, none (no L_NextLat)
     nextlat_sees_next: bool = True  # the latent predictor is given the next token's embedding
@@ -87,9 +87,9 @@ class Config:
 
 RECIPES = {
     "ours": {},
-    "paper": dict(lambda_latent=0.2, distance="smoothl1", center=False, target_view="trajectory", nextlat_view="trajectory",
+    "paper": dict(lambda_latent=0.2, distance="smoothl1", target_view="trajectory", nextlat_view="trajectory",
                   nextlat_sees_next=False),
-    "release": dict(lambda_latent=0.2, distance="cosine", center=False, target_view="trajectory_with_image", nextlat_view="full",
+    "release": dict(lambda_latent=0.2, distance="cosine", target_view="trajectory_with_image", nextlat_view="full",
                     nextlat_sees_next=True, nextlat_token=True, lora_dropout=0.1, weight_decay=0.1),
 }
 CHOICES = dict(method=METHODS, recipe=tuple(RECIPES), regime=tuple(data.REGIMES), distance=losses.DISTANCES,

@@ -64,7 +64,7 @@ def test_lambda_zero_gives_exactly_the_gradients_of_sft(vlm64, mixed, config):
 @pytest.mark.parametrize("nextlat_view", ["none", "trajectory"])
 def test_the_jepa_target_is_a_constant(vlm64, mixed, config, nextlat_view):
     """Gradient of L_JEPA in the step = gradient with h_R replaced by its numbers, also when the target pass carries gradient."""
-    config = dataclasses.replace(config, nextlat_view=nextlat_view, center=False)
+    config = dataclasses.replace(config, nextlat_view=nextlat_view)
     predictor, examples = setup(vlm64, mixed[:3], config)
     rows = [0, 1, 2]
     total, parts, (predicted, target) = train.compute_losses(vlm64, predictor, examples, rows, config)
@@ -83,6 +83,7 @@ def test_the_jepa_target_is_a_constant(vlm64, mixed, config, nextlat_view):
 
 
 def test_the_centre_moves_in_training_and_not_in_validation(vlm64, mixed, config):
+    config.center = True
     predictor, examples = setup(vlm64, mixed[:3], config)
     _, parts, (predicted, target) = train.compute_losses(vlm64, predictor, examples, [0, 1, 2], config)
     torch.testing.assert_close(predictor.centre, target.mean(0))
