@@ -178,14 +178,14 @@ def test_batches_show_every_example_once_an_epoch_in_the_seeds_order():
     assert take(0) == take(0) != take(1)
 
 
-def test_one_batch_can_be_overfitted_and_pred_rows_move(mixed, config):
+def test_one_batch_can_be_overfitted(mixed, config):
+    """All weights train: with LoRA the shipped model's embeddings of words it never saw stay frozen and bound L_VLM from below."""
     torch.manual_seed(0)
     vlm = VLM(TINY)
-    vlm.set_trainable(16, 32.0, 0.0, config.lora_targets.split(","), False)
+    vlm.set_trainable(0, 1.0, 0.0, [], False)
     examples = train.Examples(mixed[:3], vlm, config)
     predictor = Predictor(vlm.dim, 4, vlm.lm.get_input_embeddings().weight[0])
-    before = predictor.pred_tokens.detach().clone()
-    adam = torch.optim.AdamW([p for m in (vlm, predictor) for p in m.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.0)
+    adam = torch.optim.AdamW([p for m in (vlm, predictor) for p in m.parameters() if p.requires_grad], lr=2e-3, weight_decay=0.0)
     history = []
     for _ in range(60):
         loss, parts, _ = train.compute_losses(vlm, predictor, examples, [0, 1, 2], config)
@@ -194,6 +194,18 @@ def test_one_batch_can_be_overfitted_and_pred_rows_move(mixed, config):
         adam.step()
         history.append(float(parts["vlm"]))
     assert history[-1] < 0.1 * history[0] and float(parts["jepa"]) < 0.05
+
+
+def test_pred_rows_move_under_lora(mixed, config):
+    torch.manual_seed(0)
+    vlm = VLM(TINY)
+    vlm.set_trainable(4, 8.0, 0.0, ["q_proj"], False)
+    examples = train.Examples(mixed[:3], vlm, config)
+    predictor = Predictor(vlm.dim, 4, vlm.lm.get_input_embeddings().weight[0])
+    before = predictor.pred_tokens.detach().clone()
+    adam = torch.optim.AdamW([p for m in (vlm, predictor) for p in m.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.0)
+    train.train_step(vlm, predictor, examples, [0, 1, 2], config)
+    adam.step()
     assert ((predictor.pred_tokens - before).norm(dim=1) > 0.01).all()
 
 
