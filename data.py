@@ -16,9 +16,8 @@ Left out on purpose: readers for published data sets, padding tricks and caches.
 import argparse
 import json
 import re
-import textwrap
 import zlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -57,6 +56,24 @@ class Example:
     def images(self) -> list[Image.Image]:
         """I0 first, then the tool images I1..IN."""
         return [self.image] + [step for step in self.trajectory if not isinstance(step, str)]
+
+    def image_first(self) -> "Example":
+        """The paper's order R = (I1, T1, ..., IN, TN): every tool image before the text that calls it."""
+        steps = list(self.trajectory)
+        for n in range(1, len(steps)):
+            if isinstance(steps[n - 1], str) and not isinstance(steps[n], str):
+                steps[n - 1:n + 1] = steps[n], steps[n - 1]
+        joined = []
+        for step in steps:  # texts that now meet are one turn of the assistant
+            if joined and isinstance(step, str) and isinstance(joined[-1], str):
+                joined[-1] += " " + step
+            else:
+                joined.append(step)
+        return replace(self, trajectory=joined)
+
+    def answer_only(self, answer_prefix: str) -> "Example":
+        """No trajectory: the answer straight after the question."""
+        return replace(self, trajectory=[f"{answer_prefix} {self.answer}".strip()])
 
 
 FILE = "trajectories.jsonl"
@@ -665,20 +682,23 @@ def make_world(regime: str, split: str, count: int, seed: int = 0) -> list[Examp
 # ---------------------------------------------------------------------------------------------------------------------
 
 TARGET_VIEWS = ("trajectory", "trajectory_with_image")
+LATENT_START, LATENT_END = "<|vision_start|>", "<|vision_end|>"  # Deviation: the paper draws <lat> and </lat>; these two are in
+# every Qwen-VL vocabulary and already mean "what comes next was seen", so no row has to be added under a frozen embedding
 
 
 class View(NamedTuple):
     """One serialised sequence. `labels` repeats the token where it is supervised and is -100 elsewhere.
 
     `images` are indices into the data set's images, in order of appearance; `embed_at` is the position whose
-    final-layer state is the view's embedding; the last `pred` positions hold [PRED] tokens.
+    final-layer state is the view's embedding; `slots` are the positions whose input embedding is not a word's or an
+    image's but given from outside: [PRED] tokens, or the latents of the reconstruction baseline.
     """
 
     ids: list[int]
     labels: list[int]
     images: list[int]
     embed_at: int
-    pred: int = 0
+    slots: tuple[int, ...] = ()
 
 
 class Views(NamedTuple):
@@ -751,9 +771,14 @@ class Serializer:
                 pieces.append((turn, False))
         return pieces
 
-    def _tokens(self, pieces: list[tuple[str, bool]], image_tokens: list[int]) -> tuple[list[int], list[int]]:
-        ids, labels, sizes = [], [], iter(image_tokens)
+    def _tokens(self, pieces: list[tuple[str | int, bool]], image_tokens: list[int]) -> tuple[list[int], list[int], tuple]:
+        """ids, labels and slots of (text, supervised) pieces; a number in place of a text makes as many slots."""
+        ids, labels, slots, sizes = [], [], (), iter(image_tokens)
         for text, supervised in pieces:
+            if isinstance(text, int):
+                slots += tuple(range(len(ids), len(ids) + text))
+                ids, labels = ids + [self.end_id] * text, labels + [-100] * text
+                continue
             tokens = []
             for token in self._encode(text):
                 tokens += [token] * next(sizes) if token == self.image_token_id else [token]
@@ -763,14 +788,15 @@ class Serializer:
                 known = tokens[:1] + [-100] * (len(tokens) - 1)  # the end-of-turn token; what follows it is layout
             labels += known
         assert next(sizes, None) is None, "more images than image tokens in the rendered conversation"
-        return ids, labels
+        return ids, labels, slots
 
-    def _ended(self, ids: list[int], labels: list[int], images: list[int]) -> View:
+    def _ended(self, pieces: list[tuple[str | int, bool]], images: list[int], image_tokens: list[int]) -> View:
         """Cut the layout after the last end-of-turn token; the view's embedding is taken there."""
+        ids, labels, slots = self._tokens(pieces, image_tokens)
         extra = len(self._encode(self.ending)) - 1
         ids, labels = ids[:len(ids) - extra], labels[:len(labels) - extra]
         assert ids[-1] == self.end_id, "the view does not end at the end-of-turn token"
-        return View(ids, labels, images, len(ids) - 1)
+        return View(ids, labels, images, len(ids) - 1, slots)
 
     def check(self, example: Example) -> None:
         for text in [example.question, *example.texts]:
@@ -789,17 +815,16 @@ class Serializer:
             raise ValueError(f"example {example.id} has a trajectory without text: nothing to learn from")
         self.check(example)
         turns = self.turns(example)
-        full = self._ended(*self._tokens(self._pieces(turns), image_tokens), images)
+        full = self._ended(self._pieces(turns), images, image_tokens)
         prompt = self.prompt(example, images[:1], image_tokens[:1])
-        pred = [self.end_id] * pred_tokens  # placeholders: model.py puts the [PRED] rows there
-        ids = prompt.ids + pred
-        assert ids[len(prompt.ids) - 1] == self.header_ids[-1], "the input view does not end at the generation prompt"
-        input_view = View(ids, [-100] * len(ids), images[:1], len(ids) - 1, pred_tokens)
+        assert prompt.ids[-1] == self.header_ids[-1], "the input view does not end at the generation prompt"
+        ids = prompt.ids + [self.end_id] * pred_tokens  # placeholders: model.py puts the [PRED] rows there
+        input_view = View(ids, [-100] * len(ids), images[:1], len(ids) - 1, tuple(range(len(prompt.ids), len(ids))))
         if target_view == "trajectory":
-            target = self._ended(*self._tokens(self._pieces(turns[1:]), image_tokens[1:]), images[1:])
+            target = self._ended(self._pieces(turns[1:]), images[1:], image_tokens[1:])
         elif target_view == "trajectory_with_image":
             shown = [("user", [example.image])] + turns[1:]
-            target = self._ended(*self._tokens(self._pieces(shown), image_tokens), images)
+            target = self._ended(self._pieces(shown), images, image_tokens)
         else:
             raise ValueError(f"unknown target view {target_view!r}: choose one of {', '.join(TARGET_VIEWS)}")
         for view in (full, input_view, target):
@@ -810,8 +835,12 @@ class Serializer:
 
     def prompt(self, example: Example, images: list[int], image_tokens: list[int], answer_prefix: str = "") -> View:
         """<I0, Q> and the generation prompt (and what the answer is made to start with): all that inference sees."""
-        pieces = self._pieces(self.turns(example)[:1]) + [(self.header, False), (answer_prefix, False)]
-        ids, _ = self._tokens(pieces, image_tokens)
+        return self.prompt_of(self.turns(example)[:1], images, image_tokens, answer_prefix)
+
+    def prompt_of(self, turns: list[tuple[str, list]], images: list[int], image_tokens: list[int], answer_prefix: str = "") -> View:
+        """A conversation so far and the generation prompt."""
+        pieces = self._pieces(turns) + [(self.header, False), (answer_prefix, False)]
+        ids, _, _ = self._tokens(pieces, image_tokens)
         return View(ids, [-100] * len(ids), images, len(ids) - 1)
 
     def tool_prompt(self, example: Example, images: list[int], image_tokens: list[int]) -> View:
@@ -819,8 +848,23 @@ class Serializer:
         turns = self.turns(example)
         while turns[-1][0] == "assistant":
             turns.pop()
-        ids, _ = self._tokens(self._pieces(turns) + [(self.header, False)], image_tokens)
-        return View(ids, [-100] * len(ids), images, len(ids) - 1)
+        return self.prompt_of(turns, images, image_tokens)
+
+    def latent_view(self, example: Example, images: list[int], image_tokens: list[int], latents: int) -> View:
+        """The reconstruction baseline's view: one assistant turn in which each tool image is a run of latents between markers.
+
+        Of a tool image with P tokens the run has P latents (LVR), or `latents` where that is positive (Mirage). The end
+        marker is written for the model once the run is over, so it is not supervised.
+        """
+        self.check(example)
+        sizes = iter(image_tokens[1:])
+        pieces = self._pieces(self.turns(example)[:1]) + [(self.header, False)]
+        for step in example.trajectory:
+            if isinstance(step, str):
+                pieces.append((step, True))
+            else:
+                pieces += [(LATENT_START, True), (latents or next(sizes), False), (LATENT_END, False)]
+        return self._ended(pieces + [(self.ending, True)], images[:1], image_tokens[:1])
 
 
 @dataclass
@@ -830,7 +874,7 @@ class Batch:
     ids: torch.Tensor
     mask: torch.Tensor  # True: a token, False: padding
     labels: torch.Tensor
-    pred: torch.Tensor  # True: a [PRED] position
+    slots: torch.Tensor  # True: an input embedding given from outside
     embed_at: torch.Tensor  # (B,)
     images: list[int]  # in order of appearance, row after row
 
@@ -849,7 +893,7 @@ def collate(views: list[View], pad_id: int, left: bool = False) -> Batch:
     shift = [width - len(v.ids) if left else 0 for v in views]
     return Batch(ids=padded([v.ids for v in views], pad_id), mask=padded([[True] * len(v.ids) for v in views], False),
                  labels=padded([v.labels for v in views], -100),
-                 pred=padded([[False] * (len(v.ids) - v.pred) + [True] * v.pred for v in views], False),
+                 slots=padded([[i in v.slots for i in range(len(v.ids))] for v in views], False),
                  embed_at=torch.tensor([v.embed_at + s for v, s in zip(views, shift)]),
                  images=[i for v in views for i in v.images])
 
@@ -864,17 +908,18 @@ class ImageStore:
 
     def add(self, example: Example) -> tuple[list[int], list[int]]:
         """Process the example's images; return their indices and token counts. Raises ValueError naming the example."""
-        first = len(self.pixels)
-        for n, image in enumerate(example.images):
-            try:
-                out = self.processor(images=[image], return_tensors="pt")
-            except ValueError as error:
-                raise ValueError(f"example {example.id}: the image processor rejects image {n} "
-                                 f"({image.width} x {image.height} px): {error}; crop or drop it") from None
-            self.pixels.append(out["pixel_values"])
-            self.grids.append(tuple(int(v) for v in out["image_grid_thw"][0]))
-        indices = list(range(first, len(self.pixels)))
+        indices = [self.add_image(image, f"example {example.id}: image {n}") for n, image in enumerate(example.images)]
         return indices, [self.tokens(i) for i in indices]
+
+    def add_image(self, image: Image.Image, where: str) -> int:
+        try:
+            out = self.processor(images=[image], return_tensors="pt")
+        except ValueError as error:
+            raise ValueError(f"{where} ({image.width} x {image.height} px) is rejected by the image processor: {error}; "
+                             "crop or drop it") from None
+        self.pixels.append(out["pixel_values"])
+        self.grids.append(tuple(int(v) for v in out["image_grid_thw"][0]))
+        return len(self.pixels) - 1
 
     def tokens(self, index: int) -> int:
         t, h, w = self.grids[index]
@@ -918,65 +963,18 @@ def contact_sheet(examples: list[Example], width: int = 1500, side: int = 132) -
     return sheet
 
 
-def views_figure(example: Example) -> Image.Image:
-    """One trajectory as the three views show it, with what each loss sees (the README's picture)."""
-    font, bold = ImageFont.load_default(15), ImageFont.load_default(19)
-    sheet = Image.new("RGB", (1180, 590), "white")
-    draw = ImageDraw.Draw(sheet)
-    grey, green, violet, blue = (236, 236, 236), (205, 238, 205), (226, 210, 245), (205, 225, 250)
-    lefts = dict(I0=20, Q=130, T1=290, I1=560, T2=670, state=960)
-
-    def block(column: str, y: int, width: int, content, fill=grey) -> None:
-        x = lefts[column]
-        if isinstance(content, Image.Image):
-            sheet.paste(content.resize((96, 96), Image.Resampling.NEAREST), (x, y))
-        else:
-            draw.rounded_rectangle((x, y, x + width, y + 96), 8, fill=fill)
-            draw.multiline_text((x + 9, y + 12), content, fill="black", font=font, spacing=6)
-
-    def row(y: int, title: str, shown: str, fill, state: str) -> None:
-        draw.text((20, y - 28), title, fill="black", font=bold)
-        plan, call = example.texts[0].split(" [")
-        reading, said = example.texts[-1].split(" Answer")
-        texts = dict(Q="\n".join(textwrap.wrap(example.question, 16)), T1=plan + "\n[" + call + "\n<|im_end|>",
-                     T2=reading + "\nAnswer" + said + "\n<|im_end|>")
-        for column, content in dict(I0=example.image, I1=example.images[1], **texts).items():
-            if column in shown.split():
-                block(column, y, dict(Q=145, T1=255, T2=255).get(column, 96), content, fill if column[0] == "T" else grey)
-        block("state", y, 200, state, blue)
-
-    row(40, "full view <I0, Q, R>", "I0 Q T1 I1 T2", green,
-        "green words: L_VLM (Eq. 3)\n\ntheir states, one to the\nnext: L_NextLat (Eq. 2)")
-    row(220, "input view <I0, Q> + K x [PRED]: all that inference has, plus [PRED]", "I0 Q", grey,
-        "h^_R: state of the\nlast [PRED]\n\n(gradient flows here)")
-    for k in range(4):
-        draw.rounded_rectangle((290 + 84 * k, 240, 366 + 84 * k, 296), 8, fill=violet)
-        draw.text((301 + 84 * k, 258), "[PRED]", fill="black", font=font)
-    row(420, "target view R: encoded on its own, without gradient", "T1 I1 T2", grey,
-        "h_R: state of the\nlast <|im_end|>\n\n(stop-gradient)")
-    draw.line((1060, 326, 1060, 410), fill=(40, 80, 200), width=4)
-    draw.polygon([(1052, 404), (1068, 404), (1060, 418)], fill=(40, 80, 200))
-    draw.text((900, 356), "L_JEPA (Eq. 1)", fill=(40, 80, 200), font=bold)
-    draw.text((20, 545), "L = L_VLM + lambda (L_JEPA + L_NextLat)   (Eq. 4)      inference: plain decoding from <I0, Q>, "
-              "no tool, no [PRED]", fill="black", font=bold)
-    return sheet
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="new folder to write")
     parser.add_argument("--regime", choices=list(REGIMES), default="mixed")
     parser.add_argument("--count", type=int, default=40, help="training examples; a quarter as many for validation and for test")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--figure", type=Path, metavar="PNG", help="draw the README's picture of the three views")
     parser.add_argument("--check", type=Path, metavar="DIR", help="read a data folder and report")
     args = parser.parse_args()
     if args.check:
         examples = read_folder(args.check)
         counts = {split: sum(ex.split == split for ex in examples) for split in SPLITS}
         print(f"{args.check}: {len(examples)} records are well-formed; " + ", ".join(f"{n} {s}" for s, n in counts.items()))
-    elif args.figure:
-        views_figure(make_example("crop", "train", 1, 0)).save(args.figure)
     elif args.out:
         if args.count < 1:
             parser.error("--count must be at least 1")

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer, DynamicCache
 
 from data import Batch, ImageStore, View, collate
 
@@ -113,11 +113,11 @@ class VLM(nn.Module):
         levels = [torch.cat(list(level)) if isinstance(level, (list, tuple)) else level for level in levels]
         return list(torch.stack(levels).split(sizes, dim=1))
 
-    def forward(self, batch: Batch, features: list[Tensor], grids: list[tuple[int, int, int]],
-                pred_tokens: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Final-layer states and input embeddings of a batch of views, both (B, T, D).
+    def embed(self, batch: Batch, features: list[Tensor], grids: list[tuple[int, int, int]], slots: Tensor | None = None) -> dict:
+        """The language model's inputs for a batch of views: embeddings (B, T, D), positions (3, B, T), mask (B, T).
 
-        features and grids: those of batch.images, in that order. pred_tokens (K, D) fill the [PRED] positions.
+        features and grids: those of batch.images, in that order. slots (n, D): the input embeddings of the batch's slots,
+        row after row ([PRED] tokens, latents).
         """
         is_image = batch.ids == self.image_token_id  # (B, T)
         embeds = self.lm.get_input_embeddings()(batch.ids)  # (B, T, D)
@@ -128,16 +128,20 @@ class VLM(nn.Module):
             embeds = embeds.masked_scatter(is_image[..., None], stacked[0].to(embeds.dtype))
             if len(stacked) > 1:  # the one family-specific place: Qwen3-VL adds these inside its first layers
                 extra = dict(visual_pos_masks=is_image, deepstack_visual_embeds=list(stacked[1:].to(embeds.dtype)))
-        if pred_tokens is not None and len(pred_tokens):
-            rows = pred_tokens.to(embeds.dtype).repeat(len(batch.ids), 1)  # (B * K, D)
-            embeds = embeds.masked_scatter(batch.pred[..., None], rows)
+        if slots is not None:
+            assert int(batch.slots.sum()) == len(slots), "slots and their embeddings do not match"
+            embeds = embeds.masked_scatter(batch.slots[..., None], slots.to(embeds.dtype))
         # Positions are always passed: without mm_token_type_ids the model would fall back to 1-D positions silently.
         grid = torch.tensor(grids, device=self.device) if grids else None
         positions, _ = self.lm.model.get_rope_index(batch.ids, mm_token_type_ids=is_image.int(), image_grid_thw=grid,
-                                                    attention_mask=batch.mask.long())  # (3, B, T)
-        out = self.lm.model.language_model(inputs_embeds=embeds, attention_mask=batch.mask.long(), position_ids=positions,
-                                           use_cache=False, **extra)
-        return out.last_hidden_state, embeds
+                                                    attention_mask=batch.mask.long())
+        return dict(inputs_embeds=embeds, attention_mask=batch.mask.long(), position_ids=positions, **extra)
+
+    def forward(self, batch: Batch, features: list[Tensor], grids: list[tuple[int, int, int]],
+                slots: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Final-layer states and input embeddings of a batch of views (see `embed`), both (B, T, D)."""
+        inputs = self.embed(batch, features, grids, slots)
+        return self.lm.model.language_model(**inputs, use_cache=False).last_hidden_state, inputs["inputs_embeds"]
 
     def logits(self, states: Tensor) -> Tensor:
         """(n, D) -> (n, V)"""
@@ -158,6 +162,43 @@ class VLM(nn.Module):
             image_grid_thw=torch.tensor([store.grids[i] for i in batch.images], device=self.device),
             max_new_tokens=max_new_tokens, do_sample=False, prefix_allowed_tokens_fn=constraint)
         return out[:, start:].tolist()
+
+    @torch.no_grad()
+    def generate_latent(self, views: list[View], store: ImageStore, scale, latents: int, markers: tuple[int, int], end_id: int,
+                        max_new_tokens: int) -> list[tuple[list[int], int]]:
+        """The reconstruction baseline's decoding: greedy words, and after each start marker `latents` latents.
+
+        A latent is the last state, brought to the scale of an input (predictor.LatentScale) and fed back in place of a
+        word; after the last one the end marker is written. Returns for each view (words, number of latents fed). Every
+        row is fed one position a step, a word or a latent, so rows in and out of a run share one batch and one KV cache.
+        """
+        batch = collate(views, self.pad_id, left=True).to(self.device)
+        grids = [store.grids[i] for i in batch.images]
+        inputs = self.embed(batch, self.encode_images([store.pixels[i] for i in batch.images], grids), grids)
+        position, mask = inputs["position_ids"].amax(dim=(0, 2)) + 1, inputs["attention_mask"]  # (B), (B, T)
+        cache = DynamicCache()
+        words: list[list[int]] = [[] for _ in views]
+        fed, left = [0] * len(views), [-1] * len(views)  # left: latents to feed; 0: the end marker is due; -1: words
+        while True:
+            state = self.lm.model.language_model(**inputs, past_key_values=cache, use_cache=True).last_hidden_state[:, -1]  # (B, D)
+            token = self.logits(state).argmax(dim=-1).tolist()
+            latent = torch.tensor([n > 0 for n in left], device=self.device)
+            for row, n in enumerate(left):
+                ended = bool(words[row]) and words[row][-1] == end_id
+                if n < 0 and not ended and len(words[row]) < max_new_tokens:
+                    words[row].append(token[row])
+                    left[row] = latents if token[row] == markers[0] else -1
+                elif n == 0:
+                    token[row] = markers[1]
+                fed[row] += n > 0
+                left[row] = n - 1 if n >= 0 else left[row]
+            if all(n < 0 and (w[-1] == end_id or len(w) == max_new_tokens) for n, w in zip(left, words)):
+                return list(zip(words, fed))
+            embeds = self.lm.get_input_embeddings()(torch.tensor(token, device=self.device))  # (B, D)
+            embeds = torch.where(latent[:, None], scale.input(state).to(embeds.dtype), embeds)
+            mask = torch.cat([mask, mask.new_ones(len(views), 1)], dim=1)
+            inputs = dict(inputs_embeds=embeds[:, None], attention_mask=mask, position_ids=position.expand(3, -1)[..., None])
+            position = position + 1
 
     # ---- LoRA on disk, in PEFT's format -----------------------------------------------------------------------------
 

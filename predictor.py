@@ -5,7 +5,8 @@ The predictor of section 3.4 is the VLM itself ("tied weights", after LLM-JEPA):
 of the last token of <I0, Q>. The latent predictor of Eq. 2 forecasts the next state of a sequence from this one.
 
 Letters: B batch, T sequence, D hidden size, K predictor tokens, n selected positions, d horizon.
-Neither part is in the checkpoint that answers questions: inference is plain decoding (section 3.8).
+Neither part is in the checkpoint that answers questions: inference is plain decoding (section 3.8). The last class is
+not Pearl's: it belongs to the reconstruction baseline, which does need it at inference.
 """
 
 import torch
@@ -79,3 +80,29 @@ class Predictor(nn.Module):
         keep = momentum * (self.seen > 0)
         self.centre.copy_(keep * self.centre + (1 - keep) * target.to(self.centre.dtype).mean(dim=0))
         self.seen += 1
+
+
+class LatentScale(nn.Module):
+    """What the reconstruction baseline adds: visual embeddings and final-layer states brought to one scale.
+
+    Raw visual embeddings have another size in each dimension than any state behind the final norm. A latent is therefore
+    regressed in standard units: target(v) = (v - mean) / std over the training set's tool images, predicted(h) = h / size
+    with `size` the RMS of the final norm's gain. At inference a state h becomes the next input by input(h), their inverse.
+    """
+
+    def __init__(self, embeddings: Tensor, norm_weight: Tensor):
+        """embeddings (n, D): visual embeddings of tool images; norm_weight (D)."""
+        super().__init__()
+        embeddings = embeddings.float()
+        self.register_buffer("mean", embeddings.mean(dim=0))
+        self.register_buffer("std", embeddings.std(dim=0).clamp_min(1e-6))
+        self.register_buffer("size", norm_weight.detach().float().square().mean().sqrt())
+
+    def target(self, embedding: Tensor) -> Tensor:
+        return (embedding - self.mean) / self.std
+
+    def predicted(self, state: Tensor) -> Tensor:
+        return state / self.size
+
+    def input(self, state: Tensor) -> Tensor:
+        return self.predicted(state) * self.std + self.mean

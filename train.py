@@ -2,6 +2,8 @@
 
     python train.py                                    # Pearl on the shipped VLM, five tool families: minutes on two cores
     python train.py --method sft                       # the baseline: the same words, no latent terms, no second pass
+    python train.py --method direct                    # the control: question and answer, no trajectory
+    python train.py --method recon                     # reconstruction-based latent reasoning (LVR; --latents 4: Mirage)
     python train.py --recipe paper                     # the paper's literal text; --recipe release: the authors' code
     python train.py --model Qwen/Qwen2.5-VL-3B-Instruct --data DIR --dtype bfloat16 --lr 1e-5     # your model, your data
 
@@ -9,7 +11,7 @@ One step of Pearl is three forward passes and one backward:
   1. full view <I0, Q, R>    -> L_VLM (Eq. 3) on the expert's words, and states for L_NextLat (Eq. 2)
   2. input view <I0, Q> + K [PRED] -> h^_R, the state of the last [PRED]
   3. target view R           -> h_R, the state of its last token, without gradient   -> L_JEPA (Eq. 1)
-SFT is the first pass alone. A run folder holds config.json, log.jsonl, best.json, checkpoint-STEP/ and results.json.
+SFT is the first pass alone; the reconstruction baseline is one pass too, its tool images replaced by latents. A run folder holds config.json, log.jsonl, best.json, checkpoint-STEP/ and results.json.
 Left out on purpose: resuming, several GPUs, packing the passes into one.
 """
 
@@ -24,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import get_cosine_schedule_with_warmup
@@ -32,16 +35,16 @@ import data
 import evaluate
 import losses
 from model import VLM
-from predictor import Predictor
+from predictor import LatentScale, Predictor
 
-METHODS, NEXTLAT_VIEWS = ("pearl", "sft"), ("full", "trajectory", "none")
+METHODS, NEXTLAT_VIEWS = ("pearl", "sft", "direct", "recon"), ("full", "trajectory", "none")
 
 
 @dataclass
 class Config:
     """One run. Every field is a command-line option of the same name; defaults are the run that the README reports."""
 
-    method: str = "pearl"  # pearl, or sft (lambda = 0: L_VLM alone)
+    method: str = "pearl"  # pearl, sft (L_VLM alone), direct (SFT on the answer alone), recon (latents for tool images)
     recipe: str = "ours"  # ours, paper or release: sets the fields listed in RECIPES; options given beside it win
     regime: str = "mixed"  # the world's trajectories: single, mixed, multi or all (data.py, REGIMES)
     model: str = str(Path(__file__).resolve().parent / "tiny-vlm")  # checkpoint folder or hub id
@@ -51,15 +54,20 @@ class Config:
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     dtype: str = "float32"  # of the frozen weights; on a GPU the arithmetic is bfloat16 either way (autocast)
 
-    lambda_latent: float = 1.0  # Eq. 4; the paper has 0.2
+    order: str = "text_first"  # of a trajectory: text_first (call, then image: the data's) or image_first (the paper's R)
+    lambda_latent: float = 1.0  # Eq. 4; the paper has 0.2. Of method recon: the weight of the reconstruction loss
     pred_tokens: int = 4  # K; 0: h^_R is the state of the last prompt token
     distance: str = "cosine"  # D of Eq. 1: cosine, smoothl1, mse, l2
+    jepa: bool = True  # false: L = L_VLM + lambda L_NextLat, an ablation
+    targets: str = "own"  # of L_JEPA: own, or a control: shuffled (another example's of the batch), random (fixed vectors)
     center: bool = False  # subtract the running mean of h_R from both embeddings before D (losses.jepa_loss)
     target_view: str = "trajectory"  # what h_R sees: trajectory (R alone), trajectory_with_image (I0 too, no question)
     nextlat_view: str = "full"  # whose states Eq. 2 runs along: full, trajectory, none (no L_NextLat)
     nextlat_sees_next: bool = True  # the latent predictor is given the next token's embedding
     nextlat_token: bool = False  # add the released code's cross-entropy of the forecast states
     horizon: int = 1  # d of Eq. 2, in tokens
+    latents: int = 0  # of method recon, a tool image: 0: one for each of its image tokens (LVR); k: k chunk means (Mirage)
+    decode_latents: int = 8  # of method recon: latents decoded at inference
 
     steps: int = 300  # optimiser steps
     batch: int = 32  # examples in one forward pass
@@ -78,6 +86,9 @@ class Config:
     train_examples: int = 1500  # of the world
     valid_examples: int = 150
     test_per_family: int = 120
+    test_split: str = "test"  # validation, when settings are being chosen
+    call_limit: int = 0  # after training, also test explicit tool use with at most so many calls
+    track: int = 0  # at each validation, also ask so many validation questions, directly and with the expert's tool
     world_seed: int = 0  # of the scenes; a data set of its own for every value
     eval_every: int = 50  # steps between validations; the checkpoint with the lowest validation loss is kept
     log_every: int = 10  # steps between log lines
@@ -85,6 +96,7 @@ class Config:
     answer_prefix: str = "Answer:"  # what a final text puts before the answer
 
 
+EXTRA_FILES = {Predictor: "predictor.safetensors", LatentScale: "latents.safetensors"}  # beside the adapter
 RECIPES = {
     "ours": {},
     "paper": dict(lambda_latent=0.2, distance="smoothl1", target_view="trajectory", nextlat_view="trajectory",
@@ -93,6 +105,7 @@ RECIPES = {
                     nextlat_sees_next=True, nextlat_token=True, lora_dropout=0.1, weight_decay=0.1),
 }
 CHOICES = dict(method=METHODS, recipe=tuple(RECIPES), regime=tuple(data.REGIMES), distance=losses.DISTANCES,
+               test_split=("test", "validation"), order=("text_first", "image_first"), targets=("own", "shuffled", "random"),
                target_view=data.TARGET_VIEWS, nextlat_view=NEXTLAT_VIEWS, dtype=("float32", "bfloat16"))
 
 
@@ -112,15 +125,24 @@ def parse_config(argv: list[str] | None = None) -> Config:
                             metavar=None if f.name in CHOICES else kind.__name__.upper(), help=f"default {f.default!r}")
     given = vars(parser.parse_args(argv))
     config = Config(**{**RECIPES[given.get("recipe", "ours")], **given})
-    for name, least in dict(steps=1, batch=1, accumulate=1, pred_tokens=0, horizon=1, lora_rank=0, train_examples=1,
+    for name, least in dict(steps=1, batch=1, accumulate=1, pred_tokens=0, horizon=1, latents=0, decode_latents=0, lora_rank=0, train_examples=1,
                             valid_examples=2, test_per_family=1, eval_every=1, log_every=1, lambda_latent=0, lr=0).items():
         if getattr(config, name) < least:
             parser.error(f"--{name} must be at least {least}, not {getattr(config, name)}")
+    if config.targets == "shuffled" and config.batch < 2:
+        parser.error("--targets shuffled needs --batch 2 or more")
     config.out = config.out or f"runs/{config.method}-{config.regime}-seed{config.seed}"
     return config
 
 
 # ---- data -------------------------------------------------------------------------------------------------------------
+
+
+def variant(example: data.Example, config: Config) -> data.Example:
+    """The example as this run's method is to learn it."""
+    if config.method == "direct":
+        return example.answer_only(config.answer_prefix)
+    return example.image_first() if config.order == "image_first" else example
 
 
 class Examples:
@@ -129,7 +151,11 @@ class Examples:
     def __init__(self, examples: list[data.Example], vlm: VLM, config: Config):
         serializer = data.Serializer(vlm.tokenizer, vlm.image_token_id, min(config.max_tokens, vlm.max_positions))
         self.store = data.ImageStore(vlm.image_processor)
-        self.views = [serializer.views(ex, *self.store.add(ex), config.pred_tokens, config.target_view) for ex in examples]
+        examples = [variant(ex, config) for ex in examples]
+        placed = [self.store.add(ex) for ex in examples]
+        self.views = [serializer.views(ex, *place, config.pred_tokens, config.target_view) for ex, place in zip(examples, placed)]
+        if config.method == "recon":
+            self.latent_views = [serializer.latent_view(ex, *place, config.latents) for ex, place in zip(examples, placed)]
         self.features: dict[int, Tensor] = {}  # by image; filled by image_features when the vision tower is frozen
         self.feature_bytes = 0
 
@@ -176,30 +202,51 @@ def image_features(vlm: VLM, examples: Examples, indices: list[int], config: Con
     return {i: new[i] if i in new else examples.features[i] for i in set(indices)}
 
 
-def encode(vlm: VLM, examples: Examples, views: list[data.View], features: dict[int, Tensor], pred_tokens: Tensor | None = None):
+def encode(vlm: VLM, examples: Examples, views: list[data.View], features: dict[int, Tensor], slots: Tensor | None = None):
     """Enc of a list of views: (batch, states (B, T, D), input embeddings (B, T, D), the views' embeddings (B, D))."""
     batch = data.collate(views, vlm.pad_id).to(vlm.device)
-    states, inputs = vlm(batch, [features[i] for i in batch.images], [examples.store.grids[i] for i in batch.images], pred_tokens)
+    states, inputs = vlm(batch, [features[i] for i in batch.images], [examples.store.grids[i] for i in batch.images], slots)
     embedding = states[torch.arange(len(views), device=vlm.device), batch.embed_at]
     return batch, states, inputs, embedding
 
 
-def compute_losses(vlm: VLM, predictor: Predictor | None, examples: Examples, rows: list[int], config: Config):
-    """All terms of Eq. 4 on the given examples: (total, detached parts, (h^_R, h_R) or None). SFT stops after L_VLM."""
+def additions(vlm: VLM, examples: Examples, config: Config) -> Predictor | LatentScale | None:
+    """What the method adds to the VLM while it trains: Pearl its predictor, reconstruction its scale, SFT nothing."""
+    if config.method == "pearl" and config.lambda_latent > 0:
+        end_row = vlm.lm.get_input_embeddings().weight[data.Serializer(vlm.tokenizer, vlm.image_token_id, 0).end_id]
+        return Predictor(vlm.dim, config.pred_tokens, end_row, config.nextlat_sees_next).to(config.device)
+    if config.method == "recon":
+        tool_images = [i for v in examples.views for i in v.full.images[1:]]
+        if not tool_images:
+            raise ValueError("no trajectory has a tool image: there is nothing for --method recon to reconstruct")
+        with torch.no_grad():
+            parts = [image_features(vlm, examples, tool_images[n:n + 64], config) for n in range(0, len(tool_images), 64)]
+        embeddings = torch.cat([latent_targets(f[0], config.latents) for part in parts for f in part.values()])
+        return LatentScale(embeddings, vlm.lm.model.language_model.norm.weight).to(config.device)
+    return None
+
+
+def compute_losses(vlm: VLM, extra: Predictor | LatentScale | None, examples: Examples, rows: list[int], config: Config):
+    """The loss of the given examples: (total, detached parts, (h^_R, h_R) or None). extra: what the method adds to the VLM."""
     views = [examples.views[row] for row in rows]
     features = image_features(vlm, examples, [i for v in views for i in v.full.images], config)
+    if config.method == "recon":
+        return recon_losses(vlm, extra, examples, rows, features, config)
     full, states, inputs, _ = encode(vlm, examples, [v.full for v in views], features)
     vlm_term = losses.vlm_loss(states, full.labels, vlm.logits)  # Eq. 3
-    if predictor is None:
+    if extra is None:  # SFT
         return vlm_term, dict(loss=vlm_term.detach(), vlm=vlm_term.detach()), None
 
-    _, _, _, predicted = encode(vlm, examples, [v.input for v in views], features, predictor.pred_tokens)
+    _, _, _, predicted = encode(vlm, examples, [v.input for v in views], features, extra.pred_tokens.repeat(len(views), 1))
     needs_gradient = config.nextlat_view == "trajectory"
     with nullcontext() if needs_gradient else torch.no_grad():  # Eq. 1 never needs it: its target is a constant
         target, target_states, target_inputs, embedding = encode(vlm, examples, [v.target for v in views], features)
     if config.center and torch.is_grad_enabled():
-        predictor.update_centre(embedding)
-    jepa_term = losses.jepa_loss(predicted, embedding, config.distance, predictor.centre if config.center else None)  # Eq. 1
+        extra.update_centre(embedding)
+    jepa_term = vlm_term.new_zeros(())
+    if config.jepa:  # Eq. 1
+        towards = control_targets(embedding, rows, config)
+        jepa_term = losses.jepa_loss(predicted, towards, config.distance, extra.centre if config.center else None)
 
     nextlat_term = vlm_term.new_zeros(())
     if config.nextlat_view != "none":  # Eq. 2
@@ -207,7 +254,7 @@ def compute_losses(vlm: VLM, predictor: Predictor | None, examples: Examples, ro
             batch, along, embeds, forecastable = full, states, inputs, full.labels != -100
         else:  # every state of the serialised trajectory, as in the paper's text
             batch, along, embeds, forecastable = target, target_states, target_inputs, target.mask
-        rollout = predictor.latent.rollout(along, embeds, forecastable, config.horizon)
+        rollout = extra.latent.rollout(along, embeds, forecastable, config.horizon)
         nextlat_term = losses.nextlat_loss(along, rollout)
         if config.nextlat_token:
             nextlat_term = nextlat_term + losses.nextlat_token_loss(rollout, batch.labels, vlm.lm.lm_head.weight)
@@ -215,7 +262,44 @@ def compute_losses(vlm: VLM, predictor: Predictor | None, examples: Examples, ro
     return total, parts, (predicted.detach(), embedding.detach())
 
 
-def train_step(vlm: VLM, predictor: Predictor | None, examples: Examples, rows: list[int], config: Config):
+def control_targets(embedding: Tensor, rows: list[int], config: Config) -> Tensor:
+    """The targets of L_JEPA: h_R (B, D) itself, or what a control puts in its place.
+
+    shuffled: the h_R of the next example of the batch, so that nothing about one's own is to be learned. random: a vector
+    drawn once for each example. What Pearl still gains with either is regularisation, not prediction.
+    """
+    if config.targets == "shuffled":
+        return embedding.roll(1, dims=0)
+    if config.targets == "random":
+        draw = lambda row: torch.randn(embedding.shape[1], generator=torch.Generator().manual_seed(1_000_003 * config.seed + row))
+        return embedding.norm(dim=1, keepdim=True) * F.normalize(torch.stack([draw(row) for row in rows]), dim=1).to(embedding)
+    return embedding
+
+
+def recon_losses(vlm: VLM, scale: LatentScale, examples: Examples, rows: list[int], features: dict[int, Tensor], config: Config):
+    """The reconstruction baseline (LVR, Mirage; the paper's Fig. 5): L_VLM + lambda * L_latent, teacher-forced.
+
+    The state before each latent regresses the tool image's visual embedding that the latent stands for.
+    """
+    tool_images = [image for row in rows for image in examples.views[row].full.images[1:]]
+    latents = torch.cat([latent_targets(features[image][0], config.latents) for image in tool_images])  # (n, D) visual embeddings
+    batch, states, _, _ = encode(vlm, examples, [examples.latent_views[row] for row in rows], features, latents)
+    vlm_term = losses.vlm_loss(states, batch.labels, vlm.logits)
+    before = batch.slots.roll(-1, dims=1)  # (B, T) the position that precedes each latent
+    recon_term = losses.reconstruction_loss(scale.predicted(states[before]), scale.target(latents))
+    total = vlm_term + config.lambda_latent * recon_term
+    return total, dict(loss=total.detach(), vlm=vlm_term.detach(), recon=recon_term.detach()), None
+
+
+def latent_targets(features: Tensor, latents: int) -> Tensor:
+    """(P, D) visual embeddings of a tool image -> the same (latents = 0), or (latents, D) means of as many chunks of them."""
+    if not latents:
+        return features
+    edges = [n * len(features) // latents for n in range(latents + 1)]
+    return torch.stack([features[a:max(b, a + 1)].mean(dim=0) for a, b in zip(edges, edges[1:])])
+
+
+def train_step(vlm: VLM, extra: Predictor | LatentScale | None, examples: Examples, rows: list[int], config: Config):
     """Gradients of one optimiser step, accumulated over forward passes of at most config.batch examples.
 
     Each pass counts with its share of the examples, so every example weighs the same; L_VLM is a mean over tokens
@@ -226,7 +310,7 @@ def train_step(vlm: VLM, predictor: Predictor | None, examples: Examples, rows: 
         part = rows[start:start + config.batch]
         share = len(part) / len(rows)
         with autocast(config):
-            loss, parts, pair = compute_losses(vlm, predictor, examples, part, config)
+            loss, parts, pair = compute_losses(vlm, extra, examples, part, config)
         (share * loss).backward()
         for name, value in parts.items():
             parts_sum[name] = parts_sum.get(name, 0) + share * value
@@ -241,20 +325,29 @@ def autocast(config: Config):
 
 
 @torch.no_grad()
-def validate(vlm: VLM, predictor: Predictor | None, examples: Examples, config: Config) -> dict[str, float]:
+def validate(vlm: VLM, extra: Predictor | LatentScale | None, examples: Examples, config: Config) -> dict[str, float]:
     """Mean loss parts over the validation examples, and the collapse gauges on all of them together."""
     vlm.eval()
     sums, pairs = {}, []
     for start in range(0, len(examples.views), config.batch):
         rows = list(range(start, min(start + config.batch, len(examples.views))))
         with autocast(config):
-            _, parts, pair = compute_losses(vlm, predictor, examples, rows, config)
+            _, parts, pair = compute_losses(vlm, extra, examples, rows, config)
         for name, value in parts.items():
             sums[name] = sums.get(name, 0.0) + float(value) * len(rows) / len(examples.views)
         pairs += [pair] if pair else []
     vlm.train()
     gauges = losses.collapse_gauges(*(torch.cat(side) for side in zip(*pairs))) if pairs else {}
     return sums | gauges
+
+
+def tracked(vlm: VLM, examples: list[data.Example], config: Config) -> dict[str, float]:
+    """Direct accuracy and accuracy with the expert's tool of the model as it is, for the picture of one against the other."""
+    if not examples:
+        return {}
+    records = evaluate.answer_questions(vlm, examples, config.answer_prefix)
+    share = lambda rights: sum(rights) / max(1, len(rights))
+    return dict(direct=share([r["direct_right"] for r in records]), tool=share([r["tool_right"] for r in records if "tool_right" in r]))
 
 
 # ---- the run's folder ---------------------------------------------------------------------------------------------------
@@ -269,13 +362,13 @@ def start_folder(config: Config) -> Path:
     return out
 
 
-def save_best(out: Path, vlm: VLM, predictor: Predictor | None, step: int, valid: dict[str, float]) -> None:
+def save_best(out: Path, vlm: VLM, extra: Predictor | LatentScale | None, step: int, valid: dict[str, float]) -> None:
     """checkpoint-STEP/ under a temporary name, then renamed; then best.json names it; then the one before goes."""
     folder, partial = out / f"checkpoint-{step}", out / f"checkpoint-{step}.partial"
     partial.mkdir()
     vlm.save_adapter(partial)
-    if predictor is not None:
-        save_file({n: p.detach().contiguous() for n, p in predictor.state_dict().items()}, partial / "predictor.safetensors")
+    if extra is not None:
+        save_file({n: p.detach().contiguous() for n, p in extra.state_dict().items()}, partial / EXTRA_FILES[type(extra)])
     partial.rename(folder)
     best = out / "best.json"
     before = json.loads(best.read_text())["checkpoint"] if best.exists() else None
@@ -304,29 +397,26 @@ def train(config: Config) -> Path:
     vlm = VLM(config.model, dtype=getattr(torch, config.dtype)).to(config.device)
     train_set, valid_set = load_examples(config)
     families = list(dict.fromkeys(ex.family for ex in train_set))
-    tests = evaluate.test_examples(config.data, families, config.test_per_family, config.world_seed)
+    tests = evaluate.test_examples(config.data, families, config.test_per_family, config.world_seed, config.test_split)
     examples, valid_examples = Examples(train_set, vlm, config), Examples(valid_set, vlm, config)
     out = start_folder(config)
 
     vlm.set_trainable(config.lora_rank, config.lora_alpha, config.lora_dropout, config.lora_targets.split(","),
                       config.train_vision)
-    predictor = None
-    if config.method == "pearl" and config.lambda_latent > 0:
-        end_row = vlm.lm.get_input_embeddings().weight[data.Serializer(vlm.tokenizer, vlm.image_token_id, 0).end_id]
-        predictor = Predictor(vlm.dim, config.pred_tokens, end_row, config.nextlat_sees_next).to(config.device)
-    parameters = [p for module in (vlm, predictor) if module is not None for p in module.parameters() if p.requires_grad]
+    extra = additions(vlm, examples, config)
+    parameters = [p for module in (vlm, extra) if module is not None for p in module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
     schedule = get_cosine_schedule_with_warmup(optimizer, math.ceil(config.warmup * config.steps), config.steps)
     trained = sum(p.numel() for p in parameters) / 1e6
     print(f"{config.method} on {config.data or config.regime}: {len(train_set)} examples, {trained:.2f}M trained parameters, "
           f"{config.device}, run folder {out}")
 
-    before = evaluate.summarise(evaluate.answer_questions(vlm, tests, config.answer_prefix))
+    before = evaluate.answer_questions(vlm, tests, config.answer_prefix)
     vlm.train()
     order = batches(len(train_set), config.batch * config.accumulate, config.seed)
     best, start, last = math.inf, time.time(), time.time()
     for step in range(1, config.steps + 1):
-        parts, pair = train_step(vlm, predictor, examples, next(order), config)
+        parts, pair = train_step(vlm, extra, examples, next(order), config)
         norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip)
         optimizer.step()
         schedule.step()
@@ -340,31 +430,31 @@ def train(config: Config) -> Path:
             print(progress_line(step, config, parts, gauges, float(norm), schedule.get_last_lr()[0], ms), flush=True)
             last = time.time()
         if step % config.eval_every == 0 or step == config.steps:
-            valid = validate(vlm, predictor, valid_examples, config)
+            valid = validate(vlm, extra, valid_examples, config) | tracked(vlm, valid_set[:config.track], config)
             log(out, "valid", dict(step=step, **valid))
             print("      validation: " + " ".join(f"{name} {value:.3f}" for name, value in valid.items()), flush=True)
             if valid["loss"] < best:
                 best = valid["loss"]
-                save_best(out, vlm, predictor, step, valid)
+                save_best(out, vlm, extra, step, valid)
             last = time.time()
 
     report(out, config, tests, before, time.time() - start)
     return out
 
 
-def report(out: Path, config: Config, tests: list[data.Example], before: dict, seconds: float) -> None:
+def report(out: Path, config: Config, tests: list[data.Example], before: list[dict], seconds: float) -> None:
     """Load the best checkpoint as a user would, answer the test questions, print and write the table."""
-    vlm, _ = evaluate.load_run(out, config.device)
-    answers = evaluate.answer_questions(vlm, tests, config.answer_prefix)
-    after = evaluate.summarise(answers)
+    vlm, _, scale = evaluate.load_run(out, config.device)
+    tests = [variant(ex, config) if ex.trajectory and config.order == "image_first" else ex for ex in tests]
+    asked = evaluate.ask(vlm, tests, config.answer_prefix, call_limit=config.call_limit, scale=scale, latents=config.decode_latents)
     best = json.loads((out / "best.json").read_text())
-    evaluate.write_json(out / "results.json", dict(before=before, after=after, best=best, train_seconds=seconds, answers=answers))
+    evaluate.write_json(out / "results.json", dict(best=best, train_seconds=seconds, **asked, before=before))
     print(f"\ntest accuracy in %, before and after {config.steps} steps ({seconds / 60:.1f} minutes); "
           f"best checkpoint: step {best['step']}")
-    print(evaluate.format_table(dict(before=before, after=after)))
-    gauges = {name: value for name, value in best["valid"].items() if name not in ("loss", "vlm", "jepa", "nextlat")}
+    print(evaluate.format_table(dict(before=evaluate.summarise(before), after=evaluate.summarise(asked["answers"]))))
+    gauges = {name: value for name, value in best["valid"].items() if name not in ("loss", "vlm", "jepa", "nextlat", "recon")}
     if gauges:
-        print("collapse gauges on validation: " + ", ".join(f"{name} {value:.3f}" for name, value in gauges.items()))
+        print("on validation: " + ", ".join(f"{name} {value:.3f}" for name, value in gauges.items()))
     print(f"everything is in {out}")
 
 

@@ -248,7 +248,30 @@ def test_k0_ends_at_the_generation_prompt(shipped):
     vlm, serializer, store = shipped
     ex = data.make_example("crop", "train", 0, 0)
     view = serializer.views(ex, *store.add(ex), 0, "trajectory").input
-    assert view.pred == 0 and view.ids[-len(serializer.header_ids):] == serializer.header_ids
+    assert view.slots == () and view.ids[-len(serializer.header_ids):] == serializer.header_ids
+
+
+def test_image_first_moves_each_image_before_its_call():
+    ex = data.make_example("zoom", "train", next(i for i in range(50) if data.make_spec("zoom", "train", i, 0)["calls"] == 2), 0)
+    t1, i1, t2, i2, t3 = ex.trajectory
+    assert ex.image_first().trajectory == [i1, t1, i2, t2 + " " + t3] and ex.trajectory == [t1, i1, t2, i2, t3]
+    assert ex.answer_only("Answer:").trajectory == [f"Answer: {ex.answer}"]
+
+
+def test_latent_view_is_one_turn_with_a_run_for_each_tool_image(shipped):
+    vlm, serializer, store = shipped
+    ex = data.make_example("crop", "train", 1, 0)
+    images, tokens = store.add(ex)
+    for latents, count in ((0, tokens[1]), (3, 3)):
+        view = serializer.latent_view(ex, images, tokens, latents)
+        assert len(view.slots) == count and view.slots == tuple(range(view.slots[0], view.slots[0] + count)) and view.images == images[:1]
+        before, after = view.slots[0] - 1, view.slots[-1] + 1
+        token = vlm.tokenizer.convert_tokens_to_ids
+        assert view.ids[before] == view.labels[before] == token(data.LATENT_START)
+        assert view.ids[after] == token(data.LATENT_END) and view.labels[after] == -100
+        assert all(view.labels[slot] == -100 for slot in view.slots)
+        said = vlm.tokenizer.decode([t for t in view.labels if t != -100])
+        assert said == ex.texts[0] + data.LATENT_START + ex.texts[1] + "<|im_end|>"
 
 
 def test_views_refuse_what_they_cannot_serialise(shipped):
@@ -262,18 +285,18 @@ def test_views_refuse_what_they_cannot_serialise(shipped):
         serializer.views(replace(ex, trajectory=[]), images, tokens, 2, "trajectory")
     with pytest.raises(ValueError, match="limit is 20; .* raise --max_tokens"):
         data.Serializer(vlm.tokenizer, vlm.image_token_id, 20).views(ex, images, tokens, 2, "trajectory")
-    with pytest.raises(ValueError, match="rejects image 0.*crop or drop it"):
+    with pytest.raises(ValueError, match="image 0 .*rejected.*crop or drop it"):
         store.add(replace(ex, image=Image.new("RGB", (2000, 4))))
 
 
 def test_collate_pads_and_points(shipped):
-    long, short = data.View([1, 2, 3, 4], [-100, 2, 3, 4], [7], 3, 2), data.View([5, 6], [-100, 6], [8, 9], 1, 1)
+    long, short = data.View([1, 2, 3, 4], [-100, 2, 3, 4], [7], 3, (2, 3)), data.View([5, 6], [-100, 6], [8, 9], 1, (1,))
     batch = data.collate([long, short], pad_id=0)
     assert batch.ids.tolist() == [[1, 2, 3, 4], [5, 6, 0, 0]] and batch.labels.tolist()[1] == [-100, 6, -100, -100]
-    assert batch.mask.tolist()[1] == [True, True, False, False] and batch.pred.tolist() == [[False, False, True, True], [False, True, False, False]]
+    assert batch.mask.tolist()[1] == [True, True, False, False] and batch.slots.tolist() == [[False, False, True, True], [False, True, False, False]]
     assert batch.embed_at.tolist() == [3, 1] and batch.images == [7, 8, 9]
     left = data.collate([long, short], pad_id=0, left=True)
-    assert left.ids.tolist()[1] == [0, 0, 5, 6] and left.embed_at.tolist() == [3, 3] and left.pred.tolist()[1] == [False, False, False, True]
+    assert left.ids.tolist()[1] == [0, 0, 5, 6] and left.embed_at.tolist() == [3, 3] and left.slots.tolist()[1] == [False, False, False, True]
 
 
 def test_command_line_writes_a_folder_that_reads_back(tmp_path):
@@ -283,7 +306,5 @@ def test_command_line_writes_a_folder_that_reads_back(tmp_path):
     assert run("--out", str(tmp_path / "set"), "--regime", "all", "--count", "8").returncode == 0
     assert Image.open(tmp_path / "set" / "contact_sheet.png").width > 1000
     assert "8 train, 2 validation, 2 test" in run("--check", str(tmp_path / "set")).stdout
-    assert run("--figure", str(tmp_path / "views.png")).returncode == 0
-    assert Image.open(tmp_path / "views.png").width > 1000
     again = run("--out", str(tmp_path / "set"))
     assert again.returncode == 1 and again.stderr.startswith("error:") and "Traceback" not in again.stderr

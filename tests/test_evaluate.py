@@ -1,4 +1,6 @@
-"""Claims: intervals and tables equal hand-computed ones; the direct answer is the likeliest option; answers are parsed as said."""
+"""Claims: intervals, paired differences and tables equal hand-computed ones; the direct answer is the likeliest option; answers
+are parsed as said; the tool executor runs good calls, counts bad ones and stops at its limit; the latent loop on the KV cache
+equals a loop that encodes everything anew."""
 
 import json
 import subprocess
@@ -11,6 +13,7 @@ import data
 import evaluate
 from conftest import TINY
 from model import VLM
+from predictor import LatentScale
 
 
 def test_wilson_interval_by_hand():
@@ -59,6 +62,130 @@ def test_options_of_several_tokens_and_of_one_prefix():
     ex = data.make_example("crop", "test", 0, 0)
     ex.options, ex.answer = ["red disc", "red disc two", "a strange word"], "red disc two"
     assert evaluate.answer_questions(vlm, [ex])[0]["direct"] in ex.options
+
+
+# ---- explicit tool use ----
+
+
+class Script:
+    """An Asker whose model says what is written here, turn by turn, whatever it is shown."""
+
+    def __init__(self, monkeypatch, examples, turns):
+        self.asker, self.turns, self.shown = evaluate.Asker(VLM(TINY), examples), list(turns), []
+        monkeypatch.setattr(self.asker, "_generate", self.say)
+
+    def say(self, views, tokens):
+        self.shown.append([len(v.images) for v in views])
+        return [dict(ids=[], text=text, tokens=5, images=len(v.images), passes=5) for text, v in zip(self.turns.pop(0), views)]
+
+
+def test_tools_run_on_the_last_image_until_the_answer(monkeypatch):
+    ex = data.make_example("zoom", "test", next(i for i in range(50) if data.make_spec("zoom", "test", i, 0)["calls"] == 2), 0)
+    script = Script(monkeypatch, [ex], [[ex.texts[0]], [ex.texts[1] + " and so on"], [ex.texts[2]]])
+    [record] = script.asker.call(limit=3)
+    assert script.shown == [[1], [2], [3]]  # I0, then each tool's image with it
+    assert record == dict(text=ex.texts[2], calls=2, tokens=15, images=6, passes=15)
+    by_hand = []
+    for image, patches in zip(ex.images[1:], script.asker.store.pixels[-2:]):  # the expert's images, made anew by the calls
+        by_hand.append(torch.equal(patches, script.asker.store.processor(images=[image], return_tensors="pt")["pixel_values"]))
+    assert by_hand == [True, True]
+
+
+@pytest.mark.parametrize("said, why", [("Zoom in. [crop 10 20]", "wrong number of arguments"), ("Zoom in. [zoom 1 2 3 4]", "no tool call"),
+                                       ("Zoom in. [crop 50 50 40 60]", "is empty"), ("Zoom [crop 1 2 3", "no tool call")])
+def test_malformed_calls_are_counted_and_answered_directly(monkeypatch, said, why):
+    ex = data.make_example("crop", "test", 0, 0)
+    [record] = Script(monkeypatch, [ex], [[said]]).asker.call(limit=3)
+    assert why in record["failed"] and record["text"] == "" and record["calls"] == 0
+
+
+def test_calls_stop_at_the_limit(monkeypatch):
+    examples = data.make_world("single", "test", 2)
+    call = "Again. [crop 0 0 90 90]"
+    script = Script(monkeypatch, examples, [[call, "Answer: two"], [call], [call]])
+    records = script.asker.call(limit=2)
+    assert records[0]["failed"] == "one call too many" and records[0]["calls"] == 2
+    assert records[1]["text"] == "Answer: two" and records[1]["calls"] == 0
+
+
+def test_a_failed_attempt_counts_as_answered_directly(monkeypatch):
+    examples = data.make_world("single", "test", 6)
+    monkeypatch.setattr(evaluate.Asker, "call", lambda self, limit: [dict(text="", failed="no tool call", calls=0, tokens=1, images=1, passes=1)] * 6)
+    for record in evaluate.answer_questions(VLM(TINY), examples, call_limit=1):
+        assert record["call_right"] == record["direct_right"] and record["call"] == "(no tool call)"
+
+
+# ---- the latent loop ----
+
+
+def naive_latent(vlm, view, store, scale, latents, markers, end_id, limit):
+    """One example, no cache: everything so far is embedded and encoded anew for each word."""
+    features = vlm.encode_images([store.pixels[i] for i in view.images], [store.grids[i] for i in view.images])
+    ids, extra, words = list(view.ids), [], []  # extra: (position, embedding) of each latent so far
+
+    def state():
+        slots = tuple(position for position, _ in extra)
+        batch = data.collate([data.View(ids, [-100] * len(ids), view.images, len(ids) - 1, slots)], vlm.pad_id)
+        filled = torch.stack([e for _, e in extra]) if extra else None
+        return vlm(batch, features, [store.grids[i] for i in view.images], filled)[0][0, -1]
+
+    while len(words) < limit:
+        words.append(int(vlm.logits(state()).argmax()))
+        ids.append(words[-1])
+        if words[-1] == end_id:
+            break
+        if words[-1] == markers[0]:
+            for _ in range(latents):
+                extra.append((len(ids), scale.input(state())))
+                ids.append(end_id)  # a placeholder under the latent
+            ids.append(markers[1])
+    return words, len(extra)
+
+
+@pytest.mark.parametrize("latents", [0, 1, 3])
+def test_latent_loop_equals_encoding_everything_anew(vlm64, latents):
+    """Any token may be the start marker: the commonest first words, so that runs begin early, late and twice."""
+    torch.manual_seed(0)
+    examples = data.make_world("mixed", "test", 5)
+    asker = evaluate.Asker(vlm64.eval(), examples)
+    views = [asker.serializer.prompt(ex, i[:1], n[:1]) for ex, (i, n) in zip(examples, asker.placed)]
+    scale = LatentScale(torch.randn(20, vlm64.dim, dtype=torch.float64), torch.full((vlm64.dim,), 2.0)).double()
+    said = vlm64.generate(views, asker.store, 4)
+    runs = 0
+    for start in {said[0][0], said[1][1], said[2][1]}:
+        markers = start, vlm64.tokenizer.convert_tokens_to_ids(data.LATENT_END)
+        with torch.no_grad():
+            together = vlm64.generate_latent(views, asker.store, scale, latents, markers, asker.serializer.end_id, 7)
+            alone = [naive_latent(vlm64, view, asker.store, scale, latents, markers, asker.serializer.end_id, 7) for view in views]
+        assert [(list(w), n) for w, n in together] == alone
+        runs += sum(words.count(start) for words, _ in together)
+    assert runs > 5
+
+
+# ---- comparison ----
+
+
+def a_run(method, seed, rights, way="direct", **settings):
+    rows = [{"id": str(i), "family": "crop", "options": list("abcd"), f"{way}_right": r, "direct_right": r, "cost": {way: dict(tokens=2, images=1, passes=2)}}
+            for i, r in enumerate(rights)]
+    return dict(config=dict(method=method, seed=seed, out=f"{method}{seed}", **settings), answers=rows, ms={way: 10.0 + seed})
+
+
+def test_comparison_by_hand():
+    runs = {"a": a_run("sft", 0, [1, 0, 0, 0]), "b": a_run("sft", 1, [1, 1, 0, 0]), "c": a_run("pearl", 0, [1, 1, 1, 0]), "d": a_run("pearl", 1, [1, 1, 1, 0]),
+            "e": a_run("recon", 0, [0, 0, 0, 1], way="latent")}
+    rows = {row["system"]: row for row in evaluate.compare(runs)}
+    assert rows["sft"]["own"] == [25.0, 50.0] and rows["pearl"]["own"] == [75.0, 75.0] and rows["recon"]["own_way"] == "latent"
+    # differences by seed 50 and 25: mean 37.5, std 17.678, t(1) = 12.71, half width 12.71 * 17.678 / sqrt(2) = 158.9
+    assert rows["pearl"]["difference"] == pytest.approx((37.5, 158.875)) and rows["recon"]["difference"] is None
+    assert rows["pearl"]["cost"]["tokens"] == 2 and rows["pearl"]["cost"]["ms"] == [10.0, 11.0]
+    text = evaluate.markdown(list(rows.values()))
+    assert "| sft | 2 | 37.5 +/- 17.7 |" in text and "+37.5 [-121.4, +196.4]" in text
+
+
+def test_arms_are_named_by_what_differs():
+    runs = {"a": a_run("pearl", 0, [1], pred_tokens=4), "b": a_run("pearl", 1, [1], pred_tokens=4), "c": a_run("pearl", 0, [1], pred_tokens=0), "d": a_run("sft", 0, [1], pred_tokens=4)}
+    assert evaluate.arms({k: r["config"] for k, r in runs.items()}) == {"a": "pearl pred_tokens=4", "b": "pearl pred_tokens=4", "c": "pearl pred_tokens=0", "d": "sft"}
 
 
 def test_command_line_needs_something_to_evaluate(tmp_path):

@@ -22,7 +22,7 @@ def run(vlm, store, views, pred_tokens=None):
     batch = data.collate(views, vlm.pad_id)
     with torch.no_grad():
         features = vlm.encode_images([store.pixels[i] for i in batch.images], [store.grids[i] for i in batch.images])
-        return batch, vlm(batch, features, [store.grids[i] for i in batch.images], pred_tokens)[0]
+        return batch, vlm(batch, features, [store.grids[i] for i in batch.images], None if pred_tokens is None else pred_tokens.repeat(len(views), 1))[0]
 
 
 def reference(vlm, store, views):

@@ -16,7 +16,7 @@ import losses
 import train
 from conftest import TINY
 from model import VLM
-from predictor import Predictor
+from predictor import LatentScale, Predictor
 
 
 def setup(vlm, examples, config):
@@ -44,7 +44,7 @@ def embeddings(vlm, predictor, examples, rows, which, config):
         view = getattr(examples.views[row], which)
         features = vlm.encode_images([examples.store.pixels[i] for i in view.images], [examples.store.grids[i] for i in view.images])
         states, _ = vlm(data.collate([view], vlm.pad_id), features, [examples.store.grids[i] for i in view.images],
-                        predictor.pred_tokens if view.pred else None)
+                        predictor.pred_tokens if view.slots else None)
         out.append(states[0, -1])
     return torch.stack(out)
 
@@ -151,6 +151,64 @@ def test_cached_features_change_nothing(vlm64, mixed, config):
     examples.features.clear()
     without, _, _ = train.compute_losses(vlm64, predictor, examples, [0, 1, 2], config)
     assert not examples.features and torch.equal(first, cached) and torch.equal(first, without)
+
+
+def test_control_targets_are_another_examples_or_fixed_noise(config):
+    h = torch.randn(4, 6)
+    own = train.control_targets(h, [7, 8, 9, 10], config)
+    assert own is h
+    shuffled = train.control_targets(h, [7, 8, 9, 10], dataclasses.replace(config, targets="shuffled"))
+    assert sorted(shuffled.tolist()) == sorted(h.tolist()) and all(not torch.equal(a, b) for a, b in zip(shuffled, h))
+    random = dataclasses.replace(config, targets="random")
+    drawn = train.control_targets(h, [7, 8, 9, 10], random)
+    again = train.control_targets(torch.randn(4, 6), [8, 7, 9, 10], random)
+    torch.testing.assert_close(F.normalize(drawn[0], dim=0), F.normalize(again[1], dim=0))  # row 7's vector, wherever it stands
+    torch.testing.assert_close(drawn.norm(dim=1), h.norm(dim=1))
+    assert F.cosine_similarity(drawn[0], drawn[1], dim=0).abs() < 0.999
+
+
+def test_shuffled_targets_change_the_loss_and_no_jepa_drops_it(vlm64, mixed, config):
+    predictor, examples = setup(vlm64, mixed[:3], config)
+    _, parts, (predicted, target) = train.compute_losses(vlm64, predictor, examples, [0, 1, 2], dataclasses.replace(config, targets="shuffled"))
+    swapped = target[[2, 0, 1]]
+    torch.testing.assert_close(parts["jepa"], (1 - F.cosine_similarity(predicted, swapped, dim=-1)).mean())
+    _, parts, _ = train.compute_losses(vlm64, predictor, examples, [0, 1, 2], dataclasses.replace(config, jepa=False))
+    assert parts["jepa"] == 0 and parts["loss"] == parts["vlm"] + parts["nextlat"]
+
+
+@pytest.mark.parametrize("latents", [0, 3])
+def test_reconstruction_step_against_a_loop(vlm64, config, latents):
+    """Each latent by hand: its visual embedding in standard units, and the state of the position before it."""
+    config = dataclasses.replace(config, method="recon", latents=latents, lambda_latent=0.5)
+    world = [ex for ex in data.make_world("multi", "train", 9) if len(ex.images) > 2][:2] + data.make_world("mixed", "train", 2)
+    _, examples = setup(vlm64, world, config)
+    scale = train.additions(vlm64, examples, config)
+    rows = list(range(len(world)))
+    total, parts, _ = train.compute_losses(vlm64, scale, examples, rows, config)
+    errors = []
+    for row in rows:
+        view, full = examples.latent_views[row], examples.views[row].full
+        visual = [vlm64.encode_images([examples.store.pixels[i]], [examples.store.grids[i]])[0][0] for i in full.images[1:]]
+        if latents:
+            visual = [torch.stack([chunk.mean(0) for chunk in torch.tensor_split(v, [len(v) * n // latents for n in range(1, latents)])]) for v in visual]
+        assert len(view.slots) == sum(map(len, visual)) and view.images == full.images[:1]
+        features = vlm64.encode_images([examples.store.pixels[view.images[0]]], [examples.store.grids[view.images[0]]])
+        states, embeds = vlm64(data.collate([view], vlm64.pad_id), features, [examples.store.grids[view.images[0]]], torch.cat(visual))
+        for slot, v in zip(view.slots, torch.cat(visual)):
+            torch.testing.assert_close(embeds[0, slot], v)
+            size = vlm64.lm.model.language_model.norm.weight.square().mean().sqrt()
+            errors.append((states[0, slot - 1] / size - (v - scale.mean) / scale.std).square().mean())
+    torch.testing.assert_close(parts["recon"], torch.stack(errors).mean().detach(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(total.detach(), parts["vlm"] + 0.5 * parts["recon"])
+
+
+def test_latent_scale_is_standard_units_and_its_input_the_inverse():
+    embeddings, norm = torch.randn(50, 6) * 10 + 3, torch.full((6,), 2.0)
+    scale = LatentScale(embeddings, norm)
+    units = scale.target(embeddings)
+    torch.testing.assert_close(units.mean(0), torch.zeros(6), atol=1e-5, rtol=0)
+    torch.testing.assert_close(units.std(0), torch.ones(6))
+    torch.testing.assert_close(scale.input(units * 2.0), embeddings)  # a state that predicts perfectly is fed back as the embedding
 
 
 def test_accumulation_equals_one_large_batch(vlm64, mixed, config):
