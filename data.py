@@ -877,10 +877,12 @@ class Batch:
     slots: torch.Tensor  # True: an input embedding given from outside
     embed_at: torch.Tensor  # (B,)
     images: list[int]  # in order of appearance, row after row
+    shared: torch.Tensor | None = None  # (B,) of packed batches: how many first tokens the branch sees
+    branch: int = 0  # of packed batches: how many last positions are the branch
 
     def to(self, device) -> "Batch":
-        tensors = {k: v.to(device, non_blocking=True) for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
-        return Batch(**tensors, images=self.images)
+        moved = {k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in vars(self).items()}
+        return Batch(**moved)
 
 
 def collate(views: list[View], pad_id: int, left: bool = False) -> Batch:
@@ -896,6 +898,31 @@ def collate(views: list[View], pad_id: int, left: bool = False) -> Batch:
                  slots=padded([[i in v.slots for i in range(len(v.ids))] for v in views], False),
                  embed_at=torch.tensor([v.embed_at + s for v, s in zip(views, shift)]),
                  images=[i for v in views for i in v.images])
+
+
+def pack(views: list[Views], pad_id: int) -> Batch:
+    """Full views, each followed by the part of its input view that it does not share: the two in one forward pass.
+
+        <I0, Q> and generation prompt | R | padding | [PRED] x K       the branch at the end sees what both views share,
+                     shared              full         branch           and itself; R never sees the branch
+
+    Since attention and positions are given explicitly (VLM.embed), where the branch stands does not matter: at the end,
+    so that the full view's states are a slice. `embed_at` points to h^_R (with K = 0 the last shared token).
+    """
+    batch = collate([v.full for v in views], pad_id)
+    shared = []
+    for v in views:
+        same = [a == b for a, b in zip(v.full.ids, v.input.ids[:len(v.input.ids) - len(v.input.slots)])]
+        shared.append((same + [False]).index(False))
+    tails = [v.input.ids[n:] for v, n in zip(views, shared)]
+    width, branch = batch.ids.shape[1], len(tails[0])
+    assert all(len(tail) == branch for tail in tails), "branches of one batch have one length"
+    grown = lambda tensor, rows: torch.cat([tensor, torch.tensor(rows, dtype=tensor.dtype).view(len(views), branch)], dim=1)
+    return replace(batch, ids=grown(batch.ids, tails), mask=grown(batch.mask, [[True] * branch] * len(views)),
+                   labels=grown(batch.labels, [[-100] * branch] * len(views)),
+                   slots=grown(batch.slots, [[n + i in v.input.slots for i in range(branch)] for v, n in zip(views, shared)]),
+                   embed_at=torch.tensor([width + branch - 1 if branch else n - 1 for n in shared]),
+                   shared=torch.tensor(shared), branch=branch)
 
 
 class ImageStore:

@@ -273,16 +273,17 @@ def arms(configs: dict[str, dict]) -> dict[str, str]:
     return names
 
 
-def compare(runs: dict[str, dict], reference: str = "sft") -> list[dict]:
+def compare(runs: dict[str, dict], reference: str = "sft", names: dict[str, str] | None = None) -> list[dict]:
     """One row a system from runs {name: dict(config, answers, before)}: accuracies over seeds, paired differences, cost.
 
     `own` is the accuracy of the system's own inference: direct; latent for recon; call for explicit tool use, which is a
     row of its own beside the reference arm. Differences are to the reference arm, direct, paired by seed, in points.
+    names: the arm of each run; default: see `arms`.
     """
-    names = arms({run: r["config"] for run, r in runs.items()})
+    names = names or arms({run: r["config"] for run, r in runs.items()})
     groups: dict[str, dict[int, dict]] = {}
-    for run, name in names.items():
-        groups.setdefault(name, {})[runs[run]["config"]["seed"]] = runs[run]
+    for run, record in runs.items():
+        groups.setdefault(names[run], {})[record["config"]["seed"]] = record
     first = next(iter(runs.values()))
     systems = [("no fine-tuning", "direct", {0: dict(answers=first["before"])})] if first.get("before") else []
     for name, seeds in groups.items():

@@ -133,9 +133,26 @@ class VLM(nn.Module):
             embeds = embeds.masked_scatter(batch.slots[..., None], slots.to(embeds.dtype))
         # Positions are always passed: without mm_token_type_ids the model would fall back to 1-D positions silently.
         grid = torch.tensor(grids, device=self.device) if grids else None
-        positions, _ = self.lm.model.get_rope_index(batch.ids, mm_token_type_ids=is_image.int(), image_grid_thw=grid,
-                                                    attention_mask=batch.mask.long())
-        return dict(inputs_embeds=embeds, attention_mask=batch.mask.long(), position_ids=positions, **extra)
+        width = batch.ids.shape[1] - batch.branch  # of the views themselves, without a packed batch's branch
+        positions, _ = self.lm.model.get_rope_index(batch.ids[:, :width], mm_token_type_ids=is_image[:, :width].int(),
+                                                    image_grid_thw=grid, attention_mask=batch.mask[:, :width].long())
+        mask = batch.mask.long()
+        if batch.shared is not None:
+            positions, mask = self._branch(batch, positions, width)
+        return dict(inputs_embeds=embeds, attention_mask=mask, position_ids=positions, **extra)
+
+    def _branch(self, batch: Batch, positions: Tensor, width: int) -> tuple[Tensor, Tensor]:
+        """Positions (3, B, T) and additive attention mask (B, 1, T, T) of a packed batch (data.pack)."""
+        rows = torch.arange(len(batch.ids), device=self.device)
+        last = positions[:, rows, batch.shared - 1]  # (3, B) a text token's, so the branch counts on from it as text does
+        steps = torch.arange(1, batch.branch + 1, device=self.device)
+        positions = torch.cat([positions, last[..., None] + steps], dim=-1)
+        index = torch.arange(batch.ids.shape[1], device=self.device)
+        sees = (index[:, None] >= index) & batch.mask[:, None]  # (B, T, T) query, key: causal, no padding
+        in_branch = index >= width
+        hidden = in_branch[:, None] & ~in_branch & (index >= batch.shared[:, None, None])  # the branch does not see R
+        mask = torch.zeros(sees.shape, dtype=self.lm.dtype, device=self.device)
+        return positions, mask.masked_fill(~(sees & ~hidden), torch.finfo(mask.dtype).min)[:, None]
 
     def forward(self, batch: Batch, features: list[Tensor], grids: list[tuple[int, int, int]],
                 slots: Tensor | None = None) -> tuple[Tensor, Tensor]:

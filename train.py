@@ -7,12 +7,13 @@
     python train.py --recipe paper                     # the paper's literal text; --recipe release: the authors' code
     python train.py --model Qwen/Qwen2.5-VL-3B-Instruct --data DIR --dtype bfloat16 --lr 1e-5     # your model, your data
 
-One step of Pearl is three forward passes and one backward:
+One step of Pearl encodes three views and goes back once:
   1. full view <I0, Q, R>    -> L_VLM (Eq. 3) on the expert's words, and states for L_NextLat (Eq. 2)
   2. input view <I0, Q> + K [PRED] -> h^_R, the state of the last [PRED]
   3. target view R           -> h_R, the state of its last token, without gradient   -> L_JEPA (Eq. 1)
+The first two share <I0, Q> and one forward pass (data.pack); --packed false gives each its own, with the same numbers.
 SFT is the first pass alone; the reconstruction baseline is one pass too, its tool images replaced by latents. A run folder holds config.json, log.jsonl, best.json, checkpoint-STEP/ and results.json.
-Left out on purpose: resuming, several GPUs, packing the passes into one.
+Left out on purpose: resuming, several GPUs.
 """
 
 import argparse
@@ -66,6 +67,7 @@ class Config:
     nextlat_sees_next: bool = True  # the latent predictor is given the next token's embedding
     nextlat_token: bool = False  # add the released code's cross-entropy of the forecast states
     horizon: int = 1  # d of Eq. 2, in tokens
+    packed: bool = True  # full and input view in one forward pass; false: one pass a view, the same numbers (the readable way)
     latents: int = 0  # of method recon, a tool image: 0: one for each of its image tokens (LVR); k: k chunk means (Mirage)
     decode_latents: int = 8  # of method recon: latents decoded at inference
 
@@ -202,11 +204,16 @@ def image_features(vlm: VLM, examples: Examples, indices: list[int], config: Con
     return {i: new[i] if i in new else examples.features[i] for i in set(indices)}
 
 
-def encode(vlm: VLM, examples: Examples, views: list[data.View], features: dict[int, Tensor], slots: Tensor | None = None):
-    """Enc of a list of views: (batch, states (B, T, D), input embeddings (B, T, D), the views' embeddings (B, D))."""
-    batch = data.collate(views, vlm.pad_id).to(vlm.device)
+def encode(vlm: VLM, examples: Examples, batch: data.Batch, features: dict[int, Tensor], slots: Tensor | None = None):
+    """Enc of a batch of views: (batch, states (B, T, D), input embeddings (B, T, D), the views' embeddings (B, D)).
+
+    slots (n, D): the embeddings of all slots of the batch, or of one row of it, the same for every row ([PRED]).
+    """
+    batch = batch.to(vlm.device)
+    if slots is not None and len(slots) < int(batch.slots.sum()):
+        slots = slots.repeat(len(batch.ids), 1)
     states, inputs = vlm(batch, [features[i] for i in batch.images], [examples.store.grids[i] for i in batch.images], slots)
-    embedding = states[torch.arange(len(views), device=vlm.device), batch.embed_at]
+    embedding = states[torch.arange(len(states), device=vlm.device), batch.embed_at]
     return batch, states, inputs, embedding
 
 
@@ -232,15 +239,20 @@ def compute_losses(vlm: VLM, extra: Predictor | LatentScale | None, examples: Ex
     features = image_features(vlm, examples, [i for v in views for i in v.full.images], config)
     if config.method == "recon":
         return recon_losses(vlm, extra, examples, rows, features, config)
-    full, states, inputs, _ = encode(vlm, examples, [v.full for v in views], features)
+    if extra is None or not config.packed:
+        full, states, inputs, _ = encode(vlm, examples, data.collate([v.full for v in views], vlm.pad_id), features)
+    else:
+        full, states, inputs, predicted = encode(vlm, examples, data.pack(views, vlm.pad_id), features, extra.pred_tokens)
     vlm_term = losses.vlm_loss(states, full.labels, vlm.logits)  # Eq. 3
     if extra is None:  # SFT
         return vlm_term, dict(loss=vlm_term.detach(), vlm=vlm_term.detach()), None
 
-    _, _, _, predicted = encode(vlm, examples, [v.input for v in views], features, extra.pred_tokens.repeat(len(views), 1))
+    if not config.packed:
+        _, _, _, predicted = encode(vlm, examples, data.collate([v.input for v in views], vlm.pad_id), features, extra.pred_tokens)
     needs_gradient = config.nextlat_view == "trajectory"
     with nullcontext() if needs_gradient else torch.no_grad():  # Eq. 1 never needs it: its target is a constant
-        target, target_states, target_inputs, embedding = encode(vlm, examples, [v.target for v in views], features)
+        target, target_states, target_inputs, embedding = encode(vlm, examples, data.collate([v.target for v in views], vlm.pad_id),
+                                                                 features)
     if config.center and torch.is_grad_enabled():
         extra.update_centre(embedding)
     jepa_term = vlm_term.new_zeros(())
@@ -283,7 +295,7 @@ def recon_losses(vlm: VLM, scale: LatentScale, examples: Examples, rows: list[in
     """
     tool_images = [image for row in rows for image in examples.views[row].full.images[1:]]
     latents = torch.cat([latent_targets(features[image][0], config.latents) for image in tool_images])  # (n, D) visual embeddings
-    batch, states, _, _ = encode(vlm, examples, [examples.latent_views[row] for row in rows], features, latents)
+    batch, states, _, _ = encode(vlm, examples, data.collate([examples.latent_views[row] for row in rows], vlm.pad_id), features, latents)
     vlm_term = losses.vlm_loss(states, batch.labels, vlm.logits)
     before = batch.slots.roll(-1, dims=1)  # (B, T) the position that precedes each latent
     recon_term = losses.reconstruction_loss(scale.predicted(states[before]), scale.target(latents))

@@ -120,7 +120,47 @@ def test_nextlat_runs_along_the_states_it_should(vlm64, mixed, config, nextlat_v
     assert float(parts["nextlat"]) == pytest.approx(sum(s / c for s, c in zip(sums, counts)) / horizon, rel=1e-6)
 
 
-def test_sft_makes_one_pass_and_pearl_three_and_images_are_encoded_once(vlm64, mixed, config, monkeypatch):
+@pytest.mark.parametrize("fields", [dict(), dict(pred_tokens=0), dict(order="image_first"), dict(nextlat_view="trajectory", horizon=2),
+                                    dict(nextlat_token=True, target_view="trajectory_with_image"), dict(regime="all"), dict(train_vision=True)])
+def test_the_packed_pass_gives_the_losses_and_gradients_of_plain_passes(vlm64, mixed, config, fields):
+    config = dataclasses.replace(config, **fields)
+    world = data.make_world("all", "train", 4) if config.regime == "all" else mixed[:5]
+    predictor, examples = setup(vlm64, world, config)
+    rows, found = list(range(len(world))), []
+    for packed in (True, False):
+        total, parts, pair = train.compute_losses(vlm64, predictor, examples, rows, dataclasses.replace(config, packed=packed))
+        found.append((parts, pair, gradients(total, vlm64, predictor)))
+    for one, other in zip(*(f[1] for f in found)):
+        torch.testing.assert_close(one, other)
+    for name, value in found[0][0].items():
+        torch.testing.assert_close(value, found[1][0][name], msg=name)
+    for name, gradient in found[0][2].items():  # the model norms in float32, whatever its weights: hence the tolerance
+        other = found[1][2][name]
+        assert (gradient is None) == (other is None), name
+        if gradient is not None:
+            torch.testing.assert_close(gradient, other, rtol=1e-4, atol=1e-7, msg=lambda text: f"{name}: {text}")
+
+
+def test_a_packed_row_says_who_sees_whom(vlm64, mixed, config):
+    """The mask of a two-row batch, cell by cell."""
+    _, examples = setup(vlm64, mixed[:2], config)
+    batch = data.pack(examples.views, vlm64.pad_id)
+    features = train.image_features(vlm64, examples, batch.images, config)
+    slots = torch.zeros(8, vlm64.dim, dtype=torch.float64)
+    inputs = vlm64.embed(batch, [features[i] for i in batch.images], [examples.store.grids[i] for i in batch.images], slots)
+    width = batch.ids.shape[1] - 4
+    for row, views in enumerate(examples.views):
+        prompt, full = len(views.input.ids) - 4, len(views.full.ids)
+        assert batch.ids[row, :full].tolist() == views.full.ids and batch.ids[row, :prompt].tolist() == views.input.ids[:-4]
+        for query in range(width + 4):
+            for key in range(width + 4):
+                in_branch = query >= width
+                wanted = key <= query and (key < prompt or key >= width if in_branch else key < full)
+                assert (inputs["attention_mask"][row, 0, query, key] == 0) == wanted, (row, query, key)
+        assert (inputs["position_ids"][:, row, width:] - inputs["position_ids"][:, row, prompt - 1, None]).tolist() == [[1, 2, 3, 4]] * 3
+
+
+def test_sft_makes_one_pass_and_pearl_two_and_images_are_encoded_once(vlm64, mixed, config, monkeypatch):
     predictor, examples = setup(vlm64, mixed[:2], config)
     passes, encoded = [], []
     forward, encode = vlm64.forward, vlm64.encode_images
@@ -129,7 +169,9 @@ def test_sft_makes_one_pass_and_pearl_three_and_images_are_encoded_once(vlm64, m
     train.compute_losses(vlm64, None, examples, [0, 1], config)
     assert passes == [True] and encoded == [4]  # two scenes and two tool images
     train.compute_losses(vlm64, predictor, examples, [0, 1], config)
-    assert passes[1:] == [True, True, False] and encoded == [4]  # the target pass keeps no graph; nothing was encoded again
+    assert passes[1:] == [True, False] and encoded == [4]  # the target pass keeps no graph; nothing was encoded again
+    train.compute_losses(vlm64, predictor, examples, [0, 1], dataclasses.replace(config, packed=False))
+    assert passes[3:] == [True, True, False] and encoded == [4]
 
 
 def test_a_trained_vision_tower_gets_gradient_and_is_encoded_every_step(vlm64, mixed, config, monkeypatch):

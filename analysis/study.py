@@ -1,0 +1,123 @@
+"""The whole comparison by one command: every system, every regime, several seeds, one result file a run, resumable.
+
+    python analysis/study.py --out runs/study --seeds 0 1 2 --jobs 2           # then: python analysis/figures.py runs/study
+    python analysis/study.py --out runs/study --arms sft pearl --regimes mixed --seeds 0 1 -- --steps 100 --lr 5e-4
+    python analysis/study.py --out runs/study --base other=DIR --arms sft pearl recon     # the same from a second base
+
+What follows `--` goes to every train.py. A run whose results.json exists is not repeated; the remains of one that was
+interrupted are renamed, never deleted. At the end OUT/BASE/REGIME.md holds the table of systems, REGIME.json its numbers.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import data  # noqa: E402
+import evaluate  # noqa: E402
+
+SYSTEMS = {  # no fine-tuning is measured by every run before it starts; explicit tool use is asked of the sft runs
+    "sft": "--method sft --call_limit 3",
+    "direct": "--method direct",
+    "recon": "--method recon --latents 4 --decode_latents 4",
+    "pearl": "--method pearl",
+}
+ABLATIONS = {
+    "pearl without NextLat": "--nextlat_view none",
+    "pearl without JEPA": "--jepa false",
+    **{f"pearl K={k}": f"--pred_tokens {k}" for k in (0, 1, 2, 8)},
+    **{f"pearl {name}": f"--distance {name}" for name in ("smoothl1", "mse", "l2")},
+    "pearl NextLat on R": "--nextlat_view trajectory",
+    "pearl target with I0": "--target_view trajectory_with_image",
+    "pearl shuffled targets": "--targets shuffled",
+    "pearl random targets": "--targets random",
+    "recon one latent a patch": "--method recon --decode_latents 16",
+    "sft image first": "--method sft --order image_first",
+    "pearl image first": "--order image_first",
+    "recon image first": "--method recon --latents 4 --decode_latents 4 --order image_first",
+}
+
+
+def plan(args) -> list[tuple[Path, list[str]]]:
+    """(run folder, arguments of train.py), the headline systems first."""
+    wanted = {**SYSTEMS, **ABLATIONS}
+    if unknown := set(args.arms or ()) - wanted.keys():
+        raise ValueError(f"unknown arm {sorted(unknown)[0]!r}: choose among {', '.join(wanted)}")
+    name, _, model = args.base.partition("=")
+    jobs = []
+    for arms, regimes in ((SYSTEMS, args.regimes), (ABLATIONS, args.regimes[:1])):
+        for seed in args.seeds:
+            for regime in regimes:
+                for arm, options in arms.items():
+                    if not args.arms or arm in args.arms:
+                        out = args.out / name / regime / f"{arm.replace(' ', '_')}-seed{seed}"
+                        jobs.append((out, [*options.split(), "--regime", regime, "--seed", str(seed), "--out", str(out),
+                                           *(["--model", model] if model else []), *args.rest]))
+    return jobs
+
+
+def run_one(out: Path, options: list[str], threads: int) -> str:
+    if (out / "results.json").is_file():
+        return "done before"
+    if out.exists():
+        n = 1
+        while (kept := out.with_name(f"{out.name}.interrupted-{n}")).exists():
+            n += 1
+        out.rename(kept)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    start = time.time()
+    with open(out.with_name(out.name + ".txt"), "w") as log:
+        code = subprocess.run([sys.executable, str(ROOT / "train.py"), *options], stdout=log, stderr=subprocess.STDOUT,
+                              env={**os.environ, "OMP_NUM_THREADS": str(threads)}).returncode
+    return f"{(time.time() - start) / 60:.1f} minutes" if code == 0 else f"FAILED: see {log.name}"
+
+
+def tables(folder: Path) -> None:
+    """REGIME.md and REGIME.json of every regime below a base's folder, from all runs that are there."""
+    for regime in sorted(p for p in folder.iterdir() if p.is_dir()):
+        runs = {p.parent.name: {"config": json.loads((p.parent / "config.json").read_text()), **json.loads(p.read_text())}
+                for p in sorted(regime.glob("*-seed*/results.json")) if ".interrupted-" not in p.parent.name}
+        if runs:
+            order = [*SYSTEMS, *ABLATIONS]
+            names = {run: run.rpartition("-seed")[0].replace("_", " ") for run in runs}
+            runs = dict(sorted(runs.items(), key=lambda item: order.index(names[item[0]])))
+            rows = evaluate.compare(runs, names=names)
+            evaluate.write_json(folder / f"{regime.name}.json", rows)
+            evaluate.write_text(folder / f"{regime.name}.md", evaluate.markdown(rows) + "\n")
+            print(f"\n{folder.name}, {regime.name}\n{evaluate.markdown(rows)}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--base", default="tiny-vlm", metavar="NAME[=DIR]", help="name of the base, and its folder if it is another")
+    parser.add_argument("--arms", nargs="*", help="default: all")
+    parser.add_argument("--regimes", nargs="*", choices=list(data.REGIMES), default=["mixed", "single", "multi", "all"],
+                        help="the systems run in all of these, the ablations in the first")
+    parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2, 3, 4])
+    parser.add_argument("--jobs", type=int, default=2, help="runs side by side")
+    cut = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
+    args = parser.parse_args(sys.argv[1:cut])
+    args.rest = sys.argv[cut + 1:]
+    jobs, threads = plan(args), max(1, (os.cpu_count() or 1) // args.jobs)
+    failed = 0
+    with ThreadPoolExecutor(args.jobs) as pool:
+        for n, ((out, _), result) in enumerate(zip(jobs, pool.map(lambda job: run_one(*job, threads), jobs)), start=1):
+            failed += result.startswith("FAILED")
+            print(f"{n}/{len(jobs)} {out}: {result}", flush=True)
+    tables(args.out / args.base.partition("=")[0])
+    if failed:
+        sys.exit(f"{failed} runs failed; the same command repeats only them")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
