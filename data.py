@@ -885,9 +885,9 @@ class Batch:
         return Batch(**moved)
 
 
-def collate(views: list[View], pad_id: int, left: bool = False) -> Batch:
-    """Pad on the right (training) or on the left (generation)."""
-    width = max(len(v.ids) for v in views)
+def collate(views: list[View], pad_id: int, left: bool = False, width: int = 0) -> Batch:
+    """Pad on the right (training) or on the left (generation), to the longest view or to `width`."""
+    width = width or max(len(v.ids) for v in views)
 
     def padded(rows: list[list], value) -> torch.Tensor:
         return torch.tensor([[value] * (width - len(r)) + r if left else r + [value] * (width - len(r)) for r in rows])

@@ -12,14 +12,18 @@ One step of Pearl encodes three views and goes back once:
   2. input view <I0, Q> + K [PRED] -> h^_R, the state of the last [PRED]
   3. target view R           -> h_R, the state of its last token, without gradient   -> L_JEPA (Eq. 1)
 The first two share <I0, Q> and one forward pass (data.pack); --packed false gives each its own, with the same numbers.
-SFT is the first pass alone; the reconstruction baseline is one pass too, its tool images replaced by latents. A run folder holds config.json, log.jsonl, best.json, checkpoint-STEP/ and results.json.
-Left out on purpose: resuming, several GPUs.
+SFT is the first pass alone; the reconstruction baseline is one pass too, its tool images replaced by latents. A run folder holds config.json, before.json, log.jsonl, state.safetensors, best.json, checkpoint-STEP/ and results.json.
+
+    python train.py --resume RUN                                    # goes on after an interruption, to the same end
+    torchrun --nproc-per-node=2 train.py --accumulate 2             # several processes share a step's passes
 """
 
 import argparse
 import dataclasses
 import json
 import math
+import os
+import signal
 import sys
 import time
 from contextlib import nullcontext
@@ -27,9 +31,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from transformers import get_cosine_schedule_with_warmup
 
 import data
@@ -94,8 +101,10 @@ class Config:
     world_seed: int = 0  # of the scenes; a data set of its own for every value
     eval_every: int = 50  # steps between validations; the checkpoint with the lowest validation loss is kept
     log_every: int = 10  # steps between log lines
+    save_every: int = 50  # steps between states to --resume from
     max_tokens: int = 2048  # longest view
     answer_prefix: str = "Answer:"  # what a final text puts before the answer
+    benchmark: bool = False  # train nothing, time steps instead: SFT, packed, plain, as released (analysis/benchmark.py)
 
 
 EXTRA_FILES = {Predictor: "predictor.safetensors", LatentScale: "latents.safetensors"}  # beside the adapter
@@ -123,18 +132,34 @@ def parse_config(argv: list[str] | None = None) -> Config:
 
     for f in dataclasses.fields(Config):
         kind = boolean if f.type in (bool, "bool") else type(f.default)
-        parser.add_argument(f"--{f.name}", type=kind, choices=CHOICES.get(f.name), default=argparse.SUPPRESS,
+        switch = dict(nargs="?", const=True) if kind is boolean else {}  # --packed alone, or --packed false
+        parser.add_argument(f"--{f.name}", type=kind, choices=CHOICES.get(f.name), default=argparse.SUPPRESS, **switch,
                             metavar=None if f.name in CHOICES else kind.__name__.upper(), help=f"default {f.default!r}")
     given = vars(parser.parse_args(argv))
     config = Config(**{**RECIPES[given.get("recipe", "ours")], **given})
     for name, least in dict(steps=1, batch=1, accumulate=1, pred_tokens=0, horizon=1, latents=0, decode_latents=0, lora_rank=0, train_examples=1,
-                            valid_examples=2, test_per_family=1, eval_every=1, log_every=1, lambda_latent=0, lr=0).items():
+                            valid_examples=2, test_per_family=1, eval_every=1, log_every=1, save_every=1, lambda_latent=0, lr=0).items():
         if getattr(config, name) < least:
             parser.error(f"--{name} must be at least {least}, not {getattr(config, name)}")
     if config.targets == "shuffled" and config.batch < 2:
         parser.error("--targets shuffled needs --batch 2 or more")
     config.out = config.out or f"runs/{config.method}-{config.regime}-seed{config.seed}"
     return config
+
+
+def read_config(argv: list[str]) -> Config:
+    """The config of a run to resume: everything as it was, nothing may be changed."""
+    if len(argv) != 1:
+        raise ValueError("--resume takes the run folder and nothing else: the run goes on with its own config.json")
+    file = Path(argv[0]) / "config.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} not found: {argv[0]} is not a run folder")
+    if (file.parent / "results.json").is_file():
+        raise ValueError(f"{argv[0]} is finished: its results are in results.json")
+    known, saved = {f.name for f in dataclasses.fields(Config)}, json.loads(file.read_text())
+    if unknown := saved.keys() - known:
+        raise ValueError(f"{file} has the unknown field {sorted(unknown)[0]!r}: it was written by another version")
+    return Config(**saved | dict(out=argv[0]))
 
 
 # ---- data -------------------------------------------------------------------------------------------------------------
@@ -311,21 +336,24 @@ def latent_targets(features: Tensor, latents: int) -> Tensor:
     return torch.stack([features[a:max(b, a + 1)].mean(dim=0) for a, b in zip(edges, edges[1:])])
 
 
-def train_step(vlm: VLM, extra: Predictor | LatentScale | None, examples: Examples, rows: list[int], config: Config):
+def train_step(module: torch.nn.Module, rows: list[int], config: Config, rank: int = 0, world: int = 1):
     """Gradients of one optimiser step, accumulated over forward passes of at most config.batch examples.
 
     Each pass counts with its share of the examples, so every example weighs the same; L_VLM is a mean over tokens
-    within a pass. Returns the mean parts and the step's (h^_R, h_R).
+    within a pass. With several processes, each takes every world-th pass; gradients are exchanged in the last one only,
+    and the result is that of one process making all passes. Returns this process's mean parts and its (h^_R, h_R).
     """
     parts_sum, pairs = {}, []
-    for start in range(0, len(rows), config.batch):
+    starts = range(0, len(rows), config.batch)[rank::world]
+    mine = sum(len(rows[start:start + config.batch]) for start in starts)
+    for start in starts:
         part = rows[start:start + config.batch]
-        share = len(part) / len(rows)
-        with autocast(config):
-            loss, parts, pair = compute_losses(vlm, extra, examples, part, config)
-        (share * loss).backward()
+        with nullcontext() if world == 1 or start == starts[-1] else module.no_sync():
+            with autocast(config):
+                loss, parts, pair = module(part)
+            (loss * len(part) * world / len(rows)).backward()  # DistributedDataParallel takes the mean over processes
         for name, value in parts.items():
-            parts_sum[name] = parts_sum.get(name, 0) + share * value
+            parts_sum[name] = parts_sum.get(name, 0) + len(part) / mine * value
         pairs += [pair] if pair else []
     return parts_sum, tuple(torch.cat(side) for side in zip(*pairs)) if pairs else None
 
@@ -377,11 +405,14 @@ def start_folder(config: Config) -> Path:
 def save_best(out: Path, vlm: VLM, extra: Predictor | LatentScale | None, step: int, valid: dict[str, float]) -> None:
     """checkpoint-STEP/ under a temporary name, then renamed; then best.json names it; then the one before goes."""
     folder, partial = out / f"checkpoint-{step}", out / f"checkpoint-{step}.partial"
-    partial.mkdir()
+    partial.mkdir(exist_ok=True)
     vlm.save_adapter(partial)
     if extra is not None:
         save_file({n: p.detach().contiguous() for n, p in extra.state_dict().items()}, partial / EXTRA_FILES[type(extra)])
-    partial.rename(folder)
+    folder.mkdir(exist_ok=True)  # there already if the run was interrupted right here: then with the same content
+    for file in sorted(partial.iterdir()):
+        os.replace(file, folder / file.name)
+    partial.rmdir()
     best = out / "best.json"
     before = json.loads(best.read_text())["checkpoint"] if best.exists() else None
     evaluate.write_json(best, dict(checkpoint=folder.name, step=step, valid=valid))
@@ -389,6 +420,57 @@ def save_best(out: Path, vlm: VLM, extra: Predictor | LatentScale | None, step: 
         for file in (out / before).iterdir():
             file.unlink()
         (out / before).rmdir()
+
+
+def trained_tensors(module: torch.nn.Module) -> dict[str, Tensor]:
+    """Everything that training changes, by name: parameters with gradient, and the buffers of what the method adds."""
+    step = module.module if isinstance(module, DistributedDataParallel) else module
+    tensors = {name: p for name, p in step.named_parameters() if p.requires_grad}
+    return tensors | ({f"extra.{name}": b for name, b in step.extra.named_buffers()} if step.extra is not None else {})
+
+
+def save_state(out: Path, module: torch.nn.Module, optimizer, schedule, step: int, best: float) -> None:
+    """out/state.safetensors: weights, moments, random state, schedule, step and best score, replaced in one move."""
+    tensors = {f"weight/{name}": t.detach() for name, t in trained_tensors(module).items()}
+    for n, p in enumerate(optimizer.param_groups[0]["params"]):
+        tensors |= {f"adam/{n}/{key}": value for key, value in optimizer.state.get(p, {}).items()}
+    tensors["random/cpu"] = torch.get_rng_state()
+    if torch.cuda.is_available():
+        tensors["random/cuda"] = torch.cuda.get_rng_state()
+    partial = out / "state.safetensors.partial"
+    save_file({name: t.contiguous().cpu() for name, t in tensors.items()}, partial,
+              metadata=dict(step=str(step), best=repr(best), schedule=json.dumps(schedule.state_dict())))
+    with open(partial, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(partial, out / "state.safetensors")
+
+
+def load_state(out: Path, module: torch.nn.Module, optimizer, schedule) -> tuple[int, float]:
+    """Undo save_state; returns (step, best score). The log forgets what came after that step. A run without a state starts anew."""
+    file = out / "state.safetensors"
+    done, best = 0, math.inf
+    if file.is_file():
+        with safe_open(file, framework="pt") as saved:
+            meta, tensors = saved.metadata(), {name: saved.get_tensor(name) for name in saved.keys()}
+        done, best = int(meta["step"]), float(meta["best"])
+        with torch.no_grad():
+            for name, t in trained_tensors(module).items():
+                if tensors.get(f"weight/{name}", t).shape != t.shape or f"weight/{name}" not in tensors:
+                    raise ValueError(f"{file} does not fit this run: {name} is missing or has another shape; was config.json changed?")
+                t.copy_(tensors[f"weight/{name}"])
+        for n, p in enumerate(optimizer.param_groups[0]["params"]):
+            moments = {key: tensors[f"adam/{n}/{key}"] for key in ("step", "exp_avg", "exp_avg_sq") if f"adam/{n}/{key}" in tensors}
+            if moments:
+                optimizer.state[p] = {key: value if key == "step" else value.to(p.device) for key, value in moments.items()}
+        schedule.load_state_dict(json.loads(meta["schedule"]))
+        optimizer.param_groups[0]["lr"] = schedule.get_last_lr()[0]
+        torch.set_rng_state(tensors["random/cpu"])
+        if "random/cuda" in tensors and torch.cuda.is_available():
+            torch.cuda.set_rng_state(tensors["random/cuda"])
+    if (out / "log.jsonl").is_file():
+        lines = [line for line in (out / "log.jsonl").read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+        evaluate.write_text(out / "log.jsonl", "".join(line + "\n" for line in lines if json.loads(line)["step"] <= done))
+    return done, best
 
 
 def log(out: Path, kind: str, record: dict) -> None:
@@ -404,14 +486,44 @@ def progress_line(step: int, config: Config, parts: dict, gauges: dict, norm: fl
             f"{int(left) // 60}:{int(left) % 60:02d} left")
 
 
-def train(config: Config) -> Path:
+class Step(torch.nn.Module):
+    """compute_losses as a module, so that DistributedDataParallel can watch its gradients."""
+
+    def __init__(self, vlm: VLM, extra: Predictor | LatentScale | None, examples: Examples, config: Config):
+        super().__init__()
+        self.vlm, self.extra, self.examples, self.config = vlm, extra, examples, config
+
+    def forward(self, rows: list[int]):
+        return compute_losses(self.vlm, self.extra, self.examples, rows, self.config)
+
+
+def start_processes(config: Config) -> tuple[int, int]:
+    """(rank, number of processes); under torchrun also sets this process's device. Raises ValueError if they do not fit."""
+    if "WORLD_SIZE" not in os.environ:
+        return 0, 1
+    world, local = int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_RANK"])
+    if config.accumulate % world:
+        raise ValueError(f"--accumulate {config.accumulate} passes cannot be shared by {world} processes: make it a multiple of {world}")
+    if torch.device(config.device).type == "cuda":
+        config.device = f"cuda:{local}"
+        torch.cuda.set_device(local)
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if config.device.startswith("cuda") else "gloo")
+    return dist.get_rank(), world
+
+
+def train(config: Config, resume: bool = False) -> Path:
+    """The whole run. resume: go on from the last state in config.out, to the same end as without the interruption."""
+    rank, world = start_processes(config)
     torch.manual_seed(config.seed)
     vlm = VLM(config.model, dtype=getattr(torch, config.dtype)).to(config.device)
     train_set, valid_set = load_examples(config)
     families = list(dict.fromkeys(ex.family for ex in train_set))
     tests = evaluate.test_examples(config.data, families, config.test_per_family, config.world_seed, config.test_split)
     examples, valid_examples = Examples(train_set, vlm, config), Examples(valid_set, vlm, config)
-    out = start_folder(config)
+    out = Path(config.out)
+    if rank == 0 and not resume:
+        start_folder(config)
 
     vlm.set_trainable(config.lora_rank, config.lora_alpha, config.lora_dropout, config.lora_targets.split(","),
                       config.train_vision)
@@ -419,39 +531,72 @@ def train(config: Config) -> Path:
     parameters = [p for module in (vlm, extra) if module is not None for p in module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
     schedule = get_cosine_schedule_with_warmup(optimizer, math.ceil(config.warmup * config.steps), config.steps)
+    module = Step(vlm, extra, examples, config)
+    if world > 1:
+        module = DistributedDataParallel(module, find_unused_parameters=True)
     trained = sum(p.numel() for p in parameters) / 1e6
-    print(f"{config.method} on {config.data or config.regime}: {len(train_set)} examples, {trained:.2f}M trained parameters, "
-          f"{config.device}, run folder {out}")
+    if rank == 0:
+        print(f"{config.method} on {config.data or config.regime}: {len(train_set)} examples, {trained:.2f}M trained parameters, "
+              f"{config.device}{f' x {world}' if world > 1 else ''}, run folder {out}")
 
-    before = evaluate.answer_questions(vlm, tests, config.answer_prefix)
+    before = answers_before(out, vlm, tests, config, write=rank == 0)
     vlm.train()
+    first, best = load_state(out, module, optimizer, schedule) if resume else (0, math.inf)
     order = batches(len(train_set), config.batch * config.accumulate, config.seed)
-    best, start, last = math.inf, time.time(), time.time()
-    for step in range(1, config.steps + 1):
-        parts, pair = train_step(vlm, extra, examples, next(order), config)
+    for _ in range(first):
+        next(order)
+    start, last, skipped = time.time(), time.time(), 0
+    for step in range(first + 1, config.steps + 1):
+        parts, pair = train_step(module, next(order), config, rank, world)
         norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip)
-        optimizer.step()
+        skipped = 0 if torch.isfinite(norm) else skipped + 1
+        if skipped:
+            print(f"step {step}: the gradient is not finite; step skipped ({skipped} in a row)", flush=True)
+            if skipped == 5:
+                raise ValueError(f"five steps in a row without a finite gradient: lower --lr or --lambda_latent; {out} has the last good state")
+        else:
+            optimizer.step()
         schedule.step()
         optimizer.zero_grad(set_to_none=True)
 
-        if step % config.log_every == 0 or step == config.steps:
+        if rank == 0 and (step % config.log_every == 0 or step == config.steps):
             ms = (time.time() - last) * 1000 / (step % config.log_every or config.log_every)
             parts = {name: float(value) for name, value in parts.items()}
             gauges = losses.collapse_gauges(*pair) if pair and len(pair[0]) > 1 else {}
             log(out, "train", dict(step=step, **parts, **gauges, grad_norm=float(norm), lr=schedule.get_last_lr()[0], ms=ms))
             print(progress_line(step, config, parts, gauges, float(norm), schedule.get_last_lr()[0], ms), flush=True)
             last = time.time()
-        if step % config.eval_every == 0 or step == config.steps:
+        if rank == 0 and (step % config.eval_every == 0 or step == config.steps):
             valid = validate(vlm, extra, valid_examples, config) | tracked(vlm, valid_set[:config.track], config)
             log(out, "valid", dict(step=step, **valid))
             print("      validation: " + " ".join(f"{name} {value:.3f}" for name, value in valid.items()), flush=True)
+            if valid.get("effective_rank", 9.0) < 3 and len(valid_set) > 9:
+                print("      the targets h_R have collapsed: they use fewer than 3 directions, and a low L_JEPA says nothing; "
+                      "try a smaller --lambda_latent or --lr, or --distance cosine", flush=True)
             if valid["loss"] < best:
                 best = valid["loss"]
                 save_best(out, vlm, extra, step, valid)
             last = time.time()
+        if rank == 0 and (step % config.save_every == 0 or step == config.steps or STOP):
+            save_state(out, module, optimizer, schedule, step, best)
+        if STOP:
+            if rank == 0:
+                print(f"stopped after step {step}; python train.py --resume {out} goes on from there")
+            return out
 
-    report(out, config, tests, before, time.time() - start)
+    if rank == 0:
+        report(out, config, tests, before, time.time() - start)
     return out
+
+
+def answers_before(out: Path, vlm: VLM, tests: list[data.Example], config: Config, write: bool) -> list[dict]:
+    """Answers of the model as it comes, from before.json if an interrupted run left it."""
+    if not write:
+        return []
+    file = out / "before.json"
+    if not file.is_file():
+        evaluate.write_json(file, evaluate.answer_questions(vlm, tests, config.answer_prefix))
+    return json.loads(file.read_text())
 
 
 def report(out: Path, config: Config, tests: list[data.Example], before: list[dict], seconds: float) -> None:
@@ -470,9 +615,22 @@ def report(out: Path, config: Config, tests: list[data.Example], before: list[di
     print(f"everything is in {out}")
 
 
+STOP: list[int] = []  # signals received; the loop ends after the step it is in
+
+
 def main() -> None:
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, lambda number, frame: STOP.append(number))
     try:
-        train(parse_config())
+        if sys.argv[1:2] == ["--resume"]:
+            train(read_config(sys.argv[2:]), resume=True)
+            return
+        config = parse_config()
+        if config.benchmark:
+            from analysis.benchmark import benchmark
+            benchmark(config)
+        else:
+            train(config)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 

@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 
 import data
 import evaluate
@@ -30,6 +31,10 @@ def setup(vlm, examples, config):
     torch.nn.init.normal_(predictor.latent.mlp[-1].weight, std=0.02)
     vlm.double(), predictor.double()
     return predictor, train.Examples(examples, vlm, config)
+
+
+def step_of(vlm, predictor, examples, rows, config):
+    return train.train_step(train.Step(vlm, predictor, examples, config), rows, config)
 
 
 def gradients(loss, vlm, predictor):
@@ -264,7 +269,7 @@ def test_accumulation_equals_one_large_batch(vlm64, mixed, config):
     grads = []
     for batch in (len(rows), len(rows) // 2):
         vlm64.zero_grad()
-        parts, pair = train.train_step(vlm64, predictor, examples, rows, dataclasses.replace(config, batch=batch))
+        parts, pair = step_of(vlm64, predictor, examples, rows, dataclasses.replace(config, batch=batch))
         grads.append({n: p.grad.clone() for n, p in vlm64.named_parameters() if p.grad is not None})
         assert len(pair[0]) == len(rows)
     for name in grads[0]:
@@ -304,7 +309,7 @@ def test_pred_rows_move_under_lora(mixed, config):
     predictor = Predictor(vlm.dim, 4, vlm.lm.get_input_embeddings().weight[0])
     before = predictor.pred_tokens.detach().clone()
     adam = torch.optim.AdamW([p for m in (vlm, predictor) for p in m.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.0)
-    train.train_step(vlm, predictor, examples, [0, 1, 2], config)
+    step_of(vlm, predictor, examples, [0, 1, 2], config)
     adam.step()
     assert ((predictor.pred_tokens - before).norm(dim=1) > 0.01).all()
 
@@ -325,7 +330,7 @@ def test_the_run_folder_holds_what_the_docstring_says(finished):
     out, config = finished
     names = {path.name for path in out.iterdir()}
     best = json.loads((out / "best.json").read_text())
-    assert names == {"config.json", "log.jsonl", "best.json", "results.json", best["checkpoint"]}
+    assert names == {"config.json", "before.json", "log.jsonl", "state.safetensors", "best.json", "results.json", best["checkpoint"]}
     assert {path.name for path in (out / best["checkpoint"]).iterdir()} == {"adapter_model.safetensors", "adapter_config.json", "predictor.safetensors"}
     assert json.loads((out / "config.json").read_text()) == dataclasses.asdict(config)
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
@@ -394,6 +399,93 @@ def test_a_folder_of_ones_own_trains_and_bad_ones_stop_before_training(tmp_path)
     assert not (tmp_path / "other").exists()
 
 
+# ---- interruption, several processes ----
+
+TINY_RUN = ["--device", "cpu", "--steps", "12", "--batch", "2", "--train_examples", "8", "--valid_examples", "4", "--test_per_family", "1", "--eval_every", "3",
+            "--save_every", "2", "--log_every", "1", "--lora_rank", "2", "--lora_dropout", "0.1", "--lr", "5e-3"]
+
+
+def contents(run):
+    """What a run must end with, bit for bit: weights, moments, log without times, answers."""
+    strip = lambda line: {k: v for k, v in json.loads(line).items() if k != "ms"}
+    results = json.loads((run / "results.json").read_text())
+    return dict(state={name: t.numpy().tobytes() for name, t in load_file(run / "state.safetensors").items()}, log=[strip(line) for line in (run / "log.jsonl").read_text().splitlines()],
+                best=json.loads((run / "best.json").read_text()), answers=results["answers"],
+                adapter=[p.read_bytes() for p in sorted(run.glob("checkpoint-*/*.safetensors"))], names=sorted(p.name for p in run.iterdir()))
+
+
+def launch(*args):
+    return subprocess.Popen([sys.executable, train.__file__, *args], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    out = tmp_path_factory.mktemp("whole") / "run"
+    said, _ = launch(*TINY_RUN, "--out", str(out)).communicate()
+    assert (out / "results.json").is_file(), said
+    return contents(out)
+
+
+def test_a_run_killed_again_and_again_ends_as_the_uninterrupted_one(uninterrupted, tmp_path):
+    """SIGKILL after so many log lines, then --resume: twice, then to the end."""
+    import time
+    run = tmp_path / "run"
+    for n, lines in enumerate((4, 9)):
+        process = launch(*(["--resume", str(run)] if n else [*TINY_RUN, "--out", str(run)]))
+        while process.poll() is None and not ((run / "log.jsonl").is_file() and len((run / "log.jsonl").read_text().splitlines()) >= lines):
+            time.sleep(0.02)
+        process.kill()
+        process.communicate()
+        assert not (run / "results.json").is_file(), "the run was over before it was killed"
+    said, _ = launch("--resume", str(run)).communicate()
+    assert (run / "results.json").is_file(), said
+    ended = contents(run)
+    for key, value in uninterrupted.items():
+        assert ended[key] == value, key
+    said, _ = launch("--resume", str(run)).communicate()
+    assert "is finished" in said and "Traceback" not in said
+
+
+def test_sigterm_saves_and_says_how_to_go_on(uninterrupted, tmp_path):
+    run = tmp_path / "run"
+    process = launch(*TINY_RUN, "--out", str(run))
+    for line in process.stdout:
+        if line.lstrip().startswith("3/12"):
+            process.terminate()
+    assert process.wait() == 0 and (run / "state.safetensors").is_file() and not (run / "results.json").is_file()
+    launch("--resume", str(run)).communicate()
+    assert contents(run) == uninterrupted
+
+
+def test_two_processes_train_as_one(tmp_path):
+    """torchrun with two gloo processes against one process: the same passes, so the same weights."""
+    options = [*TINY_RUN, "--accumulate", "4", "--steps", "3", "--lora_dropout", "0", "--eval_every", "3", "--targets", "shuffled"]
+    said, _ = launch(*options, "--out", str(tmp_path / "one")).communicate()
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29533", train.__file__, *options,
+                           "--out", str(tmp_path / "two")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    one, two = (load_file(tmp_path / name / "state.safetensors") for name in ("one", "two"))
+    for name in one:
+        if name.startswith("weight/"):
+            torch.testing.assert_close(one[name], two[name], rtol=1e-3, atol=2e-5, msg=lambda text: f"{name}: {text}")
+
+
+def test_steps_without_a_finite_gradient_are_skipped_then_stop(tmp_path, config, monkeypatch, capsys):
+    calls, compute = [], train.compute_losses
+
+    def broken(vlm, extra, examples, rows, config):
+        total, parts, pair = compute(vlm, extra, examples, rows, config)
+        calls.append(1)
+        return (total * float("nan") if len(calls) != 1 and torch.is_grad_enabled() else total), parts, pair
+
+    monkeypatch.setattr(train, "compute_losses", broken)
+    with pytest.raises(ValueError, match="five steps in a row"):
+        train.train(dataclasses.replace(config, out=str(tmp_path / "run"), steps=9, eval_every=9, save_every=1, method="sft"))
+    assert capsys.readouterr().out.count("step skipped") == 5
+    state = load_file(tmp_path / "run" / "state.safetensors")
+    assert all(torch.isfinite(t).all() for name, t in state.items() if name.startswith("weight/"))
+
+
 # ---- the command line ----
 
 
@@ -427,6 +519,6 @@ def test_every_recipe_steps_in_every_regime(recipe, regime, config):
     vlm.set_trainable(2, 4.0, config.lora_dropout, ["q_proj"], False)
     examples = train.Examples(data.make_world(regime, "train", 3), vlm, config)
     predictor = Predictor(vlm.dim, 4, vlm.lm.get_input_embeddings().weight[0], config.nextlat_sees_next)
-    parts, pair = train.train_step(vlm, predictor, examples, [0, 1, 2], config)
+    parts, pair = step_of(vlm, predictor, examples, [0, 1, 2], config)
     assert all(torch.isfinite(value) and value > 0 for value in parts.values()) and pair[0].shape == (3, vlm.dim)
     assert predictor.pred_tokens.grad.abs().sum() > 0 and any(p.grad is not None for p in vlm.parameters())
