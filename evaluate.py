@@ -338,7 +338,7 @@ def load_run(run: Path, device: str) -> tuple[VLM, dict, LatentScale | None]:
         if not (run / name).is_file():
             raise FileNotFoundError(f"{run / name} not found: {run} is not a finished run of train.py")
     config = json.loads((run / "config.json").read_text())
-    vlm = VLM(config["model"]).to(device)
+    vlm = VLM(config["model"], dtype=getattr(torch, config["dtype"])).to(device)
     checkpoint = run / json.loads((run / "best.json").read_text())["checkpoint"]
     vlm.load_adapter(checkpoint)
     scale = None

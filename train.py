@@ -15,6 +15,7 @@ The first two share <I0, Q> and one forward pass (data.pack); --packed false giv
 SFT is the first pass alone; the reconstruction baseline is one pass too, its tool images replaced by latents. A run folder holds config.json, before.json, log.jsonl, state.safetensors, best.json, checkpoint-STEP/ and results.json.
 
     python train.py --resume RUN                                    # goes on after an interruption, to the same end
+    python train.py --merge RUN DIR                                 # the result as an ordinary transformers checkpoint
     torchrun --nproc-per-node=2 train.py --accumulate 2             # several processes share a step's passes
 """
 
@@ -91,6 +92,7 @@ class Config:
     lora_targets: str = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"  # comma-separated layer names
     train_vision: bool = False  # also train the vision tower; off: its features are computed once for the whole run
     feature_cache_gb: float = 2.0  # most memory for those features
+    gradient_checkpointing: bool = False  # recompute the layers' activations on the way back: less memory, a third more time
 
     train_examples: int = 1500  # of the world
     valid_examples: int = 150
@@ -527,6 +529,8 @@ def train(config: Config, resume: bool = False) -> Path:
 
     vlm.set_trainable(config.lora_rank, config.lora_alpha, config.lora_dropout, config.lora_targets.split(","),
                       config.train_vision)
+    if config.gradient_checkpointing:
+        vlm.lm.gradient_checkpointing_enable(dict(use_reentrant=False))
     extra = additions(vlm, examples, config)
     parameters = [p for module in (vlm, extra) if module is not None for p in module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
@@ -615,6 +619,21 @@ def report(out: Path, config: Config, tests: list[data.Example], before: list[di
     print(f"everything is in {out}")
 
 
+def merge(*folders: str) -> None:
+    """RUN DIR: the run's best checkpoint as an ordinary checkpoint folder, which needs none of our code."""
+    if len(folders) != 2:
+        raise ValueError("--merge takes the run folder and a new folder: python train.py --merge RUN DIR")
+    run, out = map(Path, folders)
+    if out.exists():
+        raise FileExistsError(f"{out} exists already: choose a new folder, nothing is overwritten")
+    vlm, _, _ = evaluate.load_run(run, "cpu")
+    partial = out.with_name(out.name + ".partial")
+    for part in (vlm.lm, vlm.tokenizer, vlm.image_processor):
+        part.save_pretrained(partial)
+    partial.rename(out)
+    print(f"{out} loads with transformers' AutoModelForImageTextToText.from_pretrained")
+
+
 STOP: list[int] = []  # signals received; the loop ends after the step it is in
 
 
@@ -624,6 +643,9 @@ def main() -> None:
     try:
         if sys.argv[1:2] == ["--resume"]:
             train(read_config(sys.argv[2:]), resume=True)
+            return
+        if sys.argv[1:2] == ["--merge"]:
+            merge(*sys.argv[2:])
             return
         config = parse_config()
         if config.benchmark:

@@ -351,21 +351,38 @@ def test_same_seed_same_run(finished, tmp_path):
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
-def test_the_checkpoint_answers_as_plain_transformers_from_a_merged_folder(finished, tmp_path):
-    from transformers import AutoModelForImageTextToText
+def test_the_merged_folder_answers_in_plain_transformers_as_the_run_does_here(finished, tmp_path):
+    from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
     out, config = finished
-    vlm, _ = evaluate.load_run(out, "cpu")
-    vlm.lm.save_pretrained(tmp_path)
-    plain = AutoModelForImageTextToText.from_pretrained(tmp_path)
+    train.merge(str(out), str(tmp_path / "merged"))
+    with pytest.raises(FileExistsError, match="nothing is overwritten"):
+        train.merge(str(out), str(tmp_path / "merged"))
+    plain, tokenizer, processor = (kind.from_pretrained(tmp_path / "merged") for kind in (AutoModelForImageTextToText, AutoTokenizer, AutoImageProcessor))
+    vlm, _, _ = evaluate.load_run(out, "cpu")
     serializer, store = data.Serializer(vlm.tokenizer, vlm.image_token_id, 2048), data.ImageStore(vlm.image_processor)
     for ex in data.make_world("mixed", "test", 5):
-        images, tokens = store.add(ex)
-        view = serializer.prompt(ex, images[:1], tokens[:1])
-        ids = torch.tensor([view.ids])
-        expected = plain.generate(input_ids=ids, attention_mask=torch.ones_like(ids), mm_token_type_ids=(ids == vlm.image_token_id).int(),
-                                  pixel_values=store.pixels[images[0]], image_grid_thw=torch.tensor([store.grids[images[0]]]),
+        text = tokenizer.apply_chat_template([dict(role="user", content=[dict(type="image"), dict(type="text", text=ex.question)])],
+                                             tokenize=False, add_generation_prompt=True)
+        pixels = processor(images=[ex.image], return_tensors="pt")
+        count = int(pixels["image_grid_thw"].prod()) // processor.merge_size ** 2
+        ids = tokenizer(text.replace("<|image_pad|>", "<|image_pad|>" * count), return_tensors="pt", add_special_tokens=False).input_ids
+        expected = plain.generate(input_ids=ids, attention_mask=torch.ones_like(ids), mm_token_type_ids=(ids == vlm.image_token_id).int(), **pixels,
                                   max_new_tokens=6, do_sample=False)
-        assert vlm.generate([view], store, 6)[0] == expected[0, len(view.ids):].tolist()
+        images, tokens = store.add(ex)
+        assert vlm.generate([serializer.prompt(ex, images[:1], tokens[:1])], store, 6)[0] == expected[0, ids.shape[1]:].tolist()
+
+
+def test_gradient_checkpointing_changes_no_gradient(vlm64, mixed, config):
+    predictor, examples = setup(vlm64, mixed[:2], config)
+    vlm64.train()
+    plain = gradients(train.compute_losses(vlm64, predictor, examples, [0, 1], config)[0], vlm64, predictor)
+    vlm64.lm.gradient_checkpointing_enable(dict(use_reentrant=False))
+    calls, layer = [], vlm64.lm.model.language_model.layers[1]
+    layer.self_attn.register_forward_hook(lambda *_: calls.append(1))
+    again = gradients(train.compute_losses(vlm64, predictor, examples, [0, 1], config)[0], vlm64, predictor)
+    assert len(calls) > 2  # the full and input pass, the target pass, and the first one anew on the way back
+    for name, g in plain.items():
+        torch.testing.assert_close(g, again[name], msg=name)
 
 
 def test_inference_does_not_open_the_predictor(finished, tmp_path):
