@@ -30,22 +30,29 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+Picture = Image.Image | Path  # an image in memory, or its file, read when it is needed
+
+
+def opened(picture: Picture) -> Image.Image:
+    return open_image(picture, "while training") if isinstance(picture, Path) else picture
+
+
 @dataclass
 class Example:
     """One question with its expert trajectory.
 
-    `trajectory` is R = (T1, I1, ..., IN, TN): a list of str (assistant text) and PIL images (tool output), in order.
+    `trajectory` is R = (T1, I1, ..., IN, TN): a list of str (assistant text) and pictures (tool output), in order.
     Its first text holds the plan and the call, its last text the answer. It may be empty where nothing is trained
     (the held-out family). `options` are the candidate answers, `answer` is one of them.
     """
 
     id: str
     family: str
-    image: Image.Image
+    image: Picture
     question: str
     options: list[str]
     answer: str
-    trajectory: list[str | Image.Image] = field(default_factory=list)
+    trajectory: list[str | Picture] = field(default_factory=list)
     split: str = "train"
 
     @property
@@ -53,7 +60,7 @@ class Example:
         return [step for step in self.trajectory if isinstance(step, str)]
 
     @property
-    def images(self) -> list[Image.Image]:
+    def images(self) -> list[Picture]:
         """I0 first, then the tool images I1..IN."""
         return [self.image] + [step for step in self.trajectory if not isinstance(step, str)]
 
@@ -91,7 +98,7 @@ def write_folder(out: Path, examples: list[Example]) -> None:
         for ex in examples:
             names = [f"images/{ex.id}-{n}.png" for n in range(len(ex.images))]
             for name, image in zip(names, ex.images):
-                image.save(partial / name)
+                opened(image).save(partial / name)
             tool_names = iter(names[1:])
             steps = [{"text": s} if isinstance(s, str) else {"image": next(tool_names)} for s in ex.trajectory]
             record = dict(id=ex.id, split=ex.split, family=ex.family, image=names[0], question=ex.question,
@@ -146,7 +153,7 @@ def _read_record(record: dict, folder: Path, where: str) -> Example:
         kind, value = next(iter(step.items()))
         if not isinstance(value, str) or not value.strip():
             raise ValueError(f"{where}: trajectory step {n}: {kind} must be a non-empty string")
-        steps.append(value.strip() if kind == "text" else open_image(folder / value, where))
+        steps.append(value.strip() if kind == "text" else checked(folder / value, where))
     if not steps or not isinstance(steps[-1], str):
         raise ValueError(f"{where}: the trajectory must end in a text that gives the answer")
     if record["answer"] not in steps[-1]:
@@ -157,8 +164,13 @@ def _read_record(record: dict, folder: Path, where: str) -> Example:
         split = {0: "test", 1: "validation"}.get(bucket, "train")
     if split not in SPLITS:
         raise ValueError(f"{where}: split {split!r} is none of {', '.join(SPLITS)}")
-    return Example(record["id"], record.get("family", "questions"), open_image(folder / record["image"], where),
+    return Example(record["id"], record.get("family", "questions"), checked(folder / record["image"], where),
                    record["question"].strip(), record["options"], record["answer"], steps, split)
+
+
+def checked(path: Path, where: str) -> Path:
+    open_image(path, where)
+    return path
 
 
 def open_image(path: Path, where: str) -> Image.Image:
@@ -926,27 +938,36 @@ def pack(views: list[Views], pad_id: int) -> Batch:
 
 
 class ImageStore:
-    """Every image of a data set once, as the processor's patches: `pixels[i]` (patches, values), `grids[i]` (t, h, w)."""
+    """Every image of a data set by number: `grids[i]` (t, h, w), and `pixels(i)` (patches, values), made when asked for.
+
+    Patches take a hundred times an image file's room, so none are kept; what is kept are the features made of them
+    (train.image_features, bounded).
+    """
 
     def __init__(self, image_processor):
         self.processor = image_processor
-        self.pixels: list[torch.Tensor] = []
+        self.pictures: list[Picture] = []
         self.grids: list[tuple[int, int, int]] = []
+
+    def pixels(self, index: int) -> torch.Tensor:
+        return self.processor(images=[opened(self.pictures[index])], return_tensors="pt")["pixel_values"]
 
     def add(self, example: Example) -> tuple[list[int], list[int]]:
         """Process the example's images; return their indices and token counts. Raises ValueError naming the example."""
         indices = [self.add_image(image, f"example {example.id}: image {n}") for n, image in enumerate(example.images)]
         return indices, [self.tokens(i) for i in indices]
 
-    def add_image(self, image: Image.Image, where: str) -> int:
+    def add_image(self, picture: Picture, where: str) -> int:
+        """Keep the picture and its grid; the processor runs once here, so that what it rejects stops before training."""
+        image = opened(picture)
         try:
             out = self.processor(images=[image], return_tensors="pt")
         except ValueError as error:
             raise ValueError(f"{where} ({image.width} x {image.height} px) is rejected by the image processor: {error}; "
                              "crop or drop it") from None
-        self.pixels.append(out["pixel_values"])
+        self.pictures.append(picture)
         self.grids.append(tuple(int(v) for v in out["image_grid_thw"][0]))
-        return len(self.pixels) - 1
+        return len(self.pictures) - 1
 
     def tokens(self, index: int) -> int:
         t, h, w = self.grids[index]
@@ -978,7 +999,7 @@ def contact_sheet(examples: list[Example], width: int = 1500, side: int = 132) -
     for row, ex in enumerate(examples):
         y = row * (side + 12)
         asked = f"{ex.family}: {ex.question} Options: {', '.join(ex.options)}."
-        for column, step in enumerate([ex.image, asked, *ex.trajectory]):
+        for column, step in enumerate([opened(ex.image), asked, *(s if isinstance(s, str) else opened(s) for s in ex.trajectory)]):
             x = column * cell
             if isinstance(step, str):
                 write(x, y, step)

@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from data import CALL, HELD_OUT, LATENT_END, LATENT_START, REGIMES, Example, ImageStore, Serializer, View, call_tool, make_example, read_folder
+from data import CALL, HELD_OUT, LATENT_END, LATENT_START, REGIMES, Example, ImageStore, Serializer, View, call_tool, make_example, opened, read_folder
 from model import VLM
 from predictor import LatentScale
 
@@ -142,7 +142,7 @@ class Asker:
             talk.update(text="", failed="one call too many")
         else:
             try:
-                talk["image"] = call_tool(text, talk["image"])
+                talk["image"] = call_tool(text, opened(talk["image"]))
                 talk["indices"] = talk["indices"] + [self.store.add_image(talk["image"], text)]
                 talk["turns"] = talk["turns"] + [("assistant", [text[:CALL.search(text).end()]]), ("user", [talk["image"]])]
                 talk["calls"] += 1

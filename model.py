@@ -175,7 +175,7 @@ class VLM(nn.Module):
         constraint = None if allowed is None else (lambda row, ids: allowed(row, ids[start:].tolist()))
         out = self.lm.generate(
             input_ids=batch.ids, attention_mask=batch.mask.long(), mm_token_type_ids=(batch.ids == self.image_token_id).int(),
-            pixel_values=torch.cat([store.pixels[i] for i in batch.images]).to(self.device, self.lm.dtype),
+            pixel_values=torch.cat([store.pixels(i) for i in batch.images]).to(self.device, self.lm.dtype),
             image_grid_thw=torch.tensor([store.grids[i] for i in batch.images], device=self.device),
             max_new_tokens=max_new_tokens, do_sample=False, prefix_allowed_tokens_fn=constraint)
         return out[:, start:].tolist()
@@ -191,7 +191,7 @@ class VLM(nn.Module):
         """
         batch = collate(views, self.pad_id, left=True).to(self.device)
         grids = [store.grids[i] for i in batch.images]
-        inputs = self.embed(batch, self.encode_images([store.pixels[i] for i in batch.images], grids), grids)
+        inputs = self.embed(batch, self.encode_images([store.pixels(i) for i in batch.images], grids), grids)
         position, mask = inputs["position_ids"].amax(dim=(0, 2)) + 1, inputs["attention_mask"]  # (B), (B, T)
         cache = DynamicCache()
         words: list[list[int]] = [[] for _ in views]

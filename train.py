@@ -222,8 +222,8 @@ def image_features(vlm: VLM, examples: Examples, indices: list[int], config: Con
     new = {}
     if wanted:
         with nullcontext() if config.train_vision else torch.no_grad():
-            pixels, grids = ([rows[i] for i in wanted] for rows in (examples.store.pixels, examples.store.grids))
-            new = dict(zip(wanted, vlm.encode_images(pixels, grids)))
+            store = examples.store
+            new = dict(zip(wanted, vlm.encode_images([store.pixels(i) for i in wanted], [store.grids[i] for i in wanted])))
     if not config.train_vision and examples.feature_bytes < config.feature_cache_gb * 1e9:
         new = {i: f.clone() for i, f in new.items()}  # a slice would keep the whole batch's features alive
         examples.features |= new

@@ -120,7 +120,7 @@ def test_folder_round_trip(tmp_path, mixed):
     for ex, back in zip(mixed, data.read_folder(tmp_path / "set")):
         assert (ex.id, ex.family, ex.question, ex.options, ex.answer, ex.texts, ex.split) == \
             (back.id, back.family, back.question, back.options, back.answer, back.texts, back.split)
-        assert [i.tobytes() for i in ex.images] == [i.tobytes() for i in back.images]
+        assert [i.tobytes() for i in ex.images] == [data.opened(i).tobytes() for i in back.images]
     with pytest.raises(FileExistsError, match="nothing is overwritten"):
         data.write_folder(tmp_path / "set", mixed)
 

@@ -48,7 +48,7 @@ def test_direct_answer_is_the_likeliest_option():
         view = serializer.prompt(ex, *(x[:1] for x in store.add(ex)), "Answer:")
         batch = data.collate([view], vlm.pad_id)
         with torch.no_grad():
-            features = vlm.encode_images([store.pixels[i] for i in view.images], [store.grids[i] for i in view.images])
+            features = vlm.encode_images([store.pixels(i) for i in view.images], [store.grids[i] for i in view.images])
             states, _ = vlm(batch, features, [store.grids[i] for i in view.images])
             logits = vlm.logits(states[0, -1])
         tokens = [vlm.tokenizer.encode(" " + option) for option in ex.options]
@@ -86,8 +86,8 @@ def test_tools_run_on_the_last_image_until_the_answer(monkeypatch):
     assert script.shown == [[1], [2], [3]]  # I0, then each tool's image with it
     assert record == dict(text=ex.texts[2], calls=2, tokens=15, images=6, passes=15)
     by_hand = []
-    for image, patches in zip(ex.images[1:], script.asker.store.pixels[-2:]):  # the expert's images, made anew by the calls
-        by_hand.append(torch.equal(patches, script.asker.store.processor(images=[image], return_tensors="pt")["pixel_values"]))
+    for image, made in zip(ex.images[1:], script.asker.store.pictures[-2:]):  # the expert's images, made anew by the calls
+        by_hand.append(image.tobytes() == made.tobytes())
     assert by_hand == [True, True]
 
 
@@ -120,7 +120,7 @@ def test_a_failed_attempt_counts_as_answered_directly(monkeypatch):
 
 def naive_latent(vlm, view, store, scale, latents, markers, end_id, limit):
     """One example, no cache: everything so far is embedded and encoded anew for each word."""
-    features = vlm.encode_images([store.pixels[i] for i in view.images], [store.grids[i] for i in view.images])
+    features = vlm.encode_images([store.pixels(i) for i in view.images], [store.grids[i] for i in view.images])
     ids, extra, words = list(view.ids), [], []  # extra: (position, embedding) of each latent so far
 
     def state():
@@ -191,6 +191,8 @@ def test_arms_are_named_by_what_differs():
 def test_command_line_needs_something_to_evaluate(tmp_path):
     run = lambda *args: subprocess.run([sys.executable, evaluate.__file__, *args], capture_output=True, text=True)
     done = run(str(tmp_path))
+    assert done.returncode == 1 and "results.json not found" in done.stderr and "Traceback" not in done.stderr
+    done = run(str(tmp_path), "--again")
     assert done.returncode == 1 and "config.json not found" in done.stderr and "Traceback" not in done.stderr
     done = run("--model", TINY, "--per_family", "2", "--json", str(tmp_path / "a.json"), "--device", "cpu")
     assert done.returncode == 0 and "path+crop" in done.stdout

@@ -21,7 +21,7 @@ def views_of(vlm, examples, pred=0, target="trajectory"):
 def run(vlm, store, views, pred_tokens=None):
     batch = data.collate(views, vlm.pad_id)
     with torch.no_grad():
-        features = vlm.encode_images([store.pixels[i] for i in batch.images], [store.grids[i] for i in batch.images])
+        features = vlm.encode_images([store.pixels(i) for i in batch.images], [store.grids[i] for i in batch.images])
         return batch, vlm(batch, features, [store.grids[i] for i in batch.images], None if pred_tokens is None else pred_tokens.repeat(len(views), 1))[0]
 
 
@@ -30,7 +30,7 @@ def reference(vlm, store, views):
     batch = data.collate(views, vlm.pad_id)
     with torch.no_grad():
         return vlm.lm.model(input_ids=batch.ids, attention_mask=batch.mask.long(), mm_token_type_ids=(batch.ids == vlm.image_token_id).int(),
-                            pixel_values=torch.cat([store.pixels[i] for i in batch.images]).to(vlm.lm.dtype),
+                            pixel_values=torch.cat([store.pixels(i) for i in batch.images]).to(vlm.lm.dtype),
                             image_grid_thw=torch.tensor([store.grids[i] for i in batch.images])).last_hidden_state
 
 

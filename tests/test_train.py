@@ -47,7 +47,7 @@ def embeddings(vlm, predictor, examples, rows, which, config):
     out = []
     for row in rows:
         view = getattr(examples.views[row], which)
-        features = vlm.encode_images([examples.store.pixels[i] for i in view.images], [examples.store.grids[i] for i in view.images])
+        features = vlm.encode_images([examples.store.pixels(i) for i in view.images], [examples.store.grids[i] for i in view.images])
         states, _ = vlm(data.collate([view], vlm.pad_id), features, [examples.store.grids[i] for i in view.images],
                         predictor.pred_tokens if view.slots else None)
         out.append(states[0, -1])
@@ -111,7 +111,7 @@ def test_nextlat_runs_along_the_states_it_should(vlm64, mixed, config, nextlat_v
     sums, counts = [0.0] * horizon, [0] * horizon
     for row in range(2):
         view = getattr(examples.views[row], "full" if nextlat_view == "full" else "target")
-        features = vlm64.encode_images([examples.store.pixels[i] for i in view.images], [examples.store.grids[i] for i in view.images])
+        features = vlm64.encode_images([examples.store.pixels(i) for i in view.images], [examples.store.grids[i] for i in view.images])
         states, embeds = (x[0] for x in vlm64(data.collate([view], vlm64.pad_id), features, [examples.store.grids[i] for i in view.images]))
         wanted = [label != -100 for label in view.labels] if nextlat_view == "full" else [True] * len(view.ids)
         for t in range(len(view.ids) - 1):
@@ -235,11 +235,11 @@ def test_reconstruction_step_against_a_loop(vlm64, config, latents):
     errors = []
     for row in rows:
         view, full = examples.latent_views[row], examples.views[row].full
-        visual = [vlm64.encode_images([examples.store.pixels[i]], [examples.store.grids[i]])[0][0] for i in full.images[1:]]
+        visual = [vlm64.encode_images([examples.store.pixels(i)], [examples.store.grids[i]])[0][0] for i in full.images[1:]]
         if latents:
             visual = [torch.stack([chunk.mean(0) for chunk in torch.tensor_split(v, [len(v) * n // latents for n in range(1, latents)])]) for v in visual]
         assert len(view.slots) == sum(map(len, visual)) and view.images == full.images[:1]
-        features = vlm64.encode_images([examples.store.pixels[view.images[0]]], [examples.store.grids[view.images[0]]])
+        features = vlm64.encode_images([examples.store.pixels(view.images[0])], [examples.store.grids[view.images[0]]])
         states, embeds = vlm64(data.collate([view], vlm64.pad_id), features, [examples.store.grids[view.images[0]]], torch.cat(visual))
         for slot, v in zip(view.slots, torch.cat(visual)):
             torch.testing.assert_close(embeds[0, slot], v)

@@ -1,0 +1,100 @@
+"""Do the tests notice? Injects single-line faults one at a time into a copy of the repository and runs the tests that should fail.
+
+    python tests/mutations.py [--jobs 2] [--only 3 17]      # half an hour on two cores; the last line counts what was caught
+
+Each fault is (file, the line's piece, what it becomes, tests that should fail). A fault no test notices is printed as MISSED.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+FAULTS = [
+    ("losses.py", "    target = target.detach()\n    if centre", "    if centre", "losses train"),
+    ("losses.py", "1 - F.cosine_similarity(prediction", "F.cosine_similarity(prediction", "losses"),
+    ("losses.py", "target = states[row, position].detach()", "target = states[row, position]", "losses"),
+    ("losses.py", "target = states[row, position].detach()", "target = states[row, position - 1].detach()", "losses train"),
+    ("losses.py", "return total / max(1, len(rollout))\n\n\ndef nextlat_token", "return total\n\n\ndef nextlat_token", "losses train"),
+    ("losses.py", "head_weight = head_weight.detach()", "head_weight = head_weight", "losses"),
+    ("losses.py", "[row, position + 1]", "[row, position]", "losses"),
+    ("losses.py", "follows = labels[:, 1:]", "follows = labels[:, :-1]", "losses train"),
+    ("losses.py", "vlm + lambda_latent * (jepa + nextlat)", "vlm + (jepa + nextlat)", "losses train"),
+    ("losses.py", "vlm + lambda_latent * (jepa + nextlat)", "vlm + lambda_latent * jepa + nextlat", "losses train"),
+    ("losses.py", "    target = target.detach()\n    return distance", "    return distance", "losses"),
+    ("losses.py", "pred, true = (F.normalize(x, dim=-1) for x in raw)", "pred, true = raw", "losses"),
+    ("losses.py", "nearest = (pred @ true.T).argmax(dim=1)", "nearest = (true @ true.T).argmax(dim=1)", "losses"),
+    ("predictor.py", "return state + self.mlp(seen)", "return self.mlp(seen)", "predictor"),
+    ("predictor.py", "embeddings = embeddings.detach()", "embeddings = embeddings", "predictor"),
+    ("predictor.py", "goes_on = ~last & targets", "goes_on = ~last | targets", "predictor train"),
+    ("predictor.py", "return self.predicted(state) * self.std + self.mean", "return self.predicted(state) * self.std", "train"),
+    ("predictor.py", "nn.init.zeros_(self.mlp[-1].weight)", "pass", "predictor"),
+    ("data.py", "return View(ids, labels, images, len(ids) - 1, slots)", "return View(ids, labels, images, len(ids) - 2, slots)", "data train"),
+    ("data.py", "known = tokens if supervised else", "known = tokens if True else", "data"),
+    ("data.py", "known = tokens[:1] + [-100] * (len(tokens) - 1)", "known = tokens", "data"),
+    ("data.py", "target = self._ended(self._pieces(turns[1:]), images[1:], image_tokens[1:])", "target = full", "data"),
+    ("data.py", "(LATENT_END, False)]", "(LATENT_END, True)]", "data"),
+    ("data.py", "steps[n - 1:n + 1] = steps[n], steps[n - 1]", "pass", "data"),
+    ("data.py", "embed_at=torch.tensor([v.embed_at + s for v, s in zip(views, shift)])", "embed_at=torch.tensor([v.embed_at for v in views])", "data"),
+    ("data.py", "embed_at=torch.tensor([width + branch - 1 if branch else n - 1 for n in shared])",
+     "embed_at=torch.tensor([width + branch - 1 if branch else n for n in shared])", "train"),
+    ("model.py", "return self.base(x) + self.scaling * ", "return self.base(x) + ", "model"),
+    ("model.py", "self.base.weight += (self.scaling * self.lora_B", "self.base.weight += (self.lora_B", "model"),
+    ("model.py", "hidden = in_branch[:, None] & ~in_branch & (index >= batch.shared[:, None, None])", "hidden = in_branch[:, None] & ~in_branch & False", "train"),
+    ("model.py", "steps = torch.arange(1, batch.branch + 1", "steps = torch.arange(0, batch.branch", "train"),
+    ("model.py", "scale.input(state).to(embeds.dtype)", "state.to(embeds.dtype)", "evaluate"),
+    ("model.py", "position = position + 1\n", "position = position + 2\n", "evaluate"),
+    ("model.py", "mm_token_type_ids=is_image[:, :width].int()", "mm_token_type_ids=0 * is_image[:, :width].int()", "model"),
+    ("train.py", "before = batch.slots.roll(-1, dims=1)", "before = batch.slots", "train"),
+    ("train.py", "return embedding.roll(1, dims=0)", "return embedding", "train"),
+    ("train.py", "with nullcontext() if needs_gradient else torch.no_grad():", "with nullcontext():", "train"),
+    ("train.py", "encode(vlm, examples, data.collate([v.target for v in views]", "encode(vlm, examples, data.collate([v.full for v in views]", "train"),
+    ("train.py", "(loss * len(part) * world / len(rows)).backward()", "loss.backward()", "train"),
+    ("train.py", "if valid[\"loss\"] < best:", "if valid[\"loss\"] > best or best == math.inf:", "train"),
+    ("train.py", "        torch.set_rng_state(tensors[\"random/cpu\"])", "        pass", "train"),
+    ("train.py", "    for _ in range(first):\n        next(order)\n", "", "train"),
+    ("evaluate.py", "(n + z * z), (centre + spread)", "n, (centre + spread)", "evaluate"),
+    ("evaluate.py", "t * statistics.stdev(gaps) / math.sqrt(len(gaps))", "t * statistics.stdev(gaps)", "evaluate"),
+    ("evaluate.py", "talk[\"image\"] = call_tool(text, opened(talk[\"image\"]))", "call_tool(text, opened(talk[\"image\"]))", "evaluate"),
+    ("evaluate.py", "elif talk[\"calls\"] == limit:", "elif False:", "evaluate"),
+    ("evaluate.py", "[r for r in records if r[\"family\"] != HELD_OUT]", "records", "evaluate"),
+    ("evaluate.py", "text.rpartition(prefix)[2]", "text.partition(prefix)[2]", "evaluate"),
+]
+
+
+def inject(number: int) -> tuple[int, bool, str]:
+    """(number, caught, the tests' last line) of one fault, in a copy of its own."""
+    file, old, new, tests = FAULTS[number]
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "copy"
+        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", "runs", "__pycache__", ".venv", ".pytest_cache"))
+        text = (copy / file).read_text()
+        assert text.count(old) == 1, f"fault {number}: {old!r} is {text.count(old)} times in {file}"
+        (copy / file).write_text(text.replace(old, new))
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *(f"tests/test_{name}.py" for name in tests.split())]
+        done = subprocess.run(command, cwd=copy, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    return number, done.returncode == 1, (done.stdout.strip().splitlines() or ["?"])[-1]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--only", type=int, nargs="*", help="numbers of faults")
+    args = parser.parse_args()
+    numbers = args.only if args.only is not None else range(len(FAULTS))
+    caught = 0
+    with ThreadPoolExecutor(args.jobs) as pool:
+        for number, noticed, last in pool.map(inject, numbers):
+            caught += noticed
+            print(f"{number:2d} {'caught' if noticed else 'MISSED'}  {FAULTS[number][0]}: {FAULTS[number][1].strip().splitlines()[0][:70]} | {last}", flush=True)
+    print(f"{caught} of {len(numbers)} faults caught")
+    sys.exit(caught < len(numbers))
+
+
+if __name__ == "__main__":
+    main()
