@@ -278,7 +278,7 @@ def compare(runs: dict[str, dict], reference: str = "sft", names: dict[str, str]
 
     `own` is the accuracy of the system's own inference: direct; latent for recon; call for explicit tool use, which is a
     row of its own beside the reference arm. Differences are to the reference arm, direct, paired by seed, in points.
-    names: the arm of each run; default: see `arms`.
+    names: the arm of each run; default: see `arms`. A reconstruction arm within 10 points of guessing is not compared.
     """
     names = names or arms({run: r["config"] for run, r in runs.items()})
     groups: dict[str, dict[int, dict]] = {}
@@ -298,8 +298,10 @@ def compare(runs: dict[str, dict], reference: str = "sft", names: dict[str, str]
         pick = lambda family, way: [100 * t[family][way][0] for t in tables.values() if way in t.get(family, {})]
         row = dict(system=name, own_way=own, seeds=len(seeds), direct=pick(total, "direct"), tool=pick(total, "tool"), own=pick(total, own),
                    families={f: pick(f, own) for f in next(iter(tables.values())) if f != total})
+        row["chance"] = 100 * next(iter(tables.values()))[total]["chance"]
+        row["compared"] = own != "latent" or statistics.mean(row["own"]) > row["chance"] + 10  # an arm that only guesses is no opponent
         both = sorted(seeds.keys() & groups.get(reference, {}).keys())
-        if name in groups and name != reference and both:
+        if name in groups and name != reference and both and row["compared"]:
             against = [100 * summarise(groups[reference][s]["answers"])[total]["direct"][0] for s in both]
             row["difference"] = paired_difference([100 * tables[s][total][own][0] for s in both], against)
         costs = [r["cost"][own] for run in seeds.values() for r in run["answers"] if own in r["cost"]]
@@ -319,7 +321,7 @@ def markdown(rows: list[dict], reference: str = "sft") -> str:
         gap = row.get("difference")
         cost = row["cost"]
         cells = [row["system"], str(row["seeds"]), *(mean_std(row["families"][f]) if row["families"].get(f) else "-" for f in families),
-                 mean_std(row["own"]), f"{gap[0]:+.1f} [{gap[0] - gap[1]:+.1f}, {gap[0] + gap[1]:+.1f}]" if gap else "-",
+                 mean_std(row["own"]), f"{gap[0]:+.1f} [{gap[0] - gap[1]:+.1f}, {gap[0] + gap[1]:+.1f}]" if gap else "-" if row["compared"] else "guesses",
                  mean_std(row["tool"]) if row["tool"] else "-", *(f"{cost[k]:.1f}" for k in ("tokens", "images", "passes")),
                  f"{statistics.median(cost['ms']):.0f}" if cost["ms"] else "-"]
         lines.append("| " + " | ".join(cells) + " |")
