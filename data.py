@@ -385,7 +385,7 @@ def _sample_objects(rng: np.random.Generator, count: int, r: tuple[int, int]) ->
 def sample_crop(rng: np.random.Generator) -> Spec:
     objects = _sample_objects(rng, 5, (15, 19))
     _, _, _, shape, colour, digit = objects[0]
-    return dict(family="crop", objects=objects, height=9, question=f"Which digit is on the {colour} {shape}?",
+    return dict(family="crop", objects=objects, height=8, question=f"Which digit is on the {colour} {shape}?",
                 answer=DIGITS[digit], options=_options(rng, DIGITS[digit], DIGITS))
 
 
@@ -450,7 +450,7 @@ def tell_zoom(spec: Spec, image: Image.Image) -> list:
 
 def sample_highlight(rng: np.random.Generator, digits: bool = False) -> Spec:
     colours = _pick(rng, list(COLOURS), 6)
-    heights = [int(v) for v in 18 + 4 * rng.permutation(21)[:6]]  # px, no two alike
+    heights = [int(v) for v in 18 + 3 * rng.permutation(28)[:6]]  # px, no two alike
     dotted = sorted(int(i) for i in rng.permutation(6)[:int(rng.integers(2, 4))])
     bars = [(4 + 21 * i, heights[i], colours[i], i in dotted, int(rng.integers(10))) for i in range(6)]
     tallest = max((bar for bar in bars if bar[3]), key=lambda bar: bar[1])
@@ -464,7 +464,9 @@ def sample_highlight(rng: np.random.Generator, digits: bool = False) -> Spec:
 def sample_tallest(rng: np.random.Generator) -> Spec:
     """Large, easy perception: no tool is needed, and no trajectory is about it."""
     spec = sample_highlight(rng)
-    bars = [(x, 18 + 8 * rank, *rest) for (x, _, *rest), rank in zip(spec["bars"], _pick(rng, range(11), 6))]
+    ranks = _pick(rng, range(8), 6)
+    ranks = [10 if rank == max(ranks) else rank for rank in ranks]  # stands out by 24 px or more
+    bars = [(x, 18 + 8 * rank, *rest) for (x, _, *rest), rank in zip(spec["bars"], ranks)]
     tallest = max(bars, key=lambda bar: bar[1])[2]
     return dict(family="tallest", bars=bars, question="Which bar is the tallest?", answer=tallest,
                 options=_options(rng, tallest, [bar[2] for bar in bars]))
@@ -538,8 +540,9 @@ def tell_depth(spec: Spec, image: Image.Image) -> list:
 
 
 def _sample_picture(rng: np.random.Generator) -> tuple:
-    """Four corner colours and a stroke (x0, y0, x1, y1, grey) of a 72 x 72 picture."""
-    corners = tuple(tuple(int(v) for v in rng.integers(20, 236, 3)) for _ in range(4))
+    """Four corner colours, alike, and a stroke (x0, y0, x1, y1, grey) of a 72 x 72 picture."""
+    base = rng.integers(60, 196, 3)
+    corners = tuple(tuple(int(v) for v in base + rng.integers(-50, 51, 3)) for _ in range(4))
     strokes = (tuple(int(v) for v in (*rng.integers(0, 73, 4), rng.integers(0, 256))),)
     return corners, strokes
 

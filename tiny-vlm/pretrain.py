@@ -4,8 +4,11 @@
 
 It is an ordinary Qwen2_5_VLForConditionalGeneration checkpoint (1.9M parameters), pretrained in two stages:
   1. vision: tower and merger learn dense labels (what is in each 8 x 8 px cell) on scenes and on tool outputs;
-  2. language: the language model learns dialogues about one to three of these images, on the tower's frozen features:
-     captions, boxes, short answers ("Answer: seven"). Tool outputs are just further images in these dialogues.
+  2. language: the language model learns dialogues on the tower's frozen features: about one to three of these images
+     (captions, boxes, short answers such as "Answer: seven"; tool outputs are just further images), and without images
+     (repeat these words), which trains the embedding of every word it may ever have to read or write. Two auxiliary
+     heads, dropped afterwards, teach a model of this size what a large one picks up by itself: where an image token lies
+     in its image, and an end-of-turn state that sums up the turn (the words of the last question and reply).
 It never sees a fine-tuning trajectory: no call, no plan, no reading after a tool's output. Its scenes come from the
 world's "pretrain" split, which no training, validation or test scene shares (data.py).
 """
@@ -16,9 +19,10 @@ import math
 import random
 import sys
 import time
-import zlib
 from concurrent.futures import ProcessPoolExecutor
+from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -89,16 +93,19 @@ def image_processor_config() -> dict:
 # Pictures with dense labels and with questions. Labels live on cells of 8 x 8 shown px, four to a merged token.
 # ---------------------------------------------------------------------------------------------------------------------
 
-FLAGS = COLOURS + list(SHAPES) + ["dotted", "height", "route", "other route", "ring", "near", "answer", "bright"]
+FLAGS = COLOURS + ["dotted", "route", "other route", "ring", "near", "answer", "bright"]
 CHANNEL = {name: n for n, name in enumerate(FLAGS)}
 
 
 class Labels:
-    """(cells, cells, flags) soft targets in [0, 1] and (cells, cells) digit classes, -1 where there is none."""
+    """Dense labels of an image's cells: flags (cells, cells, flags) soft targets in [0, 1]; digit and shape (cells, cells)
+    classes, -1 where there is none; measure (cells, cells, 3): where in the cell an object is centred, and its size, NaN
+    where no object is centred."""
 
     def __init__(self, cells: int, origin=(0, 0), size: int = data.SIZE):
         self.flags = np.zeros((cells, cells, len(FLAGS)), dtype=np.float16)
-        self.digit = np.full((cells, cells), -1, dtype=np.int8)
+        self.digit, self.shape = (np.full((cells, cells), -1, dtype=np.int8) for _ in range(2))
+        self.measure = np.full((cells, cells, 3), np.nan, dtype=np.float16)
         self.origin, self.scale, self.cells = origin, cells / size, cells
 
     def at(self, x: float, y: float):
@@ -114,6 +121,12 @@ class Labels:
         if (cell := self.at(x, y)) is not None:
             self.digit[cell] = digit
 
+    def measured(self, x: float, y: float, size: float) -> None:
+        """An object of `size` (a share of the image shown whole) is centred at (x, y)."""
+        if (cell := self.at(x, y)) is not None:
+            column, row = ((v - o) * self.scale for v, o in zip((x, y), self.origin))
+            self.measure[cell] = column % 1, row % 1, size
+
     def area(self, x0: float, y0: float, x1: float, y1: float, name: str) -> None:
         """All cells whose centre lies in the box."""
         centre = (np.arange(self.cells) + 0.5) / self.scale
@@ -126,8 +139,10 @@ def label_objects(labels: Labels, objects: list) -> None:
     for x, y, r, shape, colour, digit in objects:
         labels.area(x - r, y - r, x + r, y + r, colour)
         labels.put(x, y, colour)
-        labels.put(x, y, shape)
+        labels.measured(x, y, r / 20)
         labels.read(x, y, digit)
+        if (cell := labels.at(x, y)) is not None:
+            labels.shape[cell] = SHAPES.index(shape)
 
 
 def label_scene(labels: Labels, spec: dict) -> None:
@@ -139,7 +154,7 @@ def label_scene(labels: Labels, spec: dict) -> None:
             x, height, colour, has_dot, digit = bar
             labels.area(x, 110 - height, x + 14, 110, colour)
             labels.put(x + 7, 103, colour)
-            labels.put(x + 7, 103, "height", height / 100)
+            labels.measured(x + 7, 103, height / 100)
             labels.put(x + 7, 103, "dotted", float(has_dot))
             labels.put(x + 7, 103, "answer", float(has_dot and bar == max(dotted, key=lambda b: b[1])))
             if spec["family"] == "highlight+crop":
@@ -153,6 +168,7 @@ def label_scene(labels: Labels, spec: dict) -> None:
                         labels.put(x, y, "near", (z + 1) / 16)
         for i, name in spec["marks"]:
             labels.put(*spec["balls"][i][:2], name)
+            labels.measured(*spec["balls"][i][:2], 0.15)
             labels.put(*spec["balls"][i][:2], "near", (spec["balls"][i][3] + 1) / 16)
             labels.put(*spec["balls"][i][:2], "answer", float(name == spec["answer"]))
     if "pictures" in spec:
@@ -167,10 +183,12 @@ def label_scene(labels: Labels, spec: dict) -> None:
                 for t in np.linspace(0, 1, 7):
                     labels.put(x0 + t * (x1 - x0), y0 + t * (y1 - y0), "other route" if n else "route")
             labels.put(*points[-1], colour)
+            labels.measured(*points[-1], 0.5)
             if spec["family"] == "path+crop":
                 labels.read(*points[-1], digit)
             if n == 0:
                 labels.put(*points[0], "ring")
+                labels.measured(*points[0], 0.5)
                 labels.put(*points[-1], "answer")
 
 
@@ -182,18 +200,23 @@ def numbers(values) -> str:
     return answer(" ".join(map(str, values)))
 
 
+def seen(*things) -> list[tuple[str, str]]:
+    """The picture described, asked for or not (a turn with a picture and no words)."""
+    return [("Describe the picture.", f"I see: {', '.join(map(str, things))}."), ("", f"I see: {', '.join(map(str, things))}.")]
+
+
 def object_questions(objects: list, origin=(0, 0), size: int = data.SIZE) -> list[tuple[str, str]]:
     rows = []
     shapes = [o[3] for o in objects]
     for x, y, r, shape, colour, digit in objects:
         rows += [(f"Which digit is on the {colour} {shape}?", answer(DIGITS[digit]))] * 3
-        rows += [(f"Where is the {colour} {shape}?", numbers(data.box(x, y, r, origin, size)))] * 2
+        rows += [(f"Where is the {colour} {shape}?", numbers(data.box(x, y, r, origin, size)))] * 3
         rows += [(f"What shape is the {colour} object?", answer(shape))] * 3
         if shapes.count(shape) == 1:
             rows.append((f"What colour is the {shape}?", answer(colour)))
     rows.append(("How many objects are there?", answer(DIGITS[len(objects)])))
-    listed = ", ".join(f"{o[4]} {o[3]} {DIGITS[o[5]]}" for o in sorted(objects, key=lambda o: (o[1] // 40, o[0])))
-    return rows + [("Describe the picture.", f"I see: {listed}.")] * 3
+    listed = [f"{o[4]} {o[3]} {DIGITS[o[5]]}" for o in sorted(objects, key=lambda o: (o[1] // 40, o[0]))]
+    return rows + seen(*listed) * 2
 
 
 def scene_questions(spec: dict) -> list[tuple[str, str]]:
@@ -204,13 +227,14 @@ def scene_questions(spec: dict) -> list[tuple[str, str]]:
         rows = object_questions(spec["objects"])
         if "calls" in spec:
             for x, y, _, shape, colour, _ in spec["objects"]:
-                rows.append((f"Which panel is the {colour} {shape} in?", answer(data.panel_name(x, y))))
+                rows += [(f"Which panel is the {colour} {shape} in?", answer(data.panel_name(x, y)))] * 2
     if "bars" in spec:
         bars = spec["bars"]
         rows += [("Which bar is the tallest?", answer(max(bars, key=lambda b: b[1])[2])),
                  ("Which bar is the shortest?", answer(min(bars, key=lambda b: b[1])[2])),
                  ("Which bars are dotted?", answer(" ".join(b[2] for b in bars if b[3]))),
                  ("Which colours are the bars?", answer(" ".join(b[2] for b in bars)))]
+        rows += seen(*(b[2] + " bar" + " dotted" * b[3] for b in bars))
         for x, height, colour, _, digit in bars:
             rows.append((f"Where is the {colour} bar?", numbers((percent(x - 1), percent(108 - height), percent(x + 16), 87))))
             if spec["family"] == "highlight+crop":
@@ -219,11 +243,14 @@ def scene_questions(spec: dict) -> list[tuple[str, str]]:
     if "balls" in spec:
         for i, name in spec["marks"]:
             rows.append((f"Where is the {name} mark?", numbers(percent(v) for v in spec["balls"][i][:2])))
+        rows += seen(*(f"{name} mark" for _, name in spec["marks"]))
     if "pictures" in spec:
         rows.append(("Which colours are the frames?", answer(" ".join(spec["frames"]))))
+        rows += seen(*(f"{frame} frame" for frame in spec["frames"]))
     if "walks" in spec:
         x, y = data.node_xy(spec["walks"][0][0])
         rows += [("Where is the ring?", numbers((percent(x), percent(y))))] * 2
+        rows += seen("ring", *(f"{colour} disc" for colour in spec["colours"]))
         for walk, colour, digit in zip(spec["walks"], spec["colours"], spec["digits"]):
             rows.append((f"Where is the {colour} disc?", numbers(data.box(*data.node_xy(walk[-1]), 11))))
             if spec["family"] == "path+crop":
@@ -246,9 +273,10 @@ def object_crop(spec: dict, image: Image.Image, rng: random.Random):
     labels = Labels(4, (centre[0] - half, centre[1] - half), 2 * half)
     labels.area(0, 0, data.SIZE, data.SIZE, colour)
     labels.read(x, y + lower, digit)
-    questions = [("Which digit is this?", answer(DIGITS[digit]))]
+    questions = [("Which digit is this?", answer(DIGITS[digit]))] + (seen(DIGITS[digit]) if kind == "mark" else [])
     if kind == "object":
-        labels.put(x, y, shape)
+        labels.shape[labels.at(x, y)] = SHAPES.index(shape)
+        questions += seen(f"{colour} {shape} {DIGITS[digit]}")
         questions += [("What is this?", answer(f"{colour} {shape}")),
                       (f"Which digit is on the {colour} {shape}?", answer(DIGITS[digit])),
                       ("Where is the mark?", numbers(data.box(r, r + lower, 7, size=2 * r)))]
@@ -265,7 +293,7 @@ def digit_crop(spec: dict, image: Image.Image, rng: random.Random):
         (x, y), r, digit = data.node_xy(spec["walks"][n][-1]), 11, spec["digits"][n]
     labels = Labels(4, (x - r, y - r), 2 * r)
     labels.read(x, y, digit)
-    return data.crop(image, *data.box(x, y, r)), labels, [("Which digit is this?", answer(DIGITS[digit]))]
+    return data.crop(image, *data.box(x, y, r)), labels, [("Which digit is this?", answer(DIGITS[digit])), *seen(DIGITS[digit])]
 
 
 def tool_picture(spec: dict, image: Image.Image, rng: random.Random):
@@ -279,13 +307,13 @@ def tool_picture(spec: dict, image: Image.Image, rng: random.Random):
     if "pictures" in spec:  # the assembled picture: a frame in the fitting piece's colour
         for edge in ((0, 0, 128, 14), (0, 114, 128, 128), (0, 0, 14, 128), (114, 0, 128, 128)):
             labels.area(*edge, spec["answer"])
-        return out, labels, [("What colour is the frame?", answer(spec["answer"]))]
+        return out, labels, [("What colour is the frame?", answer(spec["answer"])), *seen(f"{spec['answer']} frame")]
     label_scene(labels, spec)
     if "balls" in spec:
-        return out, labels, [("Which mark is brighter?", answer(spec["answer"]))]
+        return out, labels, [("Which mark is brighter?", answer(spec["answer"])), *seen(f"{spec['answer']} brighter")]
     if "walks" in spec:
         colour, end = spec["colours"][0], data.node_xy(spec["walks"][0][-1])
-        return out, labels, [("Which disc does the pink route reach?", answer(colour)),
+        return out, labels, [("Which disc does the pink route reach?", answer(colour)), *seen(f"pink route, {colour} disc"),
                              (f"Where is the {colour} disc?", numbers(data.box(*end, 11)))]
     bright = [bar for bar in spec["bars"] if bar[3]]
     for x, height, *_ in bright:
@@ -293,6 +321,7 @@ def tool_picture(spec: dict, image: Image.Image, rng: random.Random):
     tallest = max(bright, key=lambda bar: bar[1])
     return out, labels, [("Which bright bar is the tallest?", answer(tallest[2])),
                          ("Which bars are bright?", answer(" ".join(bar[2] for bar in bright))),
+                         *seen(*(f"{bar[2]} bar" for bar in bright), f"{tallest[2]} tallest"),
                          (f"Where is the digit under the {tallest[2]} bar?", numbers(data.box(tallest[0] + 7, 118, 9)))]
 
 
@@ -311,7 +340,7 @@ def make_pictures(start: int, count: int, seed: int) -> list[tuple]:
         labels = Labels(8)
         label_scene(labels, spec)
         for picture, target, questions in ((image, labels, scene_questions(spec)), tool_picture(spec, image, rng)):
-            rows.append((np.asarray(picture), target.flags, target.digit, questions))
+            rows.append((np.asarray(picture), target, questions))
     return rows
 
 
@@ -321,32 +350,37 @@ def to_tokens(cells: np.ndarray) -> np.ndarray:
     return cells.reshape(h, 2, w, 2, *cells.shape[2:]).swapaxes(1, 2).reshape(h * w, 4, *cells.shape[2:])
 
 
-def prepare(args) -> tuple:
+class Picture(NamedTuple):
+    """A picture as the processor's patches, with the labels of its tokens' four cells (tokens, 4, ...)."""
+
+    patches: np.ndarray
+    grid: tuple[int, int, int]
+    flags: np.ndarray
+    digit: np.ndarray
+    shape: np.ndarray
+    measure: np.ndarray
+    questions: list[tuple[str, str]]
+
+
+def prepare(args) -> list[Picture]:
     start, count, seed, folder = args
     processor = AutoImageProcessor.from_pretrained(folder)
-    patches, grids, flags, digits, questions = [], [], [], [], []
-    for image, flag, digit, rows in make_pictures(start, count, seed):
+    pictures = []
+    for image, labels, questions in make_pictures(start, count, seed):
         out = processor(images=[Image.fromarray(image)], return_tensors="np")
         grid = tuple(int(v) for v in out["image_grid_thw"][0])
-        if grid[1:] != flag.shape[:2]:
+        if grid[1:] != labels.digit.shape:
             continue  # a crop cut short by the image's edge: its labels would not line up
-        patches.append(out["pixel_values"].astype(np.float16))
-        grids.append(grid)
-        flags.append(to_tokens(flag).reshape(-1, 4 * len(FLAGS)))
-        digits.append(to_tokens(digit))
-        questions.append(rows)
-    return patches, grids, flags, digits, questions
+        dense = [to_tokens(a) for a in (labels.flags, labels.digit, labels.shape, labels.measure)]
+        pictures.append(Picture(out["pixel_values"].astype(np.float16), grid, *dense, questions))
+    return pictures
 
 
-def make_pool(scenes: int, seed: int, folder: Path, workers: int) -> tuple:
+def make_pool(scenes: int, seed: int, folder: Path, workers: int) -> list[Picture]:
     chunk = 500
     jobs = [(start, min(chunk, scenes - start), seed, str(folder)) for start in range(0, scenes, chunk)]
-    pool = ([], [], [], [], [])
     with ProcessPoolExecutor(workers) as executor:
-        for part in executor.map(prepare, jobs):
-            for whole, piece in zip(pool, part):
-                whole.extend(piece)
-    return pool
+        return [picture for part in executor.map(prepare, jobs) for picture in part]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -360,108 +394,178 @@ def optimiser(modules, lr: float, steps: int):
     return adam, get_cosine_schedule_with_warmup(adam, min(200, steps // 10), steps), parameters
 
 
-def vision_batch(pool, index, device, noise: float):
-    patches, grids, flags, digits, _ = pool
-    pixels = torch.from_numpy(np.concatenate([patches[i] for i in index])).to(device).float()
-    pixels = pixels + noise * torch.randn_like(pixels)
-    grid = torch.tensor([grids[i] for i in index], device=device)
-    flag = torch.from_numpy(np.concatenate([flags[i] for i in index])).to(device).float()
-    digit = torch.from_numpy(np.concatenate([digits[i] for i in index]).astype(np.int64)).to(device)
-    return pixels, grid, flag, digit
+def vision_batch(pictures: list[Picture], device, noise: float):
+    """(pixels, grids, labels): labels by name, of all tokens of the batch."""
+    join = lambda name: torch.from_numpy(np.concatenate([getattr(p, name) for p in pictures])).to(device).float()
+    pixels, grid = join("patches"), torch.tensor([p.grid for p in pictures], device=device)
+    labels = {name: join(name) for name in ("flags", "digit", "shape", "measure")}
+    labels["colour"] = pixels.view(-1, 4, 3, PATCH ** 2).mean(dim=-1)  # mean colour of each cell
+    return pixels + noise * torch.randn_like(pixels), grid, labels
 
 
 def features(model, pixels, grid) -> torch.Tensor:
     return torch.cat(model.model.get_image_features(pixels, grid, return_dict=True).pooler_output)
 
 
+OUTPUTS = dict(flags=len(FLAGS), digit=10, shape=len(SHAPES), measure=3, colour=3)  # of the dense head, for each cell
+
+
+def dense_losses(out: torch.Tensor, labels: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """out (tokens, 4, sum of OUTPUTS) against the labels: one loss a kind of label, over the cells that have it."""
+    parts = dict(zip(OUTPUTS, out.split(list(OUTPUTS.values()), dim=-1)))
+    measured = ~labels["measure"].isnan()
+    return dict(flags=10 * F.binary_cross_entropy_with_logits(parts["flags"], labels["flags"]),
+                **{k: F.cross_entropy(parts[k][labels[k] >= 0], labels[k][labels[k] >= 0].long()) for k in ("digit", "shape")},
+                measure=3 * F.mse_loss(parts["measure"][measured], labels["measure"][measured]),
+                colour=F.mse_loss(parts["colour"], labels["colour"]))
+
+
 def train_vision(model, pool, valid, steps: int, batch: int, lr: float, device) -> None:
-    head = nn.Sequential(nn.LayerNorm(128, elementwise_affine=False), nn.Linear(128, 4 * (len(FLAGS) + 10))).to(device)
+    head = nn.Sequential(nn.LayerNorm(128, elementwise_affine=False), nn.Linear(128, 4 * sum(OUTPUTS.values()))).to(device)
     adam, schedule, parameters = optimiser([model.model.visual, head], lr, steps)
     start, rng = time.time(), random.Random(0)
     for step in range(1, steps + 1):
-        index = [rng.randrange(len(pool[0])) for _ in range(batch)]
-        pixels, grid, flag, digit = vision_batch(pool, index, device, 0.06)
+        pixels, grid, labels = vision_batch(rng.choices(pool, k=batch), device, 0.06)
         with torch.autocast(torch.device(device).type, torch.bfloat16):
-            out = head(features(model, pixels, grid)).view(len(flag), 4, -1).float()  # (tokens, 4, flags + 10)
-        loss_flag = F.binary_cross_entropy_with_logits(out[..., :len(FLAGS)].flatten(1), flag)
-        loss_digit = F.cross_entropy(out[..., len(FLAGS):][digit >= 0], digit[digit >= 0])
-        (10 * loss_flag + loss_digit).backward()
+            out = head(features(model, pixels, grid)).unflatten(-1, (4, -1)).float()  # (tokens, 4, outputs)
+        sum(dense_losses(out, labels).values()).backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         adam.step(), schedule.step(), adam.zero_grad()
         if step % 250 == 0 or step == steps:
             with torch.no_grad():
-                pixels, grid, flag, digit = vision_batch(valid, range(400), device, 0.0)
-                out = head(features(model, pixels, grid)).view(len(flag), 4, -1)
-                right = (out[..., len(FLAGS):].argmax(-1) == digit)[digit >= 0].float().mean()
-                bce = F.binary_cross_entropy_with_logits(out[..., :len(FLAGS)].flatten(1), flag)
-            print(f"vision {step}/{steps} flags {loss_flag:.4f} digit {loss_digit:.3f} | held out: flags {bce:.4f} "
-                  f"digits right {right:.3f} | {time.time() - start:.0f} s", flush=True)
+                pixels, grid, labels = vision_batch(valid[:400], device, 0.0)
+                out = head(features(model, pixels, grid)).unflatten(-1, (4, -1))
+                parts = dict(zip(OUTPUTS, out.split(list(OUTPUTS.values()), dim=-1)))
+                right = {k: (parts[k].argmax(-1) == labels[k])[labels[k] >= 0].float().mean() for k in ("digit", "shape")}
+                shown = " ".join(f"{k} {v:.3f}" for k, v in dense_losses(out, labels).items())
+            print(f"vision {step}/{steps} held out: {shown} | right: digit {right['digit']:.3f} shape {right['shape']:.3f} "
+                  f"| {time.time() - start:.0f} s", flush=True)
 
 
-def dialogue(tokenizer, pool, rng: random.Random) -> tuple[list[int], list[int], list[int]]:
-    """(ids, labels, picture indices) of a dialogue about one to three pictures; only the assistant's words are labels."""
-    newline = tokenizer.encode("\n")
-    special = tokenizer.convert_tokens_to_ids
-    turn = lambda role: [special("<|im_start|>")] + tokenizer.encode(role) + newline
-    end = [special("<|im_end|>")] + newline
-    ids, labels, pictures = [], [], []
-    for _ in range(rng.choice((1, 2, 2, 3))):
-        index = rng.randrange(len(pool[0]))
-        pictures.append(index)
-        tokens = pool[1][index][1] * pool[1][index][2] // MERGE ** 2
-        image = [special("<|vision_start|>")] + [special("<|image_pad|>")] * tokens + [special("<|vision_end|>")]
-        for _ in range(rng.choice((1, 2, 3))):
-            question, reply = rng.choice(pool[4][index])
-            asked = turn("user") + image + tokenizer.encode(question) + end + turn("assistant")
-            said = tokenizer.encode(reply) + end
-            ids += asked + said
-            labels += [-100] * len(asked) + said[:-1] + [-100]
+class Dialogue(NamedTuple):
+    ids: list[int]
+    labels: list[int]  # the assistant's words; -100 elsewhere
+    pictures: list[int]  # indices into the pool
+    ends: list[tuple[int, list[int]]]  # of each assistant's turn: where it ends, the words of its question and reply
+
+
+class Talker:
+    """Writes dialogues in the chat template's own tokens."""
+
+    def __init__(self, tokenizer, pool: list[Picture]):
+        self.tokenizer, self.pool = tokenizer, pool
+        self.special = tokenizer.convert_tokens_to_ids
+        self.encoded = lru_cache(maxsize=None)(lambda text: tuple(tokenizer.encode(text)))
+        reserved = set(tokenizer.all_special_ids)
+        self.words = [i for i in range(len(tokenizer)) if i not in reserved]
+
+    def turns(self):
+        """(picture or None, question ids, reply ids) of a dialogue, one exchange after another."""
+        rng = self.rng
+        if rng.random() < 0.15:  # without pictures: any words whatever, said again
+            for _ in range(rng.choice((1, 2))):
+                words = rng.choices(self.words, k=rng.randint(3, 14))
+                yield None, [*self.encoded("Repeat: "), *words], words
+            return
+        for _ in range(rng.choice((1, 2, 2, 3))):
+            index = rng.randrange(len(self.pool))
+            rows = self.pool[index].questions
+            alone = [row for row in rows if not row[0]]
+            asked = rng.choices([row for row in rows if row[0]], k=rng.choice((1, 2, 3)))
+            if rng.random() < 0.3:
+                asked = [rng.choice(alone)] + asked[1:]
+            elif rng.random() < 0.15:  # two sentences: describe, then answer
+                asked[-1] = (f"Describe, then answer. {asked[-1][0]}", f"{alone[0][1]} {asked[-1][1]}")
+            for n, (question, reply) in enumerate(asked):
+                yield (None if n else index), self.encoded(question), self.encoded(reply)
+
+    def dialogue(self, rng: random.Random) -> Dialogue:
+        self.rng = rng
+        newline = self.encoded("\n")
+        turn = lambda role: [self.special("<|im_start|>"), *self.encoded(role), *newline]
+        ids, labels, pictures, ends = [], [], [], []
+        for index, question, reply in self.turns():
             image = []
-    return ids, labels, pictures
+            if index is not None:
+                pictures.append(index)
+                tokens = len(self.pool[index].digit)
+                image = [self.special(t) for t in ["<|vision_start|>"] + ["<|image_pad|>"] * tokens + ["<|vision_end|>"]]
+            asked = [*turn("user"), *image, *question, self.special("<|im_end|>"), *newline, *turn("assistant")]
+            said = [*reply, self.special("<|im_end|>")]
+            ids += asked + said
+            labels += [-100] * len(asked) + said + [-100] * len(newline)
+            ends.append((len(ids) - 1, [*question, *reply]))
+            ids += newline
+        return Dialogue(ids, labels, pictures, ends)
 
 
 @torch.no_grad()
 def all_features(model, pool, device) -> list[torch.Tensor]:
     """The frozen tower's features of every picture of the pool, once."""
     cache = []
-    for i in range(0, len(pool[0]), 200):
-        pixels, grid, _, _ = vision_batch(pool, range(i, min(i + 200, len(pool[0]))), device, 0.0)
-        out = features(model, pixels, grid)
-        cache += [f.to(torch.float16) for f in out.split((grid.prod(-1) // MERGE ** 2).tolist())]
+    for i in range(0, len(pool), 200):
+        pixels, grid, _ = vision_batch(pool[i:i + 200], device, 0.0)
+        cache += [f.to(torch.float16) for f in features(model, pixels, grid).split((grid.prod(-1) // MERGE ** 2).tolist())]
     return cache
 
 
-def train_language(model, tokenizer, pool, steps: int, batch: int, lr: float, device) -> None:
+def language_losses(model, heads, rows: list[Dialogue], pool, cache, device) -> dict[str, torch.Tensor]:
+    """words: L_VLM of the assistant's turns. place: from the states after two layers, row and column of each image token.
+    summary: from the end-of-turn state, which words the turn had."""
+    pad, width = model.config.text_config.pad_token_id, max(len(r.ids) for r in rows)
+    ids = torch.tensor([r.ids + [pad] * (width - len(r.ids)) for r in rows], device=device)
+    labels = torch.tensor([r.labels + [-100] * (width - len(r.labels)) for r in rows], device=device)
+    mask = torch.tensor([[1] * len(r.ids) + [0] * (width - len(r.ids)) for r in rows], device=device)
+    index = [i for r in rows for i in r.pictures]
+    embeds, grid, is_image = model.get_input_embeddings()(ids), None, ids == model.config.image_token_id
+    if index:
+        grid = torch.tensor([pool[i].grid for i in index], device=device)
+        vision = torch.cat([cache[i] for i in index]).to(device).float()
+        vision = vision + 0.05 * vision.std() * torch.randn_like(vision)
+        embeds = embeds.masked_scatter(is_image[..., None], vision)
+    position_ids, _ = model.model.get_rope_index(ids, is_image.int(), grid, attention_mask=mask)
+    with torch.autocast(torch.device(device).type, torch.bfloat16):
+        out = model.model.language_model(inputs_embeds=embeds, attention_mask=mask, position_ids=position_ids,
+                                         output_hidden_states=True)
+        follows = labels[:, 1:]
+        logits = model.lm_head(out.last_hidden_state[:, :-1][follows != -100])
+        losses = dict(words=F.cross_entropy(logits.float(), follows[follows != -100]))
+        if index:
+            h, w = grid[:, 1] // MERGE, grid[:, 2] // MERGE
+            where = torch.cat([torch.cartesian_prod(torch.arange(a), torch.arange(b)).view(-1, 2)
+                               for a, b in zip(h.tolist(), w.tolist())]).to(device)  # (tokens, 2) row, column
+            guess = heads["place"](out.hidden_states[2][is_image]).float().view(-1, 2, 4)
+            losses["place"] = 0.2 * F.cross_entropy(guess.transpose(1, 2), where)
+        ends = torch.tensor([(b, at) for b, r in enumerate(rows) for at, _ in r.ends], device=device)
+        words = torch.zeros(len(ends), model.config.text_config.vocab_size, device=device)
+        for n, said in enumerate(words_ for r in rows for _, words_ in r.ends):
+            words[n, said] = 1
+        guess = heads["summary"](out.last_hidden_state[ends[:, 0], ends[:, 1]]).float()
+        losses["summary"] = 10 * F.binary_cross_entropy_with_logits(guess, words)
+    return losses
+
+
+def train_language(model, tokenizer, pool, valid, steps: int, batch: int, lr: float, device) -> None:
     """The language model learns the dialogues, on cached features with a little noise."""
-    cache = all_features(model, pool, device)
-    adam, schedule, parameters = optimiser([model.model.language_model], lr, steps)
-    rng, start, pad = random.Random(1), time.time(), tokenizer.pad_token_id
+    cache, talker, start = all_features(model, pool, device), Talker(tokenizer, pool), time.time()
+    valid_cache, valid_talker = all_features(model, valid, device), Talker(tokenizer, valid)
+    vocabulary = model.config.text_config.vocab_size
+    heads = nn.ModuleDict(dict(place=nn.Linear(128, 8), summary=nn.Linear(128, vocabulary))).to(device)
+    adam, schedule, parameters = optimiser([model.model.language_model, heads], lr, steps)
+    rng = random.Random(1)
     for step in range(steps):
         if step % 4 == 0:  # four batches at a time, sorted: neighbours in length need little padding
-            rows = sorted((dialogue(tokenizer, pool, rng) for _ in range(batch * 4)), key=lambda row: len(row[0]))
-        part = rows[step % 4 * batch:(step % 4 + 1) * batch]
-        width = max(len(r[0]) for r in part)
-        ids = torch.tensor([r[0] + [pad] * (width - len(r[0])) for r in part], device=device)
-        labels = torch.tensor([r[1] + [-100] * (width - len(r[1])) for r in part], device=device)
-        mask = torch.tensor([[1] * len(r[0]) + [0] * (width - len(r[0])) for r in part], device=device)
-        index = [i for r in part for i in r[2]]
-        vision = torch.cat([cache[i] for i in index]).float()
-        vision = vision + 0.05 * vision.std() * torch.randn_like(vision)
-        is_image = ids == model.config.image_token_id
-        grid = torch.tensor([pool[1][i] for i in index], device=device)
-        position_ids, _ = model.model.get_rope_index(ids, is_image.int(), grid, attention_mask=mask)
-        embeds = model.get_input_embeddings()(ids).masked_scatter(is_image[..., None], vision)
-        target = labels[:, 1:]
-        with torch.autocast(torch.device(device).type, torch.bfloat16):
-            hidden = model.model.language_model(inputs_embeds=embeds, attention_mask=mask,
-                                                position_ids=position_ids).last_hidden_state  # (B, T, D)
-            logits = model.lm_head(hidden[:, :-1][target != -100])
-        loss = F.cross_entropy(logits.float(), target[target != -100])
-        loss.backward()
+            rows = sorted((talker.dialogue(rng) for _ in range(batch * 4)), key=lambda row: len(row.ids))
+        losses = language_losses(model, heads, rows[step % 4 * batch:(step % 4 + 1) * batch], pool, cache, device)
+        sum(losses.values()).backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         adam.step(), schedule.step(), adam.zero_grad()
         if (step + 1) % 250 == 0 or step + 1 == steps:
-            print(f"language {step + 1}/{steps} loss {loss:.4f} | {time.time() - start:.0f} s", flush=True)
+            with torch.no_grad():
+                chosen = random.Random(0)
+                losses = language_losses(model, heads, [valid_talker.dialogue(chosen) for _ in range(64)], valid, valid_cache, device)
+            print(f"language {step + 1}/{steps} held out: " + " ".join(f"{k} {v:.4f}" for k, v in losses.items())
+                  + f" | {time.time() - start:.0f} s", flush=True)
 
 
 def save(model, tokenizer, out: Path) -> None:
@@ -476,15 +580,15 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scenes", type=int, default=30000, help="scenes in the pool; each gives itself and one tool output")
-    parser.add_argument("--vision_steps", type=int, default=6200, help="of 64 pictures")
-    parser.add_argument("--language_steps", type=int, default=5800, help="of 32 dialogues")
+    parser.add_argument("--vision_steps", type=int, default=5000, help="of 64 pictures")
+    parser.add_argument("--language_steps", type=int, default=5000, help="of 32 dialogues")
     parser.add_argument("--workers", type=int, default=2)
     args = parser.parse_args()
     if args.out.exists():
         sys.exit(f"{args.out} exists already: choose a new folder")
     args.out.mkdir(parents=True)
     torch.manual_seed(args.seed)
-    corpus = [t for rows in make_pictures(0, 300, args.seed) for q, a in rows[3] for t in (q, a)]
+    corpus = [t for _, _, rows in make_pictures(0, 300, args.seed) for q, a in rows for t in (q, a)]
     corpus += [f"{a} {b}" for a in range(101) for b in (range(101))]
     corpus += ["user\n", "assistant\n"] * 100 + [f"Answer: {w}." for w in (*COLOURS, *SHAPES, *DIGITS)] * 50
     corpus += [s for f in data.FAMILIES for i in range(40) for s in data.make_example(f, "pretrain", i, 0).texts]
@@ -495,10 +599,12 @@ def main() -> None:
     start = time.time()
     pool = make_pool(args.scenes, args.seed, args.out, args.workers)
     valid = make_pool(300, args.seed + 10_000, args.out, args.workers)
-    print(f"{len(pool[0])} pictures drawn in {time.time() - start:.0f} s", flush=True)
+    print(f"{len(pool)} pictures drawn in {time.time() - start:.0f} s", flush=True)
+    torch.manual_seed(args.seed)
     train_vision(model, pool, valid, args.vision_steps, 64, 1e-3, args.device)
     save(model, tokenizer, args.out)
-    train_language(model, tokenizer, pool, args.language_steps, 32, 1.5e-3, args.device)
+    torch.manual_seed(args.seed)
+    train_language(model, tokenizer, pool, valid, args.language_steps, 32, 1.5e-3, args.device)
     save(model, tokenizer, args.out)
     print(f"saved {args.out} after {(time.time() - start) / 60:.1f} minutes")
 
