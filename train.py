@@ -69,6 +69,7 @@ class Config:
     distance: str = "cosine"  # D of Eq. 1: cosine, smoothl1, mse, l2
     jepa: bool = True  # false: L = L_VLM + lambda L_NextLat, an ablation
     targets: str = "own"  # of L_JEPA: own, or a control: shuffled (another example's of the batch), random (fixed vectors)
+    target_encoder: str = "current"  # whose Enc gives h_R: the current model's, or the frozen one of the start, cached once
     center: bool = False  # subtract the running mean of h_R from both embeddings before D (losses.jepa_loss)
     target_view: str = "trajectory"  # what h_R sees: trajectory (R alone), trajectory_with_image (I0 too, no question)
     nextlat_view: str = "full"  # whose states Eq. 2 runs along: full, trajectory, none (no L_NextLat)
@@ -118,7 +119,7 @@ RECIPES = {
                     nextlat_sees_next=True, nextlat_token=True, lora_dropout=0.1, weight_decay=0.1),
 }
 CHOICES = dict(method=METHODS, recipe=tuple(RECIPES), regime=tuple(data.REGIMES), distance=losses.DISTANCES,
-               test_split=("test", "validation"), order=("text_first", "image_first"), targets=("own", "shuffled", "random"),
+               target_encoder=("current", "frozen"), test_split=("test", "validation"), order=("text_first", "image_first"), targets=("own", "shuffled", "random"),
                target_view=data.TARGET_VIEWS, nextlat_view=NEXTLAT_VIEWS, dtype=("float32", "bfloat16"))
 
 
@@ -185,6 +186,7 @@ class Examples:
         self.views = [serializer.views(ex, *place, config.pred_tokens, config.target_view) for ex, place in zip(examples, placed)]
         if config.method == "recon":
             self.latent_views = [serializer.latent_view(ex, *place, config.latents) for ex, place in zip(examples, placed)]
+        self.targets: Tensor | None = None  # (examples, D) h_R of the model before training, if it was cached
         self.features: dict[int, Tensor] = {}  # by image; filled by image_features when the vision tower is frozen
         self.feature_bytes = 0
 
@@ -277,9 +279,12 @@ def compute_losses(vlm: VLM, extra: Predictor | LatentScale | None, examples: Ex
     if not config.packed:
         _, _, _, predicted = encode(vlm, examples, data.collate([v.input for v in views], vlm.pad_id), features, extra.pred_tokens)
     needs_gradient = config.nextlat_view == "trajectory"
-    with nullcontext() if needs_gradient else torch.no_grad():  # Eq. 1 never needs it: its target is a constant
-        target, target_states, target_inputs, embedding = encode(vlm, examples, data.collate([v.target for v in views], vlm.pad_id),
-                                                                 features)
+    if config.target_encoder == "current" or needs_gradient:
+        with nullcontext() if needs_gradient else torch.no_grad():  # Eq. 1 never needs it: its target is a constant
+            target, target_states, target_inputs, embedding = encode(
+                vlm, examples, data.collate([v.target for v in views], vlm.pad_id), features)
+    if config.target_encoder == "frozen":
+        embedding = examples.targets[rows]
     if config.center and torch.is_grad_enabled():
         extra.update_centre(embedding)
     jepa_term = vlm_term.new_zeros(())
@@ -299,6 +304,17 @@ def compute_losses(vlm: VLM, extra: Predictor | LatentScale | None, examples: Ex
             nextlat_term = nextlat_term + losses.nextlat_token_loss(rollout, batch.labels, vlm.lm.lm_head.weight)
     total, parts = losses.pearl_loss(vlm_term, jepa_term, nextlat_term, config.lambda_latent)  # Eq. 4
     return total, parts, (predicted.detach(), embedding.detach())
+
+
+@torch.no_grad()
+def cache_targets(vlm: VLM, examples: Examples, config: Config) -> None:
+    """h_R of every example by the model as it is before training ("cached trajectory embeddings", the paper's limits)."""
+    parts = []
+    for start in range(0, len(examples.views), config.batch):
+        views = examples.views[start:start + config.batch]
+        features = image_features(vlm, examples, [i for v in views for i in v.full.images], config)
+        parts.append(encode(vlm, examples, data.collate([v.target for v in views], vlm.pad_id), features)[3])
+    examples.targets = torch.cat(parts)
 
 
 def control_targets(embedding: Tensor, rows: list[int], config: Config) -> Tensor:
@@ -543,6 +559,9 @@ def train(config: Config, resume: bool = False) -> Path:
         print(f"{config.method} on {config.data or config.regime}: {len(train_set)} examples, {trained:.2f}M trained parameters, "
               f"{config.device}{f' x {world}' if world > 1 else ''}, run folder {out}")
 
+    if extra is not None and config.target_encoder == "frozen":
+        for part in (examples, valid_examples):
+            cache_targets(vlm, part, config)
     before = answers_before(out, vlm, tests, config, write=rank == 0)
     vlm.train()
     first, best = load_state(out, module, optimizer, schedule) if resume else (0, math.inf)
