@@ -61,8 +61,7 @@ class Predictor(nn.Module):
     The [PRED] rows are parameters of their own and not rows of the vocabulary: under LoRA the embedding matrix is
     frozen, and rows added to it would stay at their initial value (as they do in the released code).
     They start at `start` (D), the embedding of the end-of-turn token, whose state is what they must predict, plus
-    noise of a tenth of its size to tell them apart. (Started from the answer prefix, direct accuracy was lower
-    in the one run that tried it.) `centre` (D) is the running mean of h_R for jepa_loss, where it is asked for.
+    noise of a tenth of its size to tell them apart. `centre` (D) is the running mean of h_R for jepa_loss, where it is asked for.
     """
 
     def __init__(self, dim: int, pred_tokens: int, start: Tensor, sees_next: bool = True):

@@ -64,12 +64,12 @@ class Config:
     dtype: str = "float32"  # of the frozen weights; on a GPU the arithmetic is bfloat16 either way (autocast)
 
     order: str = "text_first"  # of a trajectory: text_first (call, then image: the data's) or image_first (the paper's R)
-    lambda_latent: float = 1.0  # Eq. 4; the paper has 0.2. Of method recon: the weight of the reconstruction loss
+    lambda_latent: float = 5.0  # Eq. 4; the paper has 0.2. Of method recon: the weight of the reconstruction loss
     pred_tokens: int = 4  # K; 0: h^_R is the state of the last prompt token
     distance: str = "cosine"  # D of Eq. 1: cosine, smoothl1, mse, l2
     jepa: bool = True  # false: L = L_VLM + lambda L_NextLat, an ablation
     targets: str = "own"  # of L_JEPA: own, or a control: shuffled (another example's of the batch), random (fixed vectors)
-    target_encoder: str = "current"  # whose Enc gives h_R: the current model's, or the frozen one of the start, cached once
+    target_encoder: str = "frozen"  # whose Enc gives h_R: current (the paper's), or the model of the start's, cached once
     center: bool = False  # subtract the running mean of h_R from both embeddings before D (losses.jepa_loss)
     target_view: str = "trajectory"  # what h_R sees: trajectory (R alone), trajectory_with_image (I0 too, no question)
     nextlat_view: str = "full"  # whose states Eq. 2 runs along: full, trajectory, none (no L_NextLat)
@@ -113,10 +113,10 @@ class Config:
 EXTRA_FILES = {Predictor: "predictor.safetensors", LatentScale: "latents.safetensors"}  # beside the adapter
 RECIPES = {
     "ours": {},
-    "paper": dict(lambda_latent=0.2, distance="smoothl1", target_view="trajectory", nextlat_view="trajectory",
-                  nextlat_sees_next=False),
-    "release": dict(lambda_latent=0.2, distance="cosine", target_view="trajectory_with_image", nextlat_view="full",
-                    nextlat_sees_next=True, nextlat_token=True, lora_dropout=0.1, weight_decay=0.1),
+    "paper": dict(lambda_latent=0.2, distance="smoothl1", target_encoder="current", target_view="trajectory",
+                  nextlat_view="trajectory", nextlat_sees_next=False),
+    "release": dict(lambda_latent=0.2, distance="cosine", target_encoder="current", target_view="trajectory_with_image",
+                    nextlat_view="full", nextlat_sees_next=True, nextlat_token=True, lora_dropout=0.1, weight_decay=0.1),
 }
 CHOICES = dict(method=METHODS, recipe=tuple(RECIPES), regime=tuple(data.REGIMES), distance=losses.DISTANCES,
                target_encoder=("current", "frozen"), test_split=("test", "validation"), order=("text_first", "image_first"), targets=("own", "shuffled", "random"),
@@ -284,7 +284,7 @@ def compute_losses(vlm: VLM, extra: Predictor | LatentScale | None, examples: Ex
             target, target_states, target_inputs, embedding = encode(
                 vlm, examples, data.collate([v.target for v in views], vlm.pad_id), features)
     if config.target_encoder == "frozen":
-        embedding = examples.targets[rows]
+        embedding = examples.targets[rows].to(vlm.device)
     if config.center and torch.is_grad_enabled():
         extra.update_centre(embedding)
     jepa_term = vlm_term.new_zeros(())
@@ -308,13 +308,18 @@ def compute_losses(vlm: VLM, extra: Predictor | LatentScale | None, examples: Ex
 
 @torch.no_grad()
 def cache_targets(vlm: VLM, examples: Examples, config: Config) -> None:
-    """h_R of every example by the model as it is before training ("cached trajectory embeddings", the paper's limits)."""
+    """h_R of every example by the model as it is before training; no further pass for the target.
+
+    Deviation: the paper encodes R with the current model. Its stop-gradient does not stop the weights: what pulls h^_R
+    towards the mean of the targets pulls the targets along, and nothing in the loss holds them apart (README, Results).
+    "Cached trajectory embeddings" are named among the paper's possible savings. target_encoder="current" is its text.
+    """
     parts = []
     for start in range(0, len(examples.views), config.batch):
         views = examples.views[start:start + config.batch]
         features = image_features(vlm, examples, [i for v in views for i in v.full.images], config)
         parts.append(encode(vlm, examples, data.collate([v.target for v in views], vlm.pad_id), features)[3])
-    examples.targets = torch.cat(parts)
+    examples.targets = torch.cat(parts).cpu()
 
 
 def control_targets(embedding: Tensor, rows: list[int], config: Config) -> Tensor:

@@ -25,10 +25,14 @@ import evaluate  # noqa: E402
 SYSTEMS = {  # no fine-tuning is measured by every run before it starts; explicit tool use is asked of the sft runs
     "sft": "--method sft --call_limit 3",
     "direct": "--method direct",
-    "recon": "--method recon --latents 4 --decode_latents 4",
+    "recon": "--method recon --latents 4 --decode_latents 4 --lambda_latent 1",
     "pearl": "--method pearl",
 }
 ABLATIONS = {
+    "sft lr 3e-4": "--method sft --lr 3e-4",
+    "pearl current target": "--target_encoder current --lambda_latent 1",
+    "pearl as in the paper": "--recipe paper",
+    "pearl as released": "--recipe release",
     "pearl without NextLat": "--nextlat_view none",
     "pearl without JEPA": "--jepa false",
     **{f"pearl K={k}": f"--pred_tokens {k}" for k in (0, 1, 2, 8)},
@@ -37,10 +41,10 @@ ABLATIONS = {
     "pearl target with I0": "--target_view trajectory_with_image",
     "pearl shuffled targets": "--targets shuffled",
     "pearl random targets": "--targets random",
-    "recon one latent a patch": "--method recon --decode_latents 16",
+    "recon one latent a patch": "--method recon --decode_latents 16 --lambda_latent 1",
     "sft image first": "--method sft --order image_first",
     "pearl image first": "--order image_first",
-    "recon image first": "--method recon --latents 4 --decode_latents 4 --order image_first",
+    "recon image first": "--method recon --latents 4 --decode_latents 4 --lambda_latent 1 --order image_first",
 }
 
 

@@ -103,6 +103,24 @@ def test_the_centre_moves_in_training_and_not_in_validation(vlm64, mixed, config
     assert torch.equal(predictor.centre, before)
 
 
+def test_frozen_targets_are_the_starting_models_and_stay(vlm64, mixed, config, monkeypatch):
+    config.target_encoder = "frozen"
+    predictor, examples = setup(vlm64, mixed[:3], config)
+    train.cache_targets(vlm64, examples, config)
+    with torch.no_grad():
+        start = embeddings(vlm64, predictor, examples, [0, 1, 2], "target", config)
+        torch.testing.assert_close(examples.targets, start)
+        for name, p in vlm64.named_parameters():
+            if "lora_B" in name:
+                p.add_(0.1 * torch.randn_like(p))
+        assert not torch.allclose(embeddings(vlm64, predictor, examples, [0, 1, 2], "target", config), start)  # the model moves on
+    passes, forward = [], vlm64.forward
+    monkeypatch.setattr(vlm64, "forward", lambda *a: passes.append(1) or forward(*a))
+    _, parts, (predicted, target) = train.compute_losses(vlm64, predictor, examples, [2, 0], config)
+    assert len(passes) == 1 and torch.equal(target, examples.targets[[2, 0]])  # no pass for the target
+    torch.testing.assert_close(parts["jepa"], (1 - F.cosine_similarity(predicted, start[[2, 0]], dim=-1)).mean())
+
+
 @pytest.mark.parametrize("nextlat_view, sees_next, horizon", [("full", True, 1), ("full", False, 2), ("trajectory", False, 1)])
 def test_nextlat_runs_along_the_states_it_should(vlm64, mixed, config, nextlat_view, sees_next, horizon):
     config = dataclasses.replace(config, nextlat_view=nextlat_view, nextlat_sees_next=sees_next, horizon=horizon)
@@ -284,10 +302,10 @@ def test_batches_show_every_example_once_an_epoch_in_the_seeds_order():
 
 
 def test_one_batch_can_be_overfitted(mixed, config):
-    """All weights train: with LoRA the shipped model's embeddings of words it never saw stay frozen and bound L_VLM from below."""
+    """Under LoRA: every word the expert uses can be said by the frozen embeddings and head."""
     torch.manual_seed(0)
     vlm = VLM(TINY)
-    vlm.set_trainable(0, 1.0, 0.0, [], False)
+    vlm.set_trainable(16, 32.0, 0.0, config.lora_targets.split(","), False)
     examples = train.Examples(mixed[:3], vlm, config)
     predictor = Predictor(vlm.dim, 4, vlm.lm.get_input_embeddings().weight[0])
     adam = torch.optim.AdamW([p for m in (vlm, predictor) for p in m.parameters() if p.requires_grad], lr=2e-3, weight_decay=0.0)
