@@ -238,7 +238,8 @@ def test_shuffled_targets_change_the_loss_and_no_jepa_drops_it(vlm64, mixed, con
     swapped = target[[2, 0, 1]]
     torch.testing.assert_close(parts["jepa"], (1 - F.cosine_similarity(predicted, swapped, dim=-1)).mean())
     _, parts, _ = train.compute_losses(vlm64, predictor, examples, [0, 1, 2], dataclasses.replace(config, jepa=False))
-    assert parts["jepa"] == 0 and parts["loss"] == parts["vlm"] + parts["nextlat"]
+    assert parts["jepa"] == 0
+    torch.testing.assert_close(parts["loss"], parts["vlm"] + config.lambda_latent * parts["nextlat"])
 
 
 @pytest.mark.parametrize("latents", [0, 3])
@@ -306,12 +307,12 @@ def test_one_batch_can_be_overfitted(mixed, config):
     torch.manual_seed(0)
     vlm = VLM(TINY)
     vlm.set_trainable(16, 32.0, 0.0, config.lora_targets.split(","), False)
-    examples = train.Examples(mixed[:3], vlm, config)
+    examples = train.Examples(mixed[:2], vlm, config)
     predictor = Predictor(vlm.dim, 4, vlm.lm.get_input_embeddings().weight[0])
-    adam = torch.optim.AdamW([p for m in (vlm, predictor) for p in m.parameters() if p.requires_grad], lr=2e-3, weight_decay=0.0)
+    adam = torch.optim.AdamW([p for m in (vlm, predictor) for p in m.parameters() if p.requires_grad], lr=5e-3, weight_decay=0.0)
     history = []
-    for _ in range(60):
-        loss, parts, _ = train.compute_losses(vlm, predictor, examples, [0, 1, 2], config)
+    for _ in range(40):
+        loss, parts, _ = train.compute_losses(vlm, predictor, examples, [0, 1], config)
         adam.zero_grad()
         loss.backward()
         adam.step()
@@ -426,7 +427,7 @@ def test_a_folder_of_ones_own_trains_and_bad_ones_stop_before_training(tmp_path)
     data.write_folder(tmp_path / "set", rows)
     small = ["--device", "cpu", "--steps", "2", "--batch", "2", "--lora_rank", "2", "--method", "sft"]
     train.train(train.parse_config(["--data", str(tmp_path / "set"), "--out", str(tmp_path / "run"), *small]))
-    assert "all" in json.loads((tmp_path / "run" / "results.json").read_text())["after"]
+    assert len(json.loads((tmp_path / "run" / "results.json").read_text())["answers"]) == 2
     (tmp_path / "set" / "images").rename(tmp_path / "set" / "pictures")
     done = subprocess.run([sys.executable, train.__file__, "--data", str(tmp_path / "set"), "--out", str(tmp_path / "other"), *small],
                           capture_output=True, text=True)
