@@ -1,6 +1,8 @@
 """What a step costs: SFT, Pearl packed, Pearl plain, Pearl as released. Run by `python train.py --benchmark`.
 
-The variants take turns on the same batches of one model in one process, so that whatever else the machine does hits all of
+packed: full and input view in one pass, the target by the current model in another, without gradient. packed_cached: the
+target from the cache, no pass for it (the default). packed_trajectory: NextLat on the target view, so with gradient there.
+plain: one pass a view. release: three views padded to one length, gradient in all. The variants take turns on the same batches of one model in one process, so that whatever else the machine does hits all of
 them; a row of the table is the median over --steps rounds after three to warm up. The last line is one JSON object.
 """
 
@@ -38,12 +40,14 @@ def benchmark(config) -> dict:
     vlm = VLM(config.model, dtype=getattr(torch, config.dtype)).to(config.device)
     world = train.load_examples(dataclasses.replace(config, valid_examples=2))[0]
     vlm.set_trainable(config.lora_rank, config.lora_alpha, config.lora_dropout, config.lora_targets.split(","), config.train_vision)
-    pearl = dataclasses.replace(config, method="pearl", nextlat_view="full")
+    pearl = dataclasses.replace(config, method="pearl", nextlat_view="full", target_encoder="current")
     examples = train.Examples(world, vlm, pearl)
+    train.cache_targets(vlm, examples, pearl)
     extra = train.additions(vlm, examples, pearl)
     parameters = [p for module in (vlm, extra) for p in module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=0.0)
     variants = dict(sft=(train.compute_losses, None, pearl), packed=(train.compute_losses, extra, pearl),
+                    packed_cached=(train.compute_losses, extra, dataclasses.replace(pearl, target_encoder="frozen")),
                     packed_trajectory=(train.compute_losses, extra, dataclasses.replace(pearl, nextlat_view="trajectory")),
                     plain=(train.compute_losses, extra, dataclasses.replace(pearl, packed=False)), release=(release_losses, extra, pearl))
     order = train.batches(len(world), config.batch, config.seed)

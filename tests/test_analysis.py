@@ -55,7 +55,7 @@ def test_the_benchmark_prints_one_json_line(tmp_path):
     assert {"sft_ms", "packed_ms", "plain_ms", "release_ms", "packed_over_sft"} <= numbers.keys() and not list(tmp_path.iterdir())
 
 
-SMALL = ["--device", "cpu", "--steps", "2", "--batch", "4", "--train_examples", "10", "--valid_examples", "6", "--test_per_family", "2",
+SMALL = ["--device", "cpu", "--steps", "2", "--batch", "4", "--train_examples", "10", "--valid_examples", "6", "--test_per_family", "1",
          "--eval_every", "1", "--track", "5", "--lora_rank", "4"]
 
 
@@ -74,7 +74,7 @@ def test_a_small_study_from_runs_to_figures(tmp_path):
     assert rows["pearl"]["cost"]["passes"] == rows["no fine-tuning"]["cost"]["passes"] == 2  # inference costs what the base model's does
     again = subprocess.run(command, capture_output=True, text=True)
     assert again.stdout.count("done before") == 3
-    done = subprocess.run([sys.executable, str(ROOT / "analysis" / "figures.py"), str(folder), "--per_family", "1", "--count", "40"],
+    done = subprocess.run([sys.executable, str(ROOT / "analysis" / "figures.py"), str(folder), "--per_family", "1", "--count", "30"],
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     for name in ("latents-per-example", "latents-decoded", "embeddings", "skill", "curves", "neighbours"):

@@ -146,7 +146,7 @@ def naive_latent(vlm, view, store, scale, latents, markers, end_id, limit):
 def test_latent_loop_equals_encoding_everything_anew(vlm64, latents):
     """Any token may be the start marker: the commonest first words, so that runs begin early, late and twice."""
     torch.manual_seed(0)
-    examples = data.make_world("mixed", "test", 5)
+    examples = data.make_world("mixed", "test", 3)
     asker = evaluate.Asker(vlm64.eval(), examples)
     views = [asker.serializer.prompt(ex, i[:1], n[:1]) for ex, (i, n) in zip(examples, asker.placed)]
     scale = LatentScale(torch.randn(20, vlm64.dim, dtype=torch.float64), torch.full((vlm64.dim,), 2.0)).double()
@@ -159,7 +159,7 @@ def test_latent_loop_equals_encoding_everything_anew(vlm64, latents):
             alone = [naive_latent(vlm64, view, asker.store, scale, latents, markers, asker.serializer.end_id, 7) for view in views]
         assert [(list(w), n) for w, n in together] == alone
         runs += sum(words.count(start) for words, _ in together)
-    assert runs > 5
+    assert runs > 3
 
 
 # ---- comparison ----
@@ -181,7 +181,7 @@ def test_comparison_by_hand():
     assert "difference" not in rows["recon"] and not rows["recon"]["compared"]  # 25%: it guesses
     assert rows["pearl"]["cost"]["tokens"] == 2 and rows["pearl"]["cost"]["ms"] == [10.0, 11.0]
     text = evaluate.markdown(list(rows.values()))
-    assert "| recon | 1 | 25.0 | 25.0 | guesses |" in text and "| sft | 2 | 37.5 +/- 17.7 |" in text and "+37.5 [-121.4, +196.4]" in text
+    assert "| recon | 1 | 25.0 | guesses |" in text and "| sft | 2 | 37.5 +/- 17.7 |" in text and "+37.5 [-121.4, +196.4]" in text
 
 
 def test_arms_are_named_by_what_differs():
