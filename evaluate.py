@@ -26,7 +26,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from data import CALL, HELD_OUT, LATENT_END, LATENT_START, REGIMES, Example, ImageStore, Serializer, View, call_tool, make_example, opened, read_folder
+from data import (CALL, HELD_OUT, LATENT_END, LATENT_START, REGIMES, Example, ImageStore, Serializer, View, call_tool, make_example,
+                  opened, read_folder)
 from model import VLM
 from predictor import LatentScale
 
@@ -72,6 +73,9 @@ class Asker:
     def decode(self, ids: list[int]) -> str:
         return self.vlm.tokenizer.decode(ids, skip_special_tokens=True)
 
+    def _prompts(self, prefix: str = "") -> list[View]:
+        return [self.serializer.prompt(ex, i[:1], n[:1], prefix) for ex, (i, n) in zip(self.examples, self.placed)]
+
     def _in_batches(self, views: list[View], decode) -> list:
         """decode(views, their numbers) over batches of similar length; results in the order of `views`."""
         out: list = [None] * len(views)
@@ -100,14 +104,13 @@ class Asker:
         space = " " if self.prefix else ""
         encode = lambda text: self.vlm.tokenizer(text, add_special_tokens=False).input_ids + [self.serializer.end_id]
         paths = [[encode(space + option) for option in ex.options] for ex in self.examples]
-        views = [self.serializer.prompt(ex, i[:1], n[:1], self.prefix) for ex, (i, n) in zip(self.examples, self.placed)]
-        out = self._generate(views, max(len(way) for ways in paths for way in ways), paths)
+        out = self._generate(self._prompts(self.prefix), max(len(way) for ways in paths for way in ways), paths)
         for ex, ways, record in zip(self.examples, paths, out):
             record["text"] = next(option for option, way in zip(ex.options, ways) if record["ids"][:len(way)] == way)
         return out
 
     def free(self, tokens: int) -> list[dict]:
-        return self._generate([self.serializer.prompt(ex, i[:1], n[:1]) for ex, (i, n) in zip(self.examples, self.placed)], tokens)
+        return self._generate(self._prompts(), tokens)
 
     def tool(self) -> list[dict | None]:
         """None where the example has no tool image."""
@@ -123,7 +126,8 @@ class Asker:
         A call that is malformed or does not fit its image ends the attempt, as does one call too many: the record then
         says so in `failed` and has no text, and the question counts as answered by `direct`.
         """
-        talks = [dict(turns=self.serializer.turns(ex)[:1], image=ex.image, indices=i[:1], calls=0, tokens=0, images=0, passes=0)
+        talks = [dict(turns=self.serializer.turns(ex)[:1], image=ex.image, indices=i[:1],
+                      calls=0, tokens=0, images=0, passes=0)
                  for ex, (i, _) in zip(self.examples, self.placed)]
         active = talks
         for _ in range(limit + 1):
@@ -155,10 +159,10 @@ class Asker:
 
         def decode(part: list[View], rows: list[int]) -> list[dict]:
             made = self.vlm.generate_latent(part, self.store, scale, latents, markers, self.serializer.end_id, 2 * TURN_TOKENS)
-            return [dict(text=self.decode(ids), tokens=len(ids), latents=fed, images=1, passes=len(ids) + fed + ids.count(markers[0]))
-                    for ids, fed in made]
+            return [dict(text=self.decode(ids), tokens=len(ids), latents=fed, images=1,
+                         passes=len(ids) + fed + ids.count(markers[0])) for ids, fed in made]
 
-        return self._in_batches([self.serializer.prompt(ex, i[:1], n[:1]) for ex, (i, n) in zip(self.examples, self.placed)], decode)
+        return self._in_batches(self._prompts(), decode)
 
 
 @torch.no_grad()
@@ -229,7 +233,8 @@ def format_table(columns: dict[str, dict[str, dict]]) -> str:
     ways = {name: [w for w in WAYS[1:] if any(w in row for row in table.values())] for name, table in columns.items()}
     width = {name: max(21 + 8 * len(ways[name]), len(name) + 2) for name in columns}
     lines = ["family            n  chance  " + "".join(name.ljust(width[name]) for name in columns),
-             " " * 29 + "".join(("direct [95%]".ljust(19) + "".join(w.rjust(8) for w in ways[name])).ljust(width[name]) for name in columns)]
+             " " * 29 + "".join(("direct [95%]".ljust(19) + "".join(w.rjust(8) for w in ways[name])).ljust(width[name])
+                                for name in columns)]
     for family in families:
         first = next(table[family] for table in columns.values() if family in table)
         label = f"{family} (held out)" if family == HELD_OUT else family
@@ -296,10 +301,10 @@ def compare(runs: dict[str, dict], reference: str = "sft", names: dict[str, str]
         tables = {seed: summarise(run["answers"]) for seed, run in seeds.items()}
         total = "all" if "all" in next(iter(tables.values())) else next(iter(next(iter(tables.values()))))
         pick = lambda family, way: [100 * t[family][way][0] for t in tables.values() if way in t.get(family, {})]
-        row = dict(system=name, own_way=own, seeds=len(seeds), direct=pick(total, "direct"), tool=pick(total, "tool"), own=pick(total, own),
-                   families={f: pick(f, own) for f in next(iter(tables.values())) if f != total})
+        row = dict(system=name, own_way=own, seeds=len(seeds), direct=pick(total, "direct"), tool=pick(total, "tool"),
+                   own=pick(total, own), families={f: pick(f, own) for f in next(iter(tables.values())) if f != total})
         row["chance"] = 100 * next(iter(tables.values()))[total]["chance"]
-        row["compared"] = own != "latent" or statistics.mean(row["own"]) > row["chance"] + 10  # an arm that only guesses is no opponent
+        row["compared"] = own != "latent" or statistics.mean(row["own"]) > row["chance"] + 10  # who only guesses is no opponent
         both = sorted(seeds.keys() & groups.get(reference, {}).keys())
         if name in groups and name != reference and both and row["compared"]:
             against = [100 * summarise(groups[reference][s]["answers"])[total]["direct"][0] for s in both]
@@ -314,14 +319,15 @@ def compare(runs: dict[str, dict], reference: str = "sft", names: dict[str, str]
 
 def markdown(rows: list[dict], reference: str = "sft") -> str:
     families = list(dict.fromkeys(f for row in rows for f in row["families"]))
-    head = ["system", "seeds", *(f"`{f}`" + (" (held out)" if f == HELD_OUT else "") for f in families), "all", f"all - {reference} [95%]",
-            "with the expert's tool", "tokens", "images", "passes", "ms"]
+    head = ["system", "seeds", *(f"`{f}`" + (" (held out)" if f == HELD_OUT else "") for f in families), "all",
+            f"all - {reference} [95%]", "with the expert's tool", "tokens", "images", "passes", "ms"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for row in rows:
         gap = row.get("difference")
         cost = row["cost"]
-        cells = [row["system"], str(row["seeds"]), *(mean_std(row["families"][f]) if row["families"].get(f) else "-" for f in families),
-                 mean_std(row["own"]), f"{gap[0]:+.1f} [{gap[0] - gap[1]:+.1f}, {gap[0] + gap[1]:+.1f}]" if gap else "-" if row["compared"] else "guesses",
+        difference = f"{gap[0]:+.1f} [{gap[0] - gap[1]:+.1f}, {gap[0] + gap[1]:+.1f}]" if gap else "-" if row["compared"] else "guesses"
+        cells = [row["system"], str(row["seeds"]),
+                 *(mean_std(row["families"][f]) if row["families"].get(f) else "-" for f in families), mean_std(row["own"]), difference,
                  mean_std(row["tool"]) if row["tool"] else "-", *(f"{cost[k]:.1f}" for k in ("tokens", "images", "passes")),
                  f"{statistics.median(cost['ms']):.0f}" if cost["ms"] else "-"]
         lines.append("| " + " | ".join(cells) + " |")
@@ -366,7 +372,8 @@ def read_run(run: Path, args) -> dict:
     """config, answers, answers before training and times of a run: as training left them in results.json, or asked anew."""
     if not (args.again or args.data):
         if not (run / "results.json").is_file():
-            raise FileNotFoundError(f"{run / 'results.json'} not found: {run} is not a finished run; --again asks its best checkpoint")
+            raise FileNotFoundError(f"{run / 'results.json'} not found: {run} is not a finished run; "
+                                    "--again asks its best checkpoint")
         return {"config": json.loads((run / "config.json").read_text()), **json.loads((run / "results.json").read_text())}
     vlm, config, scale = load_run(run, args.device)
     examples = test_examples(args.data or config["data"], REGIMES[config["regime"]], args.per_family, config["world_seed"])
@@ -405,8 +412,9 @@ def main() -> None:
     answers = {name: run["answers"] for name, run in found.items()}
     if args.model:
         every_family = list(dict.fromkeys(f for families in REGIMES.values() for f in families))
-        answers[args.model] = answer_questions(VLM(args.model).to(args.device), test_examples(args.data, every_family, args.per_family, 0),
-                                               free_tokens=args.free_tokens, call_limit=args.call_limit)
+        examples = test_examples(args.data, every_family, args.per_family, 0)
+        answers[args.model] = answer_questions(VLM(args.model).to(args.device), examples, free_tokens=args.free_tokens,
+                                               call_limit=args.call_limit)
         columns = {args.model: summarise(answers[args.model]), **columns}
     print(format_table(columns))
     systems = compare(found) if found else []

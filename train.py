@@ -12,7 +12,8 @@ One step of Pearl encodes three views and goes back once:
   2. input view <I0, Q> + K [PRED] -> h^_R, the state of the last [PRED]
   3. target view R           -> h_R, the state of its last token, without gradient   -> L_JEPA (Eq. 1)
 The first two share <I0, Q> and one forward pass (data.pack); --packed false gives each its own, with the same numbers.
-SFT is the first pass alone; the reconstruction baseline is one pass too, its tool images replaced by latents. A run folder holds config.json, before.json, log.jsonl, state.safetensors, best.json, checkpoint-STEP/ and results.json.
+SFT is the first pass alone; the reconstruction baseline is one pass too, its tool images replaced by latents. A run folder
+holds config.json, before.json, log.jsonl, state.safetensors, best.json, checkpoint-STEP/ and results.json.
 
     python train.py --resume RUN                                    # goes on after an interruption, to the same end
     python train.py --merge RUN DIR                                 # the result as an ordinary transformers checkpoint
@@ -119,7 +120,8 @@ RECIPES = {
                     nextlat_view="full", nextlat_sees_next=True, nextlat_token=True, lora_dropout=0.1, weight_decay=0.1),
 }
 CHOICES = dict(method=METHODS, recipe=tuple(RECIPES), regime=tuple(data.REGIMES), distance=losses.DISTANCES,
-               target_encoder=("current", "frozen"), test_split=("test", "validation"), order=("text_first", "image_first"), targets=("own", "shuffled", "random"),
+               target_encoder=("current", "frozen"), test_split=("test", "validation"), order=("text_first", "image_first"),
+               targets=("own", "shuffled", "random"),
                target_view=data.TARGET_VIEWS, nextlat_view=NEXTLAT_VIEWS, dtype=("float32", "bfloat16"))
 
 
@@ -140,8 +142,9 @@ def parse_config(argv: list[str] | None = None) -> Config:
                             metavar=None if f.name in CHOICES else kind.__name__.upper(), help=f"default {f.default!r}")
     given = vars(parser.parse_args(argv))
     config = Config(**{**RECIPES[given.get("recipe", "ours")], **given})
-    for name, least in dict(steps=1, batch=1, accumulate=1, pred_tokens=0, horizon=1, latents=0, decode_latents=0, lora_rank=0, train_examples=1,
-                            valid_examples=2, test_per_family=1, eval_every=1, log_every=1, save_every=1, lambda_latent=0, lr=0).items():
+    for name, least in dict(steps=1, batch=1, accumulate=1, pred_tokens=0, horizon=1, latents=0, decode_latents=0, lora_rank=0,
+                            train_examples=1, valid_examples=2, test_per_family=1, eval_every=1, log_every=1, save_every=1,
+                            lambda_latent=0, lr=0).items():
         if getattr(config, name) < least:
             parser.error(f"--{name} must be at least {least}, not {getattr(config, name)}")
     if config.targets == "shuffled" and config.batch < 2:
@@ -181,6 +184,7 @@ class Examples:
     def __init__(self, examples: list[data.Example], vlm: VLM, config: Config):
         serializer = data.Serializer(vlm.tokenizer, vlm.image_token_id, min(config.max_tokens, vlm.max_positions))
         self.store = data.ImageStore(vlm.image_processor)
+        self.given = examples
         examples = [variant(ex, config) for ex in examples]
         placed = [self.store.add(ex) for ex in examples]
         self.views = [serializer.views(ex, *place, config.pred_tokens, config.target_view) for ex, place in zip(examples, placed)]
@@ -343,7 +347,8 @@ def recon_losses(vlm: VLM, scale: LatentScale, examples: Examples, rows: list[in
     """
     tool_images = [image for row in rows for image in examples.views[row].full.images[1:]]
     latents = torch.cat([latent_targets(features[image][0], config.latents) for image in tool_images])  # (n, D) visual embeddings
-    batch, states, _, _ = encode(vlm, examples, data.collate([examples.latent_views[row] for row in rows], vlm.pad_id), features, latents)
+    views = [examples.latent_views[row] for row in rows]
+    batch, states, _, _ = encode(vlm, examples, data.collate(views, vlm.pad_id), features, latents)
     vlm_term = losses.vlm_loss(states, batch.labels, vlm.logits)
     before = batch.slots.roll(-1, dims=1)  # (B, T) the position that precedes each latent
     recon_term = losses.reconstruction_loss(scale.predicted(states[before]), scale.target(latents))
@@ -410,7 +415,8 @@ def tracked(vlm: VLM, examples: list[data.Example], config: Config) -> dict[str,
         return {}
     records = evaluate.answer_questions(vlm, examples, config.answer_prefix)
     share = lambda rights: sum(rights) / max(1, len(rights))
-    return dict(direct=share([r["direct_right"] for r in records]), tool=share([r["tool_right"] for r in records if "tool_right" in r]))
+    return dict(direct=share([r["direct_right"] for r in records]),
+                tool=share([r["tool_right"] for r in records if "tool_right" in r]))
 
 
 # ---- the run's folder ---------------------------------------------------------------------------------------------------
@@ -479,7 +485,8 @@ def load_state(out: Path, module: torch.nn.Module, optimizer, schedule) -> tuple
         with torch.no_grad():
             for name, t in trained_tensors(module).items():
                 if tensors.get(f"weight/{name}", t).shape != t.shape or f"weight/{name}" not in tensors:
-                    raise ValueError(f"{file} does not fit this run: {name} is missing or has another shape; was config.json changed?")
+                    raise ValueError(f"{file} does not fit this run: {name} is missing or has another shape; "
+                                     "was config.json changed?")
                 t.copy_(tensors[f"weight/{name}"])
         for n, p in enumerate(optimizer.param_groups[0]["params"]):
             moments = {key: tensors[f"adam/{n}/{key}"] for key in ("step", "exp_avg", "exp_avg_sq") if f"adam/{n}/{key}" in tensors}
@@ -526,7 +533,7 @@ def start_processes(config: Config) -> tuple[int, int]:
         return 0, 1
     world, local = int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_RANK"])
     if config.accumulate % world:
-        raise ValueError(f"--accumulate {config.accumulate} passes cannot be shared by {world} processes: make it a multiple of {world}")
+        raise ValueError(f"--accumulate {config.accumulate} passes cannot be shared by {world} processes: make it a multiple")
     if torch.device(config.device).type == "cuda":
         config.device = f"cuda:{local}"
         torch.cuda.set_device(local)
@@ -535,92 +542,104 @@ def start_processes(config: Config) -> tuple[int, int]:
     return dist.get_rank(), world
 
 
-def train(config: Config, resume: bool = False) -> Path:
-    """The whole run. resume: go on from the last state in config.out, to the same end as without the interruption."""
-    rank, world = start_processes(config)
-    torch.manual_seed(config.seed)
+def build(config: Config, world: int):
+    """(VLM, what the method adds, the module whose gradients are taken, optimiser, schedule, training and validation examples)."""
     vlm = VLM(config.model, dtype=getattr(torch, config.dtype)).to(config.device)
-    train_set, valid_set = load_examples(config)
-    families = list(dict.fromkeys(ex.family for ex in train_set))
-    tests = evaluate.test_examples(config.data, families, config.test_per_family, config.world_seed, config.test_split)
-    examples, valid_examples = Examples(train_set, vlm, config), Examples(valid_set, vlm, config)
-    out = Path(config.out)
-    if rank == 0 and not resume:
-        start_folder(config)
-
+    examples, valid_examples = (Examples(rows, vlm, config) for rows in load_examples(config))
     vlm.set_trainable(config.lora_rank, config.lora_alpha, config.lora_dropout, config.lora_targets.split(","),
                       config.train_vision)
     if config.gradient_checkpointing:
         vlm.lm.gradient_checkpointing_enable(dict(use_reentrant=False))
     extra = additions(vlm, examples, config)
-    parameters = [p for module in (vlm, extra) if module is not None for p in module.parameters() if p.requires_grad]
+    if isinstance(extra, Predictor) and config.target_encoder == "frozen":
+        cache_targets(vlm, examples, config)
+        cache_targets(vlm, valid_examples, config)
+    module = Step(vlm, extra, examples, config)
+    parameters = [p for p in module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
     schedule = get_cosine_schedule_with_warmup(optimizer, math.ceil(config.warmup * config.steps), config.steps)
-    module = Step(vlm, extra, examples, config)
     if world > 1:
         module = DistributedDataParallel(module, find_unused_parameters=True)
-    trained = sum(p.numel() for p in parameters) / 1e6
-    if rank == 0:
-        print(f"{config.method} on {config.data or config.regime}: {len(train_set)} examples, {trained:.2f}M trained parameters, "
-              f"{config.device}{f' x {world}' if world > 1 else ''}, run folder {out}")
+    return vlm, extra, module, optimizer, schedule, examples, valid_examples
 
-    if extra is not None and config.target_encoder == "frozen":
-        for part in (examples, valid_examples):
-            cache_targets(vlm, part, config)
-    before = answers_before(out, vlm, tests, config, write=rank == 0)
+
+def train(config: Config, resume: bool = False) -> Path:
+    """The whole run. resume: go on from the last state in config.out, to the same end as without the interruption."""
+    rank, world = start_processes(config)
+    torch.manual_seed(config.seed)
+    vlm, extra, module, optimizer, schedule, examples, valid_examples = build(config, world)
+    tests = evaluate.test_examples(config.data, list(dict.fromkeys(ex.family for ex in examples.given)), config.test_per_family,
+                                   config.world_seed, config.test_split)
+    out, parameters = Path(config.out), optimizer.param_groups[0]["params"]
+    if rank == 0:
+        if not resume:
+            start_folder(config)
+        print(f"{config.method} on {config.data or config.regime}: {len(examples.views)} examples, "
+              f"{sum(p.numel() for p in parameters) / 1e6:.2f}M trained parameters, {config.device}"
+              f"{f' x {world}' if world > 1 else ''}, run folder {out}")
+    before = answers_before(out, vlm, tests, config) if rank == 0 else []
     vlm.train()
     first, best = load_state(out, module, optimizer, schedule) if resume else (0, math.inf)
-    order = batches(len(train_set), config.batch * config.accumulate, config.seed)
+    order = batches(len(examples.views), config.batch * config.accumulate, config.seed)
     for _ in range(first):
         next(order)
     start, last, skipped = time.time(), time.time(), 0
     for step in range(first + 1, config.steps + 1):
         parts, pair = train_step(module, next(order), config, rank, world)
         norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip)
-        skipped = 0 if torch.isfinite(norm) else skipped + 1
-        if skipped:
+        if torch.isfinite(norm):
+            optimizer.step()
+            skipped = 0
+        else:
+            skipped += 1
             print(f"step {step}: the gradient is not finite; step skipped ({skipped} in a row)", flush=True)
             if skipped == 5:
-                raise ValueError(f"five steps in a row without a finite gradient: lower --lr or --lambda_latent; {out} has the last good state")
-        else:
-            optimizer.step()
+                raise ValueError("five steps in a row without a finite gradient: lower --lr or --lambda_latent; "
+                                 f"{out} has the last good state")
         schedule.step()
         optimizer.zero_grad(set_to_none=True)
 
-        if rank == 0 and (step % config.log_every == 0 or step == config.steps):
-            ms = (time.time() - last) * 1000 / (step % config.log_every or config.log_every)
-            parts = {name: float(value) for name, value in parts.items()}
-            gauges = losses.collapse_gauges(*pair) if pair and len(pair[0]) > 1 else {}
-            log(out, "train", dict(step=step, **parts, **gauges, grad_norm=float(norm), lr=schedule.get_last_lr()[0], ms=ms))
-            print(progress_line(step, config, parts, gauges, float(norm), schedule.get_last_lr()[0], ms), flush=True)
-            last = time.time()
-        if rank == 0 and (step % config.eval_every == 0 or step == config.steps):
-            valid = validate(vlm, extra, valid_examples, config) | tracked(vlm, valid_set[:config.track], config)
-            log(out, "valid", dict(step=step, **valid))
-            print("      validation: " + " ".join(f"{name} {value:.3f}" for name, value in valid.items()), flush=True)
-            if valid.get("effective_rank", 9.0) < 3 and len(valid_set) > 9:
-                print("      the targets h_R have collapsed: they use fewer than 3 directions, and a low L_JEPA says nothing; "
-                      "try a smaller --lambda_latent or --lr, or --distance cosine", flush=True)
-            if valid["loss"] < best:
-                best = valid["loss"]
-                save_best(out, vlm, extra, step, valid)
-            last = time.time()
-        if rank == 0 and (step % config.save_every == 0 or step == config.steps or STOP):
-            save_state(out, module, optimizer, schedule, step, best)
+        if rank == 0:
+            if step % config.log_every == 0 or step == config.steps:
+                ms = (time.time() - last) * 1000 / (step % config.log_every or config.log_every)
+                log_step(out, config, step, parts, pair, float(norm), schedule.get_last_lr()[0], ms)
+                last = time.time()
+            if step % config.eval_every == 0 or step == config.steps:
+                best = validate_and_keep(out, vlm, extra, valid_examples, config, step, best)
+                last = time.time()
+            if step % config.save_every == 0 or step == config.steps or STOP:
+                save_state(out, module, optimizer, schedule, step, best)
         if STOP:
             if rank == 0:
                 print(f"stopped after step {step}; python train.py --resume {out} goes on from there")
             return out
-
     if rank == 0:
         report(out, config, tests, before, time.time() - start)
     return out
 
 
-def answers_before(out: Path, vlm: VLM, tests: list[data.Example], config: Config, write: bool) -> list[dict]:
+def log_step(out: Path, config: Config, step: int, parts: dict, pair, norm: float, lr: float, ms: float) -> None:
+    parts = {name: float(value) for name, value in parts.items()}
+    gauges = losses.collapse_gauges(*pair) if pair and len(pair[0]) > 1 else {}
+    log(out, "train", dict(step=step, **parts, **gauges, grad_norm=norm, lr=lr, ms=ms))
+    print(progress_line(step, config, parts, gauges, norm, lr, ms), flush=True)
+
+
+def validate_and_keep(out: Path, vlm: VLM, extra, examples: Examples, config: Config, step: int, best: float) -> float:
+    """Validate, log, keep the checkpoint if it is the best so far; returns the best loss. Says a collapse in words."""
+    valid = validate(vlm, extra, examples, config) | tracked(vlm, examples.given[:config.track], config)
+    log(out, "valid", dict(step=step, **valid))
+    print("      validation: " + " ".join(f"{name} {value:.3f}" for name, value in valid.items()), flush=True)
+    if len(examples.views) > 9 and (valid.get("effective_rank", 9.0) < 3 or valid.get("mean_cosine", 0.0) > 0.97):
+        print("      the targets h_R have collapsed: they are nearly all alike, and a low L_JEPA says nothing; "
+              "try --target_encoder frozen, or a smaller --lambda_latent or --lr", flush=True)
+    if valid["loss"] < best:
+        save_best(out, vlm, extra, step, valid)
+    return min(best, valid["loss"])
+
+
+def answers_before(out: Path, vlm: VLM, tests: list[data.Example], config: Config) -> list[dict]:
     """Answers of the model as it comes, from before.json if an interrupted run left it."""
-    if not write:
-        return []
     file = out / "before.json"
     if not file.is_file():
         evaluate.write_json(file, evaluate.answer_questions(vlm, tests, config.answer_prefix))
