@@ -131,7 +131,8 @@ class Asker:
                  for ex, (i, _) in zip(self.examples, self.placed)]
         active = talks
         for _ in range(limit + 1):
-            views = [self.serializer.prompt_of(t["turns"], t["indices"], [self.store.tokens(i) for i in t["indices"]]) for t in active]
+            views = [self.serializer.prompt_of(t["turns"], t["indices"], [self.store.tokens(i) for i in t["indices"]])
+                     for t in active]
             for talk, said in zip(active, self._generate(views, TURN_TOKENS) if views else []):
                 for cost in ("tokens", "images", "passes"):
                     talk[cost] += said[cost]
@@ -325,9 +326,11 @@ def markdown(rows: list[dict], reference: str = "sft") -> str:
     for row in rows:
         gap = row.get("difference")
         cost = row["cost"]
-        difference = f"{gap[0]:+.1f} [{gap[0] - gap[1]:+.1f}, {gap[0] + gap[1]:+.1f}]" if gap else "-" if row["compared"] else "guesses"
-        cells = [row["system"], str(row["seeds"]),
-                 *(mean_std(row["families"][f]) if row["families"].get(f) else "-" for f in families), mean_std(row["own"]), difference,
+        difference = "-" if row["compared"] else "guesses"
+        if gap:
+            difference = f"{gap[0]:+.1f} [{gap[0] - gap[1]:+.1f}, {gap[0] + gap[1]:+.1f}]"
+        per_family = [mean_std(row["families"][f]) if row["families"].get(f) else "-" for f in families]
+        cells = [row["system"], str(row["seeds"]), *per_family, mean_std(row["own"]), difference,
                  mean_std(row["tool"]) if row["tool"] else "-", *(f"{cost[k]:.1f}" for k in ("tokens", "images", "passes")),
                  f"{statistics.median(cost['ms']):.0f}" if cost["ms"] else "-"]
         lines.append("| " + " | ".join(cells) + " |")
@@ -388,7 +391,8 @@ def ask(vlm: VLM, examples: list[Example], prefix: str, free_tokens: int = 4, ca
     some = examples[::max(1, len(examples) // timed)][:timed]
     ways = dict(direct={}, **dict(call=dict(limit=call_limit)) if call_limit else {},
                 **dict(latent=dict(scale=scale, latents=latents)) if scale is not None else {})
-    return dict(answers=answers, ms={way: milliseconds(vlm, some, way, **options) for way, options in ways.items()} if timed > 1 else {})
+    times = {way: milliseconds(vlm, some, way, **options) for way, options in ways.items()} if timed > 1 else {}
+    return dict(answers=answers, ms=times)
 
 
 def main() -> None:

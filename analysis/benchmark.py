@@ -2,7 +2,9 @@
 
 packed: full and input view in one pass, the target by the current model in another, without gradient. packed_cached: the
 target from the cache, no pass for it (the default). packed_trajectory: NextLat on the target view, so with gradient there.
-plain: one pass a view. release: three views padded to one length, gradient in all. The variants take turns on the same batches of one model in one process, so that whatever else the machine does hits all of
+plain: one pass a view. release: three views padded to one length, gradient in all.
+
+The variants take turns on the same batches of one model in one process, so that whatever else the machine does hits all of
 them; a row of the table is the median over --steps rounds after three to warm up. The last line is one JSON object.
 """
 

@@ -378,8 +378,12 @@ def study_figures(folder: Path, out: Path, per_family: int, count: int) -> None:
         image, numbers["latents decoded"] = figure_latents_decoded(runs["recon"], pearl, per_family)
         image.save(partial / "latents-decoded.png")
     world = data.make_world(config.regime, "test", count, config.world_seed)
-    chosen = {"no fine-tuning": (None, config_of(systems[0])), **{n: (runs[n], config_of(n)) for n in ("sft", "pearl") if n in runs}}
+    chosen = {"no fine-tuning": (None, config_of(systems[0]))}
+    chosen |= {name: (runs[name], config_of(name)) for name in ("sft", "pearl current target", "pearl") if name in runs}
     pairs = {name: embeddings(run, c, world) for name, (run, c) in chosen.items()}
+    frozen = "pearl" in runs and config_of("pearl").target_encoder == "frozen"
+    if frozen:  # its targets are the starting model's
+        pairs["pearl"] = pairs["pearl"][0], pairs["no fine-tuning"][1]
     known = {name: what_it_knows(pair, world) for name, pair in pairs.items()}
     few = range(min(count, 250))
     shown = {name: tuple(side[:len(few)] for side in pair) for name, pair in pairs.items()}
@@ -387,7 +391,7 @@ def study_figures(folder: Path, out: Path, per_family: int, count: int) -> None:
     numbers["what the embedding knows"] = known
     if "pearl" in runs:
         library = data.make_world(config.regime, "train", count, config.world_seed)
-        _, targets = embeddings(runs["pearl"], config_of("pearl"), library)
+        _, targets = embeddings(None if frozen else runs["pearl"], config_of("pearl"), library)
         image, numbers["nearest trajectories"] = figure_neighbours(pairs["pearl"], world, library, targets)
         image.save(partial / "neighbours.png")
     evaluate.write_json(partial / "analyses.json", numbers)
