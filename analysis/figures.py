@@ -297,7 +297,7 @@ def figure_neighbours(pair: tuple[Tensor, Tensor], world: list[data.Example], li
     chance = lambda same: sum(same(a, b) for a in world for b in library) / (len(world) * len(library))
     kinds = dict(family=lambda a, b: a.family == b.family, answer=lambda a, b: (a.family, a.answer) == (b.family, b.answer))
     sheet = []
-    for n in list(range(0, len(world), max(1, len(world) // rows)))[:rows]:
+    for n in list(range(0, len(world), len(world) // rows + 1))[:rows]:  # + 1: not always the same family
         ex = world[n]
         steps = [f"answer: {ex.answer}. True tool output:", ex.images[1], "nearest:"]
         for i in near[n].tolist():
@@ -406,7 +406,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="new folder; default: FOLDER/figures")
     parser.add_argument("--views", type=Path, metavar="PNG", help="draw the picture of the three views")
     parser.add_argument("--per_family", type=int, default=100, help="test questions a family for Fig. 3")
-    parser.add_argument("--count", type=int, default=600, help="test examples for embeddings, probes and neighbours")
+    parser.add_argument("--count", type=int, default=1200, help="test examples for embeddings, probes and neighbours")
     args = parser.parse_args()
     if args.views:
         views_figure(data.make_example("crop", "train", 1, 0)).save(args.views)
