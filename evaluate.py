@@ -233,8 +233,8 @@ def format_table(columns: dict[str, dict[str, dict]]) -> str:
     families = list(dict.fromkeys(family for table in columns.values() for family in table))
     ways = {name: [w for w in WAYS[1:] if any(w in row for row in table.values())] for name, table in columns.items()}
     width = {name: max(21 + 8 * len(ways[name]), len(name) + 2) for name in columns}
-    lines = ["family            n  chance  " + "".join(name.ljust(width[name]) for name in columns),
-             " " * 29 + "".join(("direct [95%]".ljust(19) + "".join(w.rjust(8) for w in ways[name])).ljust(width[name])
+    lines = [f"{'family':18s}   n chance " + "".join(name.ljust(width[name]) for name in columns),
+             " " * 30 + "".join(("direct [95%]".ljust(19) + "".join(w.rjust(8) for w in ways[name])).ljust(width[name])
                                 for name in columns)]
     for family in families:
         first = next(table[family] for table in columns.values() if family in table)
@@ -245,7 +245,7 @@ def format_table(columns: dict[str, dict[str, dict]]) -> str:
             direct = "{:5.1f} [{:4.1f}-{:5.1f}]".format(*(100 * v for v in row["direct"])) if "direct" in row else ""
             rest = "".join(f"{100 * row[w][0]:8.1f}" if w in row else "       -" for w in ways[name])
             cells.append((direct.ljust(19) + rest).ljust(width[name]))
-        lines.append(f"{label:18s}{first['n']:4d} {100 * first['chance']:5.0f}  ".rjust(29) + "".join(cells))
+        lines.append(f"{label:18s}{first['n']:4d} {100 * first['chance']:5.0f}  " + "".join(cells))
     return "\n".join(line.rstrip() for line in lines)
 
 
