@@ -13,7 +13,6 @@ from safetensors.torch import load_file
 
 import data
 import evaluate
-import losses
 import train
 from conftest import TINY
 from model import VLM
