@@ -139,7 +139,7 @@ def naive_latent(vlm, view, store, scale, latents, markers, end_id, limit):
                 extra.append((len(ids), scale.input(state())))
                 ids.append(end_id)  # a placeholder under the latent
             ids.append(markers[1])
-    return words, len(extra)
+    return words, [e for _, e in extra]
 
 
 @pytest.mark.parametrize("latents", [0, 1, 3])
@@ -149,15 +149,21 @@ def test_latent_loop_equals_encoding_everything_anew(vlm64, latents):
     examples = data.make_world("mixed", "test", 3)
     asker = evaluate.Asker(vlm64.eval(), examples)
     views = [asker.serializer.prompt(ex, i[:1], n[:1]) for ex, (i, n) in zip(examples, asker.placed)]
-    scale = LatentScale(torch.randn(20, vlm64.dim, dtype=torch.float64), torch.full((vlm64.dim,), 2.0)).double()
+    scale = LatentScale(3 + 5 * torch.randn(20, vlm64.dim), torch.full((vlm64.dim,), 0.1)).double()  # far from doing nothing
     said = vlm64.generate(views, asker.store, 4)
-    runs = 0
+    runs, fed = 0, []  # fed: what the loop gave the language model after the prompt, one position a row each time
+    vlm64.lm.model.language_model.register_forward_pre_hook(
+        lambda module, args, kwargs: fed.append(kwargs["inputs_embeds"]) if kwargs["inputs_embeds"].shape[1] == 1 else None, with_kwargs=True)
     for start in {said[0][0], said[1][1], said[2][1]}:
         markers = start, vlm64.tokenizer.convert_tokens_to_ids(data.LATENT_END)
         with torch.no_grad():
             together = vlm64.generate_latent(views, asker.store, scale, latents, markers, asker.serializer.end_id, 7)
             alone = [naive_latent(vlm64, view, asker.store, scale, latents, markers, asker.serializer.end_id, 7) for view in views]
-        assert [(list(w), n) for w, n in together] == alone
+        assert [(list(w), n) for w, n in together] == [(words, len(latents_fed)) for words, latents_fed in alone]
+        for row, (_, latents_fed) in enumerate(alone):  # and the same latents went in, not only the same words came out
+            for latent in latents_fed:
+                assert any(torch.allclose(inputs[row, 0], latent, rtol=1e-4, atol=1e-4) for inputs in fed)
+        fed.clear()
         runs += sum(words.count(start) for words, _ in together)
     assert runs > 3
 
