@@ -99,12 +99,17 @@ def write_folder(out: Path, examples: list[Example]) -> None:
             names = [f"images/{ex.id}-{n}.png" for n in range(len(ex.images))]
             for name, image in zip(names, ex.images):
                 opened(image).save(partial / name)
-            tool_names = iter(names[1:])
-            steps = [{"text": s} if isinstance(s, str) else {"image": next(tool_names)} for s in ex.trajectory]
-            record = dict(id=ex.id, split=ex.split, family=ex.family, image=names[0], question=ex.question,
-                          options=ex.options, answer=ex.answer, trajectory=steps)
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            file.write(record_line(ex, names))
     partial.rename(out)
+
+
+def record_line(ex: Example, names: list[str]) -> str:
+    """One line of trajectories.jsonl; names: the files of ex.images, relative to the folder."""
+    tool_names = iter(names[1:])
+    steps = [{"text": s} if isinstance(s, str) else {"image": next(tool_names)} for s in ex.trajectory]
+    record = dict(id=ex.id, split=ex.split, family=ex.family, image=names[0], question=ex.question,
+                  options=ex.options, answer=ex.answer, trajectory=steps)
+    return json.dumps(record, ensure_ascii=False) + "\n"
 
 
 def read_folder(folder: str | Path) -> list[Example]:

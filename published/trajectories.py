@@ -212,10 +212,7 @@ def write(examples: Iterator[data.Example | Skip], out: Path) -> None:
                 continue
             ex.id = re.sub(r"[^\w.-]", "_", ex.id)
             names = [save(picture, partial, f"images/{ex.id}-{n}") for n, picture in enumerate(ex.images)]
-            tools = iter(names[1:])
-            steps = [{"text": s} if isinstance(s, str) else {"image": next(tools)} for s in ex.trajectory]
-            file.write(json.dumps(dict(id=ex.id, split=ex.split, family=ex.family, image=names[0], question=ex.question, options=ex.options,
-                                       answer=ex.answer, trajectory=steps), ensure_ascii=False) + "\n")
+            file.write(data.record_line(ex, names))
             key = (ex.family, ex.split, len(ex.images) - 1)
             kept[key] = kept.get(key, 0) + 1
     if not kept:
