@@ -23,7 +23,8 @@ from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFilter, ImageFont
+from jinja2 import TemplateError
+from PIL import ExifTags, Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 1. The format
@@ -35,6 +36,15 @@ Picture = Image.Image | Path  # an image in memory, or its file, read when it is
 
 def opened(picture: Picture) -> Image.Image:
     return open_image(picture, "while training") if isinstance(picture, Path) else picture
+
+
+def image_size(picture: Picture) -> tuple[int, int]:
+    """(width, height) in px as `opened` shows it, from the file's header alone."""
+    if not isinstance(picture, Path):
+        return picture.size
+    with Image.open(picture) as image:
+        turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5  # these four swap the sides
+        return image.size[::-1] if turned else image.size
 
 
 @dataclass
@@ -182,7 +192,7 @@ def open_image(path: Path, where: str) -> Image.Image:
     """Read an image as RGB, wholly (so that a truncated file fails here and not in the middle of a run)."""
     try:
         with Image.open(path) as image:
-            return image.convert("RGB")
+            return ImageOps.exif_transpose(image).convert("RGB")
     except FileNotFoundError:
         raise FileNotFoundError(f"{where}: image {path} not found; paths are relative to the folder of {FILE}") from None
     except (OSError, ValueError, Image.DecompressionBombError) as error:
@@ -753,14 +763,16 @@ class Serializer:
     released code puts them inside the user turn. target_view="trajectory_with_image" keeps I0, as the release does.
     """
 
-    def __init__(self, tokenizer, image_token_id: int, max_tokens: int):
-        self.tokenizer, self.image_token_id, self.max_tokens = tokenizer, image_token_id, max_tokens
+    def __init__(self, tokenizer, placeholder_id: int, max_tokens: int):
+        """placeholder_id: the token that the chat template writes where an image is."""
+        self.tokenizer, self.placeholder_id, self.max_tokens = tokenizer, placeholder_id, max_tokens
         user = self._render([self._message("user", ["x"])])
         self.header = self._render([self._message("user", ["x"])], add_generation_prompt=True)[len(user):]
         turn = self._render([self._message("user", ["x"]), self._message("assistant", ["y"])])[len(user):]
-        if not turn.startswith(self.header + "y"):
-            raise ValueError("this model's chat template does not start an assistant turn with its generation prompt")
-        self.ending = turn[len(self.header) + 1:]  # e.g. "<|im_end|>\n"
+        self.lead, found, self.ending = turn.removeprefix(self.header).partition("y")  # e.g. "" (or a space), "y", "<|im_end|>\n"
+        if not turn.startswith(self.header) or self.lead.strip() or not found or not self.ending.strip():
+            raise ValueError("this model's chat template does not write an assistant turn as generation prompt, text, end of turn: "
+                             f"{self.header!r} and {turn!r}; give the checkpoint another chat_template.jinja")
         self.end_id = self._encode(self.ending)[0]
         self.header_ids = self._encode(self.header)
         self.reserved = set(tokenizer.all_special_tokens) | set(tokenizer.get_added_vocab())
@@ -770,7 +782,10 @@ class Serializer:
         return dict(role=role, content=[dict(type="text", text=p) if isinstance(p, str) else dict(type="image") for p in parts])
 
     def _render(self, messages: list[dict], **kwargs) -> str:
-        return self.tokenizer.apply_chat_template(messages, tokenize=False, **kwargs)
+        try:
+            return self.tokenizer.apply_chat_template(messages, tokenize=False, **kwargs)
+        except TemplateError as error:
+            raise ValueError(f"the model's chat template refuses the conversation: {error}") from None
 
     def _encode(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False).input_ids if text else []
@@ -781,19 +796,21 @@ class Serializer:
         for role, parts in turns:
             messages.append(self._message(role, parts))
             whole = self._render(messages)
-            assert whole.startswith(before), "the chat template rewrites earlier turns"
+            if not whole.startswith(before):
+                raise ValueError("the model's chat template rewrites earlier turns; give it another chat_template.jinja")
             turn, before = whole[len(before):], whole
             if role == "assistant":
-                body = self.header + parts[0] + self.ending
-                assert turn.endswith(body), f"the chat template changed the assistant's text: {turn!r}"
-                pieces += [(turn[:len(turn) - len(body)] + self.header, False), (parts[0], True), (self.ending, True)]
+                body = self.header + self.lead + parts[0] + self.ending
+                if not turn.endswith(body):
+                    raise ValueError(f"the model's chat template changed the assistant's text {parts[0]!r} to {turn!r}")
+                pieces += [(turn[:len(turn) - len(body)] + self.header, False), (self.lead + parts[0], True), (self.ending, True)]
             else:
                 pieces.append((turn, False))
         return pieces
 
-    def _tokens(self, pieces: list[tuple[str | int, bool]], image_tokens: list[int]) -> tuple[list[int], list[int], tuple]:
+    def _tokens(self, pieces: list[tuple[str | int, bool]], spans: list[list[int]]) -> tuple[list[int], list[int], tuple]:
         """ids, labels and slots of (text, supervised) pieces; a number in place of a text makes as many slots."""
-        ids, labels, slots, sizes = [], [], (), iter(image_tokens)
+        ids, labels, slots, waiting = [], [], (), iter(spans)
         for text, supervised in pieces:
             if isinstance(text, int):
                 slots += tuple(range(len(ids), len(ids) + text))
@@ -801,18 +818,18 @@ class Serializer:
                 continue
             tokens = []
             for token in self._encode(text):
-                tokens += [token] * next(sizes) if token == self.image_token_id else [token]
+                tokens += next(waiting) if token == self.placeholder_id else [token]
             ids += tokens
             known = tokens if supervised else [-100] * len(tokens)
             if supervised and text == self.ending:
                 known = tokens[:1] + [-100] * (len(tokens) - 1)  # the end-of-turn token; what follows it is layout
             labels += known
-        assert next(sizes, None) is None, "more images than image tokens in the rendered conversation"
+        assert next(waiting, None) is None, "more images than image tokens in the rendered conversation"
         return ids, labels, slots
 
-    def _ended(self, pieces: list[tuple[str | int, bool]], images: list[int], image_tokens: list[int]) -> View:
+    def _ended(self, pieces: list[tuple[str | int, bool]], images: list[int], spans: list[list[int]]) -> View:
         """Cut the layout after the last end-of-turn token; the view's embedding is taken there."""
-        ids, labels, slots = self._tokens(pieces, image_tokens)
+        ids, labels, slots = self._tokens(pieces, spans)
         extra = len(self._encode(self.ending)) - 1
         ids, labels = ids[:len(ids) - extra], labels[:len(labels) - extra]
         assert ids[-1] == self.end_id, "the view does not end at the end-of-turn token"
@@ -829,22 +846,25 @@ class Serializer:
         steps = [("assistant", [s]) if isinstance(s, str) else ("user", [s]) for s in example.trajectory]
         return [("user", [example.image, example.question])] + steps
 
-    def views(self, example: Example, images: list[int], image_tokens: list[int], pred_tokens: int, target_view: str) -> Views:
-        """The three views of an example whose images (I0 first) have the given indices and token counts."""
+    def views(self, example: Example, images: list[int], spans: list[list[int]], pred_tokens: int, target_view: str) -> Views:
+        """The three views of an example whose images (I0 first) have the given indices and stand in the text as `spans`."""
         if not example.texts:
             raise ValueError(f"example {example.id} has a trajectory without text: nothing to learn from")
         self.check(example)
         turns = self.turns(example)
-        full = self._ended(self._pieces(turns), images, image_tokens)
-        prompt = self.prompt(example, images[:1], image_tokens[:1])
-        assert prompt.ids[-1] == self.header_ids[-1], "the input view does not end at the generation prompt"
+        pieces = self._pieces(turns)
+        full = self._ended(pieces, images, spans)
+        prompt = self.prompt(example, images[:1], spans[:1])
+        assert prompt.ids[-len(self.header_ids):] == self.header_ids or not self.header_ids, "the generation prompt is not last"
         ids = prompt.ids + [self.end_id] * pred_tokens  # placeholders: model.py puts the [PRED] rows there
         input_view = View(ids, [-100] * len(ids), images[:1], len(ids) - 1, tuple(range(len(prompt.ids), len(ids))))
         if target_view == "trajectory":
-            target = self._ended(self._pieces(turns[1:]), images[1:], image_tokens[1:])
+            bos = self.tokenizer.bos_token_id
+            opening = [(self.tokenizer.bos_token, False)] if bos is not None and full.ids[0] == bos else []
+            target = self._ended(opening + pieces[1:], images[1:], spans[1:])  # the first piece is the turn of I0 and Q
         elif target_view == "trajectory_with_image":
             shown = [("user", [example.image])] + turns[1:]
-            target = self._ended(self._pieces(shown), images, image_tokens)
+            target = self._ended(self._pieces(shown), images, spans)
         else:
             raise ValueError(f"unknown target view {target_view!r}: choose one of {', '.join(TARGET_VIEWS)}")
         for view in (full, input_view, target):
@@ -853,38 +873,38 @@ class Serializer:
                                  "shorten its texts, shrink its images, or raise --max_tokens")
         return Views(full, input_view, target)
 
-    def prompt(self, example: Example, images: list[int], image_tokens: list[int], answer_prefix: str = "") -> View:
+    def prompt(self, example: Example, images: list[int], spans: list[list[int]], answer_prefix: str = "") -> View:
         """<I0, Q> and the generation prompt (and what the answer is made to start with): all that inference sees."""
-        return self.prompt_of(self.turns(example)[:1], images, image_tokens, answer_prefix)
+        return self.prompt_of(self.turns(example)[:1], images, spans, answer_prefix)
 
-    def prompt_of(self, turns: list[tuple[str, list]], images: list[int], image_tokens: list[int], answer_prefix: str = "") -> View:
+    def prompt_of(self, turns: list[tuple[str, list]], images: list[int], spans: list[list[int]], answer_prefix: str = "") -> View:
         """A conversation so far and the generation prompt."""
-        pieces = self._pieces(turns) + [(self.header, False), (answer_prefix, False)]
-        ids, _, _ = self._tokens(pieces, image_tokens)
+        pieces = self._pieces(turns) + [(self.header, False), (self.lead + answer_prefix if answer_prefix else "", False)]
+        ids, _, _ = self._tokens(pieces, spans)
         return View(ids, [-100] * len(ids), images, len(ids) - 1)
 
-    def tool_prompt(self, example: Example, images: list[int], image_tokens: list[int]) -> View:
+    def tool_prompt(self, example: Example, images: list[int], spans: list[list[int]]) -> View:
         """Everything up to the last tool image, then the generation prompt: what is left is to read it and answer."""
         turns = self.turns(example)
         while turns[-1][0] == "assistant":
             turns.pop()
-        return self.prompt_of(turns, images, image_tokens)
+        return self.prompt_of(turns, images, spans)
 
-    def latent_view(self, example: Example, images: list[int], image_tokens: list[int], latents: int) -> View:
+    def latent_view(self, example: Example, images: list[int], spans: list[list[int]], latents: int) -> View:
         """The reconstruction baseline's view: one assistant turn in which each tool image is a run of latents between markers.
 
         Of a tool image with P tokens the run has P latents (LVR), or `latents` where that is positive (Mirage). The end
         marker is written for the model once the run is over, so it is not supervised.
         """
         self.check(example)
-        sizes = iter(image_tokens[1:])
+        sizes = iter(spans[1:])
         pieces = self._pieces(self.turns(example)[:1]) + [(self.header, False)]
         for step in example.trajectory:
             if isinstance(step, str):
                 pieces.append((step, True))
             else:
-                pieces += [(LATENT_START, True), (latents or next(sizes), False), (LATENT_END, False)]
-        return self._ended(pieces + [(self.ending, True)], images[:1], image_tokens[:1])
+                pieces += [(LATENT_START, True), (latents or len(next(sizes)), False), (LATENT_END, False)]
+        return self._ended(pieces + [(self.ending, True)], images[:1], spans[:1])
 
 
 @dataclass
@@ -946,40 +966,43 @@ def pack(views: list[Views], pad_id: int) -> Batch:
 
 
 class ImageStore:
-    """Every image of a data set by number: `grids[i]` (t, h, w), and `pixels(i)` (patches, values), made when asked for.
+    """Every image of a data set by number: `spans[i]`, the token ids that stand for it in the text, `grids[i]`, its patches
+    (t, h, w) where the family counts in three rows, and `inputs(i)`, what the vision tower takes, made when asked for.
 
-    Patches take a hundred times an image file's room, so none are kept; what is kept are the features made of them
-    (train.image_features, bounded).
+    Pixels take a hundred times an image file's room, so none are kept; what is kept are the features made of them
+    (train.image_features, bounded). Span and grid depend on an image's size alone, so none is decoded to know them.
     """
 
-    def __init__(self, image_processor):
-        self.processor = image_processor
+    def __init__(self, family):
+        """family: model.QwenFamily or model.ProcessorFamily."""
+        self.family = family
         self.pictures: list[Picture] = []
-        self.grids: list[tuple[int, int, int]] = []
+        self.spans: list[list[int]] = []
+        self.grids: list[tuple[int, int, int] | None] = []
+        self.placed: dict[tuple[int, int], tuple] = {}  # by size
 
-    def pixels(self, index: int) -> torch.Tensor:
-        return self.processor(images=[opened(self.pictures[index])], return_tensors="pt")["pixel_values"]
+    def inputs(self, index: int) -> dict[str, torch.Tensor]:
+        return self.family.inputs(opened(self.pictures[index]))
 
-    def add(self, example: Example) -> tuple[list[int], list[int]]:
-        """Process the example's images; return their indices and token counts. Raises ValueError naming the example."""
+    def add(self, example: Example) -> tuple[list[int], list[list[int]]]:
+        """Place the example's images; return their indices and spans. Raises ValueError naming the example."""
         indices = [self.add_image(image, f"example {example.id}: image {n}") for n, image in enumerate(example.images)]
-        return indices, [self.tokens(i) for i in indices]
+        return indices, [self.spans[i] for i in indices]
 
     def add_image(self, picture: Picture, where: str) -> int:
-        """Keep the picture and its grid; the processor runs once here, so that what it rejects stops before training."""
-        image = opened(picture)
-        try:
-            out = self.processor(images=[image], return_tensors="pt")
-        except ValueError as error:
-            raise ValueError(f"{where} ({image.width} x {image.height} px) is rejected by the image processor: {error}; "
-                             "crop or drop it") from None
+        """Keep the picture, its span and its grid. What the family rejects stops here, before training."""
+        size = image_size(picture)
+        if size not in self.placed:
+            try:
+                self.placed[size] = self.family.place(*size)
+            except ValueError as error:
+                raise ValueError(f"{where} ({size[0]} x {size[1]} px) is rejected by the image processor: {error}; "
+                                 "crop or drop it") from None
+        span, grid = self.placed[size]
         self.pictures.append(picture)
-        self.grids.append(tuple(int(v) for v in out["image_grid_thw"][0]))
+        self.spans.append(span)
+        self.grids.append(grid)
         return len(self.pictures) - 1
-
-    def tokens(self, index: int) -> int:
-        t, h, w = self.grids[index]
-        return t * h * w // self.processor.merge_size ** 2
 
 
 # ---------------------------------------------------------------------------------------------------------------------

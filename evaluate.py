@@ -64,9 +64,9 @@ class Asker:
 
     def __init__(self, vlm: VLM, examples: list[Example], answer_prefix: str = "Answer:", batch: int = 64):
         self.vlm, self.examples, self.prefix, self.batch = vlm, examples, answer_prefix, batch
-        self.serializer = Serializer(vlm.tokenizer, vlm.image_token_id, vlm.max_positions)
-        self.store = ImageStore(vlm.image_processor)
-        self.placed = [self.store.add(ex) for ex in examples]  # (image indices, token counts) of each example
+        self.serializer = Serializer(vlm.tokenizer, vlm.placeholder_id, vlm.max_positions)
+        self.store = ImageStore(vlm.family)
+        self.placed = [self.store.add(ex) for ex in examples]  # (image indices, spans) of each example
         for ex in examples:
             self.serializer.check(ex)
 
@@ -101,7 +101,7 @@ class Asker:
         return self._in_batches(views, decode)
 
     def direct(self) -> list[dict]:
-        space = " " if self.prefix else ""
+        space = " " if self.prefix else self.serializer.lead
         encode = lambda text: self.vlm.tokenizer(text, add_special_tokens=False).input_ids + [self.serializer.end_id]
         paths = [[encode(space + option) for option in ex.options] for ex in self.examples]
         out = self._generate(self._prompts(self.prefix), max(len(way) for ways in paths for way in ways), paths)
@@ -131,7 +131,7 @@ class Asker:
                  for ex, (i, _) in zip(self.examples, self.placed)]
         active = talks
         for _ in range(limit + 1):
-            views = [self.serializer.prompt_of(t["turns"], t["indices"], [self.store.tokens(i) for i in t["indices"]])
+            views = [self.serializer.prompt_of(t["turns"], t["indices"], [self.store.spans[i] for i in t["indices"]])
                      for t in active]
             for talk, said in zip(active, self._generate(views, TURN_TOKENS) if views else []):
                 for cost in ("tokens", "images", "passes"):

@@ -5,18 +5,24 @@ at one known position. An image is encoded once, however many views show it: `en
 `forward` places them. `VLM.save_adapter` writes LoRA weights in PEFT's format; `merge_lora` folds them into the base
 weights for inference, after which the model is an ordinary transformers model again.
 
-Letters: B batch, T sequence, D hidden size, V vocabulary, P image tokens, r LoRA rank, S 1 + deepstack levels (Qwen3-VL).
+Letters: B batch, T sequence, D hidden size, V vocabulary, P image tokens, r LoRA rank, S 1 + deepstack levels (Qwen3-VL),
+A rows of positions (3 for Qwen's time, height and width, else 1).
 Left out on purpose: losses and anything that knows about training.
 """
 
+import inspect
 import json
 import math
 from pathlib import Path
 
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer, DynamicCache
+from transformers import (AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, DynamicCache,
+                          PreTrainedModel)
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
 from data import Batch, ImageStore, View, collate
 
@@ -65,14 +71,141 @@ def merge_lora(model: nn.Module) -> None:
         setattr(model.get_submodule(parent), last, layer.merged())
 
 
-class VLM(nn.Module):
-    """A vision-language model with tokenizer and image processor, from any local folder or hub id.
+# ---- model families: the one place that knows them ------------------------------------------------------------------
+#
+# Families differ in how an image stands in the text, how it becomes features, and in positions and attention. The rest of
+# the project sees only the methods below; a family that needs something else is one more class here.
 
-    Works with Qwen2.5-VL and Qwen3-VL through tokenizer + image processor (their combined processor class would need
-    torchvision). Raises ValueError for a folder that is not such a checkpoint.
+
+class QwenFamily:
+    """Qwen2-VL, Qwen2.5-VL and Qwen3-VL: positions of three rows, images as lists of patches, several encoded at once.
+
+    Tokenizer and image processor are loaded by themselves: the combined processor would need torchvision for videos.
     """
 
-    FAMILIES = ("qwen2_5_vl", "qwen3_vl")
+    KINDS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+    packs = True  # its attention is causal and may be given as a mask, so two views can share a pass
+
+    def __init__(self, path: str, lm: PreTrainedModel):
+        self.lm, self.processor = lm, AutoImageProcessor.from_pretrained(path)
+        self.tokenizer = AutoTokenizer.from_pretrained(path)
+        self.saved_with = [self.tokenizer, self.processor]
+        self.placeholder_id = lm.config.image_token_id  # what the chat template writes for an image
+
+    def place(self, width: int, height: int) -> tuple[list[int], tuple[int, int, int]]:
+        """(token ids that stand for an image of that size in px, its grid of patches (t, h, w)); ValueError if it is too thin."""
+        patch, merge, size = self.processor.patch_size, self.processor.merge_size, self.processor.size
+        h, w = smart_resize(height, width, patch * merge, size["shortest_edge"], size["longest_edge"])
+        grid = (1, h // patch, w // patch)
+        return [self.lm.config.image_token_id] * (math.prod(grid) // merge ** 2), grid
+
+    def inputs(self, image: Image.Image) -> dict[str, Tensor]:
+        return dict(self.processor(images=[image], return_tensors="pt"))
+
+    def features(self, images: list[dict[str, Tensor]]) -> list[Tensor]:
+        joined = self._joined(images)
+        pixels, grid = joined["pixel_values"], joined["image_grid_thw"]
+        out = self.lm.model.get_image_features(pixels, grid, return_dict=True)
+        levels = [out.pooler_output, *(getattr(out, "deepstack_features", None) or [])]
+        levels = [torch.cat(list(level)) if isinstance(level, (list, tuple)) else level for level in levels]
+        return list(torch.stack(levels).split((grid.prod(dim=1) // self.processor.merge_size ** 2).tolist(), dim=1))
+
+    def positions(self, ids: Tensor, mask: Tensor, grids: list) -> Tensor:
+        """(3, B, T). Always passed: without mm_token_type_ids the model would fall back to one row of them, silently."""
+        grid = torch.tensor(grids, device=ids.device) if grids else None
+        is_image = (ids == self.lm.config.image_token_id).int()
+        return self.lm.model.get_rope_index(ids, mm_token_type_ids=is_image, image_grid_thw=grid, attention_mask=mask.long())[0]
+
+    def states(self, inputs_embeds: Tensor, position_ids: Tensor, is_image: Tensor, levels: Tensor, **rest):
+        """The language model's output on given inputs; levels (S - 1, all P, D) are what Qwen3-VL adds inside its first layers."""
+        deep = dict(visual_pos_masks=is_image, deepstack_visual_embeds=list(levels)) if len(levels) else {}
+        return self.lm.get_decoder()(inputs_embeds=inputs_embeds, position_ids=position_ids, **deep, **rest)
+
+    def prompt(self, batch: Batch, store: ImageStore, embed) -> dict:
+        """What `generate` is given: ids and pixels, as anyone would."""
+        is_image = (batch.ids == self.lm.config.image_token_id).int()
+        return dict(input_ids=batch.ids, attention_mask=batch.mask.long(), mm_token_type_ids=is_image,
+                    **self._joined([store.inputs(i) for i in batch.images]))
+
+    def _joined(self, images: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """All patches one after another (patches, values), and the grids (images, 3)."""
+        return {key: torch.cat([image[key] for image in images]).to(self.lm.device) for key in ("pixel_values", "image_grid_thw")}
+
+
+class ProcessorFamily:
+    """Any other family whose processor transformers can build. Tried: Idefics3 (SmolVLM), Gemma 3, LLaVA, LLaVA-NeXT, and, where
+    torchvision is installed, which their processors need, LLaVA-OneVision, InternVL and Mistral 3.
+
+    The tokens of an image are what the processor writes for it alone, positions count 0, 1, 2, ..., and the whole model runs on
+    given input embeddings, so that what it does around its language model (Gemma lets the tokens of one image see each
+    other) it goes on doing. Raises ValueError, one sentence, where the family cannot be served.
+    """
+
+    def __init__(self, path: str, lm: PreTrainedModel):
+        kind = lm.config.model_type
+        try:
+            self.processor = AutoProcessor.from_pretrained(path)
+        except ImportError as error:
+            needed = "torchvision" if "torchvision" in str(error).lower() else str(error).strip().splitlines()[0]
+            raise ValueError(f"the processor of a {kind} model needs a package that is not installed: {needed}") from None
+        self.lm, self.tokenizer, self.saved_with = lm, getattr(self.processor, "tokenizer", None), [self.processor]
+        placeholder = getattr(self.processor, "image_token", None)
+        if self.tokenizer is None or placeholder is None or not hasattr(lm.model, "get_image_features"):
+            raise ValueError(f"{path} is a {kind} model, which does not put its images among the words: not supported")
+        self.tokenizer.chat_template = self.processor.chat_template or self.tokenizer.chat_template
+        if self.tokenizer.chat_template is None:
+            raise ValueError(f"{path} has no chat template: choose a checkpoint that was tuned to follow instructions")
+        self.placeholder, self.placeholder_id = placeholder, self.tokenizer.convert_tokens_to_ids(placeholder)
+        known = inspect.signature(lm.model.forward).parameters
+        self.bidirectional = "token_type_ids" in known
+        layers = set(getattr(lm.config.text_config, "layer_types", None) or ["full_attention"])
+        self.packs = not self.bidirectional and layers == {"full_attention"}
+
+    def place(self, width: int, height: int) -> tuple[list[int], None]:
+        out = self.processor(text=[self.placeholder], images=[Image.new("RGB", (width, height))], add_special_tokens=False)
+        return list(out["input_ids"][0]), None
+
+    def inputs(self, image: Image.Image) -> dict[str, Tensor]:
+        wanted = inspect.signature(self.lm.model.get_image_features).parameters
+        out = self.processor(text=[self.placeholder], images=[image], return_tensors="pt")
+        return {key: value for key, value in out.items() if key in wanted}
+
+    def features(self, images: list[dict[str, Tensor]]) -> list[Tensor]:
+        """One image at a time: sizes and numbers of tiles differ."""
+        found = []
+        for image in images:
+            image = {k: v.to(self.lm.device, self.lm.dtype if v.is_floating_point() else None) for k, v in image.items()}
+            out = self.lm.model.get_image_features(**image, return_dict=True).pooler_output
+            out = torch.cat(list(out)) if isinstance(out, (list, tuple)) else out
+            found.append(out.reshape(1, -1, out.shape[-1]))
+        return found
+
+    def positions(self, ids: Tensor, mask: Tensor, grids: list) -> Tensor:
+        return (mask.long().cumsum(dim=1) - 1).clamp_min(0)[None]  # (1, B, T)
+
+    def states(self, inputs_embeds: Tensor, position_ids: Tensor, is_image: Tensor, levels: Tensor, **rest):
+        seen = dict(token_type_ids=is_image.long()) if self.bidirectional else {}
+        return self.lm.model(inputs_embeds=inputs_embeds, position_ids=position_ids[0], **seen, **rest)
+
+    def prompt(self, batch: Batch, store: ImageStore, embed) -> dict:
+        """What `generate` is given: embeddings, because families differ in how they want the pixels of several images.
+
+        Gemma's takes no embeddings, but its images are all of one shape: ids and pixels.
+        """
+        images = [store.inputs(i) for i in batch.images]
+        seen = dict(token_type_ids=(batch.ids == self.lm.config.image_token_id).long()) if self.bidirectional else {}
+        if "inputs_embeds" in inspect.signature(self.lm.prepare_inputs_for_generation).parameters:
+            inputs = embed(batch, self.features(images), [])
+            return dict(inputs_embeds=inputs["inputs_embeds"], attention_mask=inputs["attention_mask"], **seen)
+        pixels = {key: torch.cat([image[key] for image in images]).to(self.lm.device, self.lm.dtype) for key in images[0]}
+        return dict(input_ids=batch.ids, attention_mask=batch.mask.long(), **pixels, **seen)
+
+
+class VLM(nn.Module):
+    """A vision-language model with its tokenizer and image processing, from any local folder or hub id.
+
+    Raises ValueError, one sentence, for what is not such a checkpoint or is of a family that cannot be served.
+    """
 
     def __init__(self, path: str | Path, dtype: torch.dtype = torch.float32):
         super().__init__()
@@ -81,13 +214,14 @@ class VLM(nn.Module):
         if looks_local and not (Path(self.path) / "config.json").is_file():
             raise ValueError(f"{self.path} is not a checkpoint folder: it has no config.json")
         kind = AutoConfig.from_pretrained(self.path).model_type
-        if kind not in self.FAMILIES:
-            raise ValueError(f"{self.path} is a {kind} model; this version knows {', '.join(self.FAMILIES)}")
+        if kind not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+            raise ValueError(f"{self.path} is a {kind} model, none that transformers offers for images and text (as Qwen2.5-VL is)")
         self.lm = AutoModelForImageTextToText.from_pretrained(self.path, dtype=dtype)
-        self.tokenizer = AutoTokenizer.from_pretrained(self.path)
-        self.image_processor = AutoImageProcessor.from_pretrained(self.path)
+        self.family = (QwenFamily if kind in QwenFamily.KINDS else ProcessorFamily)(self.path, self.lm)
+        self.tokenizer = self.family.tokenizer
         self.image_token_id: int = self.lm.config.image_token_id
-        self.pad_id: int = self.tokenizer.pad_token_id
+        self.placeholder_id: int = self.family.placeholder_id
+        self.pad_id: int = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
         self.dim: int = self.lm.config.text_config.hidden_size
         self.max_positions: int = self.lm.config.text_config.max_position_embeddings
 
@@ -98,53 +232,43 @@ class VLM(nn.Module):
     def set_trainable(self, rank: int, alpha: float, dropout: float, targets: list[str], vision: bool) -> None:
         """LoRA of the given rank on the language model (rank 0: all its weights), and on the vision tower if `vision`."""
         self.lm.requires_grad_(False)
-        for part in [self.lm.model.language_model] + ([self.lm.model.visual] if vision else []):
+        tower = self.lm.get_encoder("image")
+        for part in [self.lm.get_decoder()] + ([tower] if vision else []):
             if rank:
-                add_lora(part, rank, alpha, dropout, targets + (["qkv", "proj"] if part is self.lm.model.visual else []))
+                add_lora(part, rank, alpha, dropout, targets + (["qkv", "proj"] if part is tower else []))
             else:
                 part.requires_grad_(True)
 
-    def encode_images(self, pixels: list[Tensor], grids: list[tuple[int, int, int]]) -> list[Tensor]:
-        """Features of each image, (S, P, D): what its image tokens are replaced by, then Qwen3-VL's deepstack levels."""
-        grid = torch.tensor(grids, device=self.device)  # (N, 3)
-        out = self.lm.model.get_image_features(torch.cat(pixels).to(self.device), grid, return_dict=True)
-        sizes = (grid.prod(dim=1) // self.image_processor.merge_size ** 2).tolist()
-        levels = [out.pooler_output, *(getattr(out, "deepstack_features", None) or [])]
-        levels = [torch.cat(list(level)) if isinstance(level, (list, tuple)) else level for level in levels]
-        return list(torch.stack(levels).split(sizes, dim=1))
+    def encode_images(self, images: list[dict[str, Tensor]]) -> list[Tensor]:
+        """Features of each image (ImageStore.inputs), (S, P, D): what its image tokens are replaced by, then deepstack levels."""
+        return self.family.features(images)
 
-    def embed(self, batch: Batch, features: list[Tensor], grids: list[tuple[int, int, int]], slots: Tensor | None = None) -> dict:
-        """The language model's inputs for a batch of views: embeddings (B, T, D), positions (3, B, T), mask (B, T).
+    def embed(self, batch: Batch, features: list[Tensor], grids: list, slots: Tensor | None = None) -> dict:
+        """The language model's inputs for a batch of views: embeddings (B, T, D), positions (A, B, T), mask (B, T).
 
         features and grids: those of batch.images, in that order. slots (n, D): the input embeddings of the batch's slots,
         row after row ([PRED] tokens, latents).
         """
         is_image = batch.ids == self.image_token_id  # (B, T)
         embeds = self.lm.get_input_embeddings()(batch.ids)  # (B, T, D)
-        extra = {}
+        levels = embeds[:0, 0]
         if features:
-            stacked = torch.cat(features, dim=1)  # (S, all P, D)
+            stacked = torch.cat(features, dim=1).to(embeds.dtype)  # (S, all P, D)
             assert int(is_image.sum()) == stacked.shape[1], "image tokens and image features do not match"
-            embeds = embeds.masked_scatter(is_image[..., None], stacked[0].to(embeds.dtype))
-            if len(stacked) > 1:  # the one family-specific place: Qwen3-VL adds these inside its first layers
-                extra = dict(visual_pos_masks=is_image, deepstack_visual_embeds=list(stacked[1:].to(embeds.dtype)))
+            embeds, levels = embeds.masked_scatter(is_image[..., None], stacked[0]), stacked[1:]
         if slots is not None:
             assert int(batch.slots.sum()) == len(slots), "slots and their embeddings do not match"
             embeds = embeds.masked_scatter(batch.slots[..., None], slots.to(embeds.dtype))
-        # Positions are always passed: without mm_token_type_ids the model would fall back to 1-D positions silently.
-        grid = torch.tensor(grids, device=self.device) if grids else None
         width = batch.ids.shape[1] - batch.branch  # of the views themselves, without a packed batch's branch
-        positions, _ = self.lm.model.get_rope_index(batch.ids[:, :width], mm_token_type_ids=is_image[:, :width].int(),
-                                                    image_grid_thw=grid, attention_mask=batch.mask[:, :width].long())
-        mask = batch.mask.long()
+        positions, mask = self.family.positions(batch.ids[:, :width], batch.mask[:, :width], grids), batch.mask.long()
         if batch.shared is not None:
             positions, mask = self._branch(batch, positions, width)
-        return dict(inputs_embeds=embeds, attention_mask=mask, position_ids=positions, **extra)
+        return dict(inputs_embeds=embeds, attention_mask=mask, position_ids=positions, is_image=is_image, levels=levels)
 
     def _branch(self, batch: Batch, positions: Tensor, width: int) -> tuple[Tensor, Tensor]:
-        """Positions (3, B, T) and additive attention mask (B, 1, T, T) of a packed batch (data.pack)."""
+        """Positions (A, B, T) and additive attention mask (B, 1, T, T) of a packed batch (data.pack)."""
         rows = torch.arange(len(batch.ids), device=self.device)
-        last = positions[:, rows, batch.shared - 1]  # (3, B) a text token's, so the branch counts on from it as text does
+        last = positions[:, rows, batch.shared - 1]  # (A, B) a text token's, so the branch counts on from it as text does
         steps = torch.arange(1, batch.branch + 1, device=self.device)
         positions = torch.cat([positions, last[..., None] + steps], dim=-1)
         index = torch.arange(batch.ids.shape[1], device=self.device)
@@ -154,11 +278,10 @@ class VLM(nn.Module):
         mask = torch.zeros(sees.shape, dtype=self.lm.dtype, device=self.device)
         return positions, mask.masked_fill(~(sees & ~hidden), torch.finfo(mask.dtype).min)[:, None]
 
-    def forward(self, batch: Batch, features: list[Tensor], grids: list[tuple[int, int, int]],
-                slots: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, batch: Batch, features: list[Tensor], grids: list, slots: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Final-layer states and input embeddings of a batch of views (see `embed`), both (B, T, D)."""
         inputs = self.embed(batch, features, grids, slots)
-        return self.lm.model.language_model(**inputs, use_cache=False).last_hidden_state, inputs["inputs_embeds"]
+        return self.family.states(**inputs, use_cache=False).last_hidden_state, inputs["inputs_embeds"]
 
     def logits(self, states: Tensor) -> Tensor:
         """(n, D) -> (n, V)"""
@@ -171,13 +294,11 @@ class VLM(nn.Module):
         allowed: optional function (row, tokens generated so far) -> token ids that may come next.
         """
         batch = collate(views, self.pad_id, left=True).to(self.device)
-        start = batch.ids.shape[1]
+        prompt = self.family.prompt(batch, store, self.embed)
+        start = batch.ids.shape[1] if "input_ids" in prompt else 0  # embeddings given: only what is new comes back
         constraint = None if allowed is None else (lambda row, ids: allowed(row, ids[start:].tolist()))
-        out = self.lm.generate(
-            input_ids=batch.ids, attention_mask=batch.mask.long(), mm_token_type_ids=(batch.ids == self.image_token_id).int(),
-            pixel_values=torch.cat([store.pixels(i) for i in batch.images]).to(self.device, self.lm.dtype),
-            image_grid_thw=torch.tensor([store.grids[i] for i in batch.images], device=self.device),
-            max_new_tokens=max_new_tokens, do_sample=False, prefix_allowed_tokens_fn=constraint)
+        out = self.lm.generate(**prompt, max_new_tokens=max_new_tokens, do_sample=False, prefix_allowed_tokens_fn=constraint,
+                               pad_token_id=self.pad_id)
         return out[:, start:].tolist()
 
     @torch.no_grad()
@@ -191,13 +312,13 @@ class VLM(nn.Module):
         """
         batch = collate(views, self.pad_id, left=True).to(self.device)
         grids = [store.grids[i] for i in batch.images]
-        inputs = self.embed(batch, self.encode_images([store.pixels(i) for i in batch.images], grids), grids)
+        inputs = self.embed(batch, self.encode_images([store.inputs(i) for i in batch.images]), grids)
         position, mask = inputs["position_ids"].amax(dim=(0, 2)) + 1, inputs["attention_mask"]  # (B), (B, T)
         cache = DynamicCache()
         words: list[list[int]] = [[] for _ in views]
         fed, left = [0] * len(views), [-1] * len(views)  # left: latents to feed; 0: the end marker is due; -1: words
         while True:
-            state = self.lm.model.language_model(**inputs, past_key_values=cache, use_cache=True).last_hidden_state[:, -1]  # (B, D)
+            state = self.family.states(**inputs, past_key_values=cache, use_cache=True).last_hidden_state[:, -1]  # (B, D)
             token = self.logits(state).argmax(dim=-1).tolist()
             latent = torch.tensor([n > 0 for n in left], device=self.device)
             for row, n in enumerate(left):
@@ -214,7 +335,8 @@ class VLM(nn.Module):
             embeds = self.lm.get_input_embeddings()(torch.tensor(token, device=self.device))  # (B, D)
             embeds = torch.where(latent[:, None], scale.input(state).to(embeds.dtype), embeds)
             mask = torch.cat([mask, mask.new_ones(len(views), 1)], dim=1)
-            inputs = dict(inputs_embeds=embeds[:, None], attention_mask=mask, position_ids=position.expand(3, -1)[..., None])
+            inputs |= dict(inputs_embeds=embeds[:, None], attention_mask=mask, is_image=torch.zeros_like(mask[:, :1]) > 0,
+                           position_ids=position.expand(len(inputs["position_ids"]), -1)[..., None], levels=inputs["levels"][:0])
             position = position + 1
 
     # ---- LoRA on disk, in PEFT's format -----------------------------------------------------------------------------

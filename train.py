@@ -182,13 +182,16 @@ class Examples:
     """Examples of one split, ready for the loop: their three views as token ids, their images as patches."""
 
     def __init__(self, examples: list[data.Example], vlm: VLM, config: Config):
-        serializer = data.Serializer(vlm.tokenizer, vlm.image_token_id, min(config.max_tokens, vlm.max_positions))
-        self.store = data.ImageStore(vlm.image_processor)
+        serializer = data.Serializer(vlm.tokenizer, vlm.placeholder_id, min(config.max_tokens, vlm.max_positions))
+        self.store = data.ImageStore(vlm.family)
         self.given = examples
         examples = [variant(ex, config) for ex in examples]
         placed = [self.store.add(ex) for ex in examples]
         self.views = [serializer.views(ex, *place, config.pred_tokens, config.target_view) for ex, place in zip(examples, placed)]
         if config.method == "recon":
+            if missing := {data.LATENT_START, data.LATENT_END} - vlm.tokenizer.get_vocab().keys():
+                raise ValueError(f"--method recon marks its latents with {sorted(missing)[0]}, which this model's vocabulary "
+                                 "lacks: use a Qwen-VL model")
             self.latent_views = [serializer.latent_view(ex, *place, config.latents) for ex, place in zip(examples, placed)]
         self.targets: Tensor | None = None  # (examples, D) h_R of the model before training, if it was cached
         self.features: dict[int, Tensor] = {}  # by image; filled by image_features when the vision tower is frozen
@@ -229,7 +232,7 @@ def image_features(vlm: VLM, examples: Examples, indices: list[int], config: Con
     if wanted:
         with nullcontext() if config.train_vision else torch.no_grad():
             store = examples.store
-            new = dict(zip(wanted, vlm.encode_images([store.pixels(i) for i in wanted], [store.grids[i] for i in wanted])))
+            new = dict(zip(wanted, vlm.encode_images([store.inputs(i) for i in wanted])))
     if not config.train_vision and examples.feature_bytes < config.feature_cache_gb * 1e9:
         new = {i: f.clone() for i, f in new.items()}  # a slice would keep the whole batch's features alive
         examples.features |= new
@@ -253,8 +256,9 @@ def encode(vlm: VLM, examples: Examples, batch: data.Batch, features: dict[int, 
 def additions(vlm: VLM, examples: Examples, config: Config) -> Predictor | LatentScale | None:
     """What the method adds to the VLM while it trains: Pearl its predictor, reconstruction its scale, SFT nothing."""
     if config.method == "pearl" and config.lambda_latent > 0:
-        end_row = vlm.lm.get_input_embeddings().weight[data.Serializer(vlm.tokenizer, vlm.image_token_id, 0).end_id]
-        return Predictor(vlm.dim, config.pred_tokens, end_row, config.nextlat_sees_next).to(config.device)
+        end_id = data.Serializer(vlm.tokenizer, vlm.placeholder_id, 0).end_id
+        start = vlm.lm.get_input_embeddings()(torch.tensor(end_id, device=vlm.device))  # (D)
+        return Predictor(vlm.dim, config.pred_tokens, start, config.nextlat_sees_next).to(config.device)
     if config.method == "recon":
         tool_images = [i for v in examples.views for i in v.full.images[1:]]
         if not tool_images:
@@ -262,7 +266,7 @@ def additions(vlm: VLM, examples: Examples, config: Config) -> Predictor | Laten
         with torch.no_grad():
             parts = [image_features(vlm, examples, tool_images[n:n + 64], config) for n in range(0, len(tool_images), 64)]
         embeddings = torch.cat([latent_targets(f[0], config.latents) for part in parts for f in part.values()])
-        return LatentScale(embeddings, vlm.lm.model.language_model.norm.weight).to(config.device)
+        return LatentScale(embeddings, vlm.lm.get_decoder().norm.weight).to(config.device)
     return None
 
 
@@ -545,6 +549,7 @@ def start_processes(config: Config) -> tuple[int, int]:
 def build(config: Config, world: int):
     """(VLM, what the method adds, the module whose gradients are taken, optimiser, schedule, training and validation examples)."""
     vlm = VLM(config.model, dtype=getattr(torch, config.dtype)).to(config.device)
+    config.packed = config.packed and vlm.family.packs  # a family with attention of its own gets a pass a view
     examples, valid_examples = (Examples(rows, vlm, config) for rows in load_examples(config))
     vlm.set_trainable(config.lora_rank, config.lora_alpha, config.lora_dropout, config.lora_targets.split(","),
                       config.train_vision)
@@ -671,7 +676,7 @@ def merge(*folders: str) -> None:
         raise FileExistsError(f"{out} exists already: choose a new folder, nothing is overwritten")
     vlm, _, _ = evaluate.load_run(run, "cpu")
     partial = out.with_name(out.name + ".partial")
-    for part in (vlm.lm, vlm.tokenizer, vlm.image_processor):
+    for part in (vlm.lm, *vlm.family.saved_with):
         part.save_pretrained(partial)
     partial.rename(out)
     print(f"{out} loads with transformers' AutoModelForImageTextToText.from_pretrained")

@@ -205,9 +205,9 @@ def figure_latents_per_example(config: train.Config, decoded: int) -> tuple[Imag
     top, numbers = 64, {}
     chart = Chart("Latents a training example would need (Fig. 2)", "tokens of its tool images", "share of examples", (0, top), (0, 1)).ticks(count=4)
     for regime in data.REGIMES:
-        store, counts = data.ImageStore(vlm.image_processor), []
+        store, counts = data.ImageStore(vlm.family), []
         for ex in data.make_world(regime, "train", 200, config.world_seed):
-            counts.append(sum(store.add(ex)[1][1:]))
+            counts.append(sum(map(len, store.add(ex)[1][1:])))
         numbers[regime] = dict(median=sorted(counts)[100], share_above_decoded=sum(c > decoded for c in counts) / 200)
         chart.line(regime, [(n, sum(c <= n for c in counts) / 200) for n in range(top + 1)], dots=False)
     chart.line(f"decoded at inference: {decoded}", [(decoded, 0), (decoded, 1)], dots=False)

@@ -115,15 +115,15 @@ def predict(vlm: VLM, items: list[Item], out: Path, tokens: int, batch: int) -> 
     done = {(r["group"], r["id"]): r for r in map(json.loads, lines)}
     if strangers := done.keys() - {(item.group, item.id) for item in items}:
         raise ValueError(f"{out} has predictions of other items ({sorted(strangers)[0]}): choose another --out")
-    serializer = data.Serializer(vlm.tokenizer, vlm.image_token_id, vlm.max_positions)
+    serializer = data.Serializer(vlm.tokenizer, vlm.placeholder_id, vlm.max_positions)
     waiting = [item for item in items if (item.group, item.id) not in done]
     evaluate.write_text(out, "".join(line + "\n" for line in lines))  # without the half line of an interruption
     for start in range(0, len(waiting), batch):
-        part, store, views = waiting[start:start + batch], data.ImageStore(vlm.image_processor), []
+        part, store, views = waiting[start:start + batch], data.ImageStore(vlm.family), []
         for item in part:
             indices = [store.add_image(image, f"{item.group} {item.id}") for image in item.images]
             turns = [("user", [*item.images, item.prompt])]
-            views.append(serializer.prompt_of(turns, indices, [store.tokens(i) for i in indices]))
+            views.append(serializer.prompt_of(turns, indices, [store.spans[i] for i in indices]))
         with open(out, "a", encoding="utf-8") as file:
             for item, ids in zip(part, vlm.generate(views, store, tokens)):
                 text = vlm.tokenizer.decode(ids, skip_special_tokens=True)

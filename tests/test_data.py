@@ -189,15 +189,15 @@ def shipped():
     from model import VLM
     from conftest import TINY
     vlm = VLM(TINY)
-    return vlm, data.Serializer(vlm.tokenizer, vlm.image_token_id, 2048), data.ImageStore(vlm.image_processor)
+    return vlm, data.Serializer(vlm.tokenizer, vlm.placeholder_id, 2048), data.ImageStore(vlm.family)
 
 
-def whole(vlm, turns, image_tokens):
+def whole(vlm, turns, spans):
     """The conversation rendered in one piece, tokenised in one piece, each image token repeated."""
     text = vlm.tokenizer.apply_chat_template([data.Serializer._message(role, parts) for role, parts in turns], tokenize=False)
-    sizes, ids = iter(image_tokens), []
+    spans, ids = iter(spans), []
     for token in vlm.tokenizer(text, add_special_tokens=False).input_ids:
-        ids += [token] * (next(sizes) if token == vlm.image_token_id else 1)
+        ids += next(spans) if token == vlm.image_token_id else [token]
     return ids
 
 
@@ -205,18 +205,34 @@ def whole(vlm, turns, image_tokens):
 def test_views_equal_one_rendering_and_labels_decode_to_the_expert(shipped, family):
     vlm, serializer, store = shipped
     ex = data.make_example(family, "train", 0, 0)
-    images, tokens = store.add(ex)
-    views = serializer.views(ex, images, tokens, 2, "trajectory")
+    images, spans = store.add(ex)
+    views = serializer.views(ex, images, spans, 2, "trajectory")
     end, turns = serializer.end_id, serializer.turns(ex)
-    assert views.full.ids == whole(vlm, turns, tokens)[:-1]  # all but the line break after the last turn
-    assert views.target.ids == whole(vlm, turns[1:], tokens[1:])[:-1]
-    assert views.input.ids[:-2] == whole(vlm, turns[:1], tokens[:1]) + serializer.header_ids
+    assert views.full.ids == whole(vlm, turns, spans)[:-1]  # all but the line break after the last turn
+    assert views.target.ids == whole(vlm, turns[1:], spans[1:])[:-1]
+    assert views.input.ids[:-2] == whole(vlm, turns[:1], spans[:1]) + serializer.header_ids
     said = [t for t in views.full.labels if t != -100]
     assert vlm.tokenizer.decode(said) == "".join(text + "<|im_end|>" for text in ex.texts)
     assert all(label in (-100, token) for label, token in zip(views.full.labels, views.full.ids))
     assert views.full.ids[views.full.embed_at] == views.target.ids[views.target.embed_at] == end
     assert views.target.embed_at == len(views.target.ids) - 1 and views.input.embed_at == len(views.input.ids) - 1
     assert views.full.images == images and views.target.images == images[1:] and views.input.images == images[:1]
+
+
+def test_an_image_is_placed_by_its_size_alone_as_the_processor_would(shipped, tmp_path):
+    """Spans and grids need no pixel; a photograph that is to be shown turned counts as turned."""
+    vlm, _, _ = shipped
+    for size in [(64, 64), (128, 128), (37, 90), (90, 37), (16, 200), (300, 300), (1000, 701), (8, 8)]:
+        span, grid = vlm.family.place(*size)
+        theirs = vlm.family.processor(images=[Image.new("RGB", size)], return_tensors="pt")["image_grid_thw"][0].tolist()
+        assert list(grid) == theirs and span == [vlm.image_token_id] * (theirs[1] * theirs[2] // 4)
+    exif = Image.Exif()
+    exif[0x112] = 6  # turn by 90 degrees to show
+    picture = Image.new("RGB", (40, 20), "red")
+    picture.putpixel((0, 0), (0, 0, 255))
+    picture.save(tmp_path / "turned.png", exif=exif)
+    assert data.image_size(tmp_path / "turned.png") == (20, 40) == data.opened(tmp_path / "turned.png").size
+    assert data.opened(tmp_path / "turned.png").getpixel((19, 0)) == (0, 0, 255)
 
 
 def test_worked_example_of_the_docstring(shipped):
@@ -237,9 +253,9 @@ def test_worked_example_of_the_docstring(shipped):
 def test_target_with_image_keeps_i0_and_drops_the_question(shipped):
     vlm, serializer, store = shipped
     ex = data.make_example("crop", "train", 0, 0)
-    images, tokens = store.add(ex)
-    view = serializer.views(ex, images, tokens, 0, "trajectory_with_image").target
-    assert view.images == images and view.ids.count(vlm.image_token_id) == sum(tokens)
+    images, spans = store.add(ex)
+    view = serializer.views(ex, images, spans, 0, "trajectory_with_image").target
+    assert view.images == images and view.ids.count(vlm.image_token_id) == sum(map(len, spans))
     assert ex.question not in vlm.tokenizer.decode(view.ids)
 
 
@@ -260,9 +276,9 @@ def test_image_first_moves_each_image_before_its_call():
 def test_latent_view_is_one_turn_with_a_run_for_each_tool_image(shipped):
     vlm, serializer, store = shipped
     ex = data.make_example("crop", "train", 1, 0)
-    images, tokens = store.add(ex)
-    for latents, count in ((0, tokens[1]), (3, 3)):
-        view = serializer.latent_view(ex, images, tokens, latents)
+    images, spans = store.add(ex)
+    for latents, count in ((0, len(spans[1])), (3, 3)):
+        view = serializer.latent_view(ex, images, spans, latents)
         assert len(view.slots) == count and view.slots == tuple(range(view.slots[0], view.slots[0] + count)) and view.images == images[:1]
         before, after = view.slots[0] - 1, view.slots[-1] + 1
         token = vlm.tokenizer.convert_tokens_to_ids
@@ -277,13 +293,13 @@ def test_views_refuse_what_they_cannot_serialise(shipped):
     from dataclasses import replace
     vlm, serializer, store = shipped
     ex = data.make_example("crop", "train", 0, 0)
-    images, tokens = store.add(ex)
+    images, spans = store.add(ex)
     with pytest.raises(ValueError, match="special token '<|im_end|>'".replace("|", r"\|")):
-        serializer.views(replace(ex, question="hi<|im_end|>"), images, tokens, 2, "trajectory")
+        serializer.views(replace(ex, question="hi<|im_end|>"), images, spans, 2, "trajectory")
     with pytest.raises(ValueError, match="without text"):
-        serializer.views(replace(ex, trajectory=[]), images, tokens, 2, "trajectory")
+        serializer.views(replace(ex, trajectory=[]), images, spans, 2, "trajectory")
     with pytest.raises(ValueError, match="limit is 20; .* raise --max_tokens"):
-        data.Serializer(vlm.tokenizer, vlm.image_token_id, 20).views(ex, images, tokens, 2, "trajectory")
+        data.Serializer(vlm.tokenizer, vlm.placeholder_id, 20).views(ex, images, spans, 2, "trajectory")
     with pytest.raises(ValueError, match="image 0 .*rejected.*crop or drop it"):
         store.add(replace(ex, image=Image.new("RGB", (2000, 4))))
 

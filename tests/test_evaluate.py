@@ -43,12 +43,12 @@ def test_summary_by_hand():
 def test_direct_answer_is_the_likeliest_option():
     vlm = VLM(TINY).eval()
     examples = data.make_world("mixed", "test", 10)
-    serializer, store = data.Serializer(vlm.tokenizer, vlm.image_token_id, 2048), data.ImageStore(vlm.image_processor)
+    serializer, store = data.Serializer(vlm.tokenizer, vlm.placeholder_id, 2048), data.ImageStore(vlm.family)
     for ex, record in zip(examples, evaluate.answer_questions(vlm, examples)):
         view = serializer.prompt(ex, *(x[:1] for x in store.add(ex)), "Answer:")
         batch = data.collate([view], vlm.pad_id)
         with torch.no_grad():
-            features = vlm.encode_images([store.pixels(i) for i in view.images], [store.grids[i] for i in view.images])
+            features = vlm.encode_images([store.inputs(i) for i in view.images])
             states, _ = vlm(batch, features, [store.grids[i] for i in view.images])
             logits = vlm.logits(states[0, -1])
         tokens = [vlm.tokenizer.encode(" " + option) for option in ex.options]
@@ -120,7 +120,7 @@ def test_a_failed_attempt_counts_as_answered_directly(monkeypatch):
 
 def naive_latent(vlm, view, store, scale, latents, markers, end_id, limit):
     """One example, no cache: everything so far is embedded and encoded anew for each word."""
-    features = vlm.encode_images([store.pixels(i) for i in view.images], [store.grids[i] for i in view.images])
+    features = vlm.encode_images([store.inputs(i) for i in view.images])
     ids, extra, words = list(view.ids), [], []  # extra: (position, embedding) of each latent so far
 
     def state():

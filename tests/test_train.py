@@ -46,7 +46,7 @@ def embeddings(vlm, predictor, examples, rows, which, config):
     out = []
     for row in rows:
         view = getattr(examples.views[row], which)
-        features = vlm.encode_images([examples.store.pixels(i) for i in view.images], [examples.store.grids[i] for i in view.images])
+        features = vlm.encode_images([examples.store.inputs(i) for i in view.images])
         states, _ = vlm(data.collate([view], vlm.pad_id), features, [examples.store.grids[i] for i in view.images],
                         predictor.pred_tokens if view.slots else None)
         out.append(states[0, -1])
@@ -128,7 +128,7 @@ def test_nextlat_runs_along_the_states_it_should(vlm64, mixed, config, nextlat_v
     sums, counts = [0.0] * horizon, [0] * horizon
     for row in range(2):
         view = getattr(examples.views[row], "full" if nextlat_view == "full" else "target")
-        features = vlm64.encode_images([examples.store.pixels(i) for i in view.images], [examples.store.grids[i] for i in view.images])
+        features = vlm64.encode_images([examples.store.inputs(i) for i in view.images])
         states, embeds = (x[0] for x in vlm64(data.collate([view], vlm64.pad_id), features, [examples.store.grids[i] for i in view.images]))
         wanted = [label != -100 for label in view.labels] if nextlat_view == "full" else [True] * len(view.ids)
         for t in range(len(view.ids) - 1):
@@ -187,7 +187,7 @@ def test_sft_makes_one_pass_and_pearl_two_and_images_are_encoded_once(vlm64, mix
     passes, encoded = [], []
     forward, encode = vlm64.forward, vlm64.encode_images
     monkeypatch.setattr(vlm64, "forward", lambda *a: passes.append(torch.is_grad_enabled()) or forward(*a))
-    monkeypatch.setattr(vlm64, "encode_images", lambda pixels, grids: encoded.append(len(pixels)) or encode(pixels, grids))
+    monkeypatch.setattr(vlm64, "encode_images", lambda images: encoded.append(len(images)) or encode(images))
     train.compute_losses(vlm64, None, examples, [0, 1], config)
     assert passes == [True] and encoded == [4]  # two scenes and two tool images
     train.compute_losses(vlm64, predictor, examples, [0, 1], config)
@@ -200,7 +200,7 @@ def test_a_trained_vision_tower_gets_gradient_and_is_encoded_every_step(vlm64, m
     config.train_vision = True
     predictor, examples = setup(vlm64, mixed[:2], config)
     encoded, encode = [], vlm64.encode_images
-    monkeypatch.setattr(vlm64, "encode_images", lambda pixels, grids: encoded.append(len(pixels)) or encode(pixels, grids))
+    monkeypatch.setattr(vlm64, "encode_images", lambda images: encoded.append(len(images)) or encode(images))
     for _ in range(2):
         loss, _, _ = train.compute_losses(vlm64, predictor, examples, [0, 1], config)
     assert encoded == [4, 4] and not examples.features
@@ -253,11 +253,11 @@ def test_reconstruction_step_against_a_loop(vlm64, config, latents):
     errors = []
     for row in rows:
         view, full = examples.latent_views[row], examples.views[row].full
-        visual = [vlm64.encode_images([examples.store.pixels(i)], [examples.store.grids[i]])[0][0] for i in full.images[1:]]
+        visual = [vlm64.encode_images([examples.store.inputs(i)])[0][0] for i in full.images[1:]]
         if latents:
             visual = [torch.stack([chunk.mean(0) for chunk in torch.tensor_split(v, [len(v) * n // latents for n in range(1, latents)])]) for v in visual]
         assert len(view.slots) == sum(map(len, visual)) and view.images == full.images[:1]
-        features = vlm64.encode_images([examples.store.pixels(view.images[0])], [examples.store.grids[view.images[0]]])
+        features = vlm64.encode_images([examples.store.inputs(view.images[0])])
         states, embeds = vlm64(data.collate([view], vlm64.pad_id), features, [examples.store.grids[view.images[0]]], torch.cat(visual))
         for slot, v in zip(view.slots, torch.cat(visual)):
             torch.testing.assert_close(embeds[0, slot], v)
@@ -377,7 +377,7 @@ def test_the_merged_folder_answers_in_plain_transformers_as_the_run_does_here(fi
         train.merge(str(out), str(tmp_path / "merged"))
     plain, tokenizer, processor = (kind.from_pretrained(tmp_path / "merged") for kind in (AutoModelForImageTextToText, AutoTokenizer, AutoImageProcessor))
     vlm, _, _ = evaluate.load_run(out, "cpu")
-    serializer, store = data.Serializer(vlm.tokenizer, vlm.image_token_id, 2048), data.ImageStore(vlm.image_processor)
+    serializer, store = data.Serializer(vlm.tokenizer, vlm.placeholder_id, 2048), data.ImageStore(vlm.family)
     for ex in data.make_world("mixed", "test", 5):
         text = tokenizer.apply_chat_template([dict(role="user", content=[dict(type="image"), dict(type="text", text=ex.question)])],
                                              tokenize=False, add_generation_prompt=True)
