@@ -16,6 +16,7 @@ Left out on purpose: readers for published data sets, padding tricks and caches.
 import argparse
 import json
 import re
+import warnings
 import zlib
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -122,81 +123,124 @@ def record_line(ex: Example, names: list[str]) -> str:
     return json.dumps(record, ensure_ascii=False) + "\n"
 
 
-def read_folder(folder: str | Path) -> list[Example]:
-    """Read a folder in the format above. Every record is checked before any is used.
+def read_folder(folder: str | Path, outside: bool = False, problems: list[str] | None = None) -> list[Example]:
+    """Read a folder in the format above. Every record and every image is checked before any is used.
 
-    Raises ValueError or FileNotFoundError naming file, line and mend. A record without "split" is assigned one by
-    the hash of its image name (8 : 1 : 1), so that two questions about one image never fall on two sides.
+    Raises ValueError or FileNotFoundError naming file, line and mend; with a list for `problems` it collects them there
+    and goes on. outside: image paths and links may leave the folder. A record without "split" is assigned one by the hash
+    of its image name (8 : 1 : 1), so that two questions about one image never fall on two sides.
     """
     path = Path(folder) / FILE
     if not path.is_file():
         raise FileNotFoundError(f"{path} not found: a data folder holds {FILE} and its images (see README, data format)")
     examples, seen = [], {}
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), start=1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{where}: not valid JSON ({error.msg} at column {error.colno}); write one object a line") from None
-        example = _read_record(record, Path(folder), where)
-        if example.id in seen:
-            raise ValueError(f"{where}: id {example.id!r} was used on line {seen[example.id]}; ids must be unique")
-        seen[example.id] = number
-        examples.append(example)
-    if not examples:
+    with open(path, "rb") as file:  # a line ends at a line feed and nowhere else: texts may hold other separators
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            where = f"{path}, line {number}"
+            try:
+                example = _read_record(_parse(line, where), Path(folder), where, outside)
+                if example.id in seen:
+                    raise ValueError(f"{where}: id {example.id!r} was used on line {seen[example.id]}; ids must be unique")
+            except (ValueError, FileNotFoundError) as error:
+                if problems is None:
+                    raise
+                problems.append(str(error))
+                continue
+            seen[example.id] = number
+            examples.append(example)
+    if not examples and not problems:
         raise ValueError(f"{path} holds no record")
     return examples
 
 
-def _read_record(record: dict, folder: Path, where: str) -> Example:
-    if not isinstance(record, dict):
-        raise ValueError(f"{where}: expected a JSON object, found {type(record).__name__}")
-    wanted = dict(id=str, image=str, question=str, options=list, answer=str, trajectory=list)
-    for key, kind in wanted.items():
-        if not isinstance(record.get(key), kind):
-            raise ValueError(f"{where}: field {key!r} must be a {kind.__name__}; found {record.get(key)!r}")
-    if record["answer"] not in record["options"]:
-        raise ValueError(f"{where}: answer {record['answer']!r} is not among the options {record['options']}")
-    if not all(isinstance(option, str) and option.strip() for option in record["options"]):
-        raise ValueError(f"{where}: options must be non-empty strings; found {record['options']}")
+def _parse(line: bytes, where: str) -> dict:
+    try:
+        return json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where}: not UTF-8 (byte {error.start}); save the file as UTF-8") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: not valid JSON ({error.msg} at column {error.colno}); write one object a line") from None
+    except RecursionError:
+        raise ValueError(f"{where}: nested too deeply; write the object that the README shows") from None
+
+
+def _read_record(record: dict, folder: Path, where: str, outside: bool) -> Example:
+    def need(right: bool, message: str) -> None:
+        if not right:
+            raise ValueError(f"{where}: {message}")
+
+    def text(value, name: str) -> str:
+        need(isinstance(value, str) and bool(value.strip()), f"{name} must be a non-empty string; found {value!r:.80}")
+        need(not any("\ud800" <= c <= "\udfff" for c in value), f"{name} holds half a character (a lone surrogate); repair the text")
+        return value.strip()
+
+    need(isinstance(record, dict), f"expected a JSON object, found {type(record).__name__}")
+    for key, kind in dict(id=str, image=str, question=str, options=list, answer=str, trajectory=list).items():
+        need(isinstance(record.get(key), kind), f"field {key!r} must be a {kind.__name__}; found {record.get(key)!r:.80}")
+    options = [text(option, "every option") for option in record["options"]]
+    need(len(set(options)) == len(options), f"an option is there twice: {options}")
+    answer = record["answer"].strip()
+    need(answer in options, f"answer {answer!r} is not among the options {options}")
     steps = []
     for n, step in enumerate(record["trajectory"]):
-        if not isinstance(step, dict) or len(step) != 1 or next(iter(step)) not in ("text", "image"):
-            raise ValueError(f"{where}: trajectory step {n} must be {{'text': ...}} or {{'image': ...}}; found {step!r}")
+        need(isinstance(step, dict) and len(step) == 1 and next(iter(step)) in ("text", "image"),
+             f"trajectory step {n} must be {{'text': ...}} or {{'image': ...}}; found {step!r:.80}")
         kind, value = next(iter(step.items()))
-        if not isinstance(value, str) or not value.strip():
-            raise ValueError(f"{where}: trajectory step {n}: {kind} must be a non-empty string")
-        steps.append(value.strip() if kind == "text" else checked(folder / value, where))
-    if not steps or not isinstance(steps[-1], str):
-        raise ValueError(f"{where}: the trajectory must end in a text that gives the answer")
-    if record["answer"] not in steps[-1]:
-        raise ValueError(f"{where}: the last text of the trajectory does not contain the answer {record['answer']!r}")
+        value = text(value, f"trajectory step {n}: {kind}")
+        steps.append(value if kind == "text" else checked(folder, value, where, outside))
+    need(bool(steps) and isinstance(steps[-1], str), "the trajectory must end in a text that gives the answer")
+    need(answer in steps[-1], f"the last text of the trajectory does not contain the answer {answer!r}")
     split = record.get("split")
     if split is None:
-        bucket = zlib.crc32(record["image"].encode()) % 10
-        split = {0: "test", 1: "validation"}.get(bucket, "train")
-    if split not in SPLITS:
-        raise ValueError(f"{where}: split {split!r} is none of {', '.join(SPLITS)}")
-    return Example(record["id"], record.get("family", "questions"), checked(folder / record["image"], where),
-                   record["question"].strip(), record["options"], record["answer"], steps, split)
+        split = {0: "test", 1: "validation"}.get(zlib.crc32(record["image"].encode()) % 10, "train")
+    need(split in SPLITS, f"split {split!r} is none of {', '.join(SPLITS)}")
+    return Example(text(record["id"], "id"), text(record.get("family", "questions"), "family"),
+                   checked(folder, text(record["image"], "image"), where, outside), text(record["question"], "question"), options,
+                   answer, steps, split)
 
 
-def checked(path: Path, where: str) -> Path:
+def inside(folder: Path, name: str, outside: bool = False) -> Path:
+    """folder / name. Raises ValueError if that, links followed, leaves the folder, unless `outside` allows it."""
+    path = folder / name
+    if not outside and not path.resolve().is_relative_to(folder.resolve()):
+        raise ValueError(f"image {name} leaves the data folder; copy it there, or allow it with --outside_images")
+    return path
+
+
+def checked(folder: Path, name: str, where: str, outside: bool = False) -> Path:
+    try:
+        path = inside(folder, name, outside)
+    except ValueError as error:  # also of names that no file can have
+        raise ValueError(f"{where}: {error}") from None
     open_image(path, where)
     return path
 
 
-def open_image(path: Path, where: str) -> Image.Image:
-    """Read an image as RGB, wholly (so that a truncated file fails here and not in the middle of a run)."""
+def open_image(file, where: str) -> Image.Image:
+    """Read an image (a path or an open file) as RGB, wholly, so that a truncated one fails here and not in the middle of a run."""
     try:
-        with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(file) as image:
+                return as_rgb(ImageOps.exif_transpose(image))
     except FileNotFoundError:
-        raise FileNotFoundError(f"{where}: image {path} not found; paths are relative to the folder of {FILE}") from None
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{where}: image {path} cannot be read ({error}); replace it or drop the record") from None
+        raise FileNotFoundError(f"{where}: image {file} not found; paths are relative to the folder of {FILE}") from None
+    except Exception as error:  # a decoder may fail in any way on foreign bytes
+        raise ValueError(f"{where}: image {file} cannot be read ({error}); replace it or drop the record") from None
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    """As a person sees it: 16 bits scaled to 8, transparency on white. Raises ValueError where white is not defined."""
+    if image.mode == "F":
+        raise ValueError("floating-point pixels: save it with 8 or 16 bits")
+    if image.mode.startswith("I"):  # convert() would clip all above 255 to white
+        image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -836,7 +880,7 @@ class Serializer:
         return View(ids, labels, images, len(ids) - 1, slots)
 
     def check(self, example: Example) -> None:
-        for text in [example.question, *example.texts]:
+        for text in [example.question, *example.options, *example.texts]:
             for token in self.reserved:
                 if token in text:
                     raise ValueError(f"example {example.id}: the text contains the model's special token {token!r}; remove it")
@@ -1042,18 +1086,26 @@ def contact_sheet(examples: list[Example], width: int = 1500, side: int = 132) -
     return sheet
 
 
+def count_splits(examples: list[Example]) -> str:
+    counts = {split: sum(ex.split == split for ex in examples) for split in SPLITS}
+    return f"{len(examples)} records are well-formed; " + ", ".join(f"{n} {split}" for split, n in counts.items())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="new folder to write")
     parser.add_argument("--regime", choices=list(REGIMES), default="mixed")
     parser.add_argument("--count", type=int, default=40, help="training examples; a quarter as many for validation and for test")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--check", type=Path, metavar="DIR", help="read a data folder and report")
+    parser.add_argument("--check", type=Path, metavar="DIR", help="read a data folder wholly, report every problem")
+    parser.add_argument("--outside_images", action="store_true", help="with --check: image paths may leave the folder")
     args = parser.parse_args()
     if args.check:
-        examples = read_folder(args.check)
-        counts = {split: sum(ex.split == split for ex in examples) for split in SPLITS}
-        print(f"{args.check}: {len(examples)} records are well-formed; " + ", ".join(f"{n} {s}" for s, n in counts.items()))
+        problems: list[str] = []
+        examples = read_folder(args.check, args.outside_images, problems)
+        print(f"{args.check}: {count_splits(examples)}")
+        if problems:
+            raise ValueError("\n  ".join([f"{len(problems)} records cannot be used:", *problems[:20], *["..."] * (len(problems) > 20)]))
     elif args.out:
         if args.count < 1:
             parser.error("--count must be at least 1")

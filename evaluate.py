@@ -18,17 +18,17 @@ import argparse
 import json
 import math
 import os
+import re
 import statistics
 import sys
 import time
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 
 from data import (CALL, HELD_OUT, LATENT_END, LATENT_START, REGIMES, Example, ImageStore, Serializer, View, call_tool, make_example,
                   opened, read_folder)
-from model import VLM
+from model import VLM, read_json, read_tensors
 from predictor import LatentScale
 
 TURN_TOKENS = 56  # enough for any plan and call
@@ -41,10 +41,10 @@ def wilson(right: int, n: int, z: float = 1.96) -> tuple[float, float]:
     return (centre - spread) / (n + z * z), (centre + spread) / (n + z * z)
 
 
-def test_examples(folder: str, families: list[str], per_family: int, seed: int, split: str = "test") -> list[Example]:
-    """A split of a user's folder, or of the world (then with the held-out family)."""
+def test_examples(folder: str, families: list[str], per_family: int, seed: int, split: str = "test", outside: bool = False) -> list[Example]:
+    """A split of a user's folder (outside: see read_folder), or of the world (then with the held-out family)."""
     if folder:
-        examples = [ex for ex in read_folder(folder) if ex.split == split]
+        examples = [ex for ex in read_folder(folder, outside) if ex.split == split]
         if not examples:
             raise ValueError(f"{folder} has no record in the {split} split; give some records \"split\": \"{split}\"")
         return examples
@@ -348,16 +348,26 @@ def load_run(run: Path, device: str) -> tuple[VLM, dict, LatentScale | None]:
     for name in ("config.json", "best.json"):
         if not (run / name).is_file():
             raise FileNotFoundError(f"{run / name} not found: {run} is not a finished run of train.py")
-    config = json.loads((run / "config.json").read_text())
+    config = read_json(run / "config.json")
+    if missing := {"model", "dtype", "method"} - config.keys():
+        raise ValueError(f"{run / 'config.json'} has no {sorted(missing)[0]!r}: it was not written by train.py")
     vlm = VLM(config["model"], dtype=getattr(torch, config["dtype"])).to(device)
-    checkpoint = run / json.loads((run / "best.json").read_text())["checkpoint"]
+    checkpoint = run / best_checkpoint(run)["checkpoint"]
     vlm.load_adapter(checkpoint)
     scale = None
     if config["method"] == "recon":
         scale = LatentScale(torch.zeros(2, vlm.dim), torch.ones(vlm.dim))
-        scale.load_state_dict(load_file(checkpoint / "latents.safetensors"))
+        scale.load_state_dict(read_tensors(checkpoint / "latents.safetensors")[0])
         scale = scale.to(device)
     return vlm.eval(), config, scale
+
+
+def best_checkpoint(run: Path) -> dict:
+    """best.json: checkpoint (a folder of the run), step and validation. Raises ValueError if it points anywhere else."""
+    best = read_json(run / "best.json")
+    if not re.fullmatch(r"checkpoint-\d+", str(best.get("checkpoint"))):
+        raise ValueError(f"{run / 'best.json'} names no checkpoint of this run: {best.get('checkpoint')!r}")
+    return best
 
 
 def write_text(file: Path, text: str) -> None:
@@ -377,9 +387,10 @@ def read_run(run: Path, args) -> dict:
         if not (run / "results.json").is_file():
             raise FileNotFoundError(f"{run / 'results.json'} not found: {run} is not a finished run; "
                                     "--again asks its best checkpoint")
-        return {"config": json.loads((run / "config.json").read_text()), **json.loads((run / "results.json").read_text())}
+        return {"config": read_json(run / "config.json"), **read_json(run / "results.json")}
     vlm, config, scale = load_run(run, args.device)
-    examples = test_examples(args.data or config["data"], REGIMES[config["regime"]], args.per_family, config["world_seed"])
+    examples = test_examples(args.data or config["data"], REGIMES[config["regime"]], args.per_family, config["world_seed"],
+                             outside=args.outside_images or config.get("outside_images", False))
     return dict(config=config, **ask(vlm, examples, config["answer_prefix"], args.free_tokens, args.call_limit, scale,
                                      config["decode_latents"] if args.latents is None else args.latents))
 
@@ -400,6 +411,7 @@ def main() -> None:
     parser.add_argument("runs", nargs="*", type=Path, metavar="RUN")
     parser.add_argument("--model", default="", help="also evaluate this checkpoint folder or hub id, untrained")
     parser.add_argument("--data", default="", help="a data folder; default: the data of each run, or the world")
+    parser.add_argument("--outside_images", action="store_true", help="image paths of --data may leave its folder")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write tables and every single answer there")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the table over systems there")
     parser.add_argument("--again", action="store_true", help="ask the test questions anew instead of reading results.json")
@@ -416,7 +428,7 @@ def main() -> None:
     answers = {name: run["answers"] for name, run in found.items()}
     if args.model:
         every_family = list(dict.fromkeys(f for families in REGIMES.values() for f in families))
-        examples = test_examples(args.data, every_family, args.per_family, 0)
+        examples = test_examples(args.data, every_family, args.per_family, 0, outside=args.outside_images)
         answers[args.model] = answer_questions(VLM(args.model).to(args.device), examples, free_tokens=args.free_tokens,
                                                call_limit=args.call_limit)
         columns = {args.model: summarise(answers[args.model]), **columns}

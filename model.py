@@ -17,7 +17,8 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import (AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, DynamicCache,
                           PreTrainedModel)
@@ -25,6 +26,42 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
 from data import Batch, ImageStore, View, collate
+
+
+# ---- files: data, never code -----------------------------------------------------------------------------------------
+
+
+def read_json(file: Path) -> dict:
+    """A JSON object from disk. Raises ValueError naming the file if it is none."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is not valid JSON ({error}); restore it") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{file} holds a {type(found).__name__}, not an object; restore it")
+    return found
+
+
+def read_tensors(file: Path, device: str | torch.device = "cpu") -> tuple[dict[str, Tensor], dict[str, str]]:
+    """All tensors and the metadata of a safetensors file. Raises ValueError for a file that is none, is cut short or holds NaN."""
+    try:
+        with safe_open(file, framework="pt", device=str(device)) as saved:
+            tensors, metadata = {name: saved.get_tensor(name) for name in saved.keys()}, saved.metadata() or {}
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # safetensors' own error, or the system's
+        raise ValueError(f"{file} is not a whole safetensors file ({error}); restore it from a copy") from None
+    check_finite(tensors, str(file))
+    return tensors, metadata
+
+
+def check_finite(tensors: dict[str, Tensor], where: str) -> None:
+    bad = next((name for name, t in tensors.items() if t.is_floating_point() and not torch.isfinite(t).all()), None)
+    if bad:
+        raise ValueError(f"{where}: {bad} holds values that are not finite; restore it from a copy")
+
+
+# ---- LoRA -------------------------------------------------------------------------------------------------------------
 
 
 class LoRALinear(nn.Module):
@@ -213,10 +250,16 @@ class VLM(nn.Module):
         looks_local = self.path.startswith((".", "/", "~")) or Path(self.path).exists()
         if looks_local and not (Path(self.path) / "config.json").is_file():
             raise ValueError(f"{self.path} is not a checkpoint folder: it has no config.json")
-        kind = AutoConfig.from_pretrained(self.path).model_type
+        kind = AutoConfig.from_pretrained(self.path, trust_remote_code=False).model_type
         if kind not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
             raise ValueError(f"{self.path} is a {kind} model, none that transformers offers for images and text (as Qwen2.5-VL is)")
-        self.lm = AutoModelForImageTextToText.from_pretrained(self.path, dtype=dtype)
+        try:  # safetensors only, and no code from the checkpoint: what is downloaded is data
+            self.lm = AutoModelForImageTextToText.from_pretrained(self.path, dtype=dtype, use_safetensors=True, trust_remote_code=False)
+        except (OSError, ValueError):
+            raise
+        except Exception as error:  # a file cut short, tensors of other shapes
+            raise ValueError(f"the weights in {self.path} cannot be loaded: {str(error).strip().splitlines()[0]}") from None
+        check_finite(dict(self.lm.named_parameters()), self.path)
         self.family = (QwenFamily if kind in QwenFamily.KINDS else ProcessorFamily)(self.path, self.lm)
         self.tokenizer = self.family.tokenizer
         self.image_token_id: int = self.lm.config.image_token_id
@@ -362,19 +405,25 @@ class VLM(nn.Module):
     @torch.no_grad()
     def load_adapter(self, folder: Path) -> None:
         """Put a saved adapter into the base weights, merged: afterwards this is a plain model, ready to answer."""
+        own = dict(self.lm.named_parameters())
         if (folder / "model.safetensors").is_file():
-            _, unexpected = self.lm.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
-            if unexpected:
-                raise ValueError(f"{folder / 'model.safetensors'} does not belong to {self.path}: it has {unexpected[0]}")
+            weights, _ = read_tensors(folder / "model.safetensors", self.device)
+            for name, weight in weights.items():
+                if name not in own or own[name].shape != weight.shape:
+                    raise ValueError(f"{folder / 'model.safetensors'}: {self.path} has no {name} of that shape; it belongs to another model")
+                own[name].copy_(weight)
             return
         file = folder / "adapter_model.safetensors"
         if not file.is_file():
             raise FileNotFoundError(f"{file} not found: {folder} is not a trained checkpoint")
-        config = json.loads((folder / "adapter_config.json").read_text())
-        weights = load_file(file, device=str(self.device))
-        for name in config["target_modules"]:
-            low, high = (weights[f"base_model.model.{name}.lora_{part}.weight"] for part in "AB")
-            layer = self.lm.get_submodule(name)
-            if high.shape[0] != layer.out_features or low.shape[1] != layer.in_features:
-                raise ValueError(f"{file}: {name} has another shape than in {self.path}; it was trained on another model")
-            layer.weight += (config["lora_alpha"] / config["r"] * high @ low).to(layer.weight.dtype)
+        config, (weights, _) = read_json(folder / "adapter_config.json"), read_tensors(file, self.device)
+        try:
+            scaling, names = config["lora_alpha"] / config["r"], list(config["target_modules"])
+        except (KeyError, TypeError, ZeroDivisionError) as error:
+            raise ValueError(f"{folder / 'adapter_config.json'} is not PEFT's description of a LoRA ({error!r})") from None
+        for name in names:
+            low, high = (weights.get(f"base_model.model.{name}.lora_{part}.weight") for part in "AB")
+            layer = own.get(f"{name}.weight")
+            if layer is None or low is None or high is None or layer.shape != (high.shape[0], low.shape[1]):
+                raise ValueError(f"{file} and {self.path} do not agree on {name}; it was trained on another model")
+            layer += (scaling * high @ low).to(layer.dtype)

@@ -13,7 +13,7 @@ One step of Pearl encodes three views and goes back once:
   3. target view R           -> h_R, the state of its last token, without gradient   -> L_JEPA (Eq. 1)
 The first two share <I0, Q> and one forward pass (data.pack); --packed false gives each its own, with the same numbers.
 SFT is the first pass alone; the reconstruction baseline is one pass too, its tool images replaced by latents. A run folder
-holds config.json, before.json, log.jsonl, state.safetensors, best.json, checkpoint-STEP/ and results.json.
+holds config.json, environment.json, before.json, log.jsonl, state.safetensors, best.json, checkpoint-STEP/ and results.json.
 
     python train.py --resume RUN                                    # goes on after an interruption, to the same end
     python train.py --merge RUN DIR                                 # the result as an ordinary transformers checkpoint
@@ -22,10 +22,14 @@ holds config.json, before.json, log.jsonl, state.safetensors, best.json, checkpo
 
 import argparse
 import dataclasses
+import importlib.metadata
 import json
 import math
 import os
+import platform
+import re
 import signal
+import subprocess
 import sys
 import time
 from contextlib import nullcontext
@@ -35,7 +39,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -44,7 +47,7 @@ from transformers import get_cosine_schedule_with_warmup
 import data
 import evaluate
 import losses
-from model import VLM
+from model import VLM, read_json, read_tensors
 from predictor import LatentScale, Predictor
 
 METHODS, NEXTLAT_VIEWS = ("pearl", "sft", "direct", "recon"), ("full", "trajectory", "none")
@@ -59,6 +62,8 @@ class Config:
     regime: str = "mixed"  # the world's trajectories: single, mixed, multi or all (data.py, REGIMES)
     model: str = str(Path(__file__).resolve().parent / "tiny-vlm")  # checkpoint folder or hub id
     data: str = ""  # a data folder in the README's format; empty: the procedural world
+    outside_images: bool = False  # image paths and links may leave the data folder
+    check_data: bool = False  # train nothing: read and serialise everything once, report what is wrong and what is there
     out: str = ""  # run folder; empty: runs/METHOD-REGIME-seedSEED
     seed: int = 0  # initial weights, data order, dropout
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
@@ -126,7 +131,7 @@ CHOICES = dict(method=METHODS, recipe=tuple(RECIPES), regime=tuple(data.REGIMES)
 
 
 def parse_config(argv: list[str] | None = None) -> Config:
-    """Config from the command line: one option a field; unknown names and values stop with the list of known ones."""
+    """Config from the command line: one option a field (--lr-like or --lr_like); unknown names and values stop with the list of known ones."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
 
@@ -140,6 +145,7 @@ def parse_config(argv: list[str] | None = None) -> Config:
         switch = dict(nargs="?", const=True) if kind is boolean else {}  # --packed alone, or --packed false
         parser.add_argument(f"--{f.name}", type=kind, choices=CHOICES.get(f.name), default=argparse.SUPPRESS, **switch,
                             metavar=None if f.name in CHOICES else kind.__name__.upper(), help=f"default {f.default!r}")
+    argv = [re.sub(r"^--[\w-]+", lambda name: "--" + name[0][2:].replace("-", "_"), a) for a in (sys.argv[1:] if argv is None else argv)]
     given = vars(parser.parse_args(argv))
     config = Config(**{**RECIPES[given.get("recipe", "ours")], **given})
     for name, least in dict(steps=1, batch=1, accumulate=1, pred_tokens=0, horizon=1, latents=0, decode_latents=0, lora_rank=0,
@@ -162,7 +168,7 @@ def read_config(argv: list[str]) -> Config:
         raise FileNotFoundError(f"{file} not found: {argv[0]} is not a run folder")
     if (file.parent / "results.json").is_file():
         raise ValueError(f"{argv[0]} is finished: its results are in results.json")
-    known, saved = {f.name for f in dataclasses.fields(Config)}, json.loads(file.read_text())
+    known, saved = {f.name for f in dataclasses.fields(Config)}, read_json(file)
     if unknown := saved.keys() - known:
         raise ValueError(f"{file} has the unknown field {sorted(unknown)[0]!r}: it was written by another version")
     return Config(**saved | dict(out=argv[0]))
@@ -198,18 +204,42 @@ class Examples:
         self.feature_bytes = 0
 
 
-def load_examples(config: Config) -> tuple[list[data.Example], list[data.Example]]:
-    """Training and validation examples, from the user's folder or drawn from the world."""
+def load_examples(config: Config) -> list[list[data.Example]]:
+    """Training, validation and test examples, from the user's folder or drawn from the world."""
     if not config.data:
-        return tuple(data.make_world(config.regime, split, count, config.world_seed)
-                     for split, count in (("train", config.train_examples), ("validation", config.valid_examples)))
-    examples = data.read_folder(config.data)
-    train, valid = ([ex for ex in examples if ex.split == split] for split in ("train", "validation"))
-    for split, rows in (("train", train), ("validation", valid)):
-        if len(rows) < 2:
-            raise ValueError(f"{config.data} has {len(rows)} records in the {split} split; two or more are needed "
-                             f"(set \"split\": \"{split}\" in some records, or add records)")
-    return train, valid
+        return [*(data.make_world(config.regime, split, count, config.world_seed)
+                  for split, count in (("train", config.train_examples), ("validation", config.valid_examples))),
+                evaluate.test_examples("", data.REGIMES[config.regime], config.test_per_family, config.world_seed, config.test_split)]
+    examples = data.read_folder(config.data, config.outside_images)
+    found = []
+    for split, least in (("train", 2), ("validation", 2), (config.test_split, 1)):
+        found.append([ex for ex in examples if ex.split == split])
+        if len(found[-1]) < least:
+            raise ValueError(f"{config.data} has {len(found[-1])} records in the {split} split, {least} or more are needed: "
+                             f"set \"split\": \"{split}\" in some records, or add records")
+    return found
+
+
+def check_data(config: Config) -> None:
+    """Read, place and serialise every example as a run would, and report. Raises ValueError if any cannot be used."""
+    vlm, problems, lengths, sizes = VLM(config.model), [], [], []
+    examples = (data.read_folder(config.data, config.outside_images, problems) if config.data
+                else [ex for part in load_examples(config)[:2] for ex in part])
+    for ex in examples:
+        try:
+            lengths.append(max(len(view.ids) for view in Examples([ex], vlm, config).views[0]))
+            sizes += [data.image_size(picture) for picture in ex.images]
+        except ValueError as error:
+            problems.append(str(error))
+    print(f"{config.data or config.regime}: {data.count_splits(examples)}")
+    for family in dict.fromkeys(ex.family for ex in examples):
+        calls = [len(ex.images) - 1 for ex in examples if ex.family == family]
+        print(f"  {family}: {len(calls)} records, {min(calls)} to {max(calls)} tool images")
+    if lengths:
+        print(f"  tokens of the longest view: {sum(lengths) / len(lengths):.0f} on average, at most {max(lengths)} (limit {config.max_tokens})")
+        print(f"  images: {len(sizes)}, from {min(sizes)} to {max(sizes)} px")
+    if problems:
+        raise ValueError("\n  ".join([f"{len(problems)} records cannot be used:", *problems[:20], *["..."] * (len(problems) > 20)]))
 
 
 def batches(count: int, size: int, seed: int):
@@ -432,7 +462,24 @@ def start_folder(config: Config) -> Path:
         raise FileExistsError(f"{out} already holds files, perhaps a run: choose another --out, nothing is overwritten")
     out.mkdir(parents=True, exist_ok=True)
     evaluate.write_json(out / "config.json", dataclasses.asdict(config))
+    evaluate.write_json(out / "environment.json", environment())
     return out
+
+
+def environment() -> dict:
+    """What a run depended on beside its config, for whoever wants to repeat it."""
+    root = Path(__file__).resolve().parent
+
+    def git(*args: str) -> str | None:
+        try:
+            return subprocess.run(["git", "-C", str(root), *args], capture_output=True, text=True, check=True).stdout.strip()
+        except (OSError, subprocess.CalledProcessError):  # no git, or a copy without history
+            return None
+
+    return dict(command=sys.argv, commit=git("rev-parse", "HEAD"), changed_files=git("status", "--porcelain", "--untracked-files=no"),
+                python=platform.python_version(), system=platform.platform(), cpu=platform.processor() or platform.machine(),
+                threads=torch.get_num_threads(), gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+                packages={name: importlib.metadata.version(name) for name in ("torch", "transformers", "safetensors", "pillow", "numpy")})
 
 
 def save_best(out: Path, vlm: VLM, extra: Predictor | LatentScale | None, step: int, valid: dict[str, float]) -> None:
@@ -447,7 +494,7 @@ def save_best(out: Path, vlm: VLM, extra: Predictor | LatentScale | None, step: 
         os.replace(file, folder / file.name)
     partial.rmdir()
     best = out / "best.json"
-    before = json.loads(best.read_text())["checkpoint"] if best.exists() else None
+    before = evaluate.best_checkpoint(out)["checkpoint"] if best.exists() else None
     evaluate.write_json(best, dict(checkpoint=folder.name, step=step, valid=valid))
     if before and before != folder.name:
         for file in (out / before).iterdir():
@@ -462,6 +509,9 @@ def trained_tensors(module: torch.nn.Module) -> dict[str, Tensor]:
     return tensors | ({f"extra.{name}": b for name, b in step.extra.named_buffers()} if step.extra is not None else {})
 
 
+STATE_VERSION = "1"
+
+
 def save_state(out: Path, module: torch.nn.Module, optimizer, schedule, step: int, best: float) -> None:
     """out/state.safetensors: weights, moments, random state, schedule, step and best score, replaced in one move."""
     tensors = {f"weight/{name}": t.detach() for name, t in trained_tensors(module).items()}
@@ -472,7 +522,7 @@ def save_state(out: Path, module: torch.nn.Module, optimizer, schedule, step: in
         tensors["random/cuda"] = torch.cuda.get_rng_state()
     partial = out / "state.safetensors.partial"
     save_file({name: t.contiguous().cpu() for name, t in tensors.items()}, partial,
-              metadata=dict(step=str(step), best=repr(best), schedule=json.dumps(schedule.state_dict())))
+              metadata=dict(version=STATE_VERSION, step=str(step), best=repr(best), schedule=json.dumps(schedule.state_dict())))
     with open(partial, "rb") as file:
         os.fsync(file.fileno())
     os.replace(partial, out / "state.safetensors")
@@ -483,8 +533,10 @@ def load_state(out: Path, module: torch.nn.Module, optimizer, schedule) -> tuple
     file = out / "state.safetensors"
     done, best = 0, math.inf
     if file.is_file():
-        with safe_open(file, framework="pt") as saved:
-            meta, tensors = saved.metadata(), {name: saved.get_tensor(name) for name in saved.keys()}
+        tensors, meta = read_tensors(file)
+        if meta.get("version") != STATE_VERSION:
+            raise ValueError(f"{file} has format {meta.get('version')!r}, this program writes and reads {STATE_VERSION!r}: "
+                             "resume it with the version that wrote it")
         done, best = int(meta["step"]), float(meta["best"])
         with torch.no_grad():
             for name, t in trained_tensors(module).items():
@@ -494,6 +546,8 @@ def load_state(out: Path, module: torch.nn.Module, optimizer, schedule) -> tuple
                 t.copy_(tensors[f"weight/{name}"])
         for n, p in enumerate(optimizer.param_groups[0]["params"]):
             moments = {key: tensors[f"adam/{n}/{key}"] for key in ("step", "exp_avg", "exp_avg_sq") if f"adam/{n}/{key}" in tensors}
+            if any(value.shape != p.shape for key, value in moments.items() if key != "step"):
+                raise ValueError(f"{file} does not fit this run: moments of another shape; was config.json changed?")
             if moments:
                 optimizer.state[p] = {key: value if key == "step" else value.to(p.device) for key, value in moments.items()}
         schedule.load_state_dict(json.loads(meta["schedule"]))
@@ -547,10 +601,11 @@ def start_processes(config: Config) -> tuple[int, int]:
 
 
 def build(config: Config, world: int):
-    """(VLM, what the method adds, the module whose gradients are taken, optimiser, schedule, training and validation examples)."""
+    """(VLM, what the method adds, the module whose gradients are taken, optimiser, schedule, the examples: training, validation, test)."""
     vlm = VLM(config.model, dtype=getattr(torch, config.dtype)).to(config.device)
     config.packed = config.packed and vlm.family.packs  # a family with attention of its own gets a pass a view
-    examples, valid_examples = (Examples(rows, vlm, config) for rows in load_examples(config))
+    *given, tests = load_examples(config)
+    examples, valid_examples = (Examples(rows, vlm, config) for rows in given)
     vlm.set_trainable(config.lora_rank, config.lora_alpha, config.lora_dropout, config.lora_targets.split(","),
                       config.train_vision)
     if config.gradient_checkpointing:
@@ -565,16 +620,14 @@ def build(config: Config, world: int):
     schedule = get_cosine_schedule_with_warmup(optimizer, math.ceil(config.warmup * config.steps), config.steps)
     if world > 1:
         module = DistributedDataParallel(module, find_unused_parameters=True)
-    return vlm, extra, module, optimizer, schedule, examples, valid_examples
+    return vlm, extra, module, optimizer, schedule, examples, valid_examples, tests
 
 
 def train(config: Config, resume: bool = False) -> Path:
     """The whole run. resume: go on from the last state in config.out, to the same end as without the interruption."""
     rank, world = start_processes(config)
     torch.manual_seed(config.seed)
-    vlm, extra, module, optimizer, schedule, examples, valid_examples = build(config, world)
-    tests = evaluate.test_examples(config.data, list(dict.fromkeys(ex.family for ex in examples.given)), config.test_per_family,
-                                   config.world_seed, config.test_split)
+    vlm, extra, module, optimizer, schedule, examples, valid_examples, tests = build(config, world)
     out, parameters = Path(config.out), optimizer.param_groups[0]["params"]
     if rank == 0:
         if not resume:
@@ -604,6 +657,7 @@ def train(config: Config, resume: bool = False) -> Path:
         schedule.step()
         optimizer.zero_grad(set_to_none=True)
 
+        stop = asked_to_stop(world, config.device)
         if rank == 0:
             if step % config.log_every == 0 or step == config.steps:
                 ms = (time.time() - last) * 1000 / (step % config.log_every or config.log_every)
@@ -612,15 +666,24 @@ def train(config: Config, resume: bool = False) -> Path:
             if step % config.eval_every == 0 or step == config.steps:
                 best = validate_and_keep(out, vlm, extra, valid_examples, config, step, best)
                 last = time.time()
-            if step % config.save_every == 0 or step == config.steps or STOP:
+            if step % config.save_every == 0 or step == config.steps or stop:
                 save_state(out, module, optimizer, schedule, step, best)
-        if STOP:
+        if stop:
             if rank == 0:
                 print(f"stopped after step {step}; python train.py --resume {out} goes on from there")
             return out
     if rank == 0:
         report(out, config, tests, before, time.time() - start)
     return out
+
+
+def asked_to_stop(world: int, device: str) -> bool:
+    """Whether a signal came; with several processes, to any of them, so that all end after the same step."""
+    if world == 1:
+        return bool(STOP)
+    told = torch.tensor(len(STOP), device=device)
+    dist.all_reduce(told)
+    return bool(told)
 
 
 def log_step(out: Path, config: Config, step: int, parts: dict, pair, norm: float, lr: float, ms: float) -> None:
@@ -656,7 +719,7 @@ def report(out: Path, config: Config, tests: list[data.Example], before: list[di
     vlm, _, scale = evaluate.load_run(out, config.device)
     tests = [variant(ex, config) if ex.trajectory and config.order == "image_first" else ex for ex in tests]
     asked = evaluate.ask(vlm, tests, config.answer_prefix, call_limit=config.call_limit, scale=scale, latents=config.decode_latents)
-    best = json.loads((out / "best.json").read_text())
+    best = evaluate.best_checkpoint(out)
     evaluate.write_json(out / "results.json", dict(best=best, train_seconds=seconds, **asked, before=before))
     print(f"\ntest accuracy in %, before and after {config.steps} steps ({seconds / 60:.1f} minutes); "
           f"best checkpoint: step {best['step']}")
@@ -685,9 +748,17 @@ def merge(*folders: str) -> None:
 STOP: list[int] = []  # signals received; the loop ends after the step it is in
 
 
+def heed(number: int, frame) -> None:
+    """The first signal ends the loop after the step it is in, with its state saved; a second one ends the program now."""
+    STOP.append(number)
+    if len(STOP) > 1:
+        raise KeyboardInterrupt
+    print("saving after this step; a second signal ends at once", flush=True)
+
+
 def main() -> None:
     for name in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(name, lambda number, frame: STOP.append(number))
+        signal.signal(name, heed)
     try:
         if sys.argv[1:2] == ["--resume"]:
             train(read_config(sys.argv[2:]), resume=True)
@@ -696,13 +767,17 @@ def main() -> None:
             merge(*sys.argv[2:])
             return
         config = parse_config()
-        if config.benchmark:
+        if config.check_data:
+            check_data(config)
+        elif config.benchmark:
             from analysis.benchmark import benchmark
             benchmark(config)
         else:
             train(config)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("stopped; if the run folder holds config.json, python train.py --resume RUN goes on from its last state")
 
 
 if __name__ == "__main__":

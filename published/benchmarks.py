@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Iterator, NamedTuple
 
 import torch
-from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data  # noqa: E402
@@ -54,10 +53,10 @@ def vstar(folder: Path) -> Iterator[Item]:
     file = folder / "test_questions.jsonl"
     if not file.is_file():
         raise FileNotFoundError(f"{file} not found; expected craigwu/vstar_bench: test_questions.jsonl, direct_attributes/, relative_position/")
-    for n, line in enumerate(file.read_text(encoding="utf-8-sig").splitlines(), start=1):
+    for n, line in enumerate(file.read_text(encoding="utf-8-sig").strip().split("\n"), start=1):
         row, where = json.loads(line), f"{file}, line {n}"
         letters = "".join(sorted(set(re.findall(r"\(([A-Z])\)", row["text"])))) or "ABCD"
-        yield Item(str(row["question_id"]), row["category"], [data.checked(folder / row["image"], where)], row["text"],
+        yield Item(str(row["question_id"]), row["category"], [data.checked(folder, row["image"], where)], row["text"],
                    the_letter(row["label"], where), letters)
 
 
@@ -73,7 +72,7 @@ def mmvp(folder: Path) -> Iterator[Item]:
             options = re.sub(r"\s*\(([a-z])\)", lambda m: f"\n{m[1].upper()}.", row["Options"]).strip()
             label = the_letter(row["Correct Answer"], where)
             corrected = {"A": "B", "B": "A"}[label] if index in MMVP_SWAPPED else label
-            yield Item(str(index), str((index - 1) // 2), [data.checked(pictures / f"{index}.jpg", where)],
+            yield Item(str(index), str((index - 1) // 2), [data.checked(pictures, f"{index}.jpg", where)],
                        f"{row['Question']}\nOptions:\n{options}\n{INSTRUCTION}", label, "AB", corrected)
 
 
@@ -96,7 +95,7 @@ def blink(folder: Path, configs: list[str]) -> Iterator[Item]:
 def blink_item(row: dict, config: str, where: str) -> Item:
     letters = "ABCDEFGH"[:len(row["choices"])]
     options = "\n".join(f"{letter}. {choice}" for letter, choice in zip(letters, row["choices"]))
-    images = [Image.open(io.BytesIO(row[f"image_{n}"]["bytes"])).convert("RGB") for n in range(1, 5) if row.get(f"image_{n}")]
+    images = [data.open_image(io.BytesIO(row[f"image_{n}"]["bytes"]), where) for n in range(1, 5) if row.get(f"image_{n}")]
     return Item(str(row["idx"]), config, images, f"{row['question']}\nOptions:\n{options}\n{INSTRUCTION}", the_letter(row["answer"], where), letters)
 
 
@@ -111,7 +110,7 @@ def letters_in(text: str, letters: str) -> tuple[str, str]:
 
 def predict(vlm: VLM, items: list[Item], out: Path, tokens: int, batch: int) -> list[dict]:
     """Predictions of all items, those already in `out` included."""
-    lines = [line for line in out.read_text(encoding="utf-8").splitlines() if line.endswith("}")] if out.is_file() else []
+    lines = [line for line in out.read_text(encoding="utf-8").split("\n") if line.endswith("}")] if out.is_file() else []
     done = {(r["group"], r["id"]): r for r in map(json.loads, lines)}
     if strangers := done.keys() - {(item.group, item.id) for item in items}:
         raise ValueError(f"{out} has predictions of other items ({sorted(strangers)[0]}): choose another --out")
@@ -179,5 +178,7 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, OSError, KeyError) as error:
+    except KeyError as error:
+        raise SystemExit(f"error: a record has no field {error}: is this the published layout?")
+    except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}")

@@ -72,11 +72,8 @@ def read_list(file: Path) -> list[dict]:
     return records
 
 
-def inside(folder: Path, name: str) -> Path:
-    """folder / name, if that stays in the folder and is there."""
-    path = folder / name
-    if not path.resolve().is_relative_to(folder.resolve()):
-        raise ValueError("image path leaves the folder")
+def image_file(folder: Path, name: str) -> Path:
+    path = data.inside(folder, name)
     if not path.is_file():
         raise ValueError("image not found")
     return path
@@ -93,7 +90,7 @@ def lvr(file: Path, images: Path) -> Iterator[data.Example | Skip]:
             paths = record["image"] if isinstance(record["image"], list) else [record["image"]]
             said = [turn["value"] for turn in record["conversations"]]
             box = hundredths(record["bboxes"][0])
-            path = inside(images, paths[0])
+            path = image_file(images, paths[0])
             answer = clean(said[1])
             crop = data.crop(data.open_image(path, name), *box)
             call = "Look closer at the region that matters. " + "[crop " + " ".join(map(str, box)) + "]"
@@ -124,7 +121,7 @@ def thinkmorph(folders: list[Path]) -> Iterator[data.Example | Skip]:
         for n, row in enumerate(parquet_rows(folder)):
             name = f"{folder.name}-{row.get('pid', n)}-{n}"
             try:
-                problem, helper = (Image.open(io.BytesIO(row[key]["bytes"])).convert("RGB") for key in ("problem_image_0", "reasoning_image_0"))
+                problem, helper = (data.open_image(io.BytesIO(row[key]["bytes"]), key) for key in ("problem_image_0", "reasoning_image_0"))
                 answer = clean(str(row["answer"]))
                 steps = [clean(row["resoning_thought_0"]), helper, final(clean(row["resoning_thought_1"]), answer)]
                 yield example(name, folder.name, problem, clean(row["question"]), answer, steps)
@@ -160,13 +157,13 @@ def pixelreasoner(file: Path, images: Path) -> Iterator[data.Example | Skip]:
                 if message["role"] == "assistant":
                     steps.append(with_our_call(" ".join(item["text"] for item in message["content"] if item.get("text"))))
                 else:
-                    steps += [inside(images, item["image"]) for item in message["content"] if item.get("image")]
+                    steps += [image_file(images, item["image"]) for item in message["content"] if item.get("image")]
             boxed = BOXED.findall(steps[-1]) if isinstance(steps[-1], str) else []
             if not boxed:
                 yield name, "no boxed answer at the end"
                 continue
             steps[-1] = final(BOXED.sub(r"\1", steps[-1]), boxed[-1].strip())
-            yield example(name, "pixelreasoner", inside(images, first[0]), clean(question), boxed[-1].strip(), steps)
+            yield example(name, "pixelreasoner", image_file(images, first[0]), clean(question), boxed[-1].strip(), steps)
         except (KeyError, IndexError, TypeError, AttributeError) as error:
             yield name, f"field missing or of another type: {error!r}"
         except (ValueError, OSError) as error:

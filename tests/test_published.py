@@ -44,7 +44,7 @@ def test_lvr_boxes_become_calls_and_crops(pictures, tmp_path):
 
 @pytest.mark.parametrize("changed, reason", [
     (dict(bboxes=[[0.5, 0, 0.5, 1]]), "box is empty"), (dict(bboxes=[[0.5, 0, 1.2, 1]]), "leaves the image"), (dict(bboxes=[]), "field missing"),
-    (dict(bboxes=[[0, 0, 1]]), "not four numbers"), (dict(image=["b.png"]), "image not found"), (dict(image=["../outside.png"]), "leaves the folder"),
+    (dict(bboxes=[[0, 0, 1]]), "not four numbers"), (dict(image=["b.png"]), "image not found"), (dict(image=["../outside.png"]), "leaves the data folder"),
     (dict(conversations=[{"from": "human", "value": "?"}]), "field missing"), (dict(conversations=[{"value": "x"}, {"value": "<answer></answer>"}]), "no answer")])
 def test_what_cannot_be_used_is_named_with_its_reason(pictures, tmp_path, changed, reason, capsys):
     (tmp_path / "lvr.json").write_text(json.dumps([a_lvr_record(), a_lvr_record(question_id=9, **changed)]))

@@ -348,9 +348,12 @@ def test_the_run_folder_holds_what_the_docstring_says(finished):
     out, config = finished
     names = {path.name for path in out.iterdir()}
     best = json.loads((out / "best.json").read_text())
-    assert names == {"config.json", "before.json", "log.jsonl", "state.safetensors", "best.json", "results.json", best["checkpoint"]}
+    assert names == {"config.json", "environment.json", "before.json", "log.jsonl", "state.safetensors", "best.json", "results.json", best["checkpoint"]}
     assert {path.name for path in (out / best["checkpoint"]).iterdir()} == {"adapter_model.safetensors", "adapter_config.json", "predictor.safetensors"}
     assert json.loads((out / "config.json").read_text()) == dataclasses.asdict(config)
+    environment = json.loads((out / "environment.json").read_text())
+    assert environment["packages"]["torch"] == torch.__version__.split("+")[0] or environment["packages"]["torch"] == torch.__version__
+    assert len(environment["commit"] or "0" * 40) == 40 and environment["threads"] == torch.get_num_threads() and environment["command"]
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert [r["step"] for r in log if r["kind"] == "train"] == [1, 2, 3, 4]
     valid = {r["step"]: r["loss"] for r in log if r["kind"] == "valid"}
@@ -505,6 +508,24 @@ def test_two_processes_train_as_one(tmp_path):
             torch.testing.assert_close(one[name], two[name], rtol=1e-3, atol=2e-5, msg=lambda text: f"{name}: {text}")
 
 
+def test_a_run_goes_on_with_another_number_of_processes(tmp_path, config, monkeypatch):
+    """Interrupted as one process, ended by two: the weights of one uninterrupted process."""
+    config = dataclasses.replace(config, steps=3, accumulate=2, batch=2, save_every=1, eval_every=3, out=str(tmp_path / "whole"))
+    train.train(config)
+    half = dataclasses.replace(config, out=str(tmp_path / "half"))
+    train_step, steps = train.train_step, []
+    monkeypatch.setattr(train, "train_step", lambda *args: train_step(*args) if steps.append(1) or len(steps) < 3 else 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train.train(half)
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29534", train.__file__,
+                           "--resume", half.out], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    whole, resumed = (load_file(tmp_path / name / "state.safetensors") for name in ("whole", "half"))
+    for name in whole:
+        if name.startswith("weight/"):
+            torch.testing.assert_close(whole[name], resumed[name], rtol=1e-3, atol=2e-5, msg=lambda text: f"{name}: {text}")
+
+
 def test_steps_without_a_finite_gradient_are_skipped_then_stop(tmp_path, config, monkeypatch, capsys):
     calls, compute = [], train.compute_losses
 
@@ -529,7 +550,7 @@ def test_recipes_set_defaults_and_options_win():
     assert (paper.distance, paper.nextlat_view, paper.lambda_latent) == ("smoothl1", "trajectory", 0.2)
     mine = train.parse_config(["--recipe", "paper", "--distance", "mse", "--train_vision", "True"])
     assert mine.distance == "mse" and mine.nextlat_view == "trajectory" and mine.train_vision is True
-    assert train.parse_config(["--train_vision", "false"]).train_vision is False
+    assert train.parse_config(["--train-vision", "false"]).train_vision is False
     assert train.parse_config(["--method", "sft", "--seed", "3"]).out == "runs/sft-mixed-seed3"
     for fields in train.RECIPES.values():
         assert fields.keys() <= {f.name for f in dataclasses.fields(train.Config)}
