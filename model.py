@@ -10,6 +10,7 @@ A rows of positions (3 for Qwen's time, height and width, else 1).
 Left out on purpose: losses and anything that knows about training.
 """
 
+import hashlib
 import inspect
 import json
 import math
@@ -285,6 +286,15 @@ class VLM(nn.Module):
     def encode_images(self, images: list[dict[str, Tensor]]) -> list[Tensor]:
         """Features of each image (ImageStore.inputs), (S, P, D): what its image tokens are replaced by, then deepstack levels."""
         return self.family.features(images)
+
+    def vision_fingerprint(self) -> str:
+        """Hash of what features depend on beside the image: processor settings, and every weight outside the language model."""
+        settings = json.dumps(self.family.processor.to_dict(), sort_keys=True, default=str)
+        digest, inner = hashlib.sha256(settings.encode()), {id(p) for p in self.lm.get_decoder().parameters()}
+        for name, p in self.lm.named_parameters():
+            if id(p) not in inner and not name.startswith("lm_head"):
+                digest.update(f"{name} {p.dtype}".encode() + p.detach().float().cpu().numpy().tobytes())
+        return digest.hexdigest()
 
     def embed(self, batch: Batch, features: list[Tensor], grids: list, slots: Tensor | None = None) -> dict:
         """The language model's inputs for a batch of views: embeddings (B, T, D), positions (A, B, T), mask (B, T).

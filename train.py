@@ -22,6 +22,7 @@ holds config.json, environment.json, before.json, log.jsonl, state.safetensors, 
 
 import argparse
 import dataclasses
+import hashlib
 import importlib.metadata
 import json
 import math
@@ -99,6 +100,7 @@ class Config:
     lora_targets: str = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"  # comma-separated layer names
     train_vision: bool = False  # also train the vision tower; off: its features are computed once for the whole run
     feature_cache_gb: float = 2.0  # most memory for those features
+    feature_cache: str = ""  # a folder to keep them in from run to run; empty: memory only
     gradient_checkpointing: bool = False  # recompute the layers' activations on the way back: less memory, a third more time
 
     train_examples: int = 1500  # of the world
@@ -202,6 +204,9 @@ class Examples:
         self.targets: Tensor | None = None  # (examples, D) h_R of the model before training, if it was cached
         self.features: dict[int, Tensor] = {}  # by image; filled by image_features when the vision tower is frozen
         self.feature_bytes = 0
+        if config.feature_cache:
+            self.fingerprint = vlm.vision_fingerprint()
+            Path(config.feature_cache).mkdir(parents=True, exist_ok=True)
 
 
 def load_examples(config: Config) -> list[list[data.Example]]:
@@ -256,18 +261,37 @@ def batches(count: int, size: int, seed: int):
 
 
 def image_features(vlm: VLM, examples: Examples, indices: list[int], config: Config) -> dict[int, Tensor]:
-    """Features of the images: each encoded once for all views, and once for the whole run when the tower is frozen."""
-    wanted = sorted(set(indices) - examples.features.keys())
+    """Features of the images: each encoded once for all views, and, when the vision tower is frozen, once for the whole run
+    (as much as fits into memory) or, with --feature_cache, once for all runs."""
+    store, wanted = examples.store, sorted(set(indices))
+    if config.train_vision:
+        return dict(zip(wanted, vlm.encode_images([store.inputs(i) for i in wanted])))
+    found = {i: examples.features[i] for i in wanted if i in examples.features}
     new = {}
-    if wanted:
-        with nullcontext() if config.train_vision else torch.no_grad():
-            store = examples.store
-            new = dict(zip(wanted, vlm.encode_images([store.inputs(i) for i in wanted])))
-    if not config.train_vision and examples.feature_bytes < config.feature_cache_gb * 1e9:
-        new = {i: f.clone() for i, f in new.items()}  # a slice would keep the whole batch's features alive
+    for i in set(wanted) - found.keys() if config.feature_cache else ():
+        if (file := feature_file(examples, i, config)).is_file():
+            new[i] = read_tensors(file)[0]["features"].to(vlm.device)
+    if missing := [i for i in wanted if i not in found and i not in new]:
+        with torch.no_grad():
+            made = vlm.encode_images([store.inputs(i) for i in missing])
+        for i, features in zip(missing, made):
+            new[i] = features.clone()  # a slice would keep the whole batch's features alive
+            if config.feature_cache:
+                file = feature_file(examples, i, config)
+                partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
+                save_file(dict(features=new[i].cpu()), partial)
+                os.replace(partial, file)
+    if examples.feature_bytes < config.feature_cache_gb * 1e9:
         examples.features |= new
         examples.feature_bytes += sum(f.nbytes for f in new.values())
-    return {i: new[i] if i in new else examples.features[i] for i in set(indices)}
+    return found | new
+
+
+def feature_file(examples: Examples, index: int, config: Config) -> Path:
+    """Named by the image's pixels and by all else that its features depend on, so no other image or model is answered with them."""
+    image = data.opened(examples.store.pictures[index])
+    name = hashlib.sha256(f"{examples.fingerprint} {image.size}".encode() + image.tobytes()).hexdigest()
+    return Path(config.feature_cache) / f"{name}.safetensors"
 
 
 def encode(vlm: VLM, examples: Examples, batch: data.Batch, features: dict[int, Tensor], slots: Tensor | None = None):
@@ -643,7 +667,10 @@ def train(config: Config, resume: bool = False) -> Path:
         next(order)
     start, last, skipped = time.time(), time.time(), 0
     for step in range(first + 1, config.steps + 1):
-        parts, pair = train_step(module, next(order), config, rank, world)
+        rows = next(order)
+        if config.accumulate > 1:  # passes of examples of similar length: less padding, and the step is the same
+            rows.sort(key=lambda row: len(examples.views[row].full.ids))
+        parts, pair = train_step(module, rows, config, rank, world)
         norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip)
         if torch.isfinite(norm):
             optimizer.step()

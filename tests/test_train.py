@@ -217,6 +217,36 @@ def test_cached_features_change_nothing(vlm64, mixed, config):
     assert not examples.features and torch.equal(first, cached) and torch.equal(first, without)
 
 
+def test_features_on_disk_serve_the_next_run_and_no_other_image_or_model(vlm64, mixed, config, tmp_path, monkeypatch):
+    config.feature_cache = str(tmp_path / "features")
+    encoded, encode = [], VLM.encode_images
+    monkeypatch.setattr(VLM, "encode_images", lambda vlm, images: encoded.append(len(images)) or encode(vlm, images))
+
+    def features_of(vlm, given):
+        examples = train.Examples(given, vlm, config)
+        return train.image_features(vlm, examples, [0, 1], config)
+
+    first, again = features_of(vlm64, mixed[:1]), features_of(vlm64, mixed[:1])
+    assert encoded == [2] and len(list((tmp_path / "features").iterdir())) == 2
+    assert all(torch.equal(first[i], again[i]) for i in (0, 1))
+    features_of(vlm64, [dataclasses.replace(mixed[0], image=mixed[1].image)])
+    assert encoded == [2, 1]  # I0 is another, the crop the same
+    with torch.no_grad():
+        next(p for name, p in vlm64.lm.named_parameters() if "visual" in name).add_(1e-3)
+    changed = features_of(vlm64, mixed[:1])
+    assert encoded == [2, 1, 2] and not torch.equal(changed[0], first[0])
+
+
+def test_passes_of_one_step_hold_examples_of_similar_length(config, monkeypatch):
+    """Which examples share a step is left to chance; how they share its passes is not."""
+    seen, step = [], train.train_step
+    monkeypatch.setattr(train, "train_step", lambda module, rows, *rest: seen.append([(len(module.examples.views[r].full.ids), r) for r in rows]) or step(module, rows, *rest))
+    train.train(dataclasses.replace(config, regime="multi", steps=1, accumulate=3, eval_every=1))
+    order = next(train.batches(12, 12, config.seed))
+    assert [n for n, _ in seen[0]] == sorted(n for n, _ in seen[0]) and {r for _, r in seen[0]} == set(order)
+    assert len({n for n, _ in seen[0]}) > 1
+
+
 def test_control_targets_are_another_examples_or_fixed_noise(config):
     h = torch.randn(4, 6)
     own = train.control_targets(h, [7, 8, 9, 10], config)
