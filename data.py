@@ -16,8 +16,10 @@ Left out on purpose: readers for published data sets, padding tricks and caches.
 import argparse
 import json
 import re
+import time
 import warnings
 import zlib
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Callable, NamedTuple
@@ -173,7 +175,7 @@ def _read_record(record: dict, folder: Path, where: str, outside: bool) -> Examp
 
     def text(value, name: str) -> str:
         need(isinstance(value, str) and bool(value.strip()), f"{name} must be a non-empty string; found {value!r:.80}")
-        need(not any("\ud800" <= c <= "\udfff" for c in value), f"{name} holds half a character (a lone surrogate); repair the text")
+        need(not any("\ud800" <= c <= "\udfff" for c in value), f"{name} holds half a character (lone surrogate); repair it")
         return value.strip()
 
     need(isinstance(record, dict), f"expected a JSON object, found {type(record).__name__}")
@@ -1017,16 +1019,30 @@ class ImageStore:
     (train.image_features, bounded). Span and grid depend on an image's size alone, so none is decoded to know them.
     """
 
-    def __init__(self, family):
-        """family: model.QwenFamily or model.ProcessorFamily."""
+    def __init__(self, family, workers: int = 0):
+        """family: model.QwenFamily or model.ProcessorFamily. workers: threads for `prefetch`."""
         self.family = family
+        self.pool = ThreadPoolExecutor(workers) if workers else None
+        self.coming: dict[int, Future] = {}
+        self.waited = 0.0  # seconds that `inputs` took, waiting included
         self.pictures: list[Picture] = []
         self.spans: list[list[int]] = []
         self.grids: list[tuple[int, int, int] | None] = []
         self.placed: dict[tuple[int, int], tuple] = {}  # by size
 
     def inputs(self, index: int) -> dict[str, torch.Tensor]:
+        start, coming = time.perf_counter(), self.coming.pop(index, None)
+        found = coming.result() if coming else self._prepare(index)
+        self.waited += time.perf_counter() - start
+        return found
+
+    def _prepare(self, index: int) -> dict[str, torch.Tensor]:
         return self.family.inputs(opened(self.pictures[index]))
+
+    def prefetch(self, indices: list[int]) -> None:
+        """Begin to prepare these images in the background, and forget what was begun and never asked for."""
+        if self.pool:
+            self.coming = {i: self.coming.get(i) or self.pool.submit(self._prepare, i) for i in indices}
 
     def add(self, example: Example) -> tuple[list[int], list[list[int]]]:
         """Place the example's images; return their indices and spans. Raises ValueError naming the example."""
@@ -1086,6 +1102,12 @@ def contact_sheet(examples: list[Example], width: int = 1500, side: int = 132) -
     return sheet
 
 
+def refuse(problems: list[str]) -> None:
+    """Raise ValueError with the first twenty of them, if there are any."""
+    if problems:
+        raise ValueError("\n  ".join([f"{len(problems)} records cannot be used:", *problems[:20], *["..."] * (len(problems) > 20)]))
+
+
 def count_splits(examples: list[Example]) -> str:
     counts = {split: sum(ex.split == split for ex in examples) for split in SPLITS}
     return f"{len(examples)} records are well-formed; " + ", ".join(f"{n} {split}" for split, n in counts.items())
@@ -1104,8 +1126,7 @@ def main() -> None:
         problems: list[str] = []
         examples = read_folder(args.check, args.outside_images, problems)
         print(f"{args.check}: {count_splits(examples)}")
-        if problems:
-            raise ValueError("\n  ".join([f"{len(problems)} records cannot be used:", *problems[:20], *["..."] * (len(problems) > 20)]))
+        refuse(problems)
     elif args.out:
         if args.count < 1:
             parser.error("--count must be at least 1")

@@ -41,7 +41,8 @@ def wilson(right: int, n: int, z: float = 1.96) -> tuple[float, float]:
     return (centre - spread) / (n + z * z), (centre + spread) / (n + z * z)
 
 
-def test_examples(folder: str, families: list[str], per_family: int, seed: int, split: str = "test", outside: bool = False) -> list[Example]:
+def test_examples(folder: str, families: list[str], per_family: int, seed: int, split: str = "test",
+                  outside: bool = False) -> list[Example]:
     """A split of a user's folder (outside: see read_folder), or of the world (then with the held-out family)."""
     if folder:
         examples = [ex for ex in read_folder(folder, outside) if ex.split == split]

@@ -255,7 +255,8 @@ class VLM(nn.Module):
         if kind not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
             raise ValueError(f"{self.path} is a {kind} model, none that transformers offers for images and text (as Qwen2.5-VL is)")
         try:  # safetensors only, and no code from the checkpoint: what is downloaded is data
-            self.lm = AutoModelForImageTextToText.from_pretrained(self.path, dtype=dtype, use_safetensors=True, trust_remote_code=False)
+            self.lm = AutoModelForImageTextToText.from_pretrained(self.path, dtype=dtype, use_safetensors=True,
+                                                                  trust_remote_code=False)
         except (OSError, ValueError):
             raise
         except Exception as error:  # a file cut short, tensors of other shapes
@@ -420,7 +421,7 @@ class VLM(nn.Module):
             weights, _ = read_tensors(folder / "model.safetensors", self.device)
             for name, weight in weights.items():
                 if name not in own or own[name].shape != weight.shape:
-                    raise ValueError(f"{folder / 'model.safetensors'}: {self.path} has no {name} of that shape; it belongs to another model")
+                    raise ValueError(f"{folder / 'model.safetensors'} belongs to another model: {self.path} has no such {name}")
                 own[name].copy_(weight)
             return
         file = folder / "adapter_model.safetensors"

@@ -99,6 +99,7 @@ class Config:
     lora_dropout: float = 0.0
     lora_targets: str = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"  # comma-separated layer names
     train_vision: bool = False  # also train the vision tower; off: its features are computed once for the whole run
+    workers: int = 2  # threads that prepare the images of the next pass while this one is computed
     feature_cache_gb: float = 2.0  # most memory for those features
     feature_cache: str = ""  # a folder to keep them in from run to run; empty: memory only
     gradient_checkpointing: bool = False  # recompute the layers' activations on the way back: less memory, a third more time
@@ -133,7 +134,7 @@ CHOICES = dict(method=METHODS, recipe=tuple(RECIPES), regime=tuple(data.REGIMES)
 
 
 def parse_config(argv: list[str] | None = None) -> Config:
-    """Config from the command line: one option a field (--lr-like or --lr_like); unknown names and values stop with the list of known ones."""
+    """Config from the command line: one option a field, with - or _; unknown names and values stop with the list of known ones."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
 
@@ -147,12 +148,12 @@ def parse_config(argv: list[str] | None = None) -> Config:
         switch = dict(nargs="?", const=True) if kind is boolean else {}  # --packed alone, or --packed false
         parser.add_argument(f"--{f.name}", type=kind, choices=CHOICES.get(f.name), default=argparse.SUPPRESS, **switch,
                             metavar=None if f.name in CHOICES else kind.__name__.upper(), help=f"default {f.default!r}")
-    argv = [re.sub(r"^--[\w-]+", lambda name: "--" + name[0][2:].replace("-", "_"), a) for a in (sys.argv[1:] if argv is None else argv)]
-    given = vars(parser.parse_args(argv))
+    underscored = lambda a: re.sub(r"^--[\w-]+", lambda name: "--" + name[0][2:].replace("-", "_"), a)
+    given = vars(parser.parse_args([underscored(a) for a in (sys.argv[1:] if argv is None else argv)]))
     config = Config(**{**RECIPES[given.get("recipe", "ours")], **given})
     for name, least in dict(steps=1, batch=1, accumulate=1, pred_tokens=0, horizon=1, latents=0, decode_latents=0, lora_rank=0,
-                            train_examples=1, valid_examples=2, test_per_family=1, eval_every=1, log_every=1, save_every=1,
-                            lambda_latent=0, lr=0).items():
+                            train_examples=1, valid_examples=2, workers=0, test_per_family=1, eval_every=1, log_every=1,
+                            save_every=1, lambda_latent=0, lr=0).items():
         if getattr(config, name) < least:
             parser.error(f"--{name} must be at least {least}, not {getattr(config, name)}")
     if config.targets == "shuffled" and config.batch < 2:
@@ -191,7 +192,7 @@ class Examples:
 
     def __init__(self, examples: list[data.Example], vlm: VLM, config: Config):
         serializer = data.Serializer(vlm.tokenizer, vlm.placeholder_id, min(config.max_tokens, vlm.max_positions))
-        self.store = data.ImageStore(vlm.family)
+        self.store = data.ImageStore(vlm.family, config.workers)
         self.given = examples
         examples = [variant(ex, config) for ex in examples]
         placed = [self.store.add(ex) for ex in examples]
@@ -208,13 +209,18 @@ class Examples:
             self.fingerprint = vlm.vision_fingerprint()
             Path(config.feature_cache).mkdir(parents=True, exist_ok=True)
 
+    def prefetch(self, rows: list[int]) -> None:
+        images = dict.fromkeys(i for row in rows for i in self.views[row].full.images)
+        self.store.prefetch([i for i in images if i not in self.features])
+
 
 def load_examples(config: Config) -> list[list[data.Example]]:
     """Training, validation and test examples, from the user's folder or drawn from the world."""
     if not config.data:
-        return [*(data.make_world(config.regime, split, count, config.world_seed)
-                  for split, count in (("train", config.train_examples), ("validation", config.valid_examples))),
-                evaluate.test_examples("", data.REGIMES[config.regime], config.test_per_family, config.world_seed, config.test_split)]
+        seed, families = config.world_seed, data.REGIMES[config.regime]
+        return [data.make_world(config.regime, "train", config.train_examples, seed),
+                data.make_world(config.regime, "validation", config.valid_examples, seed),
+                evaluate.test_examples("", families, config.test_per_family, seed, config.test_split)]
     examples = data.read_folder(config.data, config.outside_images)
     found = []
     for split, least in (("train", 2), ("validation", 2), (config.test_split, 1)):
@@ -241,10 +247,16 @@ def check_data(config: Config) -> None:
         calls = [len(ex.images) - 1 for ex in examples if ex.family == family]
         print(f"  {family}: {len(calls)} records, {min(calls)} to {max(calls)} tool images")
     if lengths:
-        print(f"  tokens of the longest view: {sum(lengths) / len(lengths):.0f} on average, at most {max(lengths)} (limit {config.max_tokens})")
+        mean = sum(lengths) / len(lengths)
+        print(f"  tokens of the longest view: {mean:.0f} on average, at most {max(lengths)} (limit {config.max_tokens})")
         print(f"  images: {len(sizes)}, from {min(sizes)} to {max(sizes)} px")
-    if problems:
-        raise ValueError("\n  ".join([f"{len(problems)} records cannot be used:", *problems[:20], *["..."] * (len(problems) > 20)]))
+    data.refuse(problems)
+
+
+def step_rows(examples: Examples, config: Config):
+    """The examples of one optimiser step after another. Sorted by length, so that passes of one step need little padding."""
+    for rows in batches(len(examples.views), config.batch * config.accumulate, config.seed):
+        yield sorted(rows, key=lambda row: len(examples.views[row].full.ids)) if config.accumulate > 1 else rows
 
 
 def batches(count: int, size: int, seed: int):
@@ -422,19 +434,26 @@ def latent_targets(features: Tensor, latents: int) -> Tensor:
     return torch.stack([features[a:max(b, a + 1)].mean(dim=0) for a, b in zip(edges, edges[1:])])
 
 
-def train_step(module: torch.nn.Module, rows: list[int], config: Config, rank: int = 0, world: int = 1):
+def own_passes(rows: list[int], config: Config, rank: int, world: int) -> list[list[int]]:
+    """The forward passes of a step that fall to this process: every world-th, of config.batch examples each."""
+    return [rows[start:start + config.batch] for start in range(0, len(rows), config.batch)][rank::world]
+
+
+def train_step(module: torch.nn.Module, rows: list[int], config: Config, rank: int = 0, world: int = 1, upcoming: list[int] = ()):
     """Gradients of one optimiser step, accumulated over forward passes of at most config.batch examples.
 
     Each pass counts with its share of the examples, so every example weighs the same; L_VLM is a mean over tokens
     within a pass. With several processes, each takes every world-th pass; gradients are exchanged in the last one only,
-    and the result is that of one process making all passes. Returns this process's mean parts and its (h^_R, h_R).
+    and the result is that of one process making all passes. upcoming: the next step's rows, whose images are then made
+    ready. Returns this process's mean parts and its (h^_R, h_R).
     """
     parts_sum, pairs = {}, []
-    starts = range(0, len(rows), config.batch)[rank::world]
-    mine = sum(len(rows[start:start + config.batch]) for start in starts)
-    for start in starts:
-        part = rows[start:start + config.batch]
-        with nullcontext() if world == 1 or start == starts[-1] else module.no_sync():
+    passes = own_passes(rows, config, rank, world)
+    mine, coming = sum(map(len, passes)), [*passes[1:], *own_passes(upcoming, config, rank, world)[:1], []]
+    examples = (module.module if world > 1 else module).examples
+    for n, part in enumerate(passes):
+        examples.prefetch(coming[n])
+        with nullcontext() if world == 1 or n == len(passes) - 1 else module.no_sync():
             with autocast(config):
                 loss, parts, pair = module(part)
             (loss * len(part) * world / len(rows)).backward()  # DistributedDataParallel takes the mean over processes
@@ -490,6 +509,9 @@ def start_folder(config: Config) -> Path:
     return out
 
 
+PACKAGES = ("torch", "transformers", "safetensors", "pillow", "numpy")
+
+
 def environment() -> dict:
     """What a run depended on beside its config, for whoever wants to repeat it."""
     root = Path(__file__).resolve().parent
@@ -500,10 +522,10 @@ def environment() -> dict:
         except (OSError, subprocess.CalledProcessError):  # no git, or a copy without history
             return None
 
-    return dict(command=sys.argv, commit=git("rev-parse", "HEAD"), changed_files=git("status", "--porcelain", "--untracked-files=no"),
-                python=platform.python_version(), system=platform.platform(), cpu=platform.processor() or platform.machine(),
+    return dict(command=sys.argv, commit=git("rev-parse", "HEAD"),
+                changed_files=git("status", "--porcelain", "--untracked-files=no"), python=platform.python_version(), system=platform.platform(), cpu=platform.processor() or platform.machine(),
                 threads=torch.get_num_threads(), gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-                packages={name: importlib.metadata.version(name) for name in ("torch", "transformers", "safetensors", "pillow", "numpy")})
+                packages={name: importlib.metadata.version(name) for name in PACKAGES})
 
 
 def save_best(out: Path, vlm: VLM, extra: Predictor | LatentScale | None, step: int, valid: dict[str, float]) -> None:
@@ -625,7 +647,7 @@ def start_processes(config: Config) -> tuple[int, int]:
 
 
 def build(config: Config, world: int):
-    """(VLM, what the method adds, the module whose gradients are taken, optimiser, schedule, the examples: training, validation, test)."""
+    """(VLM, what the method adds, the module whose gradients are taken, optimiser, schedule, training, validation, test examples)."""
     vlm = VLM(config.model, dtype=getattr(torch, config.dtype)).to(config.device)
     config.packed = config.packed and vlm.family.packs  # a family with attention of its own gets a pass a view
     *given, tests = load_examples(config)
@@ -662,15 +684,14 @@ def train(config: Config, resume: bool = False) -> Path:
     before = answers_before(out, vlm, tests, config) if rank == 0 else []
     vlm.train()
     first, best = load_state(out, module, optimizer, schedule) if resume else (0, math.inf)
-    order = batches(len(examples.views), config.batch * config.accumulate, config.seed)
+    order = step_rows(examples, config)
     for _ in range(first):
         next(order)
+    upcoming = next(order)
     start, last, skipped = time.time(), time.time(), 0
     for step in range(first + 1, config.steps + 1):
-        rows = next(order)
-        if config.accumulate > 1:  # passes of examples of similar length: less padding, and the step is the same
-            rows.sort(key=lambda row: len(examples.views[row].full.ids))
-        parts, pair = train_step(module, rows, config, rank, world)
+        rows, upcoming = upcoming, next(order)
+        parts, pair = train_step(module, rows, config, rank, world, upcoming)
         norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip)
         if torch.isfinite(norm):
             optimizer.step()
@@ -688,11 +709,12 @@ def train(config: Config, resume: bool = False) -> Path:
         if rank == 0:
             if step % config.log_every == 0 or step == config.steps:
                 ms = (time.time() - last) * 1000 / (step % config.log_every or config.log_every)
-                log_step(out, config, step, parts, pair, float(norm), schedule.get_last_lr()[0], ms)
-                last = time.time()
+                waited = examples.store.waited / max(1e-9, time.time() - last)
+                log_step(out, config, step, parts, pair, float(norm), schedule.get_last_lr()[0], ms, waited)
+                last, examples.store.waited = time.time(), 0.0
             if step % config.eval_every == 0 or step == config.steps:
                 best = validate_and_keep(out, vlm, extra, valid_examples, config, step, best)
-                last = time.time()
+                last, examples.store.waited = time.time(), 0.0
             if step % config.save_every == 0 or step == config.steps or stop:
                 save_state(out, module, optimizer, schedule, step, best)
         if stop:
@@ -713,10 +735,10 @@ def asked_to_stop(world: int, device: str) -> bool:
     return bool(told)
 
 
-def log_step(out: Path, config: Config, step: int, parts: dict, pair, norm: float, lr: float, ms: float) -> None:
+def log_step(out: Path, config: Config, step: int, parts: dict, pair, norm: float, lr: float, ms: float, waited: float) -> None:
     parts = {name: float(value) for name, value in parts.items()}
     gauges = losses.collapse_gauges(*pair) if pair and len(pair[0]) > 1 else {}
-    log(out, "train", dict(step=step, **parts, **gauges, grad_norm=norm, lr=lr, ms=ms))
+    log(out, "train", dict(step=step, **parts, **gauges, grad_norm=norm, lr=lr, ms=ms, waited=waited))
     print(progress_line(step, config, parts, gauges, norm, lr, ms), flush=True)
 
 

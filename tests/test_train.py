@@ -237,6 +237,31 @@ def test_features_on_disk_serve_the_next_run_and_no_other_image_or_model(vlm64, 
     assert encoded == [2, 1, 2] and not torch.equal(changed[0], first[0])
 
 
+@pytest.mark.parametrize("count, batch", [(12, 4), (12, 5), (7, 2), (3, 4)])
+def test_processes_share_a_step_without_losing_or_repeating_an_example(config, count, batch):
+    rows, config = list(range(100, 100 + count)), dataclasses.replace(config, batch=batch)
+    for world in (1, 2, 3):
+        passes = [part for rank in range(world) for part in train.own_passes(rows, config, rank, world)]
+        assert sorted(row for part in passes for row in part) == rows and max(map(len, passes)) <= batch
+
+
+def test_images_made_ready_in_the_background_are_the_same_and_only_the_next_passs(vlm64, mixed, config, monkeypatch):
+    plain = train.Examples(mixed[:4], vlm64, dataclasses.replace(config, workers=0))
+    ready = train.Examples(mixed[:4], vlm64, dataclasses.replace(config, workers=2))
+    ready.prefetch([0, 1])
+    assert set(ready.store.coming) == {i for v in ready.views[:2] for i in v.full.images}
+    for i in range(len(ready.store.pictures)):
+        assert all(torch.equal(t, ready.store.inputs(i)[k]) for k, t in plain.store.inputs(i).items())
+    ready.prefetch([2, 3])
+    ready.prefetch([3])  # what was begun for 2 and not used is not kept
+    assert set(ready.store.coming) == set(ready.views[3].full.images)
+    asked = []
+    monkeypatch.setattr(train.Examples, "prefetch", lambda self, rows: asked.append(list(rows)))
+    module = train.Step(vlm64, None, plain, dataclasses.replace(config, method="sft", batch=2))
+    train.train_step(module, [0, 1, 2, 3], module.config, upcoming=[3, 2, 1, 0])
+    assert asked == [[2, 3], [3, 2]]
+
+
 def test_passes_of_one_step_hold_examples_of_similar_length(config, monkeypatch):
     """Which examples share a step is left to chance; how they share its passes is not."""
     seen, step = [], train.train_step
@@ -396,7 +421,7 @@ def test_the_run_folder_holds_what_the_docstring_says(finished):
 def test_same_seed_same_run(finished, tmp_path):
     out, config = finished
     again = train.train(dataclasses.replace(config, out=str(tmp_path / "again")))
-    strip = lambda folder: [{k: v for k, v in json.loads(line).items() if k != "ms"} for line in (folder / "log.jsonl").read_text().splitlines()]
+    strip = lambda folder: [{k: v for k, v in json.loads(line).items() if k not in ("ms", "waited")} for line in (folder / "log.jsonl").read_text().splitlines()]
     assert strip(out) == strip(again)
     files = [folder / json.loads((folder / "best.json").read_text())["checkpoint"] / "adapter_model.safetensors" for folder in (out, again)]
     assert files[0].read_bytes() == files[1].read_bytes()
@@ -475,7 +500,7 @@ TINY_RUN = ["--device", "cpu", "--steps", "12", "--batch", "2", "--train_example
 
 def contents(run):
     """What a run must end with, bit for bit: weights, moments, log without times, answers."""
-    strip = lambda line: {k: v for k, v in json.loads(line).items() if k != "ms"}
+    strip = lambda line: {k: v for k, v in json.loads(line).items() if k not in ("ms", "waited")}
     results = json.loads((run / "results.json").read_text())
     return dict(state={name: t.numpy().tobytes() for name, t in load_file(run / "state.safetensors").items()}, log=[strip(line) for line in (run / "log.jsonl").read_text().splitlines()],
                 best=json.loads((run / "best.json").read_text()), answers=results["answers"],
