@@ -523,9 +523,10 @@ def environment() -> dict:
             return None
 
     return dict(command=sys.argv, commit=git("rev-parse", "HEAD"),
-                changed_files=git("status", "--porcelain", "--untracked-files=no"), python=platform.python_version(), system=platform.platform(), cpu=platform.processor() or platform.machine(),
-                threads=torch.get_num_threads(), gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-                packages={name: importlib.metadata.version(name) for name in PACKAGES})
+                changed_files=git("status", "--porcelain", "--untracked-files=no"),
+                packages={name: importlib.metadata.version(name) for name in PACKAGES}, python=platform.python_version(),
+                system=platform.platform(), cpu=platform.processor() or platform.machine(), threads=torch.get_num_threads(),
+                gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None)
 
 
 def save_best(out: Path, vlm: VLM, extra: Predictor | LatentScale | None, step: int, valid: dict[str, float]) -> None:
@@ -647,7 +648,7 @@ def start_processes(config: Config) -> tuple[int, int]:
 
 
 def build(config: Config, world: int):
-    """(VLM, what the method adds, the module whose gradients are taken, optimiser, schedule, training, validation, test examples)."""
+    """VLM, what the method adds, the module whose gradients are taken, optimiser, schedule; training, validation, test examples."""
     vlm = VLM(config.model, dtype=getattr(torch, config.dtype)).to(config.device)
     config.packed = config.packed and vlm.family.packs  # a family with attention of its own gets a pass a view
     *given, tests = load_examples(config)
