@@ -656,7 +656,8 @@ def build(config: Config, world: int):
     vlm.set_trainable(config.lora_rank, config.lora_alpha, config.lora_dropout, config.lora_targets.split(","),
                       config.train_vision)
     if config.gradient_checkpointing:
-        vlm.lm.gradient_checkpointing_enable(dict(use_reentrant=False))
+        enable = getattr(vlm.lm, "activation_checkpointing_enable", vlm.lm.gradient_checkpointing_enable)  # the newer name first
+        enable(dict(use_reentrant=False))
     extra = additions(vlm, examples, config)
     if isinstance(extra, Predictor) and config.target_encoder == "frozen":
         cache_targets(vlm, examples, config)
@@ -803,7 +804,7 @@ def heed(number: int, frame) -> None:
     STOP.append(number)
     if len(STOP) > 1:
         raise KeyboardInterrupt
-    print("saving after this step; a second signal ends at once", flush=True)
+    os.write(1, b"saving after this step; a second signal ends at once\n")  # print() is not safe inside a handler
 
 
 def main() -> None:

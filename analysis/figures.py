@@ -166,7 +166,7 @@ def embeddings(run: Path | None, config: train.Config, world: list[data.Example]
     checkpoint = run / json.loads((run / "best.json").read_text())["checkpoint"] if run else None
     if run and (checkpoint / "predictor.safetensors").is_file():
         predictor = Predictor(vlm.dim, config.pred_tokens, torch.zeros(vlm.dim), config.nextlat_sees_next)
-        predictor.load_state_dict(evaluate.load_file(checkpoint / "predictor.safetensors"))
+        predictor.load_state_dict(evaluate.read_tensors(checkpoint / "predictor.safetensors")[0])
         pred_tokens = predictor.pred_tokens
     else:
         config.pred_tokens = 0

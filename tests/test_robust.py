@@ -259,7 +259,8 @@ def test_a_state_of_another_version_is_not_guessed_at(tmp_path, run):
 
 def test_a_full_disk_leaves_the_last_good_state(tmp_path, config, monkeypatch):
     """No space when the second state is written: the first is whole, and the run goes on from it to the usual end."""
-    config = dataclasses.replace(config, steps=3, save_every=1, eval_every=3, out=str(tmp_path / "run"))
+    config = dataclasses.replace(config, method="sft", steps=3, batch=2, save_every=1, eval_every=3, test_per_family=1, valid_examples=2,
+                                 out=str(tmp_path / "run"))
     save, saved = train.save_file, []
 
     def full(tensors, file, **kwargs):
@@ -282,7 +283,7 @@ def test_a_full_disk_leaves_the_last_good_state(tmp_path, config, monkeypatch):
 
 def test_a_second_signal_ends_at_once(tmp_path):
     """While the base is still being asked nothing is to be saved: two signals end the program with one line."""
-    process = subprocess.Popen([sys.executable, train.__file__, "--device", "cpu", "--out", str(tmp_path / "run")],
+    process = subprocess.Popen([sys.executable, train.__file__, "--device", "cpu", "--train_examples", "4", "--valid_examples", "4", "--out", str(tmp_path / "run")],
                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     said = process.stdout.readline()
     while "run folder" not in said:
