@@ -28,6 +28,7 @@ import json
 import math
 import os
 import platform
+import random
 import re
 import signal
 import subprocess
@@ -104,9 +105,9 @@ class Config:
     feature_cache: str = ""  # a folder to keep them in from run to run; empty: memory only
     gradient_checkpointing: bool = False  # recompute the layers' activations on the way back: less memory, a third more time
 
-    train_examples: int = 1500  # of the world
-    valid_examples: int = 150
-    test_per_family: int = 120
+    train_examples: int = 1500  # of the world; of a folder, all
+    valid_examples: int = 150  # of a folder, at most so many
+    test_per_family: int = 120  # of a folder, at most so many
     test_split: str = "test"  # validation, when settings are being chosen
     call_limit: int = 0  # after training, also test explicit tool use with at most so many calls
     track: int = 0  # at each validation, also ask so many validation questions, directly and with the expert's tool
@@ -215,7 +216,10 @@ class Examples:
 
 
 def load_examples(config: Config) -> list[list[data.Example]]:
-    """Training, validation and test examples, from the user's folder or drawn from the world."""
+    """Training, validation and test examples, from the user's folder or drawn from the world.
+
+    Of a folder with more, as many validation and test examples are drawn as the world would give.
+    """
     if not config.data:
         seed, families = config.world_seed, data.REGIMES[config.regime]
         return [data.make_world(config.regime, "train", config.train_examples, seed),
@@ -228,7 +232,11 @@ def load_examples(config: Config) -> list[list[data.Example]]:
         if len(found[-1]) < least:
             raise ValueError(f"{config.data} has {len(found[-1])} records in the {split} split, {least} or more are needed: "
                              f"set \"split\": \"{split}\" in some records, or add records")
-    return found
+    rng, (train_rows, valid_rows, test_rows) = random.Random(config.world_seed), found
+    most = lambda rows, n: rows if len(rows) <= n else rng.sample(rows, n)
+    families = dict.fromkeys(ex.family for ex in test_rows)
+    tests = [ex for f in families for ex in most([ex for ex in test_rows if ex.family == f], config.test_per_family)]
+    return [train_rows, most(valid_rows, config.valid_examples), tests]
 
 
 def check_data(config: Config) -> None:

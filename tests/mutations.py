@@ -66,7 +66,7 @@ FAULTS = [
     ("evaluate.py", "text.rpartition(prefix)[2]", "text.partition(prefix)[2]", "evaluate"),
     ("data.py", "if bos is not None and full.ids[0] == bos", "if False", "families"),
     ("data.py", "(self.lead + parts[0], True)", "(parts[0], True)", "families"),
-    ("model.py", "self.packs = not self.bidirectional and", "self.packs =", "families"),
+    ("model.py", "self.packs = not self.bidirectional and layers == {\"full_attention\"}", "self.packs = True", "families"),
     ("model.py", "seen = dict(token_type_ids=is_image.long()) if self.bidirectional else {}\n        return self.lm.model",
      "seen = {}\n        return self.lm.model", "families"),
     ("data.py", "path.resolve().is_relative_to", "path.is_relative_to", "robust"),

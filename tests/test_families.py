@@ -220,6 +220,9 @@ def test_views_states_and_answers_are_the_familys_own(checkpoint, mixed):
     theirs = own_inputs(vlm, checkpoint, serializer, turns, example.images)
     ids = theirs["input_ids"][0].tolist()
     assert ids[:len(views.full.ids)] == views.full.ids and len(ids) - len(views.full.ids) <= 1  # what follows the end is layout
+    bos = [vlm.tokenizer.bos_token_id] if vlm.tokenizer.bos_token_id in ids[:1] else []
+    alone = views.target.ids[len(bos):]  # R as it stands in the conversation, opened as any conversation is
+    assert views.target.ids[:len(bos)] == bos and views.full.ids[-len(alone):] == alone
     pixels = {k: v.double() if v.is_floating_point() else v for k, v in theirs.items()}
     with torch.no_grad():
         expected = vlm.lm.model(**pixels).last_hidden_state[0, :len(views.full.ids)]

@@ -487,6 +487,8 @@ def test_a_folder_of_ones_own_trains_and_bad_ones_stop_before_training(tmp_path)
     small = ["--device", "cpu", "--steps", "2", "--batch", "2", "--lora_rank", "2", "--method", "sft"]
     train.train(train.parse_config(["--data", str(tmp_path / "set"), "--out", str(tmp_path / "run"), *small]))
     assert len(json.loads((tmp_path / "run" / "results.json").read_text())["answers"]) == 2
+    capped = train.load_examples(train.parse_config(["--data", str(tmp_path / "set"), "--valid_examples", "2", "--test_per_family", "1"]))
+    assert [len(part) for part in capped] == [6, 2, 2] and len({ex.family for ex in capped[2]}) == 2
     (tmp_path / "set" / "images").rename(tmp_path / "set" / "pictures")
     done = subprocess.run([sys.executable, train.__file__, "--data", str(tmp_path / "set"), "--out", str(tmp_path / "other"), *small],
                           capture_output=True, text=True)
