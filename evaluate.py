@@ -374,8 +374,11 @@ def best_checkpoint(run: Path) -> dict:
 def write_text(file: Path, text: str) -> None:
     """Write to a temporary name, then rename: a reader never sees half a file."""
     partial = file.with_name(file.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, file)
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, file)
+    except OSError as error:
+        raise OSError(f"{file} cannot be written: {error}") from None
 
 
 def write_json(file: Path, value) -> None:

@@ -14,11 +14,12 @@ import hashlib
 import inspect
 import json
 import math
+import os
 from pathlib import Path
 
 import torch
 from PIL import Image
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import (AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, DynamicCache,
@@ -54,6 +55,18 @@ def read_tensors(file: Path, device: str | torch.device = "cpu") -> tuple[dict[s
         raise ValueError(f"{file} is not a whole safetensors file ({error}); restore it from a copy") from None
     check_finite(tensors, str(file))
     return tensors, metadata
+
+
+def write_tensors(tensors: dict[str, Tensor], file: Path, metadata: dict[str, str] | None = None) -> None:
+    """A safetensors file: under a temporary name, synced, then renamed. Raises OSError naming it, for instance on a full disk."""
+    partial = file.with_name(file.name + ".partial")
+    try:
+        save_file({name: t.detach().contiguous() for name, t in tensors.items()}, partial, metadata=metadata)
+        with open(partial, "rb") as written:
+            os.fsync(written.fileno())
+    except (SafetensorError, OSError) as error:
+        raise OSError(f"{file} cannot be written: {error}") from None
+    os.replace(partial, file)
 
 
 def check_finite(tensors: dict[str, Tensor], where: str) -> None:
@@ -399,14 +412,14 @@ class VLM(nn.Module):
         """adapter_model.safetensors and adapter_config.json; without LoRA, all trained weights in model.safetensors."""
         layers = _lora_layers(self.lm)
         if not layers:
-            trained = {n: p.detach().contiguous() for n, p in self.lm.named_parameters() if p.requires_grad}
-            save_file(trained, folder / "model.safetensors", metadata=dict(format="pt"))
+            trained = {n: p for n, p in self.lm.named_parameters() if p.requires_grad}
+            write_tensors(trained, folder / "model.safetensors", dict(format="pt"))
             return
         weights = {}
         for name, layer in layers.items():
-            weights[f"base_model.model.{name}.lora_A.weight"] = layer.lora_A.detach().contiguous()
-            weights[f"base_model.model.{name}.lora_B.weight"] = layer.lora_B.detach().contiguous()
-        save_file(weights, folder / "adapter_model.safetensors", metadata=dict(format="pt"))
+            weights[f"base_model.model.{name}.lora_A.weight"] = layer.lora_A
+            weights[f"base_model.model.{name}.lora_B.weight"] = layer.lora_B
+        write_tensors(weights, folder / "adapter_model.safetensors", dict(format="pt"))
         first = next(iter(layers.values()))
         config = dict(peft_type="LORA", task_type="CAUSAL_LM", base_model_name_or_path=self.path, r=len(first.lora_A),
                       lora_alpha=first.scaling * len(first.lora_A), lora_dropout=first.dropout.p, bias="none",

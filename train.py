@@ -41,7 +41,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import get_cosine_schedule_with_warmup
@@ -49,7 +48,7 @@ from transformers import get_cosine_schedule_with_warmup
 import data
 import evaluate
 import losses
-from model import VLM, read_json, read_tensors
+from model import VLM, read_json, read_tensors, write_tensors
 from predictor import LatentScale, Predictor
 
 METHODS, NEXTLAT_VIEWS = ("pearl", "sft", "direct", "recon"), ("full", "trajectory", "none")
@@ -298,9 +297,9 @@ def image_features(vlm: VLM, examples: Examples, indices: list[int], config: Con
             new[i] = features.clone()  # a slice would keep the whole batch's features alive
             if config.feature_cache:
                 file = feature_file(examples, i, config)
-                partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
-                save_file(dict(features=new[i].cpu()), partial)
-                os.replace(partial, file)
+                own = file.with_name(f"{os.getpid()}-{file.name}")  # several runs may fill one cache
+                write_tensors(dict(features=new[i].cpu()), own)
+                os.replace(own, file)
     if examples.feature_bytes < config.feature_cache_gb * 1e9:
         examples.features |= new
         examples.feature_bytes += sum(f.nbytes for f in new.values())
@@ -543,7 +542,7 @@ def save_best(out: Path, vlm: VLM, extra: Predictor | LatentScale | None, step: 
     partial.mkdir(exist_ok=True)
     vlm.save_adapter(partial)
     if extra is not None:
-        save_file({n: p.detach().contiguous() for n, p in extra.state_dict().items()}, partial / EXTRA_FILES[type(extra)])
+        write_tensors(extra.state_dict(), partial / EXTRA_FILES[type(extra)])
     folder.mkdir(exist_ok=True)  # there already if the run was interrupted right here: then with the same content
     for file in sorted(partial.iterdir()):
         os.replace(file, folder / file.name)
@@ -575,12 +574,8 @@ def save_state(out: Path, module: torch.nn.Module, optimizer, schedule, step: in
     tensors["random/cpu"] = torch.get_rng_state()
     if torch.cuda.is_available():
         tensors["random/cuda"] = torch.cuda.get_rng_state()
-    partial = out / "state.safetensors.partial"
-    save_file({name: t.contiguous().cpu() for name, t in tensors.items()}, partial,
-              metadata=dict(version=STATE_VERSION, step=str(step), best=repr(best), schedule=json.dumps(schedule.state_dict())))
-    with open(partial, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(partial, out / "state.safetensors")
+    write_tensors({name: t.cpu() for name, t in tensors.items()}, out / "state.safetensors",
+                  dict(version=STATE_VERSION, step=str(step), best=repr(best), schedule=json.dumps(schedule.state_dict())))
 
 
 def load_state(out: Path, module: torch.nn.Module, optimizer, schedule) -> tuple[int, float]:

@@ -73,7 +73,7 @@ FAULTS = [
     ("data.py", "(np.asarray(image) / 257)", "np.asarray(image)", "robust"),
     ("data.py", "ImageOps.exif_transpose(image)", "image", "data"),
     ("model.py", "    check_finite(tensors, str(file))\n", "", "robust"),
-    ("train.py", "    os.replace(partial, out / \"state.safetensors\")", "    partial.unlink()", "robust"),
+    ("model.py", "    os.replace(partial, file)", "    partial.unlink()", "robust"),
     ("train.py", "f\"{examples.fingerprint} {image.size}\".encode()", "f\"{image.size}\".encode()", "train"),
 ]
 
