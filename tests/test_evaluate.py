@@ -195,13 +195,16 @@ def test_arms_are_named_by_what_differs():
     assert evaluate.arms({k: r["config"] for k, r in runs.items()}) == {"a": "pearl pred_tokens=4", "b": "pearl pred_tokens=4", "c": "pearl pred_tokens=0", "d": "sft"}
 
 
-def test_command_line_needs_something_to_evaluate(tmp_path):
-    run = lambda *args: subprocess.run([sys.executable, evaluate.__file__, *args], capture_output=True, text=True)
-    done = run(str(tmp_path))
+def test_command_line_needs_something_to_evaluate(tmp_path, monkeypatch, capsys):
+    done = subprocess.run([sys.executable, evaluate.__file__, str(tmp_path)], capture_output=True, text=True)
     assert done.returncode == 1 and "results.json not found" in done.stderr and "Traceback" not in done.stderr
-    done = run(str(tmp_path), "--again")
-    assert done.returncode == 1 and "config.json not found" in done.stderr and "Traceback" not in done.stderr
-    done = run("--model", TINY, "--per_family", "2", "--json", str(tmp_path / "a.json"), "--device", "cpu")
-    assert done.returncode == 0 and "path+crop" in done.stdout
+    call = lambda *args: (monkeypatch.setattr(sys, "argv", ["evaluate.py", *args]), evaluate.main())
+    with pytest.raises(FileNotFoundError, match="config.json not found"):
+        call(str(tmp_path), "--again")
+    with pytest.raises(SystemExit):
+        call()
+    assert "name at least one RUN folder, or --model" in capsys.readouterr().err
+    call("--model", TINY, "--per_family", "2", "--json", str(tmp_path / "a.json"), "--device", "cpu")
+    assert "path+crop" in capsys.readouterr().out
     written = json.loads((tmp_path / "a.json").read_text())[TINY]
     assert len(written["answers"]) == 2 * len(data.FAMILIES) and written["table"]["all"]["n"] == 2 * (len(data.FAMILIES) - 1)
