@@ -26,7 +26,6 @@ from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
-from jinja2 import TemplateError
 from PIL import ExifTags, Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -830,7 +829,7 @@ class Serializer:
     def _render(self, messages: list[dict], **kwargs) -> str:
         try:
             return self.tokenizer.apply_chat_template(messages, tokenize=False, **kwargs)
-        except TemplateError as error:
+        except Exception as error:  # what the template itself raises, or a fault in it
             raise ValueError(f"the model's chat template refuses the conversation: {error}") from None
 
     def _encode(self, text: str) -> list[int]:
