@@ -241,6 +241,7 @@ def load_examples(config: Config) -> list[list[data.Example]]:
 def check_data(config: Config) -> None:
     """Read, place and serialise every example as a run would, and report. Raises ValueError if any cannot be used."""
     vlm, problems, lengths, sizes = VLM(config.model), [], [], []
+    config = dataclasses.replace(config, feature_cache="", workers=0)
     examples = (data.read_folder(config.data, config.outside_images, problems) if config.data
                 else [ex for part in load_examples(config)[:2] for ex in part])
     for ex in examples:
