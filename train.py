@@ -507,14 +507,17 @@ def tracked(vlm: VLM, examples: list[data.Example], config: Config) -> dict[str,
 # ---- the run's folder ---------------------------------------------------------------------------------------------------
 
 
-def start_folder(config: Config) -> Path:
-    out = Path(config.out)
+def refuse_used_folder(out: Path) -> None:
     if out.exists() and any(out.iterdir()):
         raise FileExistsError(f"{out} already holds files, perhaps a run: choose another --out, nothing is overwritten")
+
+
+def start_folder(config: Config) -> None:
+    out = Path(config.out)
+    refuse_used_folder(out)
     out.mkdir(parents=True, exist_ok=True)
     evaluate.write_json(out / "config.json", dataclasses.asdict(config))
     evaluate.write_json(out / "environment.json", environment())
-    return out
 
 
 PACKAGES = ("torch", "transformers", "safetensors", "pillow", "numpy")
@@ -678,6 +681,8 @@ def build(config: Config, world: int):
 def train(config: Config, resume: bool = False) -> Path:
     """The whole run. resume: go on from the last state in config.out, to the same end as without the interruption."""
     rank, world = start_processes(config)
+    if rank == 0 and not resume:
+        refuse_used_folder(Path(config.out))  # before anything that takes time
     torch.manual_seed(config.seed)
     vlm, extra, module, optimizer, schedule, examples, valid_examples, tests = build(config, world)
     out, parameters = Path(config.out), optimizer.param_groups[0]["params"]
