@@ -699,7 +699,7 @@ def train(config: Config, resume: bool = False) -> Path:
     for _ in range(first):
         next(order)
     upcoming = next(order)
-    start, last, skipped = time.time(), time.time(), 0
+    start, last, skipped, examples.store.waited = time.time(), time.time(), 0, 0.0
     for step in range(first + 1, config.steps + 1):
         rows, upcoming = upcoming, next(order)
         parts, pair = train_step(module, rows, config, rank, world, upcoming)
