@@ -193,12 +193,12 @@ def _read_record(record: dict, folder: Path, where: str, outside: bool) -> Examp
         steps.append(value if kind == "text" else checked(folder, value, where, outside))
     need(bool(steps) and isinstance(steps[-1], str), "the trajectory must end in a text that gives the answer")
     need(answer in steps[-1], f"the last text of the trajectory does not contain the answer {answer!r}")
-    split = record.get("split")
+    image, split = text(record["image"], "image"), record.get("split")
     if split is None:
-        split = {0: "test", 1: "validation"}.get(zlib.crc32(record["image"].encode()) % 10, "train")
+        split = {0: "test", 1: "validation"}.get(zlib.crc32(image.encode()) % 10, "train")
     need(split in SPLITS, f"split {split!r} is none of {', '.join(SPLITS)}")
     return Example(text(record["id"], "id"), text(record.get("family", "questions"), "family"),
-                   checked(folder, text(record["image"], "image"), where, outside), text(record["question"], "question"), options,
+                   checked(folder, image, where, outside), text(record["question"], "question"), options,
                    answer, steps, split)
 
 

@@ -138,7 +138,8 @@ BOXED = re.compile(r"\\boxed\{([^{}]*)\}")
 def pixelreasoner(file: Path, images: Path) -> Iterator[data.Example | Skip]:
     """PixelReasoner: message_list of {role, content: [{text} or {image} or {video}]}; system, user, then assistant and user in turn.
 
-    The assistant's JSON call becomes ours; the crop is the stored image of the next user turn.
+    The assistant's JSON call becomes ours; the crop is the stored image of the next user turn. A call may name an earlier image
+    (target_image), ours is on the last one; training does not mind, its images are the stored ones.
     """
     for n, record in enumerate(read_list(file)):
         name = f"pixelreasoner-{record.get('qid', n)}-{n}"

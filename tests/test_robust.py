@@ -108,7 +108,7 @@ def test_a_crop_of_one_pixel_is_usable_and_a_thread_of_pixels_is_refused():
     ({**RECORD, "options": ["x", "x "]}, "an option is there twice"), ({**RECORD, "options": ["x", 3]}, "every option must be a non-empty string; found 3"),
     ({**RECORD, "id": " "}, "id must be a non-empty string"), ({**RECORD, "id": 7}, "field 'id' must be a str; found 7"),
     ({**RECORD, "question": ""}, "question must be a non-empty string"), ({**RECORD, "family": 3}, "family must be a non-empty string"),
-    ({**RECORD, "question": "\ud800"}, "half a character"), ({**RECORD, "image": "a\0b.png"}, "null|cannot be read"),
+    ({**RECORD, "question": "\ud800"}, "half a character"), ({**RECORD, "image": "\ud800.png"}, "image holds half a character"), ({**RECORD, "image": "a\0b.png"}, "null|cannot be read"),
     ({**RECORD, "image": "."}, "cannot be read"), ({**RECORD, "image": "../a.png"}, "leaves the data folder.*--outside_images"),
     ({**RECORD, "image": "/etc/hostname"}, "leaves the data folder"), ({**RECORD, "trajectory": [{"image": "../b.png"}, {"text": "x"}]}, "leaves the data folder"),
     (b"[" * 100_000, "nested too deeply|not valid JSON"), (b'{"id": "\xff"}', r"not UTF-8 \(byte 8\)"), (b"NaN", "expected a JSON object, found float"),
