@@ -26,10 +26,11 @@ from pathlib import Path
 
 import torch
 
-from data import (CALL, HELD_OUT, LATENT_END, LATENT_START, REGIMES, Example, ImageStore, Serializer, View, call_tool, make_example,
-                  opened, read_folder)
+from data import LATENT_END, LATENT_START, Example, ImageStore, Serializer, View, opened, read_folder
 from model import VLM, read_json, read_tensors
 from predictor import LatentScale
+from world.scenes import HELD_OUT, REGIMES, make_example
+from world.tools import CALL, call_tool
 
 TURN_TOKENS = 56  # enough for any plan and call
 WAYS = ("direct", "free", "tool", "call", "latent")

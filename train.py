@@ -50,6 +50,7 @@ import evaluate
 import losses
 from model import VLM, read_json, read_tensors, write_tensors
 from predictor import LatentScale, Predictor
+from world import scenes
 
 METHODS, NEXTLAT_VIEWS = ("pearl", "sft", "direct", "recon"), ("full", "trajectory", "none")
 
@@ -60,7 +61,7 @@ class Config:
 
     method: str = "pearl"  # pearl, sft (L_VLM alone), direct (SFT on the answer alone), recon (latents for tool images)
     recipe: str = "ours"  # ours, paper or release: sets the fields listed in RECIPES; options given beside it win
-    regime: str = "mixed"  # the world's trajectories: single, mixed, multi or all (data.py, REGIMES)
+    regime: str = "mixed"  # the world's trajectories: single, mixed, multi or all (world/scenes.py, REGIMES)
     model: str = str(Path(__file__).resolve().parent / "tiny-vlm")  # checkpoint folder or hub id
     data: str = ""  # a data folder in the README's format; empty: the procedural world
     outside_images: bool = False  # image paths and links may leave the data folder
@@ -127,7 +128,7 @@ RECIPES = {
     "release": dict(lambda_latent=0.2, distance="cosine", target_encoder="current", target_view="trajectory_with_image",
                     nextlat_view="full", nextlat_sees_next=True, nextlat_token=True, lora_dropout=0.1, weight_decay=0.1),
 }
-CHOICES = dict(method=METHODS, recipe=tuple(RECIPES), regime=tuple(data.REGIMES), distance=losses.DISTANCES,
+CHOICES = dict(method=METHODS, recipe=tuple(RECIPES), regime=tuple(scenes.REGIMES), distance=losses.DISTANCES,
                target_encoder=("current", "frozen"), test_split=("test", "validation"), order=("text_first", "image_first"),
                targets=("own", "shuffled", "random"),
                target_view=data.TARGET_VIEWS, nextlat_view=NEXTLAT_VIEWS, dtype=("float32", "bfloat16"))
@@ -220,9 +221,9 @@ def load_examples(config: Config) -> list[list[data.Example]]:
     Of a folder with more, as many validation and test examples are drawn as the world would give.
     """
     if not config.data:
-        seed, families = config.world_seed, data.REGIMES[config.regime]
-        return [data.make_world(config.regime, "train", config.train_examples, seed),
-                data.make_world(config.regime, "validation", config.valid_examples, seed),
+        seed, families = config.world_seed, scenes.REGIMES[config.regime]
+        return [scenes.make_world(config.regime, "train", config.train_examples, seed),
+                scenes.make_world(config.regime, "validation", config.valid_examples, seed),
                 evaluate.test_examples("", families, config.test_per_family, seed, config.test_split)]
     examples = data.read_folder(config.data, config.outside_images)
     found = []

@@ -26,6 +26,7 @@ import losses  # noqa: E402
 import train  # noqa: E402
 from model import VLM  # noqa: E402
 from predictor import Predictor  # noqa: E402
+from world import scenes, tools  # noqa: E402
 
 INKS = [(31, 119, 180), (214, 39, 40), (44, 160, 44), (255, 127, 14), (148, 103, 189), (140, 86, 75), (227, 119, 194), (90, 90, 90)]
 
@@ -184,7 +185,7 @@ def what_it_knows(pair: tuple[Tensor, Tensor], world: list[data.Example]) -> dic
     """Probes on h^_R and h_R, retrieval, cluster separation. Shares; `chance` is the commonest class of the tested third."""
     families, crops = [ex.family for ex in world], [i for i, ex in enumerate(world) if ex.family == "crop"]
     classes = lambda names: torch.tensor([sorted(set(names)).index(n) for n in names])
-    boxes = torch.tensor([[int(v) for v in data.CALL.search(world[i].texts[0])[2].split()] for i in crops], dtype=torch.float32)
+    boxes = torch.tensor([[int(v) for v in tools.CALL.search(world[i].texts[0])[2].split()] for i in crops], dtype=torch.float32)
     known = {}
     for name, h in zip(("h^_R", "h_R"), pair):
         known[name] = dict(
@@ -204,9 +205,9 @@ def figure_latents_per_example(config: train.Config, decoded: int) -> tuple[Imag
     vlm = VLM(config.model)
     top, numbers = 64, {}
     chart = Chart("Latents a training example would need (Fig. 2)", "tokens of its tool images", "share of examples", (0, top), (0, 1)).ticks(count=4)
-    for regime in data.REGIMES:
+    for regime in scenes.REGIMES:
         store, counts = data.ImageStore(vlm.family), []
-        for ex in data.make_world(regime, "train", 200, config.world_seed):
+        for ex in scenes.make_world(regime, "train", 200, config.world_seed):
             counts.append(sum(map(len, store.add(ex)[1][1:])))
         numbers[regime] = dict(median=sorted(counts)[100], share_above_decoded=sum(c > decoded for c in counts) / 200)
         chart.line(regime, [(n, sum(c <= n for c in counts) / 200) for n in range(top + 1)], dots=False)
@@ -217,7 +218,7 @@ def figure_latents_per_example(config: train.Config, decoded: int) -> tuple[Imag
 def figure_latents_decoded(run: Path, pearl: float | None, per_family: int) -> tuple[Image.Image, dict]:
     """Fig. 3: the reconstruction arm's accuracy against the number of latents decoded, with Pearson r and R^2 to log2."""
     vlm, config, scale = evaluate.load_run(run, "cpu")
-    tests = evaluate.test_examples(config["data"], data.REGIMES[config["regime"]], per_family, config["world_seed"])
+    tests = evaluate.test_examples(config["data"], scenes.REGIMES[config["regime"]], per_family, config["world_seed"])
     tests = [ex for ex in tests if ex.trajectory]
     counts, shares = [0, 1, 2, 4, 8, 16, 32, 64], []
     asker = evaluate.Asker(vlm, tests, config["answer_prefix"])
@@ -303,7 +304,7 @@ def figure_neighbours(pair: tuple[Tensor, Tensor], world: list[data.Example], li
         for i in near[n].tolist():
             steps += [library[i].images[1], library[i].texts[-1]]
         sheet.append(data.replace(ex, trajectory=steps))
-    return data.contact_sheet(sheet, 1600, 100), {k: dict(nearest=share(same), chance=chance(same)) for k, same in kinds.items()}
+    return scenes.contact_sheet(sheet, 1600, 100), {k: dict(nearest=share(same), chance=chance(same)) for k, same in kinds.items()}
 
 
 def views_figure(example: data.Example) -> Image.Image:
@@ -377,7 +378,7 @@ def study_figures(folder: Path, out: Path, per_family: int, count: int) -> None:
             pearl = 100 * (table.get("all") or next(iter(table.values())))["direct"][0]
         image, numbers["latents decoded"] = figure_latents_decoded(runs["recon"], pearl, per_family)
         image.save(partial / "latents-decoded.png")
-    world = data.make_world(config.regime, "test", count, config.world_seed)
+    world = scenes.make_world(config.regime, "test", count, config.world_seed)
     chosen = {"no fine-tuning": (None, config_of(systems[0]))}
     chosen |= {name: (runs[name], config_of(name)) for name in ("sft", "pearl current target", "pearl") if name in runs}
     pairs = {name: embeddings(run, c, world) for name, (run, c) in chosen.items()}
@@ -390,7 +391,7 @@ def study_figures(folder: Path, out: Path, per_family: int, count: int) -> None:
     figure_embeddings(shown, [world[i] for i in few], known).save(partial / "embeddings.png")
     numbers["what the embedding knows"] = known
     if "pearl" in runs:
-        library = data.make_world(config.regime, "train", count, config.world_seed)
+        library = scenes.make_world(config.regime, "train", count, config.world_seed)
         _, targets = embeddings(None if frozen else runs["pearl"], config_of("pearl"), library)
         image, numbers["nearest trajectories"] = figure_neighbours(pairs["pearl"], world, library, targets)
         image.save(partial / "neighbours.png")
@@ -409,7 +410,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=1200, help="test examples for embeddings, probes and neighbours")
     args = parser.parse_args()
     if args.views:
-        views_figure(data.make_example("crop", "train", 1, 0)).save(args.views)
+        views_figure(scenes.make_example("crop", "train", 1, 0)).save(args.views)
     elif args.folder:
         study_figures(args.folder, args.out or args.folder / "figures", args.per_family, args.count)
     else:

@@ -19,8 +19,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import data  # noqa: E402
 import evaluate  # noqa: E402
+from world import scenes  # noqa: E402
 
 SYSTEMS = {  # no fine-tuning is measured by every run before it starts; explicit tool use is asked of the sft runs
     "sft": "--method sft --call_limit 3",
@@ -102,7 +102,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--base", default="tiny-vlm", metavar="NAME[=DIR]", help="name of the base, and its folder if it is another")
     parser.add_argument("--arms", nargs="*", help="default: all")
-    parser.add_argument("--regimes", nargs="*", choices=list(data.REGIMES), default=["mixed", "single", "multi", "all"],
+    parser.add_argument("--regimes", nargs="*", choices=list(scenes.REGIMES), default=["mixed", "single", "multi", "all"],
                         help="the systems run in all of these, the ablations in the first")
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side")

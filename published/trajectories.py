@@ -26,6 +26,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data  # noqa: E402
+from world import tools  # noqa: E402
 
 Skip = tuple[str, str]  # (id, reason)
 TAGS = re.compile(r"</?(?:answer|think|lvr)>|<image_start>|</?image_end>|<image>")
@@ -92,7 +93,7 @@ def lvr(file: Path, images: Path) -> Iterator[data.Example | Skip]:
             box = hundredths(record["bboxes"][0])
             path = image_file(images, paths[0])
             answer = clean(said[1])
-            crop = data.crop(data.open_image(path, name), *box)
+            crop = tools.crop(data.open_image(path, name), *box)
             call = "Look closer at the region that matters. " + "[crop " + " ".join(map(str, box)) + "]"
             yield example(name, str(record.get("dataset", "lvr")), path, clean(said[0]), answer, [call, crop, final("", answer)])
         except (KeyError, IndexError, TypeError) as error:

@@ -8,9 +8,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-import data  # noqa: E402
 from model import VLM  # noqa: E402
 from train import Config  # noqa: E402
+from world import scenes  # noqa: E402
 
 torch.set_num_threads(2)
 TINY = str(Path(__file__).resolve().parent.parent / "tiny-vlm")
@@ -26,7 +26,7 @@ def vlm64():
 @pytest.fixture(scope="session")
 def mixed():
     """Ten training examples, two of each tool."""
-    return data.make_world("mixed", "train", 10, seed=3)
+    return scenes.make_world("mixed", "train", 10, seed=3)
 
 
 @pytest.fixture

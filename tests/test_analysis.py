@@ -12,6 +12,7 @@ from PIL import Image
 
 import data
 import train
+from world import scenes
 
 ROOT = Path(data.__file__).parent
 sys.path.insert(0, str(ROOT / "analysis"))
@@ -85,7 +86,7 @@ def test_a_small_study_from_runs_to_figures(tmp_path):
 
 def test_the_plan_has_every_system_in_every_regime_and_refuses_unknown_arms(tmp_path):
     import argparse
-    args = argparse.Namespace(out=tmp_path, base="tiny-vlm", arms=None, regimes=list(data.REGIMES), seeds=[0, 1], rest=["--steps", "3"])
+    args = argparse.Namespace(out=tmp_path, base="tiny-vlm", arms=None, regimes=list(scenes.REGIMES), seeds=[0, 1], rest=["--steps", "3"])
     jobs = study.plan(args)
     assert len(jobs) == 2 * (4 * len(study.SYSTEMS) + len(study.ABLATIONS)) and len({out for out, _ in jobs}) == len(jobs)
     for out, options in jobs:  # every option is one of train.py's

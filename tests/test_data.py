@@ -10,8 +10,9 @@ import pytest
 from PIL import Image
 
 import data
+from world import scenes, tools
 
-EVERY = list(data.FAMILIES)
+EVERY = list(scenes.FAMILIES)
 
 
 # ---- the world ----
@@ -19,7 +20,7 @@ EVERY = list(data.FAMILIES)
 
 @pytest.mark.parametrize("family", EVERY)
 def test_same_seed_same_bytes_other_seed_other_bytes(family):
-    one, two, other = (data.make_example(family, "train", 5, seed) for seed in (1, 1, 2))
+    one, two, other = (scenes.make_example(family, "train", 5, seed) for seed in (1, 1, 2))
     assert [i.tobytes() for i in one.images] == [i.tobytes() for i in two.images]
     assert (one.question, one.options, one.texts) == (two.question, two.options, two.texts)
     assert one.image.tobytes() != other.image.tobytes()
@@ -28,33 +29,33 @@ def test_same_seed_same_bytes_other_seed_other_bytes(family):
 @pytest.mark.parametrize("family", EVERY)
 def test_splits_are_disjoint_by_construction(family):
     import zlib
-    for split, buckets in data.BUCKETS.items():
+    for split, buckets in scenes.BUCKETS.items():
         for i in range(8):
-            assert zlib.crc32(repr(data.make_spec(family, split, i, 0)).encode()) % 16 in buckets
-    buckets = sorted(b for r in data.BUCKETS.values() for b in r)
+            assert zlib.crc32(repr(scenes.make_spec(family, split, i, 0)).encode()) % 16 in buckets
+    buckets = sorted(b for r in scenes.BUCKETS.values() for b in r)
     assert buckets == list(range(16))  # each scene belongs to exactly one split
 
 
-@pytest.mark.parametrize("family", [f for f in EVERY if f != data.HELD_OUT])
+@pytest.mark.parametrize("family", [f for f in EVERY if f != scenes.HELD_OUT])
 def test_trajectories_are_what_the_format_says(family):
     for i in range(20):
-        ex = data.make_example(family, "train", i, 0)
+        ex = scenes.make_example(family, "train", i, 0)
         assert ex.answer in ex.options and len(set(ex.options)) == len(ex.options)
-        assert data.CALL.search(ex.texts[0]) and not data.CALL.search(ex.texts[-1])
+        assert tools.CALL.search(ex.texts[0]) and not tools.CALL.search(ex.texts[-1])
         assert ex.texts[-1].endswith(f"Answer: {ex.answer}")
         image, steps = ex.image, iter(ex.trajectory)  # the calls, run again, give the recorded images
         for text, output in zip(steps, steps):
-            image = data.call_tool(text, image)
+            image = tools.call_tool(text, image)
             assert image.tobytes() == output.tobytes()
 
 
 def test_regimes_have_the_calls_their_names_promise():
-    calls = {name: [(len(ex.images) - 1, data.CALL.search(ex.texts[0])[1]) for ex in data.make_world(name, "train", 60)] for name in data.REGIMES}
+    calls = {name: [(len(ex.images) - 1, tools.CALL.search(ex.texts[0])[1]) for ex in scenes.make_world(name, "train", 60)] for name in scenes.REGIMES}
     assert set(calls["single"]) == {(1, "crop")}
-    assert {n for n, _ in calls["mixed"]} == {1} and {tool for _, tool in calls["mixed"]} == set(data.TOOLS)
+    assert {n for n, _ in calls["mixed"]} == {1} and {tool for _, tool in calls["mixed"]} == set(tools.TOOLS)
     assert {n for n, _ in calls["multi"]} == {1, 2, 3} and {tool for _, tool in calls["multi"]} == {"crop"}
     assert max(n for n, _ in calls["all"]) == 3 and len({tool for _, tool in calls["all"]}) == 3
-    assert not any(ex.trajectory for ex in [data.make_example(data.HELD_OUT, "test", i, 0) for i in range(3)])
+    assert not any(ex.trajectory for ex in [scenes.make_example(scenes.HELD_OUT, "test", i, 0) for i in range(3)])
 
 
 # ---- the tools ----
@@ -62,21 +63,21 @@ def test_regimes_have_the_calls_their_names_promise():
 
 def test_crop_cuts_at_full_resolution_and_refuses_an_empty_box():
     image = Image.fromarray(np.arange(100 * 200 * 3, dtype=np.uint32).astype(np.uint8).reshape(100, 200, 3))
-    assert data.crop(image, 10, 20, 30, 60).tobytes() == image.crop((20, 20, 60, 60)).tobytes()
+    assert tools.crop(image, 10, 20, 30, 60).tobytes() == image.crop((20, 20, 60, 60)).tobytes()
     with pytest.raises(ValueError, match="empty"):
-        data.crop(image, 30, 20, 30, 60)
+        tools.crop(image, 30, 20, 30, 60)
 
 
 def test_highlight_dims_the_rest():
-    out = np.asarray(data.highlight(Image.new("RGB", (10, 10), (200, 100, 40)), 0, 0, 50, 100))
+    out = np.asarray(tools.highlight(Image.new("RGB", (10, 10), (200, 100, 40)), 0, 0, 50, 100))
     assert (out[:, :5] == (200, 100, 40)).all() and (out[:, 5:] == (50, 25, 10)).all()
 
 
 def test_depth_makes_the_nearer_mark_brighter():
     right = []
     for i in range(60):
-        spec = data.make_spec("depth", "train", i, 0)
-        out = np.asarray(data.depth(data.draw_balls(spec)).convert("L"), dtype=float)
+        spec = scenes.make_spec("depth", "train", i, 0)
+        out = np.asarray(tools.depth(scenes.draw_balls(spec)).convert("L"), dtype=float)
         level = {}
         for ball, name in spec["marks"]:
             x, y = spec["balls"][ball][:2]
@@ -89,26 +90,26 @@ def test_depth_makes_the_nearer_mark_brighter():
 def test_jigsaw_finds_the_piece():
     fits = []
     for i in range(60):
-        spec = data.make_spec("jigsaw", "train", i, 0)
-        frame = np.asarray(data.jigsaw(data.draw_jigsaw(spec)))[1, 1]
-        fits.append(tuple(frame) == data.COLOURS[spec["answer"]])
+        spec = scenes.make_spec("jigsaw", "train", i, 0)
+        frame = np.asarray(tools.jigsaw(scenes.draw_jigsaw(spec)))[1, 1]
+        fits.append(tuple(frame) == scenes.COLOURS[spec["answer"]])
     assert np.mean(fits) > 0.95
 
 
 def test_path_paints_the_route_to_its_end_and_no_other():
     for i in range(30):
-        spec = data.make_spec("path", "train", i, 0)
-        out = np.asarray(data.tell_path(spec, data.draw_routes(spec))[1])
-        painted = (out == data.ROUTE_PAINT).all(-1)
+        spec = scenes.make_spec("path", "train", i, 0)
+        out = np.asarray(scenes.tell_path(spec, scenes.draw_routes(spec))[1])
+        painted = (out == tools.ROUTE_PAINT).all(-1)
         for n, walk in enumerate(spec["walks"]):
-            x, y = data.node_xy(walk[-1])
+            x, y = scenes.node_xy(walk[-1])
             assert painted[max(0, y - 11):y + 12, max(0, x - 11):x + 12].any() == (n == 0), (i, n)
 
 
 @pytest.mark.parametrize("text", ["no call here", "[crop 1 2]", "[zoom 1 2 3 4]", "[highlight 1 2 3]", "[crop 5 5 5 9]"])
 def test_malformed_calls_raise_one_kind_of_error(text):
     with pytest.raises(ValueError):
-        data.call_tool(text, Image.new("RGB", (64, 64)))
+        tools.call_tool(text, Image.new("RGB", (64, 64)))
 
 
 # ---- the format ----
@@ -169,7 +170,7 @@ def test_the_readmes_record_is_read(tmp_path):
         Image.new("RGB", (64, 64)).save(tmp_path / "images" / name)
     (tmp_path / data.FILE).write_text("\ufeff" + record + "\n\n")  # a byte-order mark and a blank line are nothing to stop at
     [ex] = data.read_folder(tmp_path)
-    assert ex.answer == "seven" and len(ex.images) == 2 and data.CALL.search(ex.texts[0])
+    assert ex.answer == "seven" and len(ex.images) == 2 and tools.CALL.search(ex.texts[0])
 
 
 def test_duplicate_ids_and_missing_file(tmp_path):
@@ -201,10 +202,10 @@ def whole(vlm, turns, spans):
     return ids
 
 
-@pytest.mark.parametrize("family", [f for f in EVERY if f != data.HELD_OUT])
+@pytest.mark.parametrize("family", [f for f in EVERY if f != scenes.HELD_OUT])
 def test_views_equal_one_rendering_and_labels_decode_to_the_expert(shipped, family):
     vlm, serializer, store = shipped
-    ex = data.make_example(family, "train", 0, 0)
+    ex = scenes.make_example(family, "train", 0, 0)
     images, spans = store.add(ex)
     views = serializer.views(ex, images, spans, 2, "trajectory")
     end, turns = serializer.end_id, serializer.turns(ex)
@@ -238,7 +239,7 @@ def test_an_image_is_placed_by_its_size_alone_as_the_processor_would(shipped, tm
 def test_worked_example_of_the_docstring(shipped):
     """Every token's role: the supervised pieces of a crop trajectory, by position."""
     vlm, serializer, store = shipped
-    ex = data.make_example("crop", "train", 1, 0)
+    ex = scenes.make_example("crop", "train", 1, 0)
     view = serializer.views(ex, *store.add(ex), 2, "trajectory").full
     words = vlm.tokenizer.convert_ids_to_tokens(view.ids)
     first_reply = words.index("assistant") + 2
@@ -252,7 +253,7 @@ def test_worked_example_of_the_docstring(shipped):
 
 def test_target_with_image_keeps_i0_and_drops_the_question(shipped):
     vlm, serializer, store = shipped
-    ex = data.make_example("crop", "train", 0, 0)
+    ex = scenes.make_example("crop", "train", 0, 0)
     images, spans = store.add(ex)
     view = serializer.views(ex, images, spans, 0, "trajectory_with_image").target
     assert view.images == images and view.ids.count(vlm.image_token_id) == sum(map(len, spans))
@@ -261,13 +262,13 @@ def test_target_with_image_keeps_i0_and_drops_the_question(shipped):
 
 def test_k0_ends_at_the_generation_prompt(shipped):
     vlm, serializer, store = shipped
-    ex = data.make_example("crop", "train", 0, 0)
+    ex = scenes.make_example("crop", "train", 0, 0)
     view = serializer.views(ex, *store.add(ex), 0, "trajectory").input
     assert view.slots == () and view.ids[-len(serializer.header_ids):] == serializer.header_ids
 
 
 def test_image_first_moves_each_image_before_its_call():
-    ex = data.make_example("zoom", "train", next(i for i in range(50) if data.make_spec("zoom", "train", i, 0)["calls"] == 2), 0)
+    ex = scenes.make_example("zoom", "train", next(i for i in range(50) if scenes.make_spec("zoom", "train", i, 0)["calls"] == 2), 0)
     t1, i1, t2, i2, t3 = ex.trajectory
     assert ex.image_first().trajectory == [i1, t1, i2, t2 + " " + t3] and ex.trajectory == [t1, i1, t2, i2, t3]
     assert ex.answer_only("Answer:").trajectory == [f"Answer: {ex.answer}"]
@@ -275,7 +276,7 @@ def test_image_first_moves_each_image_before_its_call():
 
 def test_latent_view_is_one_turn_with_a_run_for_each_tool_image(shipped):
     vlm, serializer, store = shipped
-    ex = data.make_example("crop", "train", 1, 0)
+    ex = scenes.make_example("crop", "train", 1, 0)
     images, spans = store.add(ex)
     for latents, count in ((0, len(spans[1])), (3, 3)):
         view = serializer.latent_view(ex, images, spans, latents)
@@ -292,7 +293,7 @@ def test_latent_view_is_one_turn_with_a_run_for_each_tool_image(shipped):
 def test_views_refuse_what_they_cannot_serialise(shipped):
     from dataclasses import replace
     vlm, serializer, store = shipped
-    ex = data.make_example("crop", "train", 0, 0)
+    ex = scenes.make_example("crop", "train", 0, 0)
     images, spans = store.add(ex)
     with pytest.raises(ValueError, match="special token '<|im_end|>'".replace("|", r"\|")):
         serializer.views(replace(ex, question="hi<|im_end|>"), images, spans, 2, "trajectory")

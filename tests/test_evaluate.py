@@ -11,6 +11,7 @@ import torch
 
 import data
 import evaluate
+from world import scenes
 from conftest import TINY
 from model import VLM
 from predictor import LatentScale
@@ -31,18 +32,18 @@ def test_parse_answer(text, prefix, answer):
 
 def test_summary_by_hand():
     rows = [dict(family="crop", options=list("abcd"), direct_right=r, free_right=False, tool_right=True) for r in (True, True, False, True)]
-    rows += [dict(family=data.HELD_OUT, options=list("ab"), direct_right=False, free_right=True)]
+    rows += [dict(family=scenes.HELD_OUT, options=list("ab"), direct_right=False, free_right=True)]
     table = evaluate.summarise(rows)
     assert table["crop"]["direct"][0] == 0.75 and table["crop"]["chance"] == 0.25 and table["crop"]["n"] == 4
     assert table["all"]["n"] == 4 and table["all"]["direct"][0] == 0.75  # the held-out family is not in "all"
-    assert "tool" not in table[data.HELD_OUT] and table[data.HELD_OUT]["free"][0] == 1
+    assert "tool" not in table[scenes.HELD_OUT] and table[scenes.HELD_OUT]["free"][0] == 1
     text = evaluate.format_table({"before": table})
     assert " 75.0 [" in text and "tallest (held out)" in text
 
 
 def test_direct_answer_is_the_likeliest_option():
     vlm = VLM(TINY).eval()
-    examples = data.make_world("mixed", "test", 10)
+    examples = scenes.make_world("mixed", "test", 10)
     serializer, store = data.Serializer(vlm.tokenizer, vlm.placeholder_id, 2048), data.ImageStore(vlm.family)
     for ex, record in zip(examples, evaluate.answer_questions(vlm, examples)):
         view = serializer.prompt(ex, *(x[:1] for x in store.add(ex)), "Answer:")
@@ -59,7 +60,7 @@ def test_direct_answer_is_the_likeliest_option():
 
 def test_options_of_several_tokens_and_of_one_prefix():
     vlm = VLM(TINY)
-    ex = data.make_example("crop", "test", 0, 0)
+    ex = scenes.make_example("crop", "test", 0, 0)
     ex.options, ex.answer = ["red disc", "red disc two", "a strange word"], "red disc two"
     assert evaluate.answer_questions(vlm, [ex])[0]["direct"] in ex.options
 
@@ -80,7 +81,7 @@ class Script:
 
 
 def test_tools_run_on_the_last_image_until_the_answer(monkeypatch):
-    ex = data.make_example("zoom", "test", next(i for i in range(50) if data.make_spec("zoom", "test", i, 0)["calls"] == 2), 0)
+    ex = scenes.make_example("zoom", "test", next(i for i in range(50) if scenes.make_spec("zoom", "test", i, 0)["calls"] == 2), 0)
     script = Script(monkeypatch, [ex], [[ex.texts[0]], [ex.texts[1] + " and so on"], [ex.texts[2]]])
     [record] = script.asker.call(limit=3)
     assert script.shown == [[1], [2], [3]]  # I0, then each tool's image with it
@@ -94,13 +95,13 @@ def test_tools_run_on_the_last_image_until_the_answer(monkeypatch):
 @pytest.mark.parametrize("said, why", [("Zoom in. [crop 10 20]", "wrong number of arguments"), ("Zoom in. [zoom 1 2 3 4]", "no tool call"),
                                        ("Zoom in. [crop 50 50 40 60]", "is empty"), ("Zoom [crop 1 2 3", "no tool call")])
 def test_malformed_calls_are_counted_and_answered_directly(monkeypatch, said, why):
-    ex = data.make_example("crop", "test", 0, 0)
+    ex = scenes.make_example("crop", "test", 0, 0)
     [record] = Script(monkeypatch, [ex], [[said]]).asker.call(limit=3)
     assert why in record["failed"] and record["text"] == "" and record["calls"] == 0
 
 
 def test_calls_stop_at_the_limit(monkeypatch):
-    examples = data.make_world("single", "test", 2)
+    examples = scenes.make_world("single", "test", 2)
     call = "Again. [crop 0 0 90 90]"
     script = Script(monkeypatch, examples, [[call, "Answer: two"], [call], [call]])
     records = script.asker.call(limit=2)
@@ -109,7 +110,7 @@ def test_calls_stop_at_the_limit(monkeypatch):
 
 
 def test_a_failed_attempt_counts_as_answered_directly(monkeypatch):
-    examples = data.make_world("single", "test", 6)
+    examples = scenes.make_world("single", "test", 6)
     monkeypatch.setattr(evaluate.Asker, "call", lambda self, limit: [dict(text="", failed="no tool call", calls=0, tokens=1, images=1, passes=1)] * 6)
     for record in evaluate.answer_questions(VLM(TINY), examples, call_limit=1):
         assert record["call_right"] == record["direct_right"] and record["call"] == "(no tool call)"
@@ -146,7 +147,7 @@ def naive_latent(vlm, view, store, scale, latents, markers, end_id, limit):
 def test_latent_loop_equals_encoding_everything_anew(vlm64, latents):
     """Any token may be the start marker: the commonest first words, so that runs begin early, late and twice."""
     torch.manual_seed(0)
-    examples = data.make_world("mixed", "test", 3)
+    examples = scenes.make_world("mixed", "test", 3)
     asker = evaluate.Asker(vlm64.eval(), examples)
     views = [asker.serializer.prompt(ex, i[:1], n[:1]) for ex, (i, n) in zip(examples, asker.placed)]
     scale = LatentScale(3 + 5 * torch.randn(20, vlm64.dim), torch.full((vlm64.dim,), 0.1)).double()  # far from doing nothing
@@ -207,4 +208,4 @@ def test_command_line_needs_something_to_evaluate(tmp_path, monkeypatch, capsys)
     call("--model", TINY, "--per_family", "2", "--json", str(tmp_path / "a.json"), "--device", "cpu")
     assert "path+crop" in capsys.readouterr().out
     written = json.loads((tmp_path / "a.json").read_text())[TINY]
-    assert len(written["answers"]) == 2 * len(data.FAMILIES) and written["table"]["all"]["n"] == 2 * (len(data.FAMILIES) - 1)
+    assert len(written["answers"]) == 2 * len(scenes.FAMILIES) and written["table"]["all"]["n"] == 2 * (len(scenes.FAMILIES) - 1)

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 import data
+from world import tools
 
 sys.path.insert(0, str(Path(data.__file__).parent / "published"))
 import trajectories as published  # noqa: E402
@@ -39,7 +40,7 @@ def test_lvr_boxes_become_calls_and_crops(pictures, tmp_path):
     call, crop, last = ex.trajectory
     assert ex.question == "What is there?" and ex.answer == "a dog" and last == "Answer: a dog" and ex.family == "flickr30k"
     assert call.endswith("[crop 50 0 75 50]") and crop.size == (50, 50) and crop.getpixel((0, 0)) == (0, 0, 0)
-    assert crop.tobytes() == data.call_tool(call, data.open_image(pictures / "a.png", "")).tobytes()
+    assert crop.tobytes() == tools.call_tool(call, data.open_image(pictures / "a.png", "")).tobytes()
 
 
 @pytest.mark.parametrize("changed, reason", [

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 import data
 import evaluate
 import train
+from world import scenes
 from conftest import TINY
 from model import VLM
 from predictor import LatentScale, Predictor
@@ -148,7 +149,7 @@ def test_nextlat_runs_along_the_states_it_should(vlm64, mixed, config, nextlat_v
                                     dict(nextlat_token=True, target_view="trajectory_with_image"), dict(regime="all"), dict(train_vision=True)])
 def test_the_packed_pass_gives_the_losses_and_gradients_of_plain_passes(vlm64, mixed, config, fields):
     config = dataclasses.replace(config, **fields)
-    world = data.make_world("all", "train", 4) if config.regime == "all" else mixed[:5]
+    world = scenes.make_world("all", "train", 4) if config.regime == "all" else mixed[:5]
     predictor, examples = setup(vlm64, world, config)
     rows, found = list(range(len(world))), []
     for packed in (True, False):
@@ -302,7 +303,7 @@ def test_shuffled_targets_change_the_loss_and_no_jepa_drops_it(vlm64, mixed, con
 def test_reconstruction_step_against_a_loop(vlm64, config, latents):
     """Each latent by hand: its visual embedding in standard units, and the state of the position before it."""
     config = dataclasses.replace(config, method="recon", latents=latents, lambda_latent=0.5)
-    world = [ex for ex in data.make_world("multi", "train", 9) if len(ex.images) > 2][:2] + data.make_world("mixed", "train", 2)
+    world = [ex for ex in scenes.make_world("multi", "train", 9) if len(ex.images) > 2][:2] + scenes.make_world("mixed", "train", 2)
     _, examples = setup(vlm64, world, config)
     scale = train.additions(vlm64, examples, config)
     rows = list(range(len(world)))
@@ -438,7 +439,7 @@ def test_the_merged_folder_answers_in_plain_transformers_as_the_run_does_here(fi
     plain, tokenizer, processor = (kind.from_pretrained(tmp_path / "merged") for kind in (AutoModelForImageTextToText, AutoTokenizer, AutoImageProcessor))
     vlm, _, _ = evaluate.load_run(out, "cpu")
     serializer, store = data.Serializer(vlm.tokenizer, vlm.placeholder_id, 2048), data.ImageStore(vlm.family)
-    for ex in data.make_world("mixed", "test", 5):
+    for ex in scenes.make_world("mixed", "test", 5):
         text = tokenizer.apply_chat_template([dict(role="user", content=[dict(type="image"), dict(type="text", text=ex.question)])],
                                              tokenize=False, add_generation_prompt=True)
         pixels = processor(images=[ex.image], return_tensors="pt")
@@ -468,7 +469,7 @@ def test_inference_does_not_open_the_predictor(finished, tmp_path):
     out, _ = finished
     copy = tmp_path / "copy"
     shutil.copytree(out, copy)
-    tests = data.make_world("mixed", "test", 5)
+    tests = scenes.make_world("mixed", "test", 5)
     answers = evaluate.answer_questions(evaluate.load_run(out, "cpu")[0], tests)
     for file in copy.glob("checkpoint-*/predictor.safetensors"):
         file.write_bytes(b"not a predictor")
@@ -482,7 +483,7 @@ def test_a_run_is_never_overwritten(finished):
 
 
 def test_a_folder_of_ones_own_trains_and_bad_ones_stop_before_training(tmp_path):
-    rows = [ex for split, n in (("train", 6), ("validation", 3), ("test", 2)) for ex in data.make_world("all", split, n)]
+    rows = [ex for split, n in (("train", 6), ("validation", 3), ("test", 2)) for ex in scenes.make_world("all", split, n)]
     data.write_folder(tmp_path / "set", rows)
     small = ["--device", "cpu", "--steps", "2", "--batch", "2", "--lora_rank", "2", "--method", "sft"]
     train.train(train.parse_config(["--data", str(tmp_path / "set"), "--out", str(tmp_path / "run"), *small]))
@@ -625,13 +626,13 @@ def test_bad_options_name_the_good_ones(argv, message, capsys):
 
 
 @pytest.mark.parametrize("recipe", list(train.RECIPES))
-@pytest.mark.parametrize("regime", list(data.REGIMES))
+@pytest.mark.parametrize("regime", list(scenes.REGIMES))
 def test_every_recipe_steps_in_every_regime(recipe, regime, config):
     fields = {**train.RECIPES[recipe], "regime": regime}
     config = dataclasses.replace(config, **fields)
     vlm = VLM(TINY)
     vlm.set_trainable(2, 4.0, config.lora_dropout, ["q_proj"], False)
-    examples = train.Examples(data.make_world(regime, "train", 3), vlm, config)
+    examples = train.Examples(scenes.make_world(regime, "train", 3), vlm, config)
     predictor = Predictor(vlm.dim, 4, vlm.lm.get_input_embeddings().weight[0], config.nextlat_sees_next)
     parts, pair = step_of(vlm, predictor, examples, [0, 1, 2], config)
     assert all(torch.isfinite(value) and value > 0 for value in parts.values()) and pair[0].shape == (3, vlm.dim)

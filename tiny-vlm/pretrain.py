@@ -10,7 +10,7 @@ It is an ordinary Qwen2_5_VLForConditionalGeneration checkpoint (1.9M parameters
      heads, dropped afterwards, teach a model of this size what a large one picks up by itself: where an image token lies
      in its image, and an end-of-turn state that sums up the turn (the words of the last question and reply).
 It never sees a fine-tuning trajectory: no call, no plan, no reading after a tool's output. Its scenes come from the
-world's "pretrain" split, which no training, validation or test scene shares (data.py).
+world's "pretrain" split, which no training, validation or test scene shares (world/scenes.py).
 """
 
 import argparse
@@ -35,7 +35,7 @@ from transformers import (PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLF
 from transformers import AutoImageProcessor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import data  # noqa: E402
+from world import scenes, tools  # noqa: E402
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
 # ChatML turns; an image is <|vision_start|><|image_pad|><|vision_end|>, as in the Qwen-VL family, without a system turn.
@@ -51,7 +51,7 @@ CHAT_TEMPLATE = (
     "{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}")
 PATCH, MERGE = 8, 2
-COLOURS, SHAPES, DIGITS = list(data.COLOURS), data.SHAPES, data.DIGITS
+COLOURS, SHAPES, DIGITS = list(scenes.COLOURS), scenes.SHAPES, scenes.DIGITS
 
 
 def build_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
@@ -102,7 +102,7 @@ class Labels:
     classes, -1 where there is none; measure (cells, cells, 3): where in the cell an object is centred, and its size, NaN
     where no object is centred."""
 
-    def __init__(self, cells: int, origin=(0, 0), size: int = data.SIZE):
+    def __init__(self, cells: int, origin=(0, 0), size: int = scenes.SIZE):
         self.flags = np.zeros((cells, cells, len(FLAGS)), dtype=np.float16)
         self.digit, self.shape = (np.full((cells, cells), -1, dtype=np.int8) for _ in range(2))
         self.measure = np.full((cells, cells, 3), np.nan, dtype=np.float16)
@@ -172,13 +172,13 @@ def label_scene(labels: Labels, spec: dict) -> None:
             labels.put(*spec["balls"][i][:2], "near", (spec["balls"][i][3] + 1) / 16)
             labels.put(*spec["balls"][i][:2], "answer", float(name == spec["answer"]))
     if "pictures" in spec:
-        for (x, y), frame, content in zip(data.PIECES, spec["frames"], spec["order"]):
+        for (x, y), frame, content in zip(tools.PIECES, spec["frames"], spec["order"]):
             labels.area(x, y, x + 42, y + 42, frame)
             if content == 0:
                 labels.area(x, y, x + 42, y + 42, "answer")
     if "walks" in spec:
         for n, (walk, colour, digit) in enumerate(zip(spec["walks"], spec["colours"], spec["digits"])):
-            points = [data.node_xy(node) for node in walk]
+            points = [scenes.node_xy(node) for node in walk]
             for (x0, y0), (x1, y1) in zip(points, points[1:]):
                 for t in np.linspace(0, 1, 7):
                     labels.put(x0 + t * (x1 - x0), y0 + t * (y1 - y0), "other route" if n else "route")
@@ -205,12 +205,12 @@ def seen(*things) -> list[tuple[str, str]]:
     return [("Describe the picture.", f"I see: {', '.join(map(str, things))}."), ("", f"I see: {', '.join(map(str, things))}.")]
 
 
-def object_questions(objects: list, origin=(0, 0), size: int = data.SIZE) -> list[tuple[str, str]]:
+def object_questions(objects: list, origin=(0, 0), size: int = scenes.SIZE) -> list[tuple[str, str]]:
     rows = []
     shapes = [o[3] for o in objects]
     for x, y, r, shape, colour, digit in objects:
         rows += [(f"Which digit is on the {colour} {shape}?", answer(DIGITS[digit]))] * 3
-        rows += [(f"Where is the {colour} {shape}?", numbers(data.box(x, y, r, origin, size)))] * 3
+        rows += [(f"Where is the {colour} {shape}?", numbers(scenes.box(x, y, r, origin, size)))] * 3
         rows += [(f"What shape is the {colour} object?", answer(shape))] * 3
         if shapes.count(shape) == 1:
             rows.append((f"What colour is the {shape}?", answer(colour)))
@@ -222,12 +222,12 @@ def object_questions(objects: list, origin=(0, 0), size: int = data.SIZE) -> lis
 def scene_questions(spec: dict) -> list[tuple[str, str]]:
     """(question, answer) pairs about a scene; the family's own direct question is among them."""
     rows = [(spec["question"], answer(spec["answer"]))] * 5
-    percent = lambda v: min(100, round(100 * v / data.SIZE))
+    percent = lambda v: min(100, round(100 * v / scenes.SIZE))
     if "objects" in spec:
         rows = object_questions(spec["objects"])
         if "calls" in spec:
             for x, y, _, shape, colour, _ in spec["objects"]:
-                rows += [(f"Which panel is the {colour} {shape} in?", answer(data.panel_name(x, y)))] * 2
+                rows += [(f"Which panel is the {colour} {shape} in?", answer(scenes.panel_name(x, y)))] * 2
     if "bars" in spec:
         bars = spec["bars"]
         rows += [("Which bar is the tallest?", answer(max(bars, key=lambda b: b[1])[2])),
@@ -239,7 +239,7 @@ def scene_questions(spec: dict) -> list[tuple[str, str]]:
             rows.append((f"Where is the {colour} bar?", numbers((percent(x - 1), percent(108 - height), percent(x + 16), 87))))
             if spec["family"] == "highlight+crop":
                 rows.append((f"Which digit is under the {colour} bar?", answer(DIGITS[digit])))
-                rows.append((f"Where is the digit under the {colour} bar?", numbers(data.box(x + 7, 118, 9))))
+                rows.append((f"Where is the digit under the {colour} bar?", numbers(scenes.box(x + 7, 118, 9))))
     if "balls" in spec:
         for i, name in spec["marks"]:
             rows.append((f"Where is the {name} mark?", numbers(percent(v) for v in spec["balls"][i][:2])))
@@ -248,11 +248,11 @@ def scene_questions(spec: dict) -> list[tuple[str, str]]:
         rows.append(("Which colours are the frames?", answer(" ".join(spec["frames"]))))
         rows += seen(*(f"{frame} frame" for frame in spec["frames"]))
     if "walks" in spec:
-        x, y = data.node_xy(spec["walks"][0][0])
+        x, y = scenes.node_xy(spec["walks"][0][0])
         rows += [("Where is the ring?", numbers((percent(x), percent(y))))] * 2
         rows += seen("ring", *(f"{colour} disc" for colour in spec["colours"]))
         for walk, colour, digit in zip(spec["walks"], spec["colours"], spec["digits"]):
-            rows.append((f"Where is the {colour} disc?", numbers(data.box(*data.node_xy(walk[-1]), 11))))
+            rows.append((f"Where is the {colour} disc?", numbers(scenes.box(*scenes.node_xy(walk[-1]), 11))))
             if spec["family"] == "path+crop":
                 rows.append((f"Which digit is on the {colour} disc?", answer(DIGITS[digit])))
     return rows
@@ -268,10 +268,10 @@ def object_crop(spec: dict, image: Image.Image, rng: random.Random):
         labels = Labels(8, corner, 64)
         label_objects(labels, spec["objects"])
         inside = [o for o in spec["objects"] if all(c <= v < c + 64 for c, v in zip(corner, o))]
-        return data.crop(image, *data.box(corner[0] + 32, corner[1] + 32, 32)), labels, object_questions(inside, corner, 64)
+        return tools.crop(image, *scenes.box(corner[0] + 32, corner[1] + 32, 32)), labels, object_questions(inside, corner, 64)
     centre, half = ((x, y), r) if kind == "object" else ((x, y + lower), 7)
     labels = Labels(4, (centre[0] - half, centre[1] - half), 2 * half)
-    labels.area(0, 0, data.SIZE, data.SIZE, colour)
+    labels.area(0, 0, scenes.SIZE, scenes.SIZE, colour)
     labels.read(x, y + lower, digit)
     questions = [("Which digit is this?", answer(DIGITS[digit]))] + (seen(DIGITS[digit]) if kind == "mark" else [])
     if kind == "object":
@@ -279,8 +279,8 @@ def object_crop(spec: dict, image: Image.Image, rng: random.Random):
         questions += seen(f"{colour} {shape} {DIGITS[digit]}")
         questions += [("What is this?", answer(f"{colour} {shape}")),
                       (f"Which digit is on the {colour} {shape}?", answer(DIGITS[digit])),
-                      ("Where is the mark?", numbers(data.box(r, r + lower, 7, size=2 * r)))]
-    return data.crop(image, *data.box(*centre, half)), labels, questions
+                      ("Where is the mark?", numbers(scenes.box(r, r + lower, 7, size=2 * r)))]
+    return tools.crop(image, *scenes.box(*centre, half)), labels, questions
 
 
 def digit_crop(spec: dict, image: Image.Image, rng: random.Random):
@@ -290,10 +290,10 @@ def digit_crop(spec: dict, image: Image.Image, rng: random.Random):
         x, y, r, digit = bar[0] + 7, 118, 9, bar[4]
     else:
         n = rng.randrange(len(spec["walks"]))
-        (x, y), r, digit = data.node_xy(spec["walks"][n][-1]), 11, spec["digits"][n]
+        (x, y), r, digit = scenes.node_xy(spec["walks"][n][-1]), 11, spec["digits"][n]
     labels = Labels(4, (x - r, y - r), 2 * r)
     labels.read(x, y, digit)
-    return data.crop(image, *data.box(x, y, r)), labels, [("Which digit is this?", answer(DIGITS[digit])), *seen(DIGITS[digit])]
+    return tools.crop(image, *scenes.box(x, y, r)), labels, [("Which digit is this?", answer(DIGITS[digit])), *seen(DIGITS[digit])]
 
 
 def tool_picture(spec: dict, image: Image.Image, rng: random.Random):
@@ -303,7 +303,7 @@ def tool_picture(spec: dict, image: Image.Image, rng: random.Random):
     if spec["family"].endswith("+crop") and rng.random() < 0.5:
         return digit_crop(spec, image, rng)
     labels = Labels(8)
-    out = next(step for step in data.FAMILIES[spec["family"]].tell(spec, image) if not isinstance(step, str))
+    out = next(step for step in scenes.FAMILIES[spec["family"]].tell(spec, image) if not isinstance(step, str))
     if "pictures" in spec:  # the assembled picture: a frame in the fitting piece's colour
         for edge in ((0, 0, 128, 14), (0, 114, 128, 128), (0, 0, 14, 128), (114, 0, 128, 128)):
             labels.area(*edge, spec["answer"])
@@ -312,9 +312,9 @@ def tool_picture(spec: dict, image: Image.Image, rng: random.Random):
     if "balls" in spec:
         return out, labels, [("Which mark is brighter?", answer(spec["answer"])), *seen(f"{spec['answer']} brighter")]
     if "walks" in spec:
-        colour, end = spec["colours"][0], data.node_xy(spec["walks"][0][-1])
+        colour, end = spec["colours"][0], scenes.node_xy(spec["walks"][0][-1])
         return out, labels, [("Which disc does the pink route reach?", answer(colour)), *seen(f"pink route, {colour} disc"),
-                             (f"Where is the {colour} disc?", numbers(data.box(*end, 11)))]
+                             (f"Where is the {colour} disc?", numbers(scenes.box(*end, 11)))]
     bright = [bar for bar in spec["bars"] if bar[3]]
     for x, height, *_ in bright:
         labels.area(x, 110 - height, x + 14, 110, "bright")
@@ -322,7 +322,7 @@ def tool_picture(spec: dict, image: Image.Image, rng: random.Random):
     return out, labels, [("Which bright bar is the tallest?", answer(tallest[2])),
                          ("Which bars are bright?", answer(" ".join(bar[2] for bar in bright))),
                          *seen(*(f"{bar[2]} bar" for bar in bright), f"{tallest[2]} tallest"),
-                         (f"Where is the digit under the {tallest[2]} bar?", numbers(data.box(tallest[0] + 7, 118, 9)))]
+                         (f"Where is the digit under the {tallest[2]} bar?", numbers(scenes.box(tallest[0] + 7, 118, 9)))]
 
 
 WEIGHTS = {"crop": 7, "highlight": 3, "depth": 3, "jigsaw": 6, "path": 3, "zoom": 3, "highlight+crop": 3,
@@ -335,8 +335,8 @@ def make_pictures(start: int, count: int, seed: int) -> list[tuple]:
     for index in range(start, start + count):
         rng = random.Random(f"{seed}-{index}")
         family = rng.choices(list(WEIGHTS), WEIGHTS.values())[0]
-        spec = data.make_spec(family, "pretrain", index, seed)
-        image = data.FAMILIES[family].draw(spec)
+        spec = scenes.make_spec(family, "pretrain", index, seed)
+        image = scenes.FAMILIES[family].draw(spec)
         labels = Labels(8)
         label_scene(labels, spec)
         for picture, target, questions in ((image, labels, scene_questions(spec)), tool_picture(spec, image, rng)):
@@ -376,9 +376,9 @@ def prepare(args) -> list[Picture]:
     return pictures
 
 
-def make_pool(scenes: int, seed: int, folder: Path, workers: int) -> list[Picture]:
+def make_pool(count: int, seed: int, folder: Path, workers: int) -> list[Picture]:
     chunk = 500
-    jobs = [(start, min(chunk, scenes - start), seed, str(folder)) for start in range(0, scenes, chunk)]
+    jobs = [(start, min(chunk, count - start), seed, str(folder)) for start in range(0, count, chunk)]
     with ProcessPoolExecutor(workers) as executor:
         return [picture for part in executor.map(prepare, jobs) for picture in part]
 
@@ -591,7 +591,7 @@ def main() -> None:
     corpus = [t for _, _, rows in make_pictures(0, 300, args.seed) for q, a in rows for t in (q, a)]
     corpus += [f"{a} {b}" for a in range(101) for b in (range(101))]
     corpus += ["user\n", "assistant\n"] * 100 + [f"Answer: {w}." for w in (*COLOURS, *SHAPES, *DIGITS)] * 50
-    corpus += [s for f in data.FAMILIES for i in range(40) for s in data.make_example(f, "pretrain", i, 0).texts]
+    corpus += [s for f in scenes.FAMILIES for i in range(40) for s in scenes.make_example(f, "pretrain", i, 0).texts]
     tokenizer = build_tokenizer(corpus)
     model = build_model(tokenizer).to(args.device)
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, vocabulary {len(tokenizer)}")
