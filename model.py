@@ -22,6 +22,8 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from transformers import (AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, DynamicCache,
                           PreTrainedModel)
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
@@ -296,6 +298,16 @@ class VLM(nn.Module):
                 add_lora(part, rank, alpha, dropout, targets + (["qkv", "proj"] if part is tower else []))
             else:
                 part.requires_grad_(True)
+
+    def shard_frozen(self, device: str, processes: int) -> None:
+        """Each process keeps its share of the layers' frozen weights (FSDP), and gathers a layer's others when it runs.
+
+        What trains stays whole in every process: it is small (LoRA), and is exchanged, saved and resumed as without.
+        """
+        mesh = init_device_mesh(torch.device(device).type, (processes,))
+        for layer in self.lm.get_decoder().layers:
+            trained = {p for p in layer.parameters() if p.requires_grad}
+            fully_shard(layer, mesh=mesh, reshard_after_forward=True, ignored_params=trained)
 
     def encode_images(self, images: list[dict[str, Tensor]]) -> list[Tensor]:
         """Features of each image (ImageStore.inputs), (S, P, D): what its image tokens are replaced by, then deepstack levels."""

@@ -103,6 +103,7 @@ class Config:
     workers: int = 2  # threads that prepare the images of the next pass while this one is computed
     feature_cache_gb: float = 2.0  # most memory for those features
     feature_cache: str = ""  # a folder to keep them in from run to run; empty: memory only
+    shard: bool = False  # with several processes: each holds a share of the frozen layers (FSDP), for a model that does not fit
     gradient_checkpointing: bool = False  # recompute the layers' activations on the way back: less memory, a third more time
 
     train_examples: int = 1500  # of the world; of a folder, all
@@ -642,9 +643,11 @@ class Step(torch.nn.Module):
 
 def start_processes(config: Config) -> tuple[int, int]:
     """(rank, number of processes); under torchrun also sets this process's device. Raises ValueError if they do not fit."""
-    if "WORLD_SIZE" not in os.environ:
+    world, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
+    if config.shard and (world == 1 or not config.lora_rank):
+        raise ValueError("--shard shares frozen weights between processes: start it with torchrun and two or more, and with --lora_rank")
+    if world == 1:
         return 0, 1
-    world, local = int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_RANK"])
     if config.accumulate % world:
         raise ValueError(f"--accumulate {config.accumulate} passes cannot be shared by {world} processes: make it a multiple")
     if torch.device(config.device).type == "cuda":
@@ -657,12 +660,15 @@ def start_processes(config: Config) -> tuple[int, int]:
 
 def build(config: Config, world: int):
     """VLM, what the method adds, the module whose gradients are taken, optimiser, schedule; training, validation, test examples."""
-    vlm = VLM(config.model, dtype=getattr(torch, config.dtype)).to(config.device)
+    vlm = VLM(config.model, dtype=getattr(torch, config.dtype))
     config.packed = config.packed and vlm.family.packs  # a family with attention of its own gets a pass a view
     *given, tests = load_examples(config)
     examples, valid_examples = (Examples(rows, vlm, config) for rows in given)
     vlm.set_trainable(config.lora_rank, config.lora_alpha, config.lora_dropout, config.lora_targets.split(","),
                       config.train_vision)
+    if config.shard:
+        vlm.shard_frozen(config.device, world)
+    vlm.to(config.device)
     if config.gradient_checkpointing:
         enable = getattr(vlm.lm, "activation_checkpointing_enable", vlm.lm.gradient_checkpointing_enable)  # the newer name first
         enable(dict(use_reentrant=False))
@@ -675,7 +681,7 @@ def build(config: Config, world: int):
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
     schedule = get_cosine_schedule_with_warmup(optimizer, math.ceil(config.warmup * config.steps), config.steps)
     if world > 1:
-        module = DistributedDataParallel(module, find_unused_parameters=True)
+        module = DistributedDataParallel(module, find_unused_parameters=True, init_sync=not config.shard)  # shares differ
     return vlm, extra, module, optimizer, schedule, examples, valid_examples, tests
 
 
@@ -693,7 +699,8 @@ def train(config: Config, resume: bool = False) -> Path:
         print(f"{config.method} on {config.data or config.regime}: {len(examples.views)} examples, "
               f"{sum(p.numel() for p in parameters) / 1e6:.2f}M trained parameters, {config.device}"
               f"{f' x {world}' if world > 1 else ''}, run folder {out}")
-    before = answers_before(out, vlm, tests, config) if rank == 0 else []
+    alone = rank == 0 and not config.shard  # shares of a model run in all processes or in none: they are not asked questions here
+    before = answers_before(out, vlm, tests, config) if alone else []
     vlm.train()
     first, best = load_state(out, module, optimizer, schedule) if resume else (0, math.inf)
     order = step_rows(examples, config)
@@ -717,24 +724,23 @@ def train(config: Config, resume: bool = False) -> Path:
         schedule.step()
         optimizer.zero_grad(set_to_none=True)
 
-        stop = asked_to_stop(world, config.device)
-        if rank == 0:
-            if step % config.log_every == 0 or step == config.steps:
-                ms = (time.time() - last) * 1000 / (step % config.log_every or config.log_every)
-                waited = examples.store.waited / max(1e-9, time.time() - last)
-                log_step(out, config, step, parts, pair, float(norm), schedule.get_last_lr()[0], ms, waited)
-                last, examples.store.waited = time.time(), 0.0
-            if step % config.eval_every == 0 or step == config.steps:
-                best = validate_and_keep(out, vlm, extra, valid_examples, config, step, best)
-                last, examples.store.waited = time.time(), 0.0
-            if step % config.save_every == 0 or step == config.steps or stop:
-                save_state(out, module, optimizer, schedule, step, best)
+        stop, due = asked_to_stop(world, config.device), lambda every: step % every == 0 or step == config.steps
+        if rank == 0 and due(config.log_every):
+            log_step(out, config, step, parts, pair, float(norm), schedule.get_last_lr()[0], time.time() - last, examples.store)
+            last, examples.store.waited = time.time(), 0.0
+        if due(config.eval_every) and (rank == 0 or config.shard):
+            best = validate_and_keep(out, vlm, extra, valid_examples, config, step, best, writes=rank == 0)
+            last, examples.store.waited = time.time(), 0.0
+        if rank == 0 and (due(config.save_every) or stop):
+            save_state(out, module, optimizer, schedule, step, best)
         if stop:
             if rank == 0:
                 print(f"stopped after step {step}; python train.py --resume {out} goes on from there")
             return out
-    if rank == 0:
+    if alone:
         report(out, config, tests, before, time.time() - start)
+    elif rank == 0:
+        print(f"everything is in {out}; python evaluate.py {out} --again asks the test questions, on a device that holds the whole model")
     return out
 
 
@@ -747,16 +753,23 @@ def asked_to_stop(world: int, device: str) -> bool:
     return bool(told)
 
 
-def log_step(out: Path, config: Config, step: int, parts: dict, pair, norm: float, lr: float, ms: float, waited: float) -> None:
+def log_step(out: Path, config: Config, step: int, parts: dict, pair, norm: float, lr: float, seconds: float, store) -> None:
+    """A line of the log and of the screen. seconds: since the line before; store: counts those that images were waited for."""
     parts = {name: float(value) for name, value in parts.items()}
     gauges = losses.collapse_gauges(*pair) if pair and len(pair[0]) > 1 else {}
-    log(out, "train", dict(step=step, **parts, **gauges, grad_norm=norm, lr=lr, ms=ms, waited=waited))
+    ms = 1000 * seconds / (step % config.log_every or config.log_every)
+    log(out, "train", dict(step=step, **parts, **gauges, grad_norm=norm, lr=lr, ms=ms, waited=store.waited / max(1e-9, seconds)))
     print(progress_line(step, config, parts, gauges, norm, lr, ms), flush=True)
 
 
-def validate_and_keep(out: Path, vlm: VLM, extra, examples: Examples, config: Config, step: int, best: float) -> float:
-    """Validate, log, keep the checkpoint if it is the best so far; returns the best loss. Says a collapse in words."""
+def validate_and_keep(out: Path, vlm: VLM, extra, examples: Examples, config: Config, step: int, best: float, writes: bool) -> float:
+    """Validate, log, keep the checkpoint if it is the best so far; returns the best loss. Says a collapse in words.
+
+    writes: false in a process that only takes part in the passes of a sharded model.
+    """
     valid = validate(vlm, extra, examples, config) | tracked(vlm, examples.given[:config.track], config)
+    if not writes:
+        return best
     log(out, "valid", dict(step=step, **valid))
     print("      validation: " + " ".join(f"{name} {value:.3f}" for name, value in valid.items()), flush=True)
     if len(examples.views) > 9 and (valid.get("effective_rank", 9.0) < 3 or valid.get("mean_cosine", 0.0) > 0.97):

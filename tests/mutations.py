@@ -75,6 +75,8 @@ FAULTS = [
     ("model.py", "    check_finite(tensors, str(file))\n", "", "robust"),
     ("model.py", "    os.replace(partial, file)", "    partial.unlink()", "robust"),
     ("train.py", "f\"{examples.fingerprint} {image.size}\".encode()", "f\"{image.size}\".encode()", "train"),
+    ("train.py", "init_sync=not config.shard", "init_sync=True", "train"),
+    ("model.py", ", ignored_params=trained)", ")", "train"),
 ]
 
 

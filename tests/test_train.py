@@ -7,6 +7,7 @@ import random
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -554,17 +555,61 @@ def test_sigterm_saves_and_says_how_to_go_on(uninterrupted, tmp_path):
     assert contents(run) == uninterrupted
 
 
-def test_two_processes_train_as_one(tmp_path):
-    """torchrun with two gloo processes against one process: the same passes, so the same weights."""
-    options = [*TINY_RUN, "--accumulate", "4", "--steps", "3", "--lora_dropout", "0", "--eval_every", "3", "--targets", "shuffled"]
-    said, _ = launch(*options, "--out", str(tmp_path / "one")).communicate()
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29533", train.__file__, *options,
-                           "--out", str(tmp_path / "two")], capture_output=True, text=True)
+def torchrun(*args: str) -> None:
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29533", *args],
+                          capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    one, two = (load_file(tmp_path / name / "state.safetensors") for name in ("one", "two"))
+
+
+def assert_same_weights(*runs: Path) -> None:
+    one, two = (load_file(run / "state.safetensors") for run in runs)
     for name in one:
         if name.startswith("weight/"):
             torch.testing.assert_close(one[name], two[name], rtol=1e-3, atol=2e-5, msg=lambda text: f"{name}: {text}")
+
+
+SHARDED = """
+import sys
+sys.path.insert(0, {root!r})
+import train
+from model import VLM
+shard = VLM.shard_frozen
+
+def watched(vlm, device, processes):
+    layers = vlm.lm.get_decoder().layers
+    whole = {{name: p.numel() for name, p in layers.named_parameters()}}
+    shard(vlm, device, processes)
+    for name, p in layers.named_parameters():
+        assert p.numel() == whole[name] and (p.requires_grad or p.to_local().numel() == whole[name] // 2), name
+
+VLM.shard_frozen = watched
+train.main()
+"""
+
+
+def test_sharding_wants_several_processes_and_frozen_weights(config, monkeypatch):
+    with pytest.raises(ValueError, match="with torchrun and two or more"):
+        train.train(dataclasses.replace(config, shard=True))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="with --lora_rank"):
+        train.train(dataclasses.replace(config, shard=True, lora_rank=0))
+
+
+def test_two_processes_train_as_one(tmp_path):
+    """torchrun with two gloo processes against one process: the same passes, so the same weights. With --shard, each process
+    holds half of every frozen weight of the layers."""
+    options = [*TINY_RUN, "--accumulate", "4", "--steps", "3", "--lora_dropout", "0", "--eval_every", "3", "--targets", "shuffled"]
+    said, _ = launch(*options, "--out", str(tmp_path / "one")).communicate()
+    torchrun(train.__file__, *options, "--out", str(tmp_path / "two"))
+    assert_same_weights(tmp_path / "one", tmp_path / "two")
+    (tmp_path / "sharded.py").write_text(SHARDED.format(root=str(Path(train.__file__).parent)))
+    torchrun(str(tmp_path / "sharded.py"), *options, "--shard", "true", "--gradient_checkpointing", "true", "--track", "2",
+             "--out", str(tmp_path / "shards"))
+    assert_same_weights(tmp_path / "one", tmp_path / "shards")
+    logs = [[json.loads(line) for line in open(tmp_path / name / "log.jsonl")][-1] for name in ("two", "shards")]
+    assert logs[0]["kind"] == "valid" and logs[0]["loss"] == pytest.approx(logs[1]["loss"], rel=1e-3)
+    vlm, _, _ = evaluate.load_run(tmp_path / "shards", "cpu")
+    assert evaluate.answer_questions(vlm, scenes.make_world("mixed", "test", 2))
 
 
 def test_a_run_goes_on_with_another_number_of_processes(tmp_path, config, monkeypatch):
@@ -576,13 +621,8 @@ def test_a_run_goes_on_with_another_number_of_processes(tmp_path, config, monkey
     monkeypatch.setattr(train, "train_step", lambda *args: train_step(*args) if steps.append(1) or len(steps) < 3 else 1 / 0)
     with pytest.raises(ZeroDivisionError):
         train.train(half)
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29534", train.__file__,
-                           "--resume", half.out], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    whole, resumed = (load_file(tmp_path / name / "state.safetensors") for name in ("whole", "half"))
-    for name in whole:
-        if name.startswith("weight/"):
-            torch.testing.assert_close(whole[name], resumed[name], rtol=1e-3, atol=2e-5, msg=lambda text: f"{name}: {text}")
+    torchrun(train.__file__, "--resume", half.out)
+    assert_same_weights(tmp_path / "whole", tmp_path / "half")
 
 
 def test_steps_without_a_finite_gradient_are_skipped_then_stop(tmp_path, config, monkeypatch, capsys):
