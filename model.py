@@ -22,8 +22,6 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from transformers import (AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, DynamicCache,
                           PreTrainedModel)
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
@@ -304,6 +302,9 @@ class VLM(nn.Module):
 
         What trains stays whole in every process: it is small (LoRA), and is exchanged, saved and resumed as without.
         """
+        from torch.distributed.device_mesh import init_device_mesh  # here, because loading them takes most of a second
+        from torch.distributed.fsdp import fully_shard
+
         mesh = init_device_mesh(torch.device(device).type, (processes,))
         for layer in self.lm.get_decoder().layers:
             trained = {p for p in layer.parameters() if p.requires_grad}

@@ -645,7 +645,8 @@ def start_processes(config: Config) -> tuple[int, int]:
     """(rank, number of processes); under torchrun also sets this process's device. Raises ValueError if they do not fit."""
     world, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
     if config.shard and (world == 1 or not config.lora_rank):
-        raise ValueError("--shard shares frozen weights between processes: start it with torchrun and two or more, and with --lora_rank")
+        raise ValueError("--shard shares frozen weights between processes: start it with torchrun and two or more, and with "
+                         "--lora_rank above 0")
     if world == 1:
         return 0, 1
     if config.accumulate % world:
@@ -740,7 +741,7 @@ def train(config: Config, resume: bool = False) -> Path:
     if alone:
         report(out, config, tests, before, time.time() - start)
     elif rank == 0:
-        print(f"everything is in {out}; python evaluate.py {out} --again asks the test questions, on a device that holds the whole model")
+        print(f"everything is in {out}; where the whole model fits, python evaluate.py {out} --again asks the test questions")
     return out
 
 
@@ -762,7 +763,8 @@ def log_step(out: Path, config: Config, step: int, parts: dict, pair, norm: floa
     print(progress_line(step, config, parts, gauges, norm, lr, ms), flush=True)
 
 
-def validate_and_keep(out: Path, vlm: VLM, extra, examples: Examples, config: Config, step: int, best: float, writes: bool) -> float:
+def validate_and_keep(out: Path, vlm: VLM, extra, examples: Examples, config: Config, step: int, best: float,
+                      writes: bool = True) -> float:
     """Validate, log, keep the checkpoint if it is the best so far; returns the best loss. Says a collapse in words.
 
     writes: false in a process that only takes part in the passes of a sharded model.

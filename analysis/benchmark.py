@@ -27,7 +27,8 @@ def release_losses(vlm: VLM, extra, examples, rows: list[int], config):
     views = [examples.views[row] for row in rows]
     features = train.image_features(vlm, examples, [i for v in views for i in v.full.images], config)
     width = max(len(v.ids) for three in views for v in three)
-    encoded = [train.encode(vlm, examples, data.collate([getattr(v, name) for v in views], vlm.pad_id, width=width), features, slots)
+    padded = lambda name: data.collate([getattr(v, name) for v in views], vlm.pad_id, width=width)
+    encoded = [train.encode(vlm, examples, padded(name), features, slots)
                for name, slots in (("full", None), ("input", extra.pred_tokens), ("target", None))]
     (full, states, inputs, _), (_, _, _, predicted), (_, _, _, embedding) = encoded
     rollout = extra.latent.rollout(states, inputs, full.labels != -100, config.horizon)
@@ -48,10 +49,10 @@ def benchmark(config) -> dict:
     extra = train.additions(vlm, examples, pearl)
     parameters = [p for module in (vlm, extra) for p in module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=0.0)
-    variants = dict(sft=(train.compute_losses, None, pearl), packed=(train.compute_losses, extra, pearl),
-                    packed_cached=(train.compute_losses, extra, dataclasses.replace(pearl, target_encoder="frozen")),
-                    packed_trajectory=(train.compute_losses, extra, dataclasses.replace(pearl, nextlat_view="trajectory")),
-                    plain=(train.compute_losses, extra, dataclasses.replace(pearl, packed=False)), release=(release_losses, extra, pearl))
+    ours = lambda **settings: (train.compute_losses, extra, dataclasses.replace(pearl, **settings))
+    variants = dict(sft=(train.compute_losses, None, pearl), packed=ours(), packed_cached=ours(target_encoder="frozen"),
+                    packed_trajectory=ours(nextlat_view="trajectory"), plain=ours(packed=False),
+                    release=(release_losses, extra, pearl))
     order = train.batches(len(world), config.batch, config.seed)
     cuda = vlm.device.type == "cuda"
     times, memory, tokens = {name: [] for name in variants}, {name: 0.0 for name in variants}, []
@@ -77,11 +78,13 @@ def benchmark(config) -> dict:
                 times[name].append((time.perf_counter() - start) * 1000)
         tokens.append(sum(len(examples.views[row].full.ids) for row in rows))
     median = {name: statistics.median(values) for name, values in times.items()}
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
     print(f"{config.device}, {torch.get_num_threads()} CPU threads, batch {config.batch}, medians of {config.steps} rounds"
-          + ("" if cuda else f"; peak memory of the process {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20:.2f} GiB"))
+          + ("" if cuda else f"; peak memory of the process {peak:.2f} GiB"))
     print("variant             ms/step   / SFT   full-view tokens/s" + ("   peak GiB" if cuda else ""))
     for name, ms in median.items():
-        print(f"{name:18s}{ms:9.1f}{ms / median['sft']:8.2f}{1000 * statistics.mean(tokens) / ms:21.0f}" + (f"{memory[name]:11.2f}" if cuda else ""))
+        gib = f"{memory[name]:11.2f}" if cuda else ""
+        print(f"{name:18s}{ms:9.1f}{ms / median['sft']:8.2f}{1000 * statistics.mean(tokens) / ms:21.0f}{gib}")
     numbers = {f"{name}_ms": round(ms, 2) for name, ms in median.items()}
     numbers |= {f"{name}_over_sft": round(ms / median["sft"], 3) for name, ms in median.items() if name != "sft"}
     print(json.dumps(numbers | ({f"{name}_gib": round(gib, 2) for name, gib in memory.items()} if cuda else {})))

@@ -63,7 +63,8 @@ class Chart:
 
     def at(self, x: float, y: float) -> tuple[float, float]:
         share = lambda v, low, high: (v - low) / ((high - low) or 1)
-        return (self.left + share(x, *self.xs) * (self.right - self.left), self.bottom - share(y, *self.ys) * (self.bottom - self.top))
+        return (self.left + share(x, *self.xs) * (self.right - self.left),
+                self.bottom - share(y, *self.ys) * (self.bottom - self.top))
 
     def line(self, name: str, points: list[tuple[float, float]], dots: bool = True) -> None:
         ink = INKS[self.names % len(INKS)]
@@ -189,7 +190,8 @@ def what_it_knows(pair: tuple[Tensor, Tensor], world: list[data.Example]) -> dic
     known = {}
     for name, h in zip(("h^_R", "h_R"), pair):
         known[name] = dict(
-            tool=probe(h, classes(families)), digit=probe(h[crops], classes([world[i].answer for i in crops])), place_r2=probe(h[crops], boxes),
+            tool=probe(h, classes(families)), digit=probe(h[crops], classes([world[i].answer for i in crops])),
+            place_r2=probe(h[crops], boxes),
             separation=separation(h, families))
     digits = [world[i].answer for i in crops][2 * len(crops) // 3:]
     known["chance"] = dict(digit=max(map(digits.count, digits)) / len(digits))
@@ -204,7 +206,9 @@ def figure_latents_per_example(config: train.Config, decoded: int) -> tuple[Imag
     """Fig. 2: cumulative share of training examples with at most so many latents, in every regime."""
     vlm = VLM(config.model)
     top, numbers = 64, {}
-    chart = Chart("Latents a training example would need (Fig. 2)", "tokens of its tool images", "share of examples", (0, top), (0, 1)).ticks(count=4)
+    chart = Chart("Latents a training example would need (Fig. 2)", "tokens of its tool images", "share of examples",
+                  (0, top), (0, 1))
+    chart.ticks(count=4)
     for regime in scenes.REGIMES:
         store, counts = data.ImageStore(vlm.family), []
         for ex in scenes.make_world(regime, "train", 200, config.world_seed):
@@ -224,7 +228,8 @@ def figure_latents_decoded(run: Path, pearl: float | None, per_family: int) -> t
     asker = evaluate.Asker(vlm, tests, config["answer_prefix"])
     for n in counts:
         said = asker.latent(scale, n)
-        shares.append(100 * sum(evaluate.parse_answer(s["text"], config["answer_prefix"]) == ex.answer for s, ex in zip(said, tests)) / len(tests))
+        right = [evaluate.parse_answer(s["text"], config["answer_prefix"]) == ex.answer for s, ex in zip(said, tests)]
+        shares.append(100 * sum(right) / len(tests))
     r = pearson([math.log2(n) for n in counts[1:]], shares[1:])
     chart = Chart("Accuracy against latents decoded (Fig. 3)", "latents decoded", "accuracy, %", (-1, 6), (0, 100))
     chart.ticks(dict(zip((-1, 0, 1, 2, 3, 4, 5, 6), map(str, counts))))
@@ -234,7 +239,8 @@ def figure_latents_decoded(run: Path, pearl: float | None, per_family: int) -> t
         chart.line("Pearl, direct", [(-1, pearl), (6, pearl)], dots=False)
     guess = 100 * sum(1 / len(ex.options) for ex in tests) / len(tests)
     chart.line("guessing", [(-1, guess), (6, guess)], dots=False)
-    return chart.image, dict(accuracy=dict(zip(counts, shares)), pearson_r=r, r_squared=r * r, chance=guess, trained_with=config["latents"])
+    numbers = dict(accuracy=dict(zip(counts, shares)), pearson_r=r, r_squared=r * r, chance=guess, trained_with=config["latents"])
+    return chart.image, numbers
 
 
 def figure_embeddings(pairs: dict[str, tuple[Tensor, Tensor]], world: list[data.Example], known: dict) -> Image.Image:
@@ -245,7 +251,8 @@ def figure_embeddings(pairs: dict[str, tuple[Tensor, Tensor]], world: list[data.
         span = float(points.abs().max()) * 1.05
         k = known[name]
         chart = Chart(f"{name}: separation h^_R {k['h^_R']['separation']:.2f}, h_R {k['h_R']['separation']:.2f}, "
-                      f"retrieval {k['retrieval']:.2f} (chance {k['retrieval_chance']:.2f})", "", "", (-span, span), (-span, span), (620, 470), 130)
+                      f"retrieval {k['retrieval']:.2f} (chance {k['retrieval_chance']:.2f})", "", "",
+                      (-span, span), (-span, span), (620, 470), 130)
         for n, (x, y) in enumerate(points.tolist()):
             ink = INKS[families.index(world[n % len(world)].family)]
             chart.mark(*chart.at(x, y), ink, "cross" if n < len(world) else "dot")
@@ -278,7 +285,8 @@ def figure_curves(runs: dict[str, Path]) -> Image.Image:
 
 def figure_skill(runs: dict[str, Path]) -> Image.Image | None:
     """Direct accuracy against accuracy with the expert's tool over training (runs with --track)."""
-    chart = Chart("Direct against tool accuracy over training", "with the expert's tool, %", "direct, %", (0, 100), (0, 100)).ticks()
+    percent = (0, 100)
+    chart = Chart("Direct against tool accuracy over training", "with the expert's tool, %", "direct, %", percent, percent).ticks()
     drawn = False
     for name, folder in runs.items():
         points = [(100 * r["tool"], 100 * r["direct"]) for r in records(folder, "valid") if "direct" in r]
@@ -291,7 +299,8 @@ def figure_skill(runs: dict[str, Path]) -> Image.Image | None:
     return chart.image if drawn else None
 
 
-def figure_neighbours(pair: tuple[Tensor, Tensor], world: list[data.Example], library: list[data.Example], targets: Tensor, rows: int = 10):
+def figure_neighbours(pair: tuple[Tensor, Tensor], world: list[data.Example], library: list[data.Example], targets: Tensor,
+                      rows: int = 10):
     """Test questions beside the true tool output and the training trajectories whose h_R is nearest to h^_R."""
     near = (F.normalize(pair[0], dim=1) @ F.normalize(targets, dim=1).T).topk(4).indices
     share = lambda same: sum(same(ex, library[int(i)]) for ex, (i, *_) in zip(world, near)) / len(world)

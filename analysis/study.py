@@ -100,7 +100,7 @@ def tables(folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--base", default="tiny-vlm", metavar="NAME[=DIR]", help="name of the base, and its folder if it is another")
+    parser.add_argument("--base", default="tiny-vlm", metavar="NAME[=DIR]", help="the base's name, and its folder if it is another")
     parser.add_argument("--arms", nargs="*", help="default: all")
     parser.add_argument("--regimes", nargs="*", choices=list(scenes.REGIMES), default=["mixed", "single", "multi", "all"],
                         help="the systems run in all of these, the ablations in the first")

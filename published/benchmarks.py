@@ -52,7 +52,8 @@ def vstar(folder: Path) -> Iterator[Item]:
     """test_questions.jsonl: question_id, image, text (options and instruction included), label, category."""
     file = folder / "test_questions.jsonl"
     if not file.is_file():
-        raise FileNotFoundError(f"{file} not found; expected craigwu/vstar_bench: test_questions.jsonl, direct_attributes/, relative_position/")
+        raise FileNotFoundError(f"{file} not found; expected craigwu/vstar_bench: test_questions.jsonl, direct_attributes/, "
+                                "relative_position/")
     for n, line in enumerate(file.read_text(encoding="utf-8-sig").strip().split("\n"), start=1):
         row, where = json.loads(line), f"{file}, line {n}"
         letters = "".join(sorted(set(re.findall(r"\(([A-Z])\)", row["text"])))) or "ABCD"
@@ -85,7 +86,8 @@ def blink(folder: Path, configs: list[str]) -> Iterator[Item]:
     known = sorted(p.name for p in folder.iterdir() if p.is_dir() and list(p.glob("val-*.parquet"))) if folder.is_dir() else []
     for config in configs or known:
         if config not in known:
-            raise FileNotFoundError(f"{folder / config}/val-*.parquet not found; expected the layout of BLINK-Benchmark/BLINK; found {known}")
+            raise FileNotFoundError(f"{folder / config}/val-*.parquet not found; expected the layout of BLINK-Benchmark/BLINK; "
+                                    f"found {known}")
         for file in sorted((folder / config).glob("val-*.parquet")):
             for batch in parquet.ParquetFile(file).iter_batches(32):
                 for row in batch.to_pylist():
@@ -96,7 +98,8 @@ def blink_item(row: dict, config: str, where: str) -> Item:
     letters = "ABCDEFGH"[:len(row["choices"])]
     options = "\n".join(f"{letter}. {choice}" for letter, choice in zip(letters, row["choices"]))
     images = [data.open_image(io.BytesIO(row[f"image_{n}"]["bytes"]), where) for n in range(1, 5) if row.get(f"image_{n}")]
-    return Item(str(row["idx"]), config, images, f"{row['question']}\nOptions:\n{options}\n{INSTRUCTION}", the_letter(row["answer"], where), letters)
+    asked = f"{row['question']}\nOptions:\n{options}\n{INSTRUCTION}"
+    return Item(str(row["idx"]), config, images, asked, the_letter(row["answer"], where), letters)
 
 
 def letters_in(text: str, letters: str) -> tuple[str, str]:
@@ -127,7 +130,8 @@ def predict(vlm: VLM, items: list[Item], out: Path, tokens: int, batch: int) -> 
             for item, ids in zip(part, vlm.generate(views, store, tokens)):
                 text = vlm.tokenizer.decode(ids, skip_special_tokens=True)
                 strict, lenient = letters_in(text, item.letters)
-                record = dict(id=item.id, group=item.group, label=item.label, other_label=item.other_label, said=text, strict=strict, lenient=lenient)
+                record = dict(id=item.id, group=item.group, label=item.label, other_label=item.other_label, said=text,
+                              strict=strict, lenient=lenient)
                 done[item.group, item.id] = record
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
             file.flush()
@@ -138,7 +142,8 @@ def predict(vlm: VLM, items: list[Item], out: Path, tokens: int, batch: int) -> 
 
 def scores(kind: str, records: list[dict]) -> dict[str, list[float]]:
     """Rows of the table: name -> [n, strict %, lenient %]."""
-    share = lambda rows, label="label": [len(rows), *(100 * sum(r[how] == r[label] for r in rows) / len(rows) for how in ("strict", "lenient"))]
+    right = lambda rows, label, how: 100 * sum(r[how] == r[label] for r in rows) / len(rows)
+    share = lambda rows, label="label": [len(rows), right(rows, label, "strict"), right(rows, label, "lenient")]
     groups = {}
     for r in records:
         groups.setdefault(r["group"], []).append(r)
@@ -159,7 +164,8 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--model", required=True, help="checkpoint folder, hub id, or run folder of train.py")
     parser.add_argument("--out", type=Path, required=True, help="predictions, one JSON line an item")
-    parser.add_argument("--configs", nargs="*", default=[], help=f"of BLINK; default: all with labels; the paper's: {' '.join(BLINK_PAPER)}")
+    parser.add_argument("--configs", nargs="*", default=[],
+                        help=f"of BLINK; default: all with labels; the paper's: {' '.join(BLINK_PAPER)}")
     parser.add_argument("--tokens", type=int, default=4)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16" if torch.cuda.is_available() else "float32")
@@ -169,7 +175,8 @@ def main() -> None:
     if not items:
         raise ValueError(f"{args.folder} holds no items")
     is_run = (Path(args.model) / "best.json").is_file()
-    vlm = evaluate.load_run(Path(args.model), args.device)[0] if is_run else VLM(args.model, dtype=getattr(torch, args.dtype)).to(args.device).eval()
+    vlm = (evaluate.load_run(Path(args.model), args.device)[0] if is_run
+           else VLM(args.model, dtype=getattr(torch, args.dtype)).to(args.device).eval())
     print(f"{'':32s}    n  strict  lenient")
     for name, (n, strict, lenient) in scores(args.kind, predict(vlm, items, args.out, args.tokens, args.batch)).items():
         print(f"{name:32s}{n:5d}{strict:8.1f}{lenient:9.1f}")

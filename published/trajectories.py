@@ -109,8 +109,8 @@ def parquet_rows(folder: Path) -> Iterator[dict]:
         raise ValueError("ThinkMorph is published as parquet, which needs one more package: pip install pyarrow") from None
     files = sorted(folder.glob("data/*.parquet")) or sorted(folder.glob("*.parquet"))
     if not files:
-        raise FileNotFoundError(f"{folder} holds no data/train-*.parquet; download it with: huggingface-cli download --repo-type dataset "
-                                f"ThinkMorph/{folder.name} --local-dir {folder}")
+        raise FileNotFoundError(f"{folder} holds no data/train-*.parquet; download it with: huggingface-cli download "
+                                f"--repo-type dataset ThinkMorph/{folder.name} --local-dir {folder}")
     for file in files:
         for batch in parquet.ParquetFile(file).iter_batches(64):
             yield from batch.to_pylist()
@@ -122,7 +122,8 @@ def thinkmorph(folders: list[Path]) -> Iterator[data.Example | Skip]:
         for n, row in enumerate(parquet_rows(folder)):
             name = f"{folder.name}-{row.get('pid', n)}-{n}"
             try:
-                problem, helper = (data.open_image(io.BytesIO(row[key]["bytes"]), key) for key in ("problem_image_0", "reasoning_image_0"))
+                problem, helper = (data.open_image(io.BytesIO(row[key]["bytes"]), key)
+                                   for key in ("problem_image_0", "reasoning_image_0"))
                 answer = clean(str(row["answer"]))
                 steps = [clean(row["resoning_thought_0"]), helper, final(clean(row["resoning_thought_1"]), answer)]
                 yield example(name, folder.name, problem, clean(row["question"]), answer, steps)
@@ -137,7 +138,7 @@ BOXED = re.compile(r"\\boxed\{([^{}]*)\}")
 
 
 def pixelreasoner(file: Path, images: Path) -> Iterator[data.Example | Skip]:
-    """PixelReasoner: message_list of {role, content: [{text} or {image} or {video}]}; system, user, then assistant and user in turn.
+    """PixelReasoner: message_list of {role, content: [{text} or {image} or {video}]}: system, user, then assistant, user in turn.
 
     The assistant's JSON call becomes ours; the crop is the stored image of the next user turn. A call may name an earlier image
     (target_image), ours is on the last one; training does not mind, its images are the stored ones.
@@ -190,7 +191,8 @@ def mix(sources: dict[Path, float], count: int, seed: int) -> Iterator[data.Exam
         train = [ex for ex in examples if ex.split == "train"]
         share = round(count * weight / total)
         if share > len(train):
-            raise ValueError(f"{folder} has {len(train)} training records, its share of {count} is {share}: lower --count or its weight")
+            raise ValueError(f"{folder} has {len(train)} training records, its share of {count} is {share}: "
+                             "lower --count or its weight")
         for ex in rng.sample(train, share) + [ex for ex in examples if ex.split != "train"]:
             yield data.replace(ex, id=f"{folder.name}-{ex.id}")
 
