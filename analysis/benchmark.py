@@ -1,25 +1,83 @@
 """What a step costs: SFT, Pearl packed, Pearl plain, Pearl as released. Run by `python train.py --benchmark`.
 
+    python analysis/benchmark.py 3B DIR --image_tokens 1024      # a Qwen2.5-VL of that size with random weights, to time
+    python train.py --benchmark --model DIR --dtype bfloat16 --batch 4 --gradient_checkpointing --steps 10 --train_examples 100
+
 packed: full and input view in one pass, the target by the current model in another, without gradient. packed_cached: the
 target from the cache, no pass for it (the default). packed_trajectory: NextLat on the target view, so with gradient there.
 plain: one pass a view. release: three views padded to one length, gradient in all.
 
 The variants take turns on the same batches of one model in one process, so that whatever else the machine does hits all of
-them; a row of the table is the median over --steps rounds after three to warm up. The last line is one JSON object.
+them; a row of the table is the median over --steps rounds after three to warm up. Peak memory is that of a variant's own
+steps: on a GPU what PyTorch had allocated, on a CPU (Linux) the process's resident memory. The last line is one JSON object.
 """
 
+import argparse
+import ctypes
 import dataclasses
 import json
-import resource
 import statistics
+import sys
 import time
+from pathlib import Path
 
 import torch
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer, PreTrainedConfig
 
-import data
-import losses
-import train
-from model import VLM
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import data  # noqa: E402
+import losses  # noqa: E402
+import train  # noqa: E402
+from model import VLM  # noqa: E402
+
+SIZES = {  # of Qwen2.5-VL's language models; their vision towers are alike
+    "3B": dict(hidden_size=2048, num_hidden_layers=36, num_attention_heads=16, num_key_value_heads=2, intermediate_size=11008,
+               vocab_size=151936),
+    "7B": dict(hidden_size=3584, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4, intermediate_size=18944,
+               vocab_size=152064),
+}
+
+
+def true_config(size: str) -> PreTrainedConfig:
+    """Qwen2.5-VL's config at that size, with the token ids of the shipped model."""
+    config = AutoConfig.from_pretrained(ROOT / "tiny-vlm")
+    config.tie_word_embeddings = size == "3B"
+    rope = dict(rope_type="default", mrope_section=[16, 24, 24], rope_theta=1e6)
+    text = dict(SIZES[size], max_position_embeddings=128000, tie_word_embeddings=size == "3B", rope_parameters=rope,
+                layer_types=["full_attention"] * SIZES[size]["num_hidden_layers"])
+    vision = dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, out_hidden_size=SIZES[size]["hidden_size"],
+                  patch_size=14, temporal_patch_size=2, window_size=112, fullatt_block_indexes=[7, 15, 23, 31])
+    for part, values in ((config.text_config, text), (config.vision_config, vision)):
+        for name, value in values.items():
+            setattr(part, name, value)
+    return config
+
+
+def random_checkpoint(size: str, out: Path, image_tokens: int) -> None:
+    """A Qwen2.5-VL of true size, bfloat16 and random, with the shipped model's tokenizer; every image takes about image_tokens."""
+    train.refuse_used_folder(out)
+    torch.manual_seed(0)
+    AutoModelForImageTextToText.from_config(true_config(size), dtype=torch.bfloat16).save_pretrained(out)
+    AutoTokenizer.from_pretrained(ROOT / "tiny-vlm").save_pretrained(out)
+    pixels = image_tokens * 28 * 28
+    AutoImageProcessor.from_pretrained(ROOT / "tiny-vlm", patch_size=14, temporal_patch_size=2,
+                                       size=dict(shortest_edge=pixels, longest_edge=pixels + pixels // 10)).save_pretrained(out)
+
+
+def reset_peak(cuda: bool) -> None:
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    elif sys.platform == "linux":
+        ctypes.CDLL(None).malloc_trim(0)  # what an earlier variant freed is given back, so that it does not count here
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_gib(cuda: bool) -> float:
+    if cuda:
+        return torch.cuda.max_memory_allocated() / 2 ** 30
+    lines = Path("/proc/self/status").read_text().splitlines() if sys.platform == "linux" else []
+    return sum(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 2 ** 20  # kB
 
 
 def release_losses(vlm: VLM, extra, examples, rows: list[int], config):
@@ -40,20 +98,15 @@ def release_losses(vlm: VLM, extra, examples, rows: list[int], config):
 
 def benchmark(config) -> dict:
     torch.manual_seed(config.seed)
-    vlm = VLM(config.model, dtype=getattr(torch, config.dtype)).to(config.device)
-    world = train.load_examples(dataclasses.replace(config, valid_examples=2))[0]
-    vlm.set_trainable(config.lora_rank, config.lora_alpha, config.lora_dropout, config.lora_targets.split(","), config.train_vision)
-    pearl = dataclasses.replace(config, method="pearl", nextlat_view="full", target_encoder="current")
-    examples = train.Examples(world, vlm, pearl)
-    train.cache_targets(vlm, examples, pearl)
-    extra = train.additions(vlm, examples, pearl)
-    parameters = [p for module in (vlm, extra) for p in module.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=0.0)
+    cached = dataclasses.replace(config, method="pearl", nextlat_view="full", target_encoder="frozen", lr=0.0, valid_examples=2)
+    vlm, extra, _, optimizer, _, examples, _, _ = train.build(cached, world=1)
+    vlm.train()
+    parameters, pearl = optimizer.param_groups[0]["params"], dataclasses.replace(cached, target_encoder="current")
     ours = lambda **settings: (train.compute_losses, extra, dataclasses.replace(pearl, **settings))
-    variants = dict(sft=(train.compute_losses, None, pearl), packed=ours(), packed_cached=ours(target_encoder="frozen"),
+    variants = dict(sft=(train.compute_losses, None, pearl), packed=ours(), packed_cached=(train.compute_losses, extra, cached),
                     packed_trajectory=ours(nextlat_view="trajectory"), plain=ours(packed=False),
                     release=(release_losses, extra, pearl))
-    order = train.batches(len(world), config.batch, config.seed)
+    order = train.batches(len(examples.views), config.batch, config.seed)
     cuda = vlm.device.type == "cuda"
     times, memory, tokens = {name: [] for name in variants}, {name: 0.0 for name in variants}, []
     for step in range(3 + config.steps):
@@ -61,9 +114,7 @@ def benchmark(config) -> dict:
         names = list(variants)[step % len(variants):] + list(variants)[:step % len(variants)]
         for name in names:
             compute, added, settings = variants[name]
-            if cuda:
-                torch.cuda.reset_peak_memory_stats()
-                torch.cuda.synchronize()
+            reset_peak(cuda)
             start = time.perf_counter()
             with train.autocast(settings):
                 loss = compute(vlm, added, examples, rows, settings)[0]
@@ -73,19 +124,28 @@ def benchmark(config) -> dict:
             optimizer.zero_grad(set_to_none=True)
             if cuda:
                 torch.cuda.synchronize()
-                memory[name] = max(memory[name], torch.cuda.max_memory_allocated() / 2 ** 30)
             if step >= 3:
                 times[name].append((time.perf_counter() - start) * 1000)
+            memory[name] = max(memory[name], peak_gib(cuda))
         tokens.append(sum(len(examples.views[row].full.ids) for row in rows))
     median = {name: statistics.median(values) for name, values in times.items()}
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
-    print(f"{config.device}, {torch.get_num_threads()} CPU threads, batch {config.batch}, medians of {config.steps} rounds"
-          + ("" if cuda else f"; peak memory of the process {peak:.2f} GiB"))
-    print("variant             ms/step   / SFT   full-view tokens/s" + ("   peak GiB" if cuda else ""))
+    print(f"{config.device}, {torch.get_num_threads()} CPU threads, batch {config.batch}, medians of {config.steps} rounds")
+    print("variant             ms/step   / SFT   full-view tokens/s   peak GiB")
     for name, ms in median.items():
-        gib = f"{memory[name]:11.2f}" if cuda else ""
-        print(f"{name:18s}{ms:9.1f}{ms / median['sft']:8.2f}{1000 * statistics.mean(tokens) / ms:21.0f}{gib}")
+        print(f"{name:18s}{ms:9.1f}{ms / median['sft']:8.2f}{1000 * statistics.mean(tokens) / ms:21.0f}{memory[name]:11.2f}")
     numbers = {f"{name}_ms": round(ms, 2) for name, ms in median.items()}
     numbers |= {f"{name}_over_sft": round(ms / median["sft"], 3) for name, ms in median.items() if name != "sft"}
-    print(json.dumps(numbers | ({f"{name}_gib": round(gib, 2) for name, gib in memory.items()} if cuda else {})))
+    print(json.dumps(numbers | {f"{name}_gib": round(gib, 3) for name, gib in memory.items()}))
     return numbers
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("size", choices=list(SIZES))
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--image_tokens", type=int, default=1024)
+    args = parser.parse_args()
+    try:
+        random_checkpoint(args.size, args.out, args.image_tokens)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from transformers import AutoModelForImageTextToText
 
 import data
 import train
@@ -54,6 +55,13 @@ def test_the_benchmark_prints_one_json_line(tmp_path):
                           capture_output=True, text=True, cwd=tmp_path)
     numbers = json.loads(done.stdout.splitlines()[-1])
     assert {"sft_ms", "packed_ms", "plain_ms", "release_ms", "packed_over_sft"} <= numbers.keys() and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("size, parameters", [("3B", 3_754_622_976), ("7B", 8_292_166_656)])
+def test_the_random_models_have_the_true_sizes(size, parameters):
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(benchmark.true_config(size))
+    assert model.num_parameters() == parameters
 
 
 SMALL = ["--device", "cpu", "--steps", "2", "--batch", "4", "--train_examples", "10", "--valid_examples", "6", "--test_per_family", "1",
