@@ -24,6 +24,7 @@ import argparse
 import dataclasses
 import hashlib
 import importlib.metadata
+import inspect
 import json
 import math
 import os
@@ -68,7 +69,7 @@ class Config:
     check_data: bool = False  # train nothing: read and serialise everything once, report what is wrong and what is there
     out: str = ""  # run folder; empty: runs/METHOD-REGIME-seedSEED
     seed: int = 0  # initial weights, data order, dropout
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"  # any PyTorch device
     dtype: str = "float32"  # of the frozen weights; on a GPU the arithmetic is bfloat16 either way (autocast)
 
     order: str = "text_first"  # of a trajectory: text_first (call, then image: the data's) or image_first (the paper's R)
@@ -93,11 +94,11 @@ class Config:
     accumulate: int = 1  # forward passes in one optimiser step
     lr: float = 1e-3  # peak; linear warm-up, then cosine to zero
     warmup: float = 0.05  # share of the steps
-    weight_decay: float = 0.0
+    weight_decay: float = 0.0  # of AdamW
     clip: float = 1.0  # gradient norm
     lora_rank: int = 64  # 0: train all weights of the language model
-    lora_alpha: float = 128.0
-    lora_dropout: float = 0.0
+    lora_alpha: float = 128.0  # the low-rank product counts alpha / rank times
+    lora_dropout: float = 0.0  # of what enters the low-rank product
     lora_targets: str = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"  # comma-separated layer names
     train_vision: bool = False  # also train the vision tower; off: its features are computed once for the whole run
     workers: int = 2  # threads that prepare the images of the next pass while this one is computed
@@ -145,11 +146,13 @@ def parse_config(argv: list[str] | None = None) -> Config:
             raise argparse.ArgumentTypeError("write true or false")
         return text.lower() == "true"
 
+    meaning = dict(re.findall(r"^    (\w+): .+?  # (.+)$", inspect.getsource(Config), re.MULTILINE))  # the comments above are the help
     for f in dataclasses.fields(Config):
         kind = boolean if f.type in (bool, "bool") else type(f.default)
         switch = dict(nargs="?", const=True) if kind is boolean else {}  # --packed alone, or --packed false
         parser.add_argument(f"--{f.name}", type=kind, choices=CHOICES.get(f.name), default=argparse.SUPPRESS, **switch,
-                            metavar=None if f.name in CHOICES else kind.__name__.upper(), help=f"default {f.default!r}")
+                            metavar=None if f.name in CHOICES else kind.__name__.upper(),
+                            help=f"{meaning.get(f.name, '')} (default: {f.default!r})".replace("%", "%%"))
     underscored = lambda a: re.sub(r"^--[\w-]+", lambda name: "--" + name[0][2:].replace("-", "_"), a)
     given = vars(parser.parse_args([underscored(a) for a in (sys.argv[1:] if argv is None else argv)]))
     config = Config(**{**RECIPES[given.get("recipe", "ours")], **given})

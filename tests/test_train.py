@@ -644,6 +644,16 @@ def test_steps_without_a_finite_gradient_are_skipped_then_stop(tmp_path, config,
 # ---- the command line ----
 
 
+def test_help_says_what_every_option_means(capsys):
+    with pytest.raises(SystemExit):
+        train.parse_config(["--help"])
+    said = " ".join(capsys.readouterr().out.partition("\noptions:")[2].split())
+    assert "--lr FLOAT peak; linear warm-up, then cosine to zero (default: 0.001)" in said
+    for f in dataclasses.fields(train.Config):
+        meaning = said.partition(f" --{f.name} ")[2].partition("(default:")[0]
+        assert 2 < len(meaning.split()) < 40, f.name
+
+
 def test_recipes_set_defaults_and_options_win():
     paper = train.parse_config(["--recipe", "paper"])
     assert (paper.distance, paper.nextlat_view, paper.lambda_latent) == ("smoothl1", "trajectory", 0.2)
