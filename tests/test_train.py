@@ -3,6 +3,7 @@ under LoRA; one batch can be overfitted; the same seed gives the same run; a run
 
 import dataclasses
 import json
+import os
 import random
 import subprocess
 import sys
@@ -557,7 +558,7 @@ def test_sigterm_saves_and_says_how_to_go_on(uninterrupted, tmp_path):
 
 def torchrun(*args: str) -> None:
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29533", *args],
-                          capture_output=True, text=True)
+                          capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-2000:]
 
 
