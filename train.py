@@ -588,7 +588,7 @@ def save_state(out: Path, module: torch.nn.Module, optimizer, schedule, step: in
 
 
 def load_state(out: Path, module: torch.nn.Module, optimizer, schedule) -> tuple[int, float]:
-    """Undo save_state; returns (step, best score). The log forgets what came after that step. A run without a state starts anew."""
+    """Undo save_state; returns (step, best score). A run without a state starts anew."""
     file = out / "state.safetensors"
     done, best = 0, math.inf
     if file.is_file():
@@ -614,10 +614,14 @@ def load_state(out: Path, module: torch.nn.Module, optimizer, schedule) -> tuple
         torch.set_rng_state(tensors["random/cpu"])
         if "random/cuda" in tensors and torch.cuda.is_available():
             torch.cuda.set_rng_state(tensors["random/cuda"])
+    return done, best
+
+
+def forget_later(out: Path, done: int) -> None:
+    """The log of a run that is resumed forgets what came after its state."""
     if (out / "log.jsonl").is_file():
         lines = [line for line in (out / "log.jsonl").read_text(encoding="utf-8").splitlines() if line.endswith("}")]
         evaluate.write_text(out / "log.jsonl", "".join(line + "\n" for line in lines if json.loads(line)["step"] <= done))
-    return done, best
 
 
 def log(out: Path, kind: str, record: dict) -> None:
@@ -707,6 +711,8 @@ def train(config: Config, resume: bool = False) -> Path:
     before = answers_before(out, vlm, tests, config) if alone else []
     vlm.train()
     first, best = load_state(out, module, optimizer, schedule) if resume else (0, math.inf)
+    if rank == 0 and resume:  # one process alone writes
+        forget_later(out, first)
     order = step_rows(examples, config)
     for _ in range(first):
         next(order)
