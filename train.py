@@ -37,6 +37,7 @@ import sys
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -661,9 +662,18 @@ def start_processes(config: Config) -> tuple[int, int]:
     if torch.device(config.device).type == "cuda":
         config.device = f"cuda:{local}"
         torch.cuda.set_device(local)
-    if not dist.is_initialized():
-        dist.init_process_group("nccl" if config.device.startswith("cuda") else "gloo")
+    cuda = torch.device(config.device) if config.device.startswith("cuda") else None
+    # a day, not PyTorch's 10 minutes: the others wait while the first process validates and answers the test questions
+    dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(days=1), device_id=cuda)
     return dist.get_rank(), world
+
+
+def end_processes() -> None:
+    """All processes end together. The barrier also lets gloo's threads drop the last tensor they share with Python: a process
+    that ends before they have is aborted."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 def build(config: Config, world: int):
@@ -717,7 +727,7 @@ def train(config: Config, resume: bool = False) -> Path:
     for _ in range(first):
         next(order)
     upcoming = next(order)
-    start, last, skipped, examples.store.waited = time.time(), time.time(), 0, 0.0
+    start, last, skipped, stop, examples.store.waited = time.time(), time.time(), 0, False, 0.0
     for step in range(first + 1, config.steps + 1):
         rows, upcoming = upcoming, next(order)
         parts, pair = train_step(module, rows, config, rank, world, upcoming)
@@ -744,13 +754,14 @@ def train(config: Config, resume: bool = False) -> Path:
         if rank == 0 and (due(config.save_every) or stop):
             save_state(out, module, optimizer, schedule, step, best)
         if stop:
-            if rank == 0:
-                print(f"stopped after step {step}; python train.py --resume {out} goes on from there")
-            return out
-    if alone:
+            break
+    if stop and rank == 0:
+        print(f"stopped after step {step}; python train.py --resume {out} goes on from there")
+    elif alone:
         report(out, config, tests, before, time.time() - start)
     elif rank == 0:
         print(f"everything is in {out}; where the whole model fits, python evaluate.py {out} --again asks the test questions")
+    end_processes()
     return out
 
 
