@@ -90,8 +90,9 @@ class LoRALinear(nn.Module):
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
 
     def forward(self, x: Tensor) -> Tensor:
-        low = nn.functional.linear(self.dropout(x).to(self.lora_A.dtype), self.lora_A)  # (..., r)
-        return self.base(x) + self.scaling * nn.functional.linear(low, self.lora_B).to(x.dtype)
+        y = self.base(x)
+        low = nn.functional.linear(self.dropout(x), self.lora_A.to(x.dtype))  # (..., r); A and B are cast, x is larger
+        return y + self.scaling * nn.functional.linear(low, self.lora_B.to(low.dtype)).to(y.dtype)
 
     @torch.no_grad()
     def merged(self) -> nn.Linear:
@@ -162,10 +163,14 @@ class QwenFamily:
         return list(torch.stack(levels).split((grid.prod(dim=1) // self.processor.merge_size ** 2).tolist(), dim=1))
 
     def positions(self, ids: Tensor, mask: Tensor, grids: list) -> Tensor:
-        """(3, B, T). Always passed: without mm_token_type_ids the model would fall back to one row of them, silently."""
-        grid = torch.tensor(grids, device=ids.device) if grids else None
+        """(3, B, T). Always passed: without mm_token_type_ids the model would fall back to one row of them, silently.
+
+        Counted on the CPU: hundreds of small steps a batch, each of which would be a kernel of its own on a GPU.
+        """
+        device, ids, grid = ids.device, ids.cpu(), torch.tensor(grids) if grids else None
         is_image = (ids == self.lm.config.image_token_id).int()
-        return self.lm.model.get_rope_index(ids, mm_token_type_ids=is_image, image_grid_thw=grid, attention_mask=mask.long())[0]
+        return self.lm.model.get_rope_index(ids, mm_token_type_ids=is_image, image_grid_thw=grid,
+                                            attention_mask=mask.cpu().long())[0].to(device)
 
     def states(self, inputs_embeds: Tensor, position_ids: Tensor, is_image: Tensor, levels: Tensor, **rest):
         """The language model's output on given inputs; levels (S - 1, all P, D) are what Qwen3-VL adds inside its first layers."""

@@ -43,7 +43,7 @@ FAULTS = [
     ("data.py", "embed_at=torch.tensor([v.embed_at + s for v, s in zip(views, shift)])", "embed_at=torch.tensor([v.embed_at for v in views])", "data"),
     ("data.py", "embed_at=torch.tensor([width + branch - 1 if branch else n - 1 for n in shared])",
      "embed_at=torch.tensor([width + branch - 1 if branch else n for n in shared])", "train"),
-    ("model.py", "return self.base(x) + self.scaling * ", "return self.base(x) + ", "model"),
+    ("model.py", "return y + self.scaling * ", "return y + ", "model"),
     ("model.py", "self.base.weight += (self.scaling * self.lora_B", "self.base.weight += (self.lora_B", "model"),
     ("model.py", "hidden = in_branch[:, None] & ~in_branch & (index >= batch.shared[:, None, None])", "hidden = in_branch[:, None] & ~in_branch & False", "train"),
     ("model.py", "steps = torch.arange(1, batch.branch + 1", "steps = torch.arange(0, batch.branch", "train"),
