@@ -16,7 +16,6 @@ even opened). `tool` says how well the trajectories themselves were learned, so 
 
 import argparse
 import json
-import math
 import os
 import re
 import statistics
@@ -26,6 +25,7 @@ from pathlib import Path
 
 import torch
 
+from analysis.tables import compare, format_table, markdown, summarise
 from data import LATENT_END, LATENT_START, Example, ImageStore, Serializer, View, opened, read_folder
 from model import VLM, read_json, read_tensors
 from predictor import LatentScale
@@ -33,13 +33,6 @@ from world.scenes import HELD_OUT, REGIMES, make_example
 from world.tools import CALL, call_tool
 
 TURN_TOKENS = 56  # enough for any plan and call
-WAYS = ("direct", "free", "tool", "call", "latent")
-
-
-def wilson(right: int, n: int, z: float = 1.96) -> tuple[float, float]:
-    """95% confidence interval of a proportion."""
-    centre, spread = right + z * z / 2, z * math.sqrt(right * (n - right) / n + z * z / 4)
-    return (centre - spread) / (n + z * z), (centre + spread) / (n + z * z)
 
 
 def test_examples(folder: str, families: list[str], per_family: int, seed: int, split: str = "test",
@@ -210,133 +203,6 @@ def milliseconds(vlm: VLM, examples: list[Example], way: str, **options) -> floa
             torch.cuda.synchronize()
         times.append((time.perf_counter() - start) * 1000)
     return statistics.median(times[1:])
-
-
-# ---- tables -----------------------------------------------------------------------------------------------------------
-
-
-def summarise(records: list[dict]) -> dict[str, dict]:
-    """Accuracy per family, and over all but the held-out family ("all"). Each number is [share, low, high]."""
-    groups = {family: [r for r in records if r["family"] == family] for family in dict.fromkeys(r["family"] for r in records)}
-    if len(groups) > 1:
-        groups["all"] = [r for r in records if r["family"] != HELD_OUT]
-    table = {}
-    for family, rows in groups.items():
-        table[family] = dict(n=len(rows), chance=sum(1 / len(r["options"]) for r in rows) / len(rows))
-        for way in WAYS:
-            scored = [r[f"{way}_right"] for r in rows if f"{way}_right" in r]
-            if scored:
-                table[family][way] = [sum(scored) / len(scored), *wilson(sum(scored), len(scored))]
-    return table
-
-
-def format_table(columns: dict[str, dict[str, dict]]) -> str:
-    """Families down, models across: direct [95% interval] and the other ways that were asked, all in %."""
-    families = list(dict.fromkeys(family for table in columns.values() for family in table))
-    ways = {name: [w for w in WAYS[1:] if any(w in row for row in table.values())] for name, table in columns.items()}
-    width = {name: max(21 + 8 * len(ways[name]), len(name) + 2) for name in columns}
-    lines = [f"{'family':18s}   n chance " + "".join(name.ljust(width[name]) for name in columns),
-             " " * 30 + "".join(("direct [95%]".ljust(19) + "".join(w.rjust(8) for w in ways[name])).ljust(width[name])
-                                for name in columns)]
-    for family in families:
-        first = next(table[family] for table in columns.values() if family in table)
-        label = f"{family} (held out)" if family == HELD_OUT else family
-        cells = []
-        for name, table in columns.items():
-            row = table.get(family, {})
-            direct = "{:5.1f} [{:4.1f}-{:5.1f}]".format(*(100 * v for v in row["direct"])) if "direct" in row else ""
-            rest = "".join(f"{100 * row[w][0]:8.1f}" if w in row else "       -" for w in ways[name])
-            cells.append((direct.ljust(19) + rest).ljust(width[name]))
-        lines.append(f"{label:18s}{first['n']:4d} {100 * first['chance']:5.0f}  " + "".join(cells))
-    return "\n".join(line.rstrip() for line in lines)
-
-
-# ---- comparison over runs and seeds -----------------------------------------------------------------------------------
-
-T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)  # Student's t, two-sided 95%, by degrees of freedom
-
-
-def mean_std(values: list[float]) -> str:
-    spread = f" +/- {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.1f}{spread}"
-
-
-def paired_difference(ours: list[float], theirs: list[float]) -> tuple[float, float] | None:
-    """Mean of the differences and the half width of its 95% interval (t over seeds); None below two pairs."""
-    gaps = [a - b for a, b in zip(ours, theirs, strict=True)]
-    if len(gaps) < 2:
-        return None
-    t = T95[len(gaps) - 2] if len(gaps) - 2 < len(T95) else 1.96 + 2.4 / (len(gaps) - 1)
-    return statistics.mean(gaps), t * statistics.stdev(gaps) / math.sqrt(len(gaps))
-
-
-def arms(configs: dict[str, dict]) -> dict[str, str]:
-    """Run -> the name of its arm: its method, and the settings in which the compared runs of that method differ."""
-    ignored = {"seed", "out", "method", "device", "recipe"}
-    names = {}
-    for run, config in configs.items():
-        peers = [c for c in configs.values() if c["method"] == config["method"]]
-        differing = [k for k in config if k not in ignored and len({json.dumps(c.get(k)) for c in peers}) > 1]
-        names[run] = " ".join([config["method"], *(f"{k}={config[k]}" for k in differing)])
-    return names
-
-
-def compare(runs: dict[str, dict], reference: str = "sft", names: dict[str, str] | None = None) -> list[dict]:
-    """One row a system from runs {name: dict(config, answers, before)}: accuracies over seeds, paired differences, cost.
-
-    `own` is the accuracy of the system's own inference: direct; latent for recon; call for explicit tool use, which is a
-    row of its own beside the reference arm. Differences are to the reference arm, direct, paired by seed, in points.
-    names: the arm of each run; default: see `arms`. A reconstruction arm within 10 points of guessing is not compared.
-    """
-    names = names or arms({run: r["config"] for run, r in runs.items()})
-    groups: dict[str, dict[int, dict]] = {}
-    for run, record in runs.items():
-        groups.setdefault(names[run], {})[record["config"]["seed"]] = record
-    first = next(iter(runs.values()))
-    systems = [("no fine-tuning", "direct", {0: dict(answers=first["before"])})] if first.get("before") else []
-    for name, seeds in groups.items():
-        own = "latent" if name.split()[0] == "recon" else "direct"
-        systems.append((name, own, seeds))
-        if name == reference and any("call_right" in r for run in seeds.values() for r in run["answers"]):
-            systems.append((f"{name} + tools", "call", seeds))
-    rows = []
-    for name, own, seeds in systems:
-        tables = {seed: summarise(run["answers"]) for seed, run in seeds.items()}
-        total = "all" if "all" in next(iter(tables.values())) else next(iter(next(iter(tables.values()))))
-        pick = lambda family, way: [100 * t[family][way][0] for t in tables.values() if way in t.get(family, {})]
-        row = dict(system=name, own_way=own, seeds=len(seeds), direct=pick(total, "direct"), tool=pick(total, "tool"),
-                   own=pick(total, own), families={f: pick(f, own) for f in next(iter(tables.values())) if f != total})
-        row["chance"] = 100 * next(iter(tables.values()))[total]["chance"]
-        row["compared"] = own != "latent" or statistics.mean(row["own"]) > row["chance"] + 10  # who only guesses is no opponent
-        both = sorted(seeds.keys() & groups.get(reference, {}).keys())
-        if name in groups and name != reference and both and row["compared"]:
-            against = [100 * summarise(groups[reference][s]["answers"])[total]["direct"][0] for s in both]
-            row["difference"] = paired_difference([100 * tables[s][total][own][0] for s in both], against)
-        costs = [r["cost"][own] for run in seeds.values() for r in run["answers"] if own in r["cost"]]
-        row["cost"] = {k: statistics.mean(c[k] for c in costs) for k in ("tokens", "images", "passes")}
-        row["cost"]["failed"] = sum("failed" in c for c in costs) / len(costs)
-        row["cost"]["ms"] = [run["ms"][own] for run in seeds.values() if own in run.get("ms", {})]
-        rows.append(row)
-    return rows
-
-
-def markdown(rows: list[dict], reference: str = "sft") -> str:
-    families = list(dict.fromkeys(f for row in rows for f in row["families"]))
-    head = ["system", "seeds", *(f"`{f}`" + (" (held out)" if f == HELD_OUT else "") for f in families), "all",
-            f"all - {reference} [95%]", "with the expert's tool", "tokens", "images", "passes", "ms"]
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for row in rows:
-        gap = row.get("difference")
-        cost = row["cost"]
-        difference = "-" if row["compared"] else "guesses"
-        if gap:
-            difference = f"{gap[0]:+.1f} [{gap[0] - gap[1]:+.1f}, {gap[0] + gap[1]:+.1f}]"
-        per_family = [mean_std(row["families"][f]) if row["families"].get(f) else "-" for f in families]
-        cells = [row["system"], str(row["seeds"]), *per_family, mean_std(row["own"]), difference,
-                 mean_std(row["tool"]) if row["tool"] else "-", *(f"{cost[k]:.1f}" for k in ("tokens", "images", "passes")),
-                 f"{statistics.median(cost['ms']):.0f}" if cost["ms"] else "-"]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
 
 
 # ---- runs on disk -----------------------------------------------------------------------------------------------------

@@ -50,6 +50,7 @@ from transformers import get_cosine_schedule_with_warmup
 import data
 import evaluate
 import losses
+from analysis.tables import format_table, summarise
 from model import VLM, read_json, read_tensors, write_tensors
 from predictor import LatentScale, Predictor
 from world import scenes
@@ -819,7 +820,7 @@ def report(out: Path, config: Config, tests: list[data.Example], before: list[di
     evaluate.write_json(out / "results.json", dict(best=best, train_seconds=seconds, **asked, before=before))
     print(f"\ntest accuracy in %, before and after {config.steps} steps ({seconds / 60:.1f} minutes); "
           f"best checkpoint: step {best['step']}")
-    print(evaluate.format_table(dict(before=evaluate.summarise(before), after=evaluate.summarise(asked["answers"]))))
+    print(format_table(dict(before=summarise(before), after=summarise(asked["answers"]))))
     gauges = {name: value for name, value in best["valid"].items() if name not in ("loss", "vlm", "jepa", "nextlat", "recon")}
     if gauges:
         print("on validation: " + ", ".join(f"{name} {value:.3f}" for name, value in gauges.items()))

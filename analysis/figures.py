@@ -24,6 +24,7 @@ import data  # noqa: E402
 import evaluate  # noqa: E402
 import losses  # noqa: E402
 import train  # noqa: E402
+from analysis.tables import summarise  # noqa: E402
 from model import VLM  # noqa: E402
 from predictor import Predictor  # noqa: E402
 from world import scenes, tools  # noqa: E402
@@ -292,7 +293,7 @@ def figure_skill(runs: dict[str, Path]) -> Image.Image | None:
         points = [(100 * r["tool"], 100 * r["direct"]) for r in records(folder, "valid") if "direct" in r]
         if points:
             before = json.loads((folder / "results.json").read_text())["before"]
-            start = evaluate.summarise(before)
+            start = summarise(before)
             start = start.get("all") or next(iter(start.values()))
             chart.line(name, [(100 * start["tool"][0], 100 * start["direct"][0]), *points])
             drawn = True
@@ -383,7 +384,7 @@ def study_figures(folder: Path, out: Path, per_family: int, count: int) -> None:
     if "recon" in runs:
         pearl = None
         if "pearl" in runs:
-            table = evaluate.summarise(json.loads((runs["pearl"] / "results.json").read_text())["answers"])
+            table = summarise(json.loads((runs["pearl"] / "results.json").read_text())["answers"])
             pearl = 100 * (table.get("all") or next(iter(table.values())))["direct"][0]
         image, numbers["latents decoded"] = figure_latents_decoded(runs["recon"], pearl, per_family)
         image.save(partial / "latents-decoded.png")

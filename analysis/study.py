@@ -20,6 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import evaluate  # noqa: E402
+from analysis.tables import compare, markdown  # noqa: E402
 from world import scenes  # noqa: E402
 
 SYSTEMS = {  # no fine-tuning is measured by every run before it starts; explicit tool use is asked of the sft runs
@@ -95,10 +96,10 @@ def tables(folder: Path) -> None:
             order = [*SYSTEMS, *ABLATIONS]
             names = {run: run.rpartition("-seed")[0].replace("_", " ") for run in runs}
             runs = dict(sorted(runs.items(), key=lambda item: order.index(names[item[0]])))
-            rows = evaluate.compare(runs, names=names)
+            rows = compare(runs, names=names)
             evaluate.write_json(folder / f"{regime.name}.json", rows)
-            evaluate.write_text(folder / f"{regime.name}.md", evaluate.markdown(rows) + "\n")
-            print(f"\n{folder.name}, {regime.name}\n{evaluate.markdown(rows)}")
+            evaluate.write_text(folder / f"{regime.name}.md", markdown(rows) + "\n")
+            print(f"\n{folder.name}, {regime.name}\n{markdown(rows)}")
 
 
 def main() -> None:

@@ -11,6 +11,7 @@ import torch
 
 import data
 import evaluate
+from analysis import tables
 from world import scenes
 from conftest import TINY
 from model import VLM
@@ -19,8 +20,8 @@ from predictor import LatentScale
 
 def test_wilson_interval_by_hand():
     # n = 10, 8 right: (8 + 1.9208 -+ 1.96 * sqrt(1.6 + 0.9604)) / 13.8416
-    assert evaluate.wilson(8, 10) == pytest.approx((0.49016, 0.94332), abs=1e-4)
-    assert evaluate.wilson(0, 5)[0] == pytest.approx(0) and evaluate.wilson(5, 5)[1] == pytest.approx(1)
+    assert tables.wilson(8, 10) == pytest.approx((0.49016, 0.94332), abs=1e-4)
+    assert tables.wilson(0, 5)[0] == pytest.approx(0) and tables.wilson(5, 5)[1] == pytest.approx(1)
 
 
 @pytest.mark.parametrize("text, prefix, answer", [
@@ -33,11 +34,11 @@ def test_parse_answer(text, prefix, answer):
 def test_summary_by_hand():
     rows = [dict(family="crop", options=list("abcd"), direct_right=r, free_right=False, tool_right=True) for r in (True, True, False, True)]
     rows += [dict(family=scenes.HELD_OUT, options=list("ab"), direct_right=False, free_right=True)]
-    table = evaluate.summarise(rows)
+    table = tables.summarise(rows)
     assert table["crop"]["direct"][0] == 0.75 and table["crop"]["chance"] == 0.25 and table["crop"]["n"] == 4
     assert table["all"]["n"] == 4 and table["all"]["direct"][0] == 0.75  # the held-out family is not in "all"
     assert "tool" not in table[scenes.HELD_OUT] and table[scenes.HELD_OUT]["free"][0] == 1
-    text = evaluate.format_table({"before": table})
+    text = tables.format_table({"before": table})
     assert " 75.0 [" in text and "tallest (held out)" in text
 
 
@@ -181,19 +182,19 @@ def a_run(method, seed, rights, way="direct", **settings):
 def test_comparison_by_hand():
     runs = {"a": a_run("sft", 0, [1, 0, 0, 0]), "b": a_run("sft", 1, [1, 1, 0, 0]), "c": a_run("pearl", 0, [1, 1, 1, 0]), "d": a_run("pearl", 1, [1, 1, 1, 0]),
             "e": a_run("recon", 0, [0, 0, 0, 1], way="latent")}
-    rows = {row["system"]: row for row in evaluate.compare(runs)}
+    rows = {row["system"]: row for row in tables.compare(runs)}
     assert rows["sft"]["own"] == [25.0, 50.0] and rows["pearl"]["own"] == [75.0, 75.0] and rows["recon"]["own_way"] == "latent"
     # differences by seed 50 and 25: mean 37.5, std 17.678, t(1) = 12.71, half width 12.71 * 17.678 / sqrt(2) = 158.9
     assert rows["pearl"]["difference"] == pytest.approx((37.5, 158.875))
     assert "difference" not in rows["recon"] and not rows["recon"]["compared"]  # 25%: it guesses
     assert rows["pearl"]["cost"]["tokens"] == 2 and rows["pearl"]["cost"]["ms"] == [10.0, 11.0]
-    text = evaluate.markdown(list(rows.values()))
+    text = tables.markdown(list(rows.values()))
     assert "| recon | 1 | 25.0 | guesses |" in text and "| sft | 2 | 37.5 +/- 17.7 |" in text and "+37.5 [-121.4, +196.4]" in text
 
 
 def test_arms_are_named_by_what_differs():
     runs = {"a": a_run("pearl", 0, [1], pred_tokens=4), "b": a_run("pearl", 1, [1], pred_tokens=4), "c": a_run("pearl", 0, [1], pred_tokens=0), "d": a_run("sft", 0, [1], pred_tokens=4)}
-    assert evaluate.arms({k: r["config"] for k, r in runs.items()}) == {"a": "pearl pred_tokens=4", "b": "pearl pred_tokens=4", "c": "pearl pred_tokens=0", "d": "sft"}
+    assert tables.arms({k: r["config"] for k, r in runs.items()}) == {"a": "pearl pred_tokens=4", "b": "pearl pred_tokens=4", "c": "pearl pred_tokens=0", "d": "sft"}
 
 
 def test_command_line_needs_something_to_evaluate(tmp_path, monkeypatch, capsys):
