@@ -148,7 +148,8 @@ def parse_config(argv: list[str] | None = None) -> Config:
             raise argparse.ArgumentTypeError("write true or false")
         return text.lower() == "true"
 
-    meaning = dict(re.findall(r"^    (\w+): .+?  # (.+)$", inspect.getsource(Config), re.MULTILINE))  # the comments above are the help
+    # the comments above are the help
+    meaning = dict(re.findall(r"^    (\w+): .+?  # (.+)$", inspect.getsource(Config), re.MULTILINE))
     for f in dataclasses.fields(Config):
         kind = boolean if f.type in (bool, "bool") else type(f.default)
         switch = dict(nargs="?", const=True) if kind is boolean else {}  # --packed alone, or --packed false

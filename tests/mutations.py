@@ -20,7 +20,8 @@ FAULTS = [
     ("losses.py", "1 - F.cosine_similarity(prediction", "F.cosine_similarity(prediction", "losses"),
     ("losses.py", "target = states[row, position].detach()", "target = states[row, position]", "losses"),
     ("losses.py", "target = states[row, position].detach()", "target = states[row, position - 1].detach()", "losses train"),
-    ("losses.py", "return total / max(1, len(rollout))\n\n\ndef nextlat_token", "return total\n\n\ndef nextlat_token", "losses train"),
+    ("losses.py", "return total / max(1, len(rollout))\n\n\ndef nextlat_token", "return total\n\n\ndef nextlat_token",
+     "losses train"),
     ("losses.py", "head_weight = head_weight.detach()", "head_weight = head_weight", "losses"),
     ("losses.py", "[row, position + 1]", "[row, position]", "losses"),
     ("losses.py", "follows = labels[:, 1:]", "follows = labels[:, :-1]", "losses train"),
@@ -34,18 +35,21 @@ FAULTS = [
     ("predictor.py", "goes_on = ~last & targets", "goes_on = ~last | targets", "predictor train"),
     ("predictor.py", "return self.predicted(state) * self.std + self.mean", "return self.predicted(state) * self.std", "train"),
     ("predictor.py", "nn.init.zeros_(self.mlp[-1].weight)", "pass", "predictor"),
-    ("data.py", "return View(ids, labels, images, len(ids) - 1, slots)", "return View(ids, labels, images, len(ids) - 2, slots)", "data train"),
+    ("data.py", "return View(ids, labels, images, len(ids) - 1, slots)", "return View(ids, labels, images, len(ids) - 2, slots)",
+     "data train"),
     ("data.py", "known = tokens if supervised else", "known = tokens if True else", "data"),
     ("data.py", "known = tokens[:1] + [-100] * (len(tokens) - 1)", "known = tokens", "data"),
     ("data.py", "target = self._ended(opening + pieces[1:], images[1:], spans[1:])", "target = full", "data"),
     ("data.py", "(LATENT_END, False)]", "(LATENT_END, True)]", "data"),
     ("data.py", "steps[n - 1:n + 1] = steps[n], steps[n - 1]", "pass", "data"),
-    ("data.py", "embed_at=torch.tensor([v.embed_at + s for v, s in zip(views, shift)])", "embed_at=torch.tensor([v.embed_at for v in views])", "data"),
+    ("data.py", "embed_at=torch.tensor([v.embed_at + s for v, s in zip(views, shift)])",
+     "embed_at=torch.tensor([v.embed_at for v in views])", "data"),
     ("data.py", "embed_at=torch.tensor([width + branch - 1 if branch else n - 1 for n in shared])",
      "embed_at=torch.tensor([width + branch - 1 if branch else n for n in shared])", "train"),
     ("model.py", "return y + self.scaling * ", "return y + ", "model"),
     ("model.py", "self.base.weight += (self.scaling * self.lora_B", "self.base.weight += (self.lora_B", "model"),
-    ("model.py", "hidden = in_branch[:, None] & ~in_branch & (index >= batch.shared[:, None, None])", "hidden = in_branch[:, None] & ~in_branch & False", "train"),
+    ("model.py", "hidden = in_branch[:, None] & ~in_branch & (index >= batch.shared[:, None, None])",
+     "hidden = in_branch[:, None] & ~in_branch & False", "train"),
     ("model.py", "steps = torch.arange(1, batch.branch + 1", "steps = torch.arange(0, batch.branch", "train"),
     ("model.py", "scale.input(state).to(embeds.dtype)", "state.to(embeds.dtype)", "evaluate"),
     ("model.py", "position = position + 1\n", "position = position + 2\n", "evaluate"),
@@ -53,14 +57,16 @@ FAULTS = [
     ("train.py", "before = batch.slots.roll(-1, dims=1)", "before = batch.slots", "train"),
     ("train.py", "return embedding.roll(1, dims=0)", "return embedding", "train"),
     ("train.py", "with nullcontext() if needs_gradient else torch.no_grad():", "with nullcontext():", "train"),
-    ("train.py", "encode(vlm, examples, data.collate([v.target for v in views]", "encode(vlm, examples, data.collate([v.full for v in views]", "train"),
+    ("train.py", "encode(vlm, examples, data.collate([v.target for v in views]",
+     "encode(vlm, examples, data.collate([v.full for v in views]", "train"),
     ("train.py", "(loss * len(part) * world / len(rows)).backward()", "loss.backward()", "train"),
     ("train.py", "if valid[\"loss\"] < best:", "if valid[\"loss\"] > best or best == math.inf:", "train"),
     ("train.py", "        torch.set_rng_state(tensors[\"random/cpu\"])", "        pass", "train"),
     ("train.py", "    for _ in range(first):\n        next(order)\n", "", "train"),
     ("analysis/tables.py", "(n + z * z), (centre + spread)", "n, (centre + spread)", "evaluate"),
     ("analysis/tables.py", "t * statistics.stdev(gaps) / math.sqrt(len(gaps))", "t * statistics.stdev(gaps)", "evaluate"),
-    ("evaluate.py", "talk[\"image\"] = call_tool(text, opened(talk[\"image\"]))", "call_tool(text, opened(talk[\"image\"]))", "evaluate"),
+    ("evaluate.py", "talk[\"image\"] = call_tool(text, opened(talk[\"image\"]))", "call_tool(text, opened(talk[\"image\"]))",
+     "evaluate"),
     ("evaluate.py", "elif talk[\"calls\"] == limit:", "elif False:", "evaluate"),
     ("analysis/tables.py", "[r for r in records if r[\"family\"] != HELD_OUT]", "records", "evaluate"),
     ("evaluate.py", "text.rpartition(prefix)[2]", "text.partition(prefix)[2]", "evaluate"),
@@ -89,7 +95,8 @@ def inject(number: int) -> tuple[int, bool, str]:
         text = (copy / file).read_text()
         assert text.count(old) == 1, f"fault {number}: {old!r} is {text.count(old)} times in {file}"
         (copy / file).write_text(text.replace(old, new))
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *(f"tests/test_{name}.py" for name in tests.split())]
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider",
+                   *(f"tests/test_{name}.py" for name in tests.split())]
         done = subprocess.run(command, cwd=copy, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     return number, done.returncode == 1, (done.stdout.strip().splitlines() or ["?"])[-1]
 
@@ -104,7 +111,8 @@ def main() -> None:
     with ThreadPoolExecutor(args.jobs) as pool:
         for number, noticed, last in pool.map(inject, numbers):
             caught += noticed
-            print(f"{number:2d} {'caught' if noticed else 'MISSED'}  {FAULTS[number][0]}: {FAULTS[number][1].strip().splitlines()[0][:70]} | {last}", flush=True)
+            fault = f"{FAULTS[number][0]}: {FAULTS[number][1].strip().splitlines()[0][:70]}"
+            print(f"{number:2d} {'caught' if noticed else 'MISSED'}  {fault} | {last}", flush=True)
     print(f"{caught} of {len(numbers)} faults caught")
     sys.exit(caught < len(numbers))
 

@@ -23,7 +23,8 @@ import study  # noqa: E402
 
 
 def test_pearson_separation_and_probe_by_hand():
-    assert figures.pearson([1, 2, 3, 4], [2, 4, 6, 8]) == pytest.approx(1) and figures.pearson([0, 1, 2], [1, 0, 1]) == pytest.approx(0)
+    assert figures.pearson([1, 2, 3, 4], [2, 4, 6, 8]) == pytest.approx(1)
+    assert figures.pearson([0, 1, 2], [1, 0, 1]) == pytest.approx(0)
     # unit vectors at 0, 0 and 90, 90 degrees: distance 0 within, 1 between: silhouette 1; mixed groups: within 1 at half, between 0 and 1
     points = torch.tensor([[1.0, 0], [1, 0], [0, 1], [0, 1]])
     assert figures.separation(points, ["a", "a", "b", "b"]) == pytest.approx(1)
@@ -51,7 +52,8 @@ def test_the_release_variant_computes_the_same_loss(vlm64, mixed, config):
 
 
 def test_the_benchmark_prints_one_json_line(tmp_path):
-    done = subprocess.run([sys.executable, str(ROOT / "train.py"), "--benchmark", "--device", "cpu", "--steps", "1", "--batch", "2", "--train_examples", "4"],
+    done = subprocess.run([sys.executable, str(ROOT / "train.py"), "--benchmark", "--device", "cpu", "--steps", "1", "--batch", "2",
+                           "--train_examples", "4"],
                           capture_output=True, text=True, cwd=tmp_path)
     numbers = json.loads(done.stdout.splitlines()[-1])
     assert {"sft_ms", "packed_ms", "plain_ms", "release_ms", "packed_over_sft"} <= numbers.keys() and not list(tmp_path.iterdir())
@@ -64,13 +66,15 @@ def test_the_random_models_have_the_true_sizes(size, parameters):
     assert model.num_parameters() == parameters
 
 
-SMALL = ["--device", "cpu", "--steps", "2", "--batch", "4", "--train_examples", "10", "--valid_examples", "6", "--test_per_family", "1",
+SMALL = ["--device", "cpu", "--steps", "2", "--batch", "4", "--train_examples", "10", "--valid_examples", "6",
+         "--test_per_family", "1",
          "--eval_every", "1", "--track", "5", "--lora_rank", "4"]
 
 
 def test_a_small_study_from_runs_to_figures(tmp_path):
     out = tmp_path / "study"
-    command = [sys.executable, str(ROOT / "analysis" / "study.py"), "--out", str(out), "--arms", "sft", "recon", "pearl", "--regimes", "mixed",
+    command = [sys.executable, str(ROOT / "analysis" / "study.py"), "--out", str(out), "--arms", "sft", "recon", "pearl",
+               "--regimes", "mixed",
                "--seeds", "0", "--jobs", "1", "--", *SMALL]
     (out / "tiny-vlm" / "mixed" / "sft-seed0").mkdir(parents=True)
     (out / "tiny-vlm" / "mixed" / "sft-seed0" / "log.jsonl").write_text("interrupted")
@@ -83,7 +87,8 @@ def test_a_small_study_from_runs_to_figures(tmp_path):
     assert rows["pearl"]["cost"]["passes"] == rows["no fine-tuning"]["cost"]["passes"] == 2  # inference costs what the base model's does
     again = subprocess.run(command, capture_output=True, text=True)
     assert again.stdout.count("done before") == 3
-    done = subprocess.run([sys.executable, str(ROOT / "analysis" / "figures.py"), str(folder), "--per_family", "1", "--count", "30"],
+    done = subprocess.run([sys.executable, str(ROOT / "analysis" / "figures.py"), str(folder), "--per_family", "1",
+                           "--count", "30"],
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     for name in ("latents-per-example", "latents-decoded", "embeddings", "skill", "curves", "neighbours"):
@@ -94,7 +99,8 @@ def test_a_small_study_from_runs_to_figures(tmp_path):
 
 def test_the_plan_has_every_system_in_every_regime_and_refuses_unknown_arms(tmp_path):
     import argparse
-    args = argparse.Namespace(out=tmp_path, base="tiny-vlm", arms=None, regimes=list(scenes.REGIMES), seeds=[0, 1], rest=["--steps", "3"])
+    args = argparse.Namespace(out=tmp_path, base="tiny-vlm", arms=None, regimes=list(scenes.REGIMES), seeds=[0, 1],
+                              rest=["--steps", "3"])
     jobs = study.plan(args)
     assert len(jobs) == 2 * (4 * len(study.SYSTEMS) + len(study.ABLATIONS)) and len({out for out, _ in jobs}) == len(jobs)
     for out, options in jobs:  # every option is one of train.py's
@@ -105,5 +111,6 @@ def test_the_plan_has_every_system_in_every_regime_and_refuses_unknown_arms(tmp_
 
 
 def test_the_picture_of_the_views(tmp_path):
-    assert subprocess.run([sys.executable, str(ROOT / "analysis" / "figures.py"), "--views", str(tmp_path / "views.png")]).returncode == 0
+    assert subprocess.run([sys.executable, str(ROOT / "analysis" / "figures.py"), "--views",
+                           str(tmp_path / "views.png")]).returncode == 0
     assert Image.open(tmp_path / "views.png").width > 1000

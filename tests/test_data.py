@@ -50,7 +50,8 @@ def test_trajectories_are_what_the_format_says(family):
 
 
 def test_regimes_have_the_calls_their_names_promise():
-    calls = {name: [(len(ex.images) - 1, tools.CALL.search(ex.texts[0])[1]) for ex in scenes.make_world(name, "train", 60)] for name in scenes.REGIMES}
+    calls = {name: [(len(ex.images) - 1, tools.CALL.search(ex.texts[0])[1]) for ex in scenes.make_world(name, "train", 60)]
+             for name in scenes.REGIMES}
     assert set(calls["single"]) == {(1, "crop")}
     assert {n for n, _ in calls["mixed"]} == {1} and {tool for _, tool in calls["mixed"]} == set(tools.TOOLS)
     assert {n for n, _ in calls["multi"]} == {1, 2, 3} and {tool for _, tool in calls["multi"]} == {"crop"}
@@ -127,12 +128,14 @@ def test_folder_round_trip(tmp_path, mixed):
 
 def test_split_by_image_when_the_record_names_none(tmp_path):
     Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
-    rows = [dict(id=str(i), image="a.png", question="q", options=["x", "y"], answer="x", trajectory=[{"text": "x"}]) for i in range(20)]
+    rows = [dict(id=str(i), image="a.png", question="q", options=["x", "y"], answer="x",
+                 trajectory=[{"text": "x"}]) for i in range(20)]
     (tmp_path / data.FILE).write_text("\n".join(map(json.dumps, rows)))
     assert len({ex.split for ex in data.read_folder(tmp_path)}) == 1  # one image, one side
 
 
-GOOD = dict(id="1", image="a.png", question="q", options=["x", "y"], answer="x", trajectory=[{"text": "call"}, {"image": "a.png"}, {"text": "x"}])
+GOOD = dict(id="1", image="a.png", question="q", options=["x", "y"], answer="x",
+            trajectory=[{"text": "call"}, {"image": "a.png"}, {"text": "x"}])
 BAD = {
     "not json": ("{", "not valid JSON"),
     "a list": ([], "expected a JSON object"),
@@ -268,7 +271,8 @@ def test_k0_ends_at_the_generation_prompt(shipped):
 
 
 def test_image_first_moves_each_image_before_its_call():
-    ex = scenes.make_example("zoom", "train", next(i for i in range(50) if scenes.make_spec("zoom", "train", i, 0)["calls"] == 2), 0)
+    ex = scenes.make_example("zoom", "train",
+                             next(i for i in range(50) if scenes.make_spec("zoom", "train", i, 0)["calls"] == 2), 0)
     t1, i1, t2, i2, t3 = ex.trajectory
     assert ex.image_first().trajectory == [i1, t1, i2, t2 + " " + t3] and ex.trajectory == [t1, i1, t2, i2, t3]
     assert ex.answer_only("Answer:").trajectory == [f"Answer: {ex.answer}"]
@@ -280,7 +284,8 @@ def test_latent_view_is_one_turn_with_a_run_for_each_tool_image(shipped):
     images, spans = store.add(ex)
     for latents, count in ((0, len(spans[1])), (3, 3)):
         view = serializer.latent_view(ex, images, spans, latents)
-        assert len(view.slots) == count and view.slots == tuple(range(view.slots[0], view.slots[0] + count)) and view.images == images[:1]
+        assert len(view.slots) == count and view.slots == tuple(range(view.slots[0], view.slots[0] + count))
+        assert view.images == images[:1]
         before, after = view.slots[0] - 1, view.slots[-1] + 1
         token = vlm.tokenizer.convert_tokens_to_ids
         assert view.ids[before] == view.labels[before] == token(data.LATENT_START)
@@ -309,10 +314,12 @@ def test_collate_pads_and_points(shipped):
     long, short = data.View([1, 2, 3, 4], [-100, 2, 3, 4], [7], 3, (2, 3)), data.View([5, 6], [-100, 6], [8, 9], 1, (1,))
     batch = data.collate([long, short], pad_id=0)
     assert batch.ids.tolist() == [[1, 2, 3, 4], [5, 6, 0, 0]] and batch.labels.tolist()[1] == [-100, 6, -100, -100]
-    assert batch.mask.tolist()[1] == [True, True, False, False] and batch.slots.tolist() == [[False, False, True, True], [False, True, False, False]]
+    assert batch.mask.tolist()[1] == [True, True, False, False]
+    assert batch.slots.tolist() == [[False, False, True, True], [False, True, False, False]]
     assert batch.embed_at.tolist() == [3, 1] and batch.images == [7, 8, 9]
     left = data.collate([long, short], pad_id=0, left=True)
-    assert left.ids.tolist()[1] == [0, 0, 5, 6] and left.embed_at.tolist() == [3, 3] and left.slots.tolist()[1] == [False, False, False, True]
+    assert left.ids.tolist()[1] == [0, 0, 5, 6] and left.embed_at.tolist() == [3, 3]
+    assert left.slots.tolist()[1] == [False, False, False, True]
 
 
 def test_command_line_writes_a_folder_that_reads_back(tmp_path):

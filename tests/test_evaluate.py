@@ -32,7 +32,8 @@ def test_parse_answer(text, prefix, answer):
 
 
 def test_summary_by_hand():
-    rows = [dict(family="crop", options=list("abcd"), direct_right=r, free_right=False, tool_right=True) for r in (True, True, False, True)]
+    rows = [dict(family="crop", options=list("abcd"), direct_right=r, free_right=False, tool_right=True)
+            for r in (True, True, False, True)]
     rows += [dict(family=scenes.HELD_OUT, options=list("ab"), direct_right=False, free_right=True)]
     table = tables.summarise(rows)
     assert table["crop"]["direct"][0] == 0.75 and table["crop"]["chance"] == 0.25 and table["crop"]["n"] == 4
@@ -93,8 +94,9 @@ def test_tools_run_on_the_last_image_until_the_answer(monkeypatch):
     assert by_hand == [True, True]
 
 
-@pytest.mark.parametrize("said, why", [("Zoom in. [crop 10 20]", "wrong number of arguments"), ("Zoom in. [zoom 1 2 3 4]", "no tool call"),
-                                       ("Zoom in. [crop 50 50 40 60]", "is empty"), ("Zoom [crop 1 2 3", "no tool call")])
+@pytest.mark.parametrize("said, why",
+                         [("Zoom in. [crop 10 20]", "wrong number of arguments"), ("Zoom in. [zoom 1 2 3 4]", "no tool call"),
+                          ("Zoom in. [crop 50 50 40 60]", "is empty"), ("Zoom [crop 1 2 3", "no tool call")])
 def test_malformed_calls_are_counted_and_answered_directly(monkeypatch, said, why):
     ex = scenes.make_example("crop", "test", 0, 0)
     [record] = Script(monkeypatch, [ex], [[said]]).asker.call(limit=3)
@@ -112,7 +114,8 @@ def test_calls_stop_at_the_limit(monkeypatch):
 
 def test_a_failed_attempt_counts_as_answered_directly(monkeypatch):
     examples = scenes.make_world("single", "test", 6)
-    monkeypatch.setattr(evaluate.Asker, "call", lambda self, limit: [dict(text="", failed="no tool call", calls=0, tokens=1, images=1, passes=1)] * 6)
+    monkeypatch.setattr(evaluate.Asker, "call", lambda self, limit: [dict(text="", failed="no tool call", calls=0, tokens=1,
+                                                                          images=1, passes=1)] * 6)
     for record in evaluate.answer_questions(VLM(TINY), examples, call_limit=1):
         assert record["call_right"] == record["direct_right"] and record["call"] == "(no tool call)"
 
@@ -174,13 +177,15 @@ def test_latent_loop_equals_encoding_everything_anew(vlm64, latents):
 
 
 def a_run(method, seed, rights, way="direct", **settings):
-    rows = [{"id": str(i), "family": "crop", "options": list("abcd"), f"{way}_right": r, "direct_right": r, "cost": {way: dict(tokens=2, images=1, passes=2)}}
+    rows = [{"id": str(i), "family": "crop", "options": list("abcd"), f"{way}_right": r, "direct_right": r,
+             "cost": {way: dict(tokens=2, images=1, passes=2)}}
             for i, r in enumerate(rights)]
     return dict(config=dict(method=method, seed=seed, out=f"{method}{seed}", **settings), answers=rows, ms={way: 10.0 + seed})
 
 
 def test_comparison_by_hand():
-    runs = {"a": a_run("sft", 0, [1, 0, 0, 0]), "b": a_run("sft", 1, [1, 1, 0, 0]), "c": a_run("pearl", 0, [1, 1, 1, 0]), "d": a_run("pearl", 1, [1, 1, 1, 0]),
+    runs = {"a": a_run("sft", 0, [1, 0, 0, 0]), "b": a_run("sft", 1, [1, 1, 0, 0]), "c": a_run("pearl", 0, [1, 1, 1, 0]),
+            "d": a_run("pearl", 1, [1, 1, 1, 0]),
             "e": a_run("recon", 0, [0, 0, 0, 1], way="latent")}
     rows = {row["system"]: row for row in tables.compare(runs)}
     assert rows["sft"]["own"] == [25.0, 50.0] and rows["pearl"]["own"] == [75.0, 75.0] and rows["recon"]["own_way"] == "latent"
@@ -193,8 +198,10 @@ def test_comparison_by_hand():
 
 
 def test_arms_are_named_by_what_differs():
-    runs = {"a": a_run("pearl", 0, [1], pred_tokens=4), "b": a_run("pearl", 1, [1], pred_tokens=4), "c": a_run("pearl", 0, [1], pred_tokens=0), "d": a_run("sft", 0, [1], pred_tokens=4)}
-    assert tables.arms({k: r["config"] for k, r in runs.items()}) == {"a": "pearl pred_tokens=4", "b": "pearl pred_tokens=4", "c": "pearl pred_tokens=0", "d": "sft"}
+    runs = {"a": a_run("pearl", 0, [1], pred_tokens=4), "b": a_run("pearl", 1, [1], pred_tokens=4),
+            "c": a_run("pearl", 0, [1], pred_tokens=0), "d": a_run("sft", 0, [1], pred_tokens=4)}
+    assert tables.arms({k: r["config"] for k, r in runs.items()}) == {"a": "pearl pred_tokens=4", "b": "pearl pred_tokens=4",
+                                                                      "c": "pearl pred_tokens=0", "d": "sft"}
 
 
 def test_command_line_needs_something_to_evaluate(tmp_path, monkeypatch, capsys):

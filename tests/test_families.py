@@ -9,7 +9,8 @@ import pytest
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import (AutoImageProcessor, AutoProcessor, AutoTokenizer, Gemma3Config, Gemma3ForConditionalGeneration, Gemma3Processor,
+from transformers import (AutoImageProcessor, AutoProcessor, AutoTokenizer, Gemma3Config, Gemma3ForConditionalGeneration,
+                          Gemma3Processor,
                           Idefics3Config, Idefics3ForConditionalGeneration, Idefics3Processor, InternVLConfig,
                           InternVLForConditionalGeneration, InternVLProcessor, LlavaConfig, LlavaForConditionalGeneration, LlavaNextConfig,
                           LlavaNextForConditionalGeneration, LlavaNextProcessor, LlavaOnevisionConfig,
@@ -49,7 +50,8 @@ def byte_tokenizer(special: list[str], end: str, template: str, **roles) -> PreT
 def qwen(config_class, model_class, folder, text, vision, **rest):
     tokenizer = AutoTokenizer.from_pretrained(TINY)
     token = tokenizer.convert_tokens_to_ids
-    config = config_class(text_config=TEXT | dict(vocab_size=len(tokenizer)) | text, vision_config=vision | dict(patch_size=8, spatial_merge_size=2, temporal_patch_size=1),
+    config = config_class(text_config=TEXT | dict(vocab_size=len(tokenizer)) | text,
+                          vision_config=vision | dict(patch_size=8, spatial_merge_size=2, temporal_patch_size=1),
                           image_token_id=token("<|image_pad|>"), video_token_id=token("<|video_pad|>"),
                           vision_start_token_id=token("<|vision_start|>"), vision_end_token_id=token("<|vision_end|>"), **rest)
     AutoImageProcessor.from_pretrained(TINY).save_pretrained(folder)
@@ -65,7 +67,8 @@ def qwen2_vl(folder):
 
 def qwen3_vl(folder):
     return qwen(Qwen3VLConfig, Qwen3VLForConditionalGeneration, folder,
-                dict(num_hidden_layers=3, rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_section=[4, 2, 2], mrope_interleaved=True)),
+                dict(num_hidden_layers=3,
+                     rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_section=[4, 2, 2], mrope_interleaved=True)),
                 dict(depth=3, hidden_size=32, intermediate_size=48, num_heads=2, out_hidden_size=32, num_position_embeddings=64,
                      deepstack_visual_indexes=[0, 1]))
 
@@ -79,7 +82,8 @@ def idefics3(folder):
         + "<end_of_utterance>\n{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"))
     images = Idefics3ImageProcessorPil(size=dict(longest_edge=64), max_image_size=dict(longest_edge=32))
     Idefics3Processor(images, tokenizer, image_seq_len=4).save_pretrained(folder)
-    config = Idefics3Config(text_config=dict(model_type="llama", vocab_size=len(tokenizer), **TEXT), vision_config=VISION | dict(image_size=32),
+    config = Idefics3Config(text_config=dict(model_type="llama", vocab_size=len(tokenizer), **TEXT),
+                            vision_config=VISION | dict(image_size=32),
                             scale_factor=2, image_token_id=tokenizer.convert_tokens_to_ids("<image>"), pad_token_id=tokenizer.pad_token_id)
     return Idefics3ForConditionalGeneration(config)
 
@@ -88,14 +92,17 @@ def gemma3(folder):
     """Image tokens see each other, most layers have a window, and the placeholder is not the token that holds the features."""
     end = "<end_of_turn>"
     tokenizer = byte_tokenizer(["<start_of_turn>"], end, (
-        "{{ bos_token }}" + EACH + "{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate') }}{% endif %}"
-        "<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}\n" + PARTS.replace("IMAGE", "<start_of_image>").replace("p.text", "p.text | trim")
+        "{{ bos_token }}" + EACH
+        + "{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate') }}{% endif %}"
+        "<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}\n" + PARTS.replace("IMAGE", "<start_of_image>").replace(
+            "p.text", "p.text | trim")
         + "<end_of_turn>\n{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"), bos_token="<bos>",
         extra_special_tokens=dict(image_token="<image_soft_token>", boi_token="<start_of_image>", eoi_token="<end_of_image>"))
     images = Gemma3ImageProcessorPil(size=dict(height=32, width=32))
     Gemma3Processor(images, tokenizer, image_seq_length=4).save_pretrained(folder)
     token = tokenizer.convert_tokens_to_ids
-    config = Gemma3Config(text_config=TEXT | dict(vocab_size=len(tokenizer), sliding_window=8, layer_types=["sliding_attention", "full_attention"], query_pre_attn_scalar=16),
+    config = Gemma3Config(text_config=TEXT | dict(vocab_size=len(tokenizer), sliding_window=8,
+                                                  layer_types=["sliding_attention", "full_attention"], query_pre_attn_scalar=16),
                           vision_config=VISION | dict(image_size=32), mm_tokens_per_image=4, image_token_index=token("<image_soft_token>"),
                           boi_token_index=token("<start_of_image>"), eoi_token_index=token("<end_of_image>"))
     return Gemma3ForConditionalGeneration(config)
@@ -106,7 +113,8 @@ def llava_next(folder):
     tokenizer = byte_tokenizer(["<image>"], "</s>", (
         "{{ bos_token }}" + EACH + "{% if m.role == 'user' %}[INST] " + PARTS.replace("IMAGE", "<image>\n")
         + " [/INST]{% else %} " + PARTS + "</s>{% endif %}{% endfor %}"), bos_token="<s>")
-    images = LlavaNextImageProcessorPil(size=dict(shortest_edge=32), crop_size=dict(height=32, width=32), image_grid_pinpoints=[[32, 64], [64, 32], [64, 64]])
+    images = LlavaNextImageProcessorPil(size=dict(shortest_edge=32), crop_size=dict(height=32, width=32),
+                                        image_grid_pinpoints=[[32, 64], [64, 32], [64, 64]])
     LlavaNextProcessor(images, tokenizer, patch_size=8, vision_feature_select_strategy="default",
                        num_additional_image_tokens=1).save_pretrained(folder)
     config = LlavaNextConfig(text_config=dict(model_type="llama", vocab_size=len(tokenizer), **TEXT),
@@ -122,7 +130,8 @@ CHATML = (EACH + "<|im_start|>{{ m.role }}\n" + PARTS.replace("IMAGE", "<image>\
 def llava(folder):
     """The same number of tokens for every image (LLaVA-Interleave with its Qwen template)."""
     tokenizer = byte_tokenizer(["<image>", "<|im_start|>"], "<|im_end|>", CHATML)
-    LlavaProcessor(LlavaImageProcessorPil(size=dict(shortest_edge=32), crop_size=dict(height=32, width=32)), tokenizer, patch_size=8,
+    LlavaProcessor(LlavaImageProcessorPil(size=dict(shortest_edge=32), crop_size=dict(height=32, width=32)), tokenizer,
+                   patch_size=8,
                    vision_feature_select_strategy="default", num_additional_image_tokens=1).save_pretrained(folder)
     config = LlavaConfig(text_config=dict(model_type="qwen2", vocab_size=len(tokenizer), **TEXT),
                          vision_config=dict(model_type="clip_vision_model", image_size=32, projection_dim=32, **VISION),
@@ -138,8 +147,10 @@ def llava_onevision(folder):
     images = LlavaOnevisionImageProcessor(size=dict(height=32, width=32), image_grid_pinpoints=pins)
     LlavaOnevisionProcessor(images, tokenizer, LlavaOnevisionVideoProcessor(), num_image_tokens=16,
                             vision_feature_select_strategy="full").save_pretrained(folder)
-    config = LlavaOnevisionConfig(text_config=dict(model_type="qwen2", vocab_size=len(tokenizer), **TEXT), image_grid_pinpoints=pins,
-                                  vision_config=dict(model_type="siglip_vision_model", image_size=32, vision_use_head=False, **VISION),
+    config = LlavaOnevisionConfig(text_config=dict(model_type="qwen2", vocab_size=len(tokenizer), **TEXT),
+                                  image_grid_pinpoints=pins,
+                                  vision_config=dict(model_type="siglip_vision_model", image_size=32, vision_use_head=False,
+                                                     **VISION),
                                   image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
                                   video_token_index=tokenizer.convert_tokens_to_ids("<video>"))
     return LlavaOnevisionForConditionalGeneration(config)
@@ -148,11 +159,13 @@ def llava_onevision(folder):
 def internvl(folder):
     pytest.importorskip("torchvision")
     from transformers import GotOcr2ImageProcessor, InternVLVideoProcessor
-    tokenizer = byte_tokenizer(["<|im_start|>"], "<|im_end|>", CHATML.replace("<image>", "<IMG_CONTEXT>"), extra_special_tokens=dict(
+    tokenizer = byte_tokenizer(["<|im_start|>"], "<|im_end|>", CHATML.replace("<image>", "<IMG_CONTEXT>"),
+                               extra_special_tokens=dict(
         start_image_token="<img>", end_image_token="</img>", context_image_token="<IMG_CONTEXT>", video_token="<video>"))
     images = GotOcr2ImageProcessor(size=dict(height=32, width=32), crop_to_patches=True, min_patches=1, max_patches=4)
     InternVLProcessor(images, tokenizer, InternVLVideoProcessor(), image_seq_length=4).save_pretrained(folder)
-    config = InternVLConfig(text_config=dict(model_type="qwen2", vocab_size=len(tokenizer), **TEXT), downsample_ratio=0.5, image_seq_length=4,
+    config = InternVLConfig(text_config=dict(model_type="qwen2", vocab_size=len(tokenizer), **TEXT), downsample_ratio=0.5,
+                            image_seq_length=4,
                             vision_config=VISION | dict(image_size=[32, 32], patch_size=[8, 8]),
                             image_token_id=tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"))
     return InternVLForConditionalGeneration(config)
@@ -268,7 +281,8 @@ def test_two_steps_train_and_the_packed_pass_changes_no_gradient(checkpoint, con
 def test_a_merged_checkpoint_of_another_family_loads_with_transformers_alone(tmp_path, config):
     torch.manual_seed(1)
     idefics3(tmp_path / "base").save_pretrained(tmp_path / "base")
-    config = dataclasses.replace(config, model=str(tmp_path / "base"), steps=2, train_examples=4, valid_examples=2, max_tokens=4096, test_per_family=1)
+    config = dataclasses.replace(config, model=str(tmp_path / "base"), steps=2, train_examples=4, valid_examples=2, max_tokens=4096,
+                                 test_per_family=1)
     run = train.train(config)
     train.merge(run, tmp_path / "merged")
     again = VLM(tmp_path / "merged")

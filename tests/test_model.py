@@ -22,14 +22,16 @@ def run(vlm, store, views, pred_tokens=None):
     batch = data.collate(views, vlm.pad_id)
     with torch.no_grad():
         features = vlm.encode_images([store.inputs(i) for i in batch.images])
-        return batch, vlm(batch, features, [store.grids[i] for i in batch.images], None if pred_tokens is None else pred_tokens.repeat(len(views), 1))[0]
+        return batch, vlm(batch, features, [store.grids[i] for i in batch.images],
+                          None if pred_tokens is None else pred_tokens.repeat(len(views), 1))[0]
 
 
 def reference(vlm, store, views):
     """The same states by transformers' own forward, from pixels."""
     batch = data.collate(views, vlm.pad_id)
     with torch.no_grad():
-        return vlm.lm.model(input_ids=batch.ids, attention_mask=batch.mask.long(), mm_token_type_ids=(batch.ids == vlm.image_token_id).int(),
+        return vlm.lm.model(input_ids=batch.ids, attention_mask=batch.mask.long(),
+                            mm_token_type_ids=(batch.ids == vlm.image_token_id).int(),
                             pixel_values=torch.cat([store.inputs(i)["pixel_values"] for i in batch.images]).to(vlm.lm.dtype),
                             image_grid_thw=torch.tensor([store.grids[i] for i in batch.images])).last_hidden_state
 
@@ -102,7 +104,8 @@ def test_adapter_on_disk_is_in_pefts_layout(tmp_path, vlm64, mixed):
     assert (config["peft_type"], config["r"], config["lora_alpha"]) == ("LORA", 4, 8.0)
     fresh = VLM(TINY, dtype=torch.float64)
     fresh.load_adapter(tmp_path)
-    torch.testing.assert_close(run(fresh, store, [v.full for v in views])[1], run(vlm64, store, [v.full for v in views])[1], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(run(fresh, store, [v.full for v in views])[1], run(vlm64, store, [v.full for v in views])[1],
+                               rtol=1e-5, atol=1e-5)
 
 
 def test_full_fine_tuning_survives_the_disk(tmp_path, vlm64, mixed):

@@ -44,9 +44,12 @@ def test_lvr_boxes_become_calls_and_crops(pictures, tmp_path):
 
 
 @pytest.mark.parametrize("changed, reason", [
-    (dict(bboxes=[[0.5, 0, 0.5, 1]]), "box is empty"), (dict(bboxes=[[0.5, 0, 1.2, 1]]), "leaves the image"), (dict(bboxes=[]), "field missing"),
-    (dict(bboxes=[[0, 0, 1]]), "not four numbers"), (dict(image=["b.png"]), "image not found"), (dict(image=["../outside.png"]), "leaves the data folder"),
-    (dict(conversations=[{"from": "human", "value": "?"}]), "field missing"), (dict(conversations=[{"value": "x"}, {"value": "<answer></answer>"}]), "no answer")])
+    (dict(bboxes=[[0.5, 0, 0.5, 1]]), "box is empty"), (dict(bboxes=[[0.5, 0, 1.2, 1]]), "leaves the image"),
+    (dict(bboxes=[]), "field missing"),
+    (dict(bboxes=[[0, 0, 1]]), "not four numbers"), (dict(image=["b.png"]), "image not found"),
+    (dict(image=["../outside.png"]), "leaves the data folder"),
+    (dict(conversations=[{"from": "human", "value": "?"}]), "field missing"),
+    (dict(conversations=[{"value": "x"}, {"value": "<answer></answer>"}]), "no answer")])
 def test_what_cannot_be_used_is_named_with_its_reason(pictures, tmp_path, changed, reason, capsys):
     (tmp_path / "lvr.json").write_text(json.dumps([a_lvr_record(), a_lvr_record(question_id=9, **changed)]))
     found = list(published.lvr(tmp_path / "lvr.json", pictures))
@@ -58,15 +61,18 @@ def test_what_cannot_be_used_is_named_with_its_reason(pictures, tmp_path, change
 
 def a_trace(*turns):
     roles = ["system", "user"] + ["assistant", "user"] * len(turns)
-    return dict(qid="q1", message_list=[dict(role=role, content=content) for role, content in zip(roles, [[{"text": "tools"}], [{"image": "a.png"}, {"text": "Where?"}], *turns])])
+    contents = [[{"text": "tools"}], [{"image": "a.png"}, {"text": "Where?"}], *turns]
+    return dict(qid="q1", message_list=[dict(role=role, content=content) for role, content in zip(roles, contents)])
 
 
 CALL = 'Let me zoom. <tool_call>{"name": "crop_image_normalized", "arguments": {"bbox_2d": [0.1, 0.2, 0.3, 0.4], "target_image": 1}}</tool_call>'
 
 
 def test_pixelreasoner_crops_and_videos(pictures, tmp_path):
-    rows = [a_trace([{"text": "It is \\boxed{B}"}]), a_trace([{"text": CALL}], [{"text": "the crop"}, {"image": "crop.png"}], [{"text": "So \\boxed{C}"}]),
-            dict(qid="v", message_list=[dict(role="user", content=[{"video": ["1.png"]}, {"text": "?"}])]), a_trace([{"text": "no idea"}])]
+    rows = [a_trace([{"text": "It is \\boxed{B}"}]),
+            a_trace([{"text": CALL}], [{"text": "the crop"}, {"image": "crop.png"}], [{"text": "So \\boxed{C}"}]),
+            dict(qid="v", message_list=[dict(role="user", content=[{"video": ["1.png"]}, {"text": "?"}])]),
+            a_trace([{"text": "no idea"}])]
     (tmp_path / "pr.json").write_text(json.dumps(rows))
     none, one, video, open_end = published.pixelreasoner(tmp_path / "pr.json", pictures)
     assert none.trajectory == ["It is B Answer: B"] and none.question == "Where?" and len(none.images) == 1
@@ -90,11 +96,13 @@ def test_written_folders_read_back_and_mix(pictures, tmp_path):
 
 def test_thinkmorph_rows_and_the_message_without_pyarrow(pictures, tmp_path, monkeypatch):
     raw = dict(bytes=(pictures / "a.png").read_bytes())
-    row = dict(pid="7", question="<image>Which arrangement?", answer="A", problem_image_0=raw, reasoning_image_0=dict(bytes=(pictures / "crop.png").read_bytes()),
+    row = dict(pid="7", question="<image>Which arrangement?", answer="A", problem_image_0=raw,
+               reasoning_image_0=dict(bytes=(pictures / "crop.png").read_bytes()),
                resoning_thought_0="<think>I will assemble it.</think><image_start>", resoning_thought_1="<image_end><think>It fits.</think>")
     monkeypatch.setattr(published, "parquet_rows", lambda folder: iter([row, {**row, "reasoning_image_0": None}]))
     kept, left = published.thinkmorph([tmp_path / "Jigsaw_Assembly"])
-    assert kept.texts == ["I will assemble it.", "It fits. Answer: A"] and kept.images[1].size == (40, 40) and kept.family == "Jigsaw_Assembly"
+    assert kept.texts == ["I will assemble it.", "It fits. Answer: A"] and kept.images[1].size == (40, 40)
+    assert kept.family == "Jigsaw_Assembly"
     assert "field missing" in left[1]
     monkeypatch.undo()
     monkeypatch.setitem(sys.modules, "pyarrow", None)
@@ -109,7 +117,8 @@ import benchmarks  # noqa: E402
 
 
 @pytest.mark.parametrize("text, strict, lenient", [
-    ("A", "A", "A"), ("(B)", "B", "B"), ("C.", "C", "C"), ("Answer: D", "D", "D"), ("<answer>A", "A", "A"), ("\\boxed{B}", "B", "B"), ("B. a dog", "B", "B"),
+    ("A", "A", "A"), ("(B)", "B", "B"), ("C.", "C", "C"), ("Answer: D", "D", "D"), ("<answer>A", "A", "A"),
+    ("\\boxed{B}", "B", "B"), ("B. a dog", "B", "B"),
     ("It is B", "", "B"), ("A or B", "", ""), ("A B C D", "", ""), ("answer", "", ""), ("", "", ""), ("E", "", ""), ("I see A's cat", "", "")])
 def test_letters(text, strict, lenient):
     assert benchmarks.letters_in(text, "ABCD") == (strict, lenient)
@@ -122,7 +131,8 @@ def published_folders(tmp_path, pictures):
     rows = []
     for n in range(3):
         (vstar / "direct_attributes" / f"{n}.jpg").write_bytes((pictures / "a.png").read_bytes())
-        rows.append(dict(question_id=n, image=f"direct_attributes/{n}.jpg", text="What colour?\n(A) red\n(B) blue\nAnswer with the option's letter from the given choices directly.",
+        rows.append(dict(question_id=n, image=f"direct_attributes/{n}.jpg",
+                         text="What colour?\n(A) red\n(B) blue\nAnswer with the option's letter from the given choices directly.",
                          label="A", category="direct_attributes"))
     (vstar / "test_questions.jsonl").write_text("\n".join(map(json.dumps, rows)))
     mmvp = tmp_path / "mmvp"
@@ -144,7 +154,8 @@ def test_published_layouts_are_read(published_folders, pictures, tmp_path):
     assert (items["1"].label, items["1"].other_label) == ("B", "B") and (items["99"].label, items["99"].other_label) == ("B", "A")
     assert items["1"].group == items["2"].group != items["99"].group == items["100"].group
     raw = dict(bytes=(pictures / "a.png").read_bytes())
-    item = benchmarks.blink_item(dict(idx="val_1", question="Which?", choices=["x", "y", "z"], answer="(C)", image_1=raw, image_2=raw, image_3=None), "Jigsaw", "here")
+    item = benchmarks.blink_item(dict(idx="val_1", question="Which?", choices=["x", "y", "z"], answer="(C)", image_1=raw,
+                                      image_2=raw, image_3=None), "Jigsaw", "here")
     assert len(item.images) == 2 and item.label == "C" and item.letters == "ABC" and "C. z" in item.prompt
     with pytest.raises(FileNotFoundError, match="expected craigwu/vstar_bench"):
         list(benchmarks.vstar(mmvp))
@@ -168,7 +179,8 @@ def test_predictions_resume_and_scores_by_hand(published_folders, tmp_path, monk
     assert benchmarks.predict(vlm, items, out, 4, 2) == whole and asked == [1] and out.read_text().splitlines() == lines
     with pytest.raises(ValueError, match="predictions of other items"):
         benchmarks.predict(vlm, items[:2], out, 4, 2)
-    rows = [dict(group=g, label=a, other_label=b, strict=s, lenient=s) for g, a, b, s in (("0", "A", "A", "A"), ("0", "B", "B", "B"), ("1", "A", "B", "A"), ("1", "B", "A", "A"))]
+    rows = [dict(group=g, label=a, other_label=b, strict=s, lenient=s) for g, a, b,
+            s in (("0", "A", "A", "A"), ("0", "B", "B", "B"), ("1", "A", "B", "A"), ("1", "B", "A", "A"))]
     table = benchmarks.scores("mmvp", rows)
     assert table["items, labels as published"] == [4, 75, 75] and table["pairs, labels as published"] == [2, 50, 50]
     assert table["items, labels corrected"] == [4, 75, 75] and table["pairs, labels corrected"] == [2, 50, 50]

@@ -51,7 +51,8 @@ def test_every_kind_of_image_is_shown_as_a_person_sees_it(tmp_path):
     hidden.paste((0, 0, 0, 0), (0, 0, 4, 8))  # the left half is transparent black: hidden ink must not show
     palette = rgb.convert("P")
     keyed = rgb.convert("P", palette=Image.Palette.ADAPTIVE, colors=2)
-    pictures = {"rgb.png": rgb, "grey.png": rgb.convert("L"), "one.png": rgb.convert("1"), "palette.gif": palette, "alpha.png": clear,
+    pictures = {"rgb.png": rgb, "grey.png": rgb.convert("L"), "one.png": rgb.convert("1"), "palette.gif": palette,
+                "alpha.png": clear,
                 "hidden.png": hidden, "la.png": clear.convert("LA"), "cmyk.jpg": rgb.convert("CMYK"), "keyed.png": keyed,
                 "sixteen.png": Image.fromarray(grey.astype(np.uint16) * 257), "sixteen.tif": Image.fromarray(grey.astype(np.int32) * 257),
                 "a.webp": rgb, "a.bmp": rgb}
@@ -78,7 +79,9 @@ def whole_png():
     return buffer.getvalue()
 
 
-@pytest.mark.parametrize("content", [b"", b"\x89PNG", whole_png()[:60], whole_png()[:-30][:70], b"GIF89a" + bytes(9), b"\xff\xd8\xff\xe0" + bytes(50),
+@pytest.mark.parametrize("content",
+                         [b"", b"\x89PNG", whole_png()[:60], whole_png()[:-30][:70], b"GIF89a" + bytes(9),
+                          b"\xff\xd8\xff\xe0" + bytes(50),
                                      bomb(30_000), bomb(12_000), b"RIFF\0\0\0\0WEBPVP8 ", b"<svg/>", pickle.dumps([1])])
 def test_bytes_that_are_no_picture_name_file_line_and_mend(tmp_path, content):
     (tmp_path / "b.png").write_bytes(content)
@@ -105,13 +108,18 @@ def test_a_crop_of_one_pixel_is_usable_and_a_thread_of_pixels_is_refused():
 
 @pytest.mark.parametrize("line, message", [
     ({**RECORD, "options": []}, "'x' is not among the options"), ({**RECORD, "options": ["x", "x"]}, "an option is there twice"),
-    ({**RECORD, "options": ["x", "x "]}, "an option is there twice"), ({**RECORD, "options": ["x", 3]}, "every option must be a non-empty string; found 3"),
+    ({**RECORD, "options": ["x", "x "]}, "an option is there twice"),
+    ({**RECORD, "options": ["x", 3]}, "every option must be a non-empty string; found 3"),
     ({**RECORD, "id": " "}, "id must be a non-empty string"), ({**RECORD, "id": 7}, "field 'id' must be a str; found 7"),
-    ({**RECORD, "question": ""}, "question must be a non-empty string"), ({**RECORD, "family": 3}, "family must be a non-empty string"),
-    ({**RECORD, "question": "\ud800"}, "half a character"), ({**RECORD, "image": "\ud800.png"}, "image holds half a character"), ({**RECORD, "image": "a\0b.png"}, "null|cannot be read"),
+    ({**RECORD, "question": ""}, "question must be a non-empty string"),
+    ({**RECORD, "family": 3}, "family must be a non-empty string"),
+    ({**RECORD, "question": "\ud800"}, "half a character"), ({**RECORD, "image": "\ud800.png"}, "image holds half a character"),
+    ({**RECORD, "image": "a\0b.png"}, "null|cannot be read"),
     ({**RECORD, "image": "."}, "cannot be read"), ({**RECORD, "image": "../a.png"}, "leaves the data folder.*--outside_images"),
-    ({**RECORD, "image": "/etc/hostname"}, "leaves the data folder"), ({**RECORD, "trajectory": [{"image": "../b.png"}, {"text": "x"}]}, "leaves the data folder"),
-    (b"[" * 100_000, "nested too deeply|not valid JSON"), (b'{"id": "\xff"}', r"not UTF-8 \(byte 8\)"), (b"NaN", "expected a JSON object, found float"),
+    ({**RECORD, "image": "/etc/hostname"}, "leaves the data folder"),
+    ({**RECORD, "trajectory": [{"image": "../b.png"}, {"text": "x"}]}, "leaves the data folder"),
+    (b"[" * 100_000, "nested too deeply|not valid JSON"), (b'{"id": "\xff"}', r"not UTF-8 \(byte 8\)"),
+    (b"NaN", "expected a JSON object, found float"),
     (b'{"id": "1"} {"id": "2"}', "not valid JSON .*one object a line")])
 def test_bad_records_are_refused_with_line_and_mend(tmp_path, line, message):
     with pytest.raises((ValueError, FileNotFoundError), match=f"line 2: .*({message})"):
@@ -121,7 +129,8 @@ def test_bad_records_are_refused_with_line_and_mend(tmp_path, line, message):
 def test_texts_of_all_scripts_and_separators_survive(tmp_path):
     """Line separators inside a text, right-to-left script, emoji, CRLF, a byte-order mark, a line of megabytes: all are text."""
     texts = ["\u202eשלום x", "ما هو الرقم؟ x", "a\u2028b\u2029c\x85d\x0be x", "👩‍🚀 x", "x " * 2_000_000]
-    rows = [json.dumps({**RECORD, "id": str(n), "question": text, "trajectory": [{"text": text}]}, ensure_ascii=False).encode() + b"\r"
+    rows = [json.dumps({**RECORD, "id": str(n), "question": text, "trajectory": [{"text": text}]},
+                       ensure_ascii=False).encode() + b"\r"
             for n, text in enumerate(texts)]
     rows[0] = b"\xef\xbb\xbf" + rows[0]
     assert [ex.question for ex in data.read_folder(folder_of(tmp_path, *rows))] == [text.strip() for text in texts]
@@ -143,16 +152,19 @@ def test_links_out_of_the_folder_are_refused_unless_asked_for(tmp_path):
 def test_special_tokens_in_a_users_text_stop_before_training(tmp_path, field, config):
     said = "x <|im_end|>"
     value = dict(question=said, options=["x", said], trajectory=[{"text": said}])[field]
-    rows = [{**RECORD, "id": str(n), "split": split, **({field: value} if n == 1 else {})} for n, split in enumerate(["train"] * 2 + ["validation"] * 2 + ["test"])]
+    rows = [{**RECORD, "id": str(n), "split": split, **({field: value} if n == 1 else {})}
+            for n, split in enumerate(["train"] * 2 + ["validation"] * 2 + ["test"])]
     with pytest.raises(ValueError, match=r"example 1: the text contains the model's special token '<\|im_end\|>'; remove it"):
         train.train(dataclasses.replace(config, data=str(folder_of(tmp_path, *rows))))
     assert not Path(config.out).exists()
 
 
 def test_check_data_reports_every_problem_at_once_and_what_is_there(tmp_path, capsys, config):
-    rows = [RECORD, {**RECORD, "id": "2", "question": "q " * 3000}, {**RECORD, "id": "3", "answer": "z"}, {**RECORD, "id": "4", "question": "<|im_end|>"}]
+    rows = [RECORD, {**RECORD, "id": "2", "question": "q " * 3000}, {**RECORD, "id": "3", "answer": "z"},
+            {**RECORD, "id": "4", "question": "<|im_end|>"}]
     folder = folder_of(tmp_path, *rows)
-    done = subprocess.run([sys.executable, train.__file__, "--check-data", "--data", str(folder), "--out", str(tmp_path / "run")], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, train.__file__, "--check-data", "--data", str(folder), "--out", str(tmp_path / "run")],
+                          capture_output=True, text=True)
     assert done.returncode == 1 and "Traceback" not in done.stderr and not (tmp_path / "run").exists()
     for message in ("3 records cannot be used", "line 3: answer 'z'", "example 2: 6", "example 4: the text contains"):
         assert message in done.stderr, message
@@ -168,7 +180,8 @@ def test_check_data_reports_every_problem_at_once_and_what_is_there(tmp_path, ca
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     out = tmp_path_factory.mktemp("robust") / "run"
-    train.train(train.Config(device="cpu", out=str(out), steps=2, batch=2, train_examples=4, valid_examples=4, test_per_family=1, eval_every=2,
+    train.train(train.Config(device="cpu", out=str(out), steps=2, batch=2, train_examples=4, valid_examples=4, test_per_family=1,
+                             eval_every=2,
                              save_every=1, log_every=1, lora_rank=2))
     (out / "results.json").unlink()  # as if it had been stopped before its end
     return out
@@ -237,10 +250,12 @@ def test_weights_as_pickle_and_code_in_a_checkpoint_are_not_read(tmp_path):
 
 
 @pytest.mark.parametrize("file, content, message", [
-    ("best.json", '{"checkpoint": "../elsewhere"}', "names no checkpoint of this run"), ("best.json", "{", "best.json is not valid JSON"),
+    ("best.json", '{"checkpoint": "../elsewhere"}', "names no checkpoint of this run"),
+    ("best.json", "{", "best.json is not valid JSON"),
     ("config.json", "[]", "holds a list, not an object"), ("config.json", '{"model": "x"}', "was not written by train.py"),
     ("checkpoint-2/adapter_config.json", "{}", "not PEFT's description"),
-    ("checkpoint-2/adapter_config.json", '{"lora_alpha": 4, "r": 2, "target_modules": ["model.no_such"]}', "do not agree on model.no_such")])
+    ("checkpoint-2/adapter_config.json", '{"lora_alpha": 4, "r": 2, "target_modules": ["model.no_such"]}',
+     "do not agree on model.no_such")])
 def test_spoilt_json_says_so(tmp_path, run, file, content, message):
     shutil.copytree(run, tmp_path / "run")
     (tmp_path / "run" / file).write_text(content)
@@ -261,7 +276,8 @@ def test_a_state_of_another_version_is_not_guessed_at(tmp_path, run):
 
 def test_a_full_disk_leaves_the_last_good_state(tmp_path, config, monkeypatch):
     """No space when the second state is written: the first is whole, and the run goes on from it to the usual end."""
-    config = dataclasses.replace(config, method="sft", steps=3, batch=2, save_every=1, eval_every=3, test_per_family=1, valid_examples=2,
+    config = dataclasses.replace(config, method="sft", steps=3, batch=2, save_every=1, eval_every=3, test_per_family=1,
+                                 valid_examples=2,
                                  out=str(tmp_path / "run"))
     save, saved = model.save_file, []
 
@@ -285,7 +301,8 @@ def test_a_full_disk_leaves_the_last_good_state(tmp_path, config, monkeypatch):
 
 def test_a_second_signal_ends_at_once(tmp_path):
     """While the base is still being asked nothing is to be saved: two signals end the program with one line."""
-    process = subprocess.Popen([sys.executable, train.__file__, "--device", "cpu", "--train_examples", "4", "--valid_examples", "4", "--out", str(tmp_path / "run")],
+    process = subprocess.Popen([sys.executable, train.__file__, "--device", "cpu", "--train_examples", "4", "--valid_examples", "4",
+                                "--out", str(tmp_path / "run")],
                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     said = process.stdout.readline()
     while "run folder" not in said:
