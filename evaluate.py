@@ -101,7 +101,7 @@ class Asker:
         paths = [[encode(space + option) for option in ex.options] for ex in self.examples]
         out = self._generate(self._prompts(self.prefix), max(len(way) for ways in paths for way in ways), paths)
         for ex, ways, record in zip(self.examples, paths, out):
-            record["text"] = next(option for option, way in zip(ex.options, ways) if record["ids"][:len(way)] == way)
+            record["text"] = next((option for option, way in zip(ex.options, ways) if record["ids"][:len(way)] == way), "")
         return out
 
     def free(self, tokens: int) -> list[dict]:
@@ -116,12 +116,12 @@ class Asker:
         return [found.get(i) for i in range(len(self.examples))]
 
     def call(self, limit: int) -> list[dict]:
-        """Explicit tool use, in rounds: everyone still talking writes one turn; calls in it are run on the last image.
+        """Explicit tool use, in rounds: everyone still talking writes one turn, and the call in it is run.
 
         A call that is malformed or does not fit its image ends the attempt, as does one call too many: the record then
         says so in `failed` and has no text, and the question counts as answered by `direct`.
         """
-        talks = [dict(turns=self.serializer.turns(ex)[:1], image=ex.image, indices=i[:1],
+        talks = [dict(turns=self.serializer.turns(ex)[:1], shown=[ex.image], indices=i[:1],
                       calls=0, tokens=0, images=0, passes=0)
                  for ex, (i, _) in zip(self.examples, self.placed)]
         active = talks
@@ -142,9 +142,9 @@ class Asker:
             talk.update(text="", failed="one call too many")
         else:
             try:
-                talk["image"] = call_tool(text, opened(talk["image"]))
-                talk["indices"] = talk["indices"] + [self.store.add_image(talk["image"], text)]
-                talk["turns"] = talk["turns"] + [("assistant", [text[:CALL.search(text).end()]]), ("user", [talk["image"]])]
+                talk["shown"].append(call_tool(text, *map(opened, talk["shown"])))
+                talk["indices"] = talk["indices"] + [self.store.add_image(talk["shown"][-1], text)]
+                talk["turns"] = talk["turns"] + [("assistant", [text[:CALL.search(text).end()]]), ("user", talk["shown"][-1:])]
                 talk["calls"] += 1
             except ValueError as error:
                 talk.update(text="", failed=str(error))

@@ -140,8 +140,7 @@ BOXED = re.compile(r"\\boxed\{([^{}]*)\}")
 def pixelreasoner(file: Path, images: Path) -> Iterator[data.Example | Skip]:
     """PixelReasoner: message_list of {role, content: [{text} or {image} or {video}]}: system, user, then assistant, user in turn.
 
-    The assistant's JSON call becomes ours; the crop is the stored image of the next user turn. A call may name an earlier image
-    (target_image), ours is on the last one; training does not mind, its images are the stored ones.
+    The assistant's JSON call becomes ours; the crop is the stored image of the next user turn.
     """
     for n, record in enumerate(read_list(file)):
         name = f"pixelreasoner-{record.get('qid', n)}-{n}"
@@ -158,7 +157,8 @@ def pixelreasoner(file: Path, images: Path) -> Iterator[data.Example | Skip]:
             question, steps = " ".join(item["text"] for item in messages[0]["content"] if item.get("text")), []
             for message in messages[1:]:
                 if message["role"] == "assistant":
-                    steps.append(with_our_call(" ".join(item["text"] for item in message["content"] if item.get("text"))))
+                    shown = 1 + sum(not isinstance(step, str) for step in steps)
+                    steps.append(with_our_call(" ".join(item["text"] for item in message["content"] if item.get("text")), shown))
                 else:
                     steps += [image_file(images, item["image"]) for item in message["content"] if item.get("image")]
             boxed = BOXED.findall(steps[-1]) if isinstance(steps[-1], str) else []
@@ -173,14 +173,18 @@ def pixelreasoner(file: Path, images: Path) -> Iterator[data.Example | Skip]:
             yield name, str(error).split(":")[0]
 
 
-def with_our_call(text: str) -> str:
-    """The reasoning up to the JSON call, and the call as [crop x0 y0 x1 y1] where its box is one."""
+def with_our_call(text: str, shown: int) -> str:
+    """The reasoning up to the JSON call, and the call as [crop x0 y0 x1 y1], on another image than the last with its number."""
     match = CALL.search(text)
     if not match:
         return text.strip()
     arguments = json.loads(match[1])["arguments"]
     box = arguments.get("bbox_2d") or arguments.get("bbox")
-    return f"{text[:match.start()].strip()} [crop {' '.join(map(str, hundredths(box)))}]".strip()
+    target = int(arguments.get("target_image") or shown)
+    if not 1 <= target <= shown:
+        raise ValueError("a call names an image that was not shown")
+    of = "" if target == shown else f" of {target}"
+    return f"{text[:match.start()].strip()} [crop {' '.join(map(str, hundredths(box)))}{of}]".strip()
 
 
 def mix(sources: dict[Path, float], count: int, seed: int) -> Iterator[data.Example]:

@@ -107,10 +107,18 @@ def test_path_paints_the_route_to_its_end_and_no_other():
             assert painted[max(0, y - 11):y + 12, max(0, x - 11):x + 12].any() == (n == 0), (i, n)
 
 
-@pytest.mark.parametrize("text", ["no call here", "[crop 1 2]", "[zoom 1 2 3 4]", "[highlight 1 2 3]", "[crop 5 5 5 9]"])
+@pytest.mark.parametrize("text", ["no call here", "[crop 1 2]", "[zoom 1 2 3 4]", "[highlight 1 2 3]", "[crop 5 5 5 9]",
+                                  "[crop 1 2 3 4 of 2]", "[crop 1 2 3 4 of 0]"])
 def test_malformed_calls_raise_one_kind_of_error(text):
     with pytest.raises(ValueError):
         tools.call_tool(text, Image.new("RGB", (64, 64)))
+
+
+def test_a_call_works_on_the_last_image_or_on_the_one_it_names():
+    shown = [Image.new("RGB", (64, 64), "red"), Image.new("RGB", (32, 32), "blue")]
+    for text, colour, side in (("[crop 0 0 50 50]", (0, 0, 255), 16), ("[crop 0 0 50 50 of 1]", (255, 0, 0), 32)):
+        made = tools.call_tool(text, *shown)
+        assert made.getpixel((0, 0)) == colour and made.size == (side, side)
 
 
 # ---- the format ----

@@ -72,9 +72,13 @@ def test_pixelreasoner_crops_and_videos(pictures, tmp_path):
     rows = [a_trace([{"text": "It is \\boxed{B}"}]),
             a_trace([{"text": CALL}], [{"text": "the crop"}, {"image": "crop.png"}], [{"text": "So \\boxed{C}"}]),
             dict(qid="v", message_list=[dict(role="user", content=[{"video": ["1.png"]}, {"text": "?"}])]),
-            a_trace([{"text": "no idea"}])]
+            a_trace([{"text": "no idea"}]),
+            a_trace([{"text": CALL}], [{"image": "crop.png"}], [{"text": CALL}], [{"image": "crop.png"}], [{"text": "\\boxed{C}"}]),
+            a_trace([{"text": CALL.replace('image": 1', 'image": 2')}], [{"image": "crop.png"}], [{"text": "\\boxed{C}"}])]
     (tmp_path / "pr.json").write_text(json.dumps(rows))
-    none, one, video, open_end = published.pixelreasoner(tmp_path / "pr.json", pictures)
+    none, one, video, open_end, again, unseen = published.pixelreasoner(tmp_path / "pr.json", pictures)
+    assert again.texts[:2] == ["Let me zoom. [crop 10 20 30 40]", "Let me zoom. [crop 10 20 30 40 of 1]"]
+    assert unseen[1] == "a call names an image that was not shown"
     assert none.trajectory == ["It is B Answer: B"] and none.question == "Where?" and len(none.images) == 1
     assert one.trajectory == ["Let me zoom. [crop 10 20 30 40]", pictures / "crop.png", "So C Answer: C"] and one.answer == "C"
     assert video[1] == "video" and "boxed" in open_end[1]

@@ -1,6 +1,7 @@
 """The tools: real functions from image to image (crop, highlight, depth, jigsaw, path), and the calls that name them.
 
-A call is written [name a b c ...] in an assistant's text; coordinates are hundredths of width or height (0-100). The
+A call is written [name a b c ...] in an assistant's text, [name a b c ... of 1] to have it work on an earlier image than the
+last; coordinates are hundredths of width or height (0-100). The
 trajectories of the small world hold such calls and what they return, and explicit tool use (evaluate.py) runs what a model
 writes. Crop and highlight fit any image; depth, jigsaw and path read scenes as world/scenes.py draws them.
 """
@@ -92,15 +93,21 @@ def path(image: Image.Image, x: int, y: int) -> Image.Image:
 
 
 TOOLS: dict[str, Callable[..., Image.Image]] = dict(crop=crop, highlight=highlight, depth=depth, jigsaw=jigsaw, path=path)
-CALL = re.compile(r"\[(" + "|".join(TOOLS) + r")((?: \d{1,3})*)\]")
+CALL = re.compile(r"\[(" + "|".join(TOOLS) + r")((?: \d{1,3})*)(?: of (\d+))?\]")
 
 
-def call_tool(text: str, image: Image.Image) -> Image.Image:
-    """Run the call written in `text` on `image`. Raises ValueError when there is no call or its numbers do not fit."""
+def call_tool(text: str, *shown: Image.Image) -> Image.Image:
+    """Run the call written in `text` on the last of the images shown so far, or on the one it names (of 1: the question's).
+
+    Raises ValueError when there is no call or its numbers do not fit.
+    """
     match = CALL.search(text)
     if not match:
         raise ValueError(f"no tool call such as [crop 10 20 30 40] in {text!r}")
+    number = int(match[3] or len(shown))
+    if not 1 <= number <= len(shown):
+        raise ValueError(f"{match[0]} names an image that was not shown: there are {len(shown)}")
     try:
-        return TOOLS[match[1]](image, *map(int, match[2].split()))
+        return TOOLS[match[1]](shown[number - 1], *map(int, match[2].split()))
     except TypeError:
         raise ValueError(f"wrong number of arguments in {match[0]}") from None
