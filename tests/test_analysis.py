@@ -67,15 +67,13 @@ def test_the_random_models_have_the_true_sizes(size, parameters):
 
 
 SMALL = ["--device", "cpu", "--steps", "2", "--batch", "4", "--train_examples", "10", "--valid_examples", "6",
-         "--test_per_family", "1",
-         "--eval_every", "1", "--track", "5", "--lora_rank", "4"]
+         "--test_per_family", "1", "--eval_every", "1", "--track", "5", "--lora_rank", "4"]
 
 
 def test_a_small_study_from_runs_to_figures(tmp_path):
     out = tmp_path / "study"
     command = [sys.executable, str(ROOT / "analysis" / "study.py"), "--out", str(out), "--arms", "sft", "recon", "pearl",
-               "--regimes", "mixed",
-               "--seeds", "0", "--jobs", "1", "--", *SMALL]
+               "--regimes", "mixed", "--seeds", "0", "--jobs", "2", "--", *SMALL]
     (out / "tiny-vlm" / "mixed" / "sft-seed0").mkdir(parents=True)
     (out / "tiny-vlm" / "mixed" / "sft-seed0" / "log.jsonl").write_text("interrupted")
     done = subprocess.run(command, capture_output=True, text=True)
