@@ -665,7 +665,7 @@ def start_processes(config: Config) -> tuple[int, int]:
         config.device = f"cuda:{local}"
         torch.cuda.set_device(local)
     cuda = torch.device(config.device) if config.device.startswith("cuda") else None
-    # a day, not PyTorch's 10 minutes: the others wait while the first process validates and answers the test questions
+    # a day, not PyTorch's 10 or 30 minutes: the others wait while the first process validates and answers the test questions
     dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(days=1), device_id=cuda)
     return dist.get_rank(), world
 

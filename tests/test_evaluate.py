@@ -94,6 +94,15 @@ def test_tools_run_on_the_last_image_until_the_answer(monkeypatch):
     assert by_hand == [True, True]
 
 
+def test_an_answer_that_is_none_of_the_options_is_wrong(monkeypatch):
+    """A model that has broken down may write outside the words it is confined to."""
+    vlm, ex = VLM(TINY), scenes.make_example("crop", "test", 0, 0)
+    monkeypatch.setattr(evaluate.Asker, "_generate", lambda self, views, *rest: [dict(ids=[0], text="?", tokens=1, images=1, passes=1)
+                                                                              for _ in views])
+    record, = evaluate.answer_questions(vlm, [ex])
+    assert record["direct"] == "" and not record["direct_right"]
+
+
 @pytest.mark.parametrize("said, why",
                          [("Zoom in. [crop 10 20]", "wrong number of arguments"), ("Zoom in. [zoom 1 2 3 4]", "no tool call"),
                           ("Zoom in. [crop 50 50 40 60]", "is empty"), ("Zoom [crop 1 2 3", "no tool call")])
