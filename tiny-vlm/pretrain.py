@@ -541,12 +541,12 @@ def language_losses(model, heads, rows: list[Dialogue], pool, cache, device) -> 
         for n, said in enumerate(words_ for r in rows for _, words_ in r.ends):
             words[n, said] = 1
         guess = heads["summary"](out.last_hidden_state[ends[:, 0], ends[:, 1]]).float()
-        losses["summary"] = 10 * F.binary_cross_entropy_with_logits(guess, words)
+        losses["summary"] = F.binary_cross_entropy_with_logits(guess, words)
     return losses
 
 
-def train_language(model, tokenizer, pool, valid, steps: int, batch: int, lr: float, device) -> None:
-    """The language model learns the dialogues, on cached features with a little noise."""
+def train_language(model, tokenizer, pool, valid, steps: int, batch: int, lr: float, device, summary: float) -> None:
+    """The language model learns the dialogues, on cached features with a little noise. summary: weight of that auxiliary task."""
     cache, talker, start = all_features(model, pool, device), Talker(tokenizer, pool), time.time()
     valid_cache, valid_talker = all_features(model, valid, device), Talker(tokenizer, valid)
     vocabulary = model.config.text_config.vocab_size
@@ -557,6 +557,7 @@ def train_language(model, tokenizer, pool, valid, steps: int, batch: int, lr: fl
         if step % 4 == 0:  # four batches at a time, sorted: neighbours in length need little padding
             rows = sorted((talker.dialogue(rng) for _ in range(batch * 4)), key=lambda row: len(row.ids))
         losses = language_losses(model, heads, rows[step % 4 * batch:(step % 4 + 1) * batch], pool, cache, device)
+        losses["summary"] = summary * losses["summary"]
         sum(losses.values()).backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         adam.step(), schedule.step(), adam.zero_grad()
@@ -583,6 +584,8 @@ def main() -> None:
     parser.add_argument("--vision_steps", type=int, default=5000, help="of 64 pictures")
     parser.add_argument("--language_steps", type=int, default=5000, help="of 32 dialogues")
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--summary", type=float, default=10.0, help="weight of the end-of-turn task; 0: without it")
+    parser.add_argument("--vision", type=Path, help="a checkpoint whose vision tower is taken instead of stage 1")
     args = parser.parse_args()
     if args.out.exists():
         sys.exit(f"{args.out} exists already: choose a new folder")
@@ -601,10 +604,14 @@ def main() -> None:
     valid = make_pool(300, args.seed + 10_000, args.out, args.workers)
     print(f"{len(pool)} pictures drawn in {time.time() - start:.0f} s", flush=True)
     torch.manual_seed(args.seed)
-    train_vision(model, pool, valid, args.vision_steps, 64, 1e-3, args.device)
+    if args.vision:
+        trained = Qwen2_5_VLForConditionalGeneration.from_pretrained(args.vision).model.visual
+        model.model.visual.load_state_dict(trained.state_dict())
+    else:
+        train_vision(model, pool, valid, args.vision_steps, 64, 1e-3, args.device)
     save(model, tokenizer, args.out)
     torch.manual_seed(args.seed)
-    train_language(model, tokenizer, pool, valid, args.language_steps, 32, 1.5e-3, args.device)
+    train_language(model, tokenizer, pool, valid, args.language_steps, 32, 1.5e-3, args.device, args.summary)
     save(model, tokenizer, args.out)
     print(f"saved {args.out} after {(time.time() - start) / 60:.1f} minutes")
 
