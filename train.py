@@ -358,6 +358,11 @@ def compute_losses(vlm: VLM, extra: Predictor | LatentScale | None, examples: Ex
     features = image_features(vlm, examples, [i for v in views for i in v.full.images], config)
     if config.method == "recon":
         return recon_losses(vlm, extra, examples, rows, features, config)
+    needs_gradient = config.nextlat_view == "trajectory"
+    if extra is not None and (config.target_encoder == "current" or needs_gradient):  # first, while no graph takes up memory
+        with nullcontext() if needs_gradient else torch.no_grad():  # Eq. 1 never needs it: its target is a constant
+            target, target_states, target_inputs, embedding = encode(
+                vlm, examples, data.collate([v.target for v in views], vlm.pad_id), features)
     if extra is None or not config.packed:
         full, states, inputs, _ = encode(vlm, examples, data.collate([v.full for v in views], vlm.pad_id), features)
     else:
@@ -368,11 +373,6 @@ def compute_losses(vlm: VLM, extra: Predictor | LatentScale | None, examples: Ex
 
     if not config.packed:
         _, _, _, predicted = encode(vlm, examples, data.collate([v.input for v in views], vlm.pad_id), features, extra.pred_tokens)
-    needs_gradient = config.nextlat_view == "trajectory"
-    if config.target_encoder == "current" or needs_gradient:
-        with nullcontext() if needs_gradient else torch.no_grad():  # Eq. 1 never needs it: its target is a constant
-            target, target_states, target_inputs, embedding = encode(
-                vlm, examples, data.collate([v.target for v in views], vlm.pad_id), features)
     if config.target_encoder == "frozen":
         embedding = examples.targets[rows].to(vlm.device)
     if config.center and torch.is_grad_enabled():

@@ -9,20 +9,24 @@ plain: one pass a view. release: three views padded to one length, gradient in a
 
 The variants take turns on the same batches of one model in one process, so that whatever else the machine does hits all of
 them; a row of the table is the median over --steps rounds after three to warm up. Peak memory is that of a variant's own
-warm-up steps: on a GPU what PyTorch had allocated, on a CPU (Linux) the process's resident memory. The last line is one JSON object.
+warm-up steps, model and optimiser included: on a GPU what PyTorch had allocated, on a CPU the bytes of all tensors alive at
+once, counted as operations make them (what one operation needs inside is not seen). The last line is one JSON object.
 """
 
 import argparse
 import contextlib
-import ctypes
 import dataclasses
+import gc
 import json
 import statistics
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer, PreTrainedConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -40,13 +44,14 @@ SIZES = {  # of Qwen2.5-VL's language models; their vision towers are alike
 }
 
 
-def true_config(size: str) -> PreTrainedConfig:
-    """Qwen2.5-VL's config at that size, with the token ids of the shipped model."""
+def true_config(size: str, layers: int = 0) -> PreTrainedConfig:
+    """Qwen2.5-VL's config at that size, with the token ids of the shipped model; layers: fewer than its own, if above 0."""
     config = AutoConfig.from_pretrained(ROOT / "tiny-vlm")
     config.tie_word_embeddings = size == "3B"
+    layers = layers or SIZES[size]["num_hidden_layers"]
     rope = dict(rope_type="default", mrope_section=[16, 24, 24], rope_theta=1e6)
-    text = dict(SIZES[size], max_position_embeddings=128000, tie_word_embeddings=size == "3B", rope_parameters=rope,
-                layer_types=["full_attention"] * SIZES[size]["num_hidden_layers"])
+    text = dict(SIZES[size], num_hidden_layers=layers, max_position_embeddings=128000, tie_word_embeddings=size == "3B", rope_parameters=rope,
+                layer_types=["full_attention"] * layers)
     vision = dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, out_hidden_size=SIZES[size]["hidden_size"],
                   patch_size=14, temporal_patch_size=2, window_size=112, fullatt_block_indexes=[7, 15, 23, 31])
     for part, values in ((config.text_config, text), (config.vision_config, vision)):
@@ -55,31 +60,44 @@ def true_config(size: str) -> PreTrainedConfig:
     return config
 
 
-def random_checkpoint(size: str, out: Path, image_tokens: int) -> None:
+def random_checkpoint(size: str, out: Path, image_tokens: int, layers: int = 0) -> None:
     """A Qwen2.5-VL of true size, bfloat16 and random, with the shipped model's tokenizer; every image takes about image_tokens."""
     train.refuse_used_folder(out)
     torch.manual_seed(0)
-    AutoModelForImageTextToText.from_config(true_config(size), dtype=torch.bfloat16).save_pretrained(out)
+    AutoModelForImageTextToText.from_config(true_config(size, layers), dtype=torch.bfloat16).save_pretrained(out)
     AutoTokenizer.from_pretrained(ROOT / "tiny-vlm").save_pretrained(out)
     pixels = image_tokens * 28 * 28
     AutoImageProcessor.from_pretrained(ROOT / "tiny-vlm", patch_size=14, temporal_patch_size=2,
                                        size=dict(shortest_edge=pixels, longest_edge=pixels + pixels // 10)).save_pretrained(out)
 
 
-def reset_peak(cuda: bool) -> None:
-    if cuda:
-        torch.cuda.reset_peak_memory_stats()
-    elif sys.platform == "linux":
-        ctypes.CDLL(None).malloc_trim(0)  # what an earlier variant freed is given back, so that it does not count here
-        with contextlib.suppress(OSError):  # where it may not be reset, the peak is that of the process so far
-            Path("/proc/self/clear_refs").write_text("5")
+class LiveTensors(TorchDispatchMode):
+    """Counts the bytes of all tensors alive, each storage once, and the most there were at once, also in the way back."""
 
+    def __init__(self):
+        super().__init__()
+        self.sizes, self.now, self.peak = {}, 0, 0
+        for thing in gc.get_objects():
+            if type(thing) in (torch.Tensor, torch.nn.Parameter):
+                self.count(thing)
 
-def peak_gib(cuda: bool) -> float:
-    if cuda:
-        return torch.cuda.max_memory_allocated() / 2 ** 30
-    lines = Path("/proc/self/status").read_text().splitlines() if sys.platform == "linux" else []
-    return sum(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 2 ** 20  # kB
+    def count(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self.sizes:
+            self.sizes[storage._cdata] = storage.nbytes()
+            self.now += storage.nbytes()
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self.freed, storage._cdata)
+
+    def freed(self, address: int) -> None:
+        self.now -= self.sizes.pop(address)
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        made = operation(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, torch.Tensor):
+                self.count(tensor)
+        return made
 
 
 def release_losses(vlm: VLM, extra, examples, rows: list[int], config):
@@ -116,19 +134,21 @@ def benchmark(config) -> dict:
         names = list(variants)[step % len(variants):] + list(variants)[:step % len(variants)]
         for name in names:
             compute, added, settings = variants[name]
-            if step < 3:
-                reset_peak(cuda)  # on a CPU it costs time, so memory is measured while warming up
+            if cuda:
+                torch.cuda.reset_peak_memory_stats()
+            count = LiveTensors() if step < 3 and not cuda else contextlib.nullcontext()  # counting costs time
             start = time.perf_counter()
-            with train.autocast(settings):
-                loss = compute(vlm, added, examples, rows, settings)[0]
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(parameters, config.clip)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            with count:
+                with train.autocast(settings):
+                    loss = compute(vlm, added, examples, rows, settings)[0]
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(parameters, config.clip)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
             if cuda:
                 torch.cuda.synchronize()
             if step < 3:
-                memory[name] = max(memory[name], peak_gib(cuda))
+                memory[name] = max(memory[name], (torch.cuda.max_memory_allocated() if cuda else count.peak) / 2 ** 30)
             else:
                 times[name].append((time.perf_counter() - start) * 1000)
         tokens.append(sum(len(examples.views[row].full.ids) for row in rows))
@@ -148,8 +168,9 @@ if __name__ == "__main__":
     parser.add_argument("size", choices=list(SIZES))
     parser.add_argument("out", type=Path)
     parser.add_argument("--image_tokens", type=int, default=1024)
+    parser.add_argument("--layers", type=int, default=0, help="decoder layers, if fewer than the size has")
     args = parser.parse_args()
     try:
-        random_checkpoint(args.size, args.out, args.image_tokens)
+        random_checkpoint(args.size, args.out, args.image_tokens, args.layers)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")

@@ -1,6 +1,7 @@
 """Claims: the analyses' numbers equal hand-computed ones; the study plans, skips what is done, keeps what was interrupted; its
-figures are drawn from its runs; the benchmark's release variant has the losses of the ordinary pass."""
+figures are drawn from its runs; the benchmark's release variant has the losses of the ordinary pass; Pearl's memory is SFT's."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -57,6 +58,41 @@ def test_the_benchmark_prints_one_json_line(tmp_path):
                           capture_output=True, text=True, cwd=tmp_path)
     numbers = json.loads(done.stdout.splitlines()[-1])
     assert {"sft_ms", "packed_ms", "plain_ms", "release_ms", "packed_over_sft"} <= numbers.keys() and not list(tmp_path.iterdir())
+
+
+def test_memory_is_counted_by_hand():
+    layer, x = torch.nn.Linear(100, 50, bias=False), torch.randn(8, 100)
+    weights, given, hidden = 4 * 100 * 50, 4 * 8 * 100, 4 * 8 * 50
+    with benchmark.LiveTensors() as count:
+        start = count.now
+        assert start >= weights + given
+        hidden_state = layer(x)
+        assert (count.now, count.peak) == (start + hidden,) * 2
+        hidden_state.view(-1), hidden_state.mul_(2)  # a view and an operation in place take nothing
+        assert count.peak == start + hidden
+        hidden_state.sum().backward()
+        assert count.peak >= start + hidden + weights  # the gradient
+        layer.weight.grad = None
+        del hidden_state
+    assert count.now == start
+
+
+def test_a_step_of_pearl_takes_about_the_memory_of_a_step_of_sft(vlm64, mixed, config):
+    from test_train import setup
+    predictor, examples = setup(vlm64, mixed * 2, config)
+
+    def peak(extra, **settings):  # above what is there before the step
+        settings = dataclasses.replace(config, **settings)
+        train.compute_losses(vlm64, extra, examples, list(range(20)), settings)  # caches the images' features
+        with benchmark.LiveTensors() as count:
+            start = count.now
+            train.compute_losses(vlm64, extra, examples, list(range(20)), settings)[0].backward()
+        vlm64.zero_grad(), predictor.zero_grad()
+        return count.peak - start
+
+    sft = peak(None)
+    assert peak(predictor) < 1.06 * sft  # 1.09 if the pass for the target came while the graph of the other is held
+    assert peak(predictor, packed=False) > 1.2 * sft and peak(predictor, nextlat_view="trajectory") > 1.2 * sft
 
 
 @pytest.mark.parametrize("size, parameters", [("3B", 3_754_622_976), ("7B", 8_292_166_656)])
