@@ -210,7 +210,7 @@ class Examples:
                 raise ValueError(f"--method recon marks its latents with {sorted(missing)[0]}, which this model's vocabulary "
                                  "lacks: use a Qwen-VL model")
             self.latent_views = [serializer.latent_view(ex, *place, config.latents) for ex, place in zip(examples, placed)]
-        self.targets: Tensor | None = None  # (examples, D) h_R of the model before training, if it was cached
+        self.targets: dict[int, Tensor] = {}  # by row (D): h_R of the model before training, if it was cached
         self.features: dict[int, Tensor] = {}  # by image; filled by image_features when the vision tower is frozen
         self.feature_bytes = 0
         if config.feature_cache:
@@ -374,7 +374,7 @@ def compute_losses(vlm: VLM, extra: Predictor | LatentScale | None, examples: Ex
     if not config.packed:
         _, _, _, predicted = encode(vlm, examples, data.collate([v.input for v in views], vlm.pad_id), features, extra.pred_tokens)
     if config.target_encoder == "frozen":
-        embedding = examples.targets[rows].to(vlm.device)
+        embedding = torch.stack([examples.targets[row] for row in rows]).to(vlm.device)
     if config.center and torch.is_grad_enabled():
         extra.update_centre(embedding)
     jepa_term = vlm_term.new_zeros(())
@@ -397,19 +397,18 @@ def compute_losses(vlm: VLM, extra: Predictor | LatentScale | None, examples: Ex
 
 
 @torch.no_grad()
-def cache_targets(vlm: VLM, examples: Examples, config: Config) -> None:
-    """h_R of every example by the model as it is before training; no further pass for the target.
+def cache_targets(vlm: VLM, examples: Examples, rows: list[int], config: Config) -> None:
+    """h_R of the examples in `rows` by the model as it is before training; no further pass for the target.
 
     Deviation: the paper encodes R with the current model. Its stop-gradient does not stop the weights: what pulls h^_R
     towards the mean of the targets pulls the targets along, and nothing in the loss holds them apart (README, Results).
     "Cached trajectory embeddings" are named among the paper's possible savings. target_encoder="current" is its text.
     """
-    parts = []
-    for start in range(0, len(examples.views), config.batch):
-        views = examples.views[start:start + config.batch]
-        features = image_features(vlm, examples, [i for v in views for i in v.full.images], config)
-        parts.append(encode(vlm, examples, data.collate([v.target for v in views], vlm.pad_id), features)[3])
-    examples.targets = torch.cat(parts).cpu()
+    for start in range(0, len(rows), config.batch):
+        part = rows[start:start + config.batch]
+        views = [examples.views[row].target for row in part]
+        features = image_features(vlm, examples, [i for v in views for i in v.images], config)
+        examples.targets |= zip(part, encode(vlm, examples, data.collate(views, vlm.pad_id), features)[3].cpu())
 
 
 def control_targets(embedding: Tensor, rows: list[int], config: Config) -> Tensor:
@@ -696,8 +695,10 @@ def build(config: Config, world: int):
         enable(dict(use_reentrant=False))
     extra = additions(vlm, examples, config)
     if isinstance(extra, Predictor) and config.target_encoder == "frozen":
-        cache_targets(vlm, examples, config)
-        cache_targets(vlm, valid_examples, config)
+        order = step_rows(examples, config)
+        visited = {row for _ in range(config.steps) for row in next(order)}  # a large data set may have more than the steps see
+        cache_targets(vlm, examples, sorted(visited), config)
+        cache_targets(vlm, valid_examples, list(range(len(valid_examples.views))), config)
     module = Step(vlm, extra, examples, config)
     parameters = [p for p in module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)

@@ -42,6 +42,7 @@ SIZES = {  # of Qwen2.5-VL's language models; their vision towers are alike
     "7B": dict(hidden_size=3584, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4, intermediate_size=18944,
                vocab_size=152064),
 }
+WARMUP = 3  # rounds
 
 
 def true_config(size: str, layers: int = 0) -> PreTrainedConfig:
@@ -118,7 +119,8 @@ def release_losses(vlm: VLM, extra, examples, rows: list[int], config):
 
 def benchmark(config) -> dict:
     torch.manual_seed(config.seed)
-    cached = dataclasses.replace(config, method="pearl", nextlat_view="full", target_encoder="frozen", lr=0.0, valid_examples=2)
+    cached = dataclasses.replace(config, method="pearl", nextlat_view="full", target_encoder="frozen", lr=0.0, valid_examples=2,
+                                 steps=WARMUP + config.steps, accumulate=1)
     vlm, extra, _, optimizer, _, examples, _, _ = train.build(cached, world=1)
     vlm.train()
     parameters, pearl = optimizer.param_groups[0]["params"], dataclasses.replace(cached, target_encoder="current")
@@ -129,14 +131,14 @@ def benchmark(config) -> dict:
     order = train.batches(len(examples.views), config.batch, config.seed)
     cuda = vlm.device.type == "cuda"
     times, memory, tokens = {name: [] for name in variants}, {name: 0.0 for name in variants}, []
-    for step in range(3 + config.steps):
+    for step in range(cached.steps):
         rows = next(order)
         names = list(variants)[step % len(variants):] + list(variants)[:step % len(variants)]
         for name in names:
             compute, added, settings = variants[name]
             if cuda:
                 torch.cuda.reset_peak_memory_stats()
-            count = LiveTensors() if step < 3 and not cuda else contextlib.nullcontext()  # counting costs time
+            count = LiveTensors() if step < WARMUP and not cuda else contextlib.nullcontext()  # counting costs time
             start = time.perf_counter()
             with count:
                 with train.autocast(settings):
@@ -147,7 +149,7 @@ def benchmark(config) -> dict:
                 optimizer.zero_grad(set_to_none=True)
             if cuda:
                 torch.cuda.synchronize()
-            if step < 3:
+            if step < WARMUP:
                 memory[name] = max(memory[name], (torch.cuda.max_memory_allocated() if cuda else count.peak) / 2 ** 30)
             else:
                 times[name].append((time.perf_counter() - start) * 1000)

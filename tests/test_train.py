@@ -110,10 +110,10 @@ def test_the_centre_moves_in_training_and_not_in_validation(vlm64, mixed, config
 def test_frozen_targets_are_the_starting_models_and_stay(vlm64, mixed, config, monkeypatch):
     config.target_encoder = "frozen"
     predictor, examples = setup(vlm64, mixed[:3], config)
-    train.cache_targets(vlm64, examples, config)
+    train.cache_targets(vlm64, examples, [0, 1, 2], config)
     with torch.no_grad():
         start = embeddings(vlm64, predictor, examples, [0, 1, 2], "target", config)
-        torch.testing.assert_close(examples.targets, start)
+        torch.testing.assert_close(torch.stack([examples.targets[row] for row in range(3)]), start)
         for name, p in vlm64.named_parameters():
             if "lora_B" in name:
                 p.add_(0.1 * torch.randn_like(p))
@@ -121,8 +121,16 @@ def test_frozen_targets_are_the_starting_models_and_stay(vlm64, mixed, config, m
     passes, forward = [], vlm64.forward
     monkeypatch.setattr(vlm64, "forward", lambda *a: passes.append(1) or forward(*a))
     _, parts, (predicted, target) = train.compute_losses(vlm64, predictor, examples, [2, 0], config)
-    assert len(passes) == 1 and torch.equal(target, examples.targets[[2, 0]])  # no pass for the target
+    assert len(passes) == 1 and torch.equal(target, torch.stack([examples.targets[2], examples.targets[0]]))  # no pass for the target
     torch.testing.assert_close(parts["jepa"], (1 - F.cosine_similarity(predicted, start[[2, 0]], dim=-1)).mean())
+
+
+def test_targets_are_cached_for_the_examples_that_the_steps_visit(config):
+    config = dataclasses.replace(config, target_encoder="frozen", steps=2, batch=2, train_examples=9)
+    *_, examples, valid_examples, _ = train.build(config, world=1)
+    order = train.step_rows(examples, config)
+    assert examples.targets.keys() == {*next(order), *next(order)} and len(examples.targets) == 4
+    assert list(valid_examples.targets) == list(range(len(valid_examples.views)))
 
 
 @pytest.mark.parametrize("nextlat_view, sees_next, horizon", [("full", True, 1), ("full", False, 2), ("trajectory", False, 1)])
