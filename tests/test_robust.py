@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import pickle
+import re
 import shutil
 import signal
 import struct
@@ -313,3 +314,34 @@ def test_a_second_signal_ends_at_once(tmp_path):
     process.send_signal(signal.SIGINT)
     rest, _ = process.communicate(timeout=60)
     assert process.returncode == 1 and "--resume RUN" in rest and "Traceback" not in rest
+
+
+# ---- what the documents tell the reader to type ----
+
+ROOT = Path(data.__file__).parent
+DOCUMENTS = [ROOT / "README.md", ROOT / "analysis" / "RESULTS.md", *ROOT.glob("*.py"), *ROOT.glob("*/*.py")]
+COMMAND = re.compile(r"(?:python|torchrun --nproc-per-node=\w+) ([\w/-]+\.py)((?: [^`\n#&;]*)?)")
+
+
+def test_documented_commands_are_understood():
+    common = re.search(r'COMMON="(.*?)"', DOCUMENTS[0].read_text(), re.DOTALL)[1].replace("\\\n", " ")
+    found = [match.groups() for document in DOCUMENTS if "tests" not in document.parts for match in COMMAND.finditer(document.read_text())]
+    assert len(found) > 40
+    for script, rest in found:
+        rest = rest.replace("$COMMON", common).replace("M*N", "2").replace("...", "").replace("[", "").replace("]", "")
+        words, _, passed_on = rest.partition(" -- ")  # what study.py hands to train.py
+        words = words.split()
+        if script == "train.py" and not {"--resume", "--merge"} & set(words):
+            train.parse_config(words)  # leaves the program where it does not know a word
+        elif script != "train.py":
+            source = (ROOT / script).read_text()
+            assert all(f'"{word}"' in source for word in words if word.startswith("--") and word != "--"), f"{script} {rest}"
+        train.parse_config(passed_on.split())
+
+
+def test_documented_options_exist():
+    fields = {f"--{field.name}" for field in dataclasses.fields(train.Config)}
+    sources = " ".join(path.read_text() for path in DOCUMENTS if path.suffix == ".py")
+    for document in DOCUMENTS[:2]:
+        for flag in set(re.findall(r"(?<![\w-])--[a-z]\w+", document.read_text())):
+            assert flag in fields or f'"{flag}"' in sources or flag == "--nproc", f"{document.name}: {flag}"
