@@ -91,8 +91,8 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.base(x)
-        low = nn.functional.linear(self.dropout(x), self.lora_A.to(x.dtype))  # (..., r); A and B are cast, x is larger
-        return y + self.scaling * nn.functional.linear(low, self.lora_B.to(low.dtype)).to(y.dtype)
+        low = nn.functional.linear(self.dropout(x), self.lora_A.to(x.dtype))  # (..., r); A and B are cast and scaled, being small
+        return y + nn.functional.linear(low, (self.scaling * self.lora_B).to(low.dtype)).to(y.dtype)
 
     @torch.no_grad()
     def merged(self) -> nn.Linear:
