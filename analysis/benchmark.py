@@ -8,7 +8,7 @@ target from the cache, no pass for it (the default). packed_trajectory: NextLat 
 plain: one pass a view. release: three views padded to one length, gradient in all.
 
 The variants take turns on the same batches of one model in one process, so that whatever else the machine does hits all of
-them; a row of the table is the median over --steps rounds after three to warm up. Peak memory is that of a variant's own
+them; a row of the table is the median over --steps rounds after two to warm up. Peak memory is that of a variant's own
 warm-up steps, model and optimiser included: on a GPU what PyTorch had allocated, on a CPU the bytes of all tensors alive at
 once, counted as operations make them (what one operation needs inside is not seen). The last line is one JSON object.
 """
@@ -42,7 +42,7 @@ SIZES = {  # of Qwen2.5-VL's language models; their vision towers are alike
     "7B": dict(hidden_size=3584, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4, intermediate_size=18944,
                vocab_size=152064),
 }
-WARMUP = 3  # rounds
+WARMUP = 2  # rounds: in the first the optimiser gets its state and the images their features
 
 
 def true_config(size: str, layers: int = 0) -> PreTrainedConfig:
