@@ -857,24 +857,21 @@ def heed(number: int, frame) -> None:
 
 
 def main() -> None:
-    for name in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(name, heed)
     try:
-        if sys.argv[1:2] == ["--resume"]:
-            train(read_config(sys.argv[2:]), resume=True)
-            leave()
-            return
         if sys.argv[1:2] == ["--merge"]:
             merge(*sys.argv[2:])
             return
-        config = parse_config()
+        resume = sys.argv[1:2] == ["--resume"]
+        config = read_config(sys.argv[2:]) if resume else parse_config()
         if config.check_data:
             check_data(config)
         elif config.benchmark:
             from analysis.benchmark import benchmark
             benchmark(config)
         else:
-            train(config)
+            for name in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(name, heed)
+            train(config, resume)
             leave()
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
