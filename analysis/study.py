@@ -42,6 +42,7 @@ ABLATIONS = {
     "pearl without JEPA": "--jepa false",
     **{f"pearl K={k}": f"--pred_tokens {k}" for k in (0, 1, 2, 8)},
     **{f"pearl {name}": f"--distance {name}" for name in ("smoothl1", "mse", "l2")},
+    "pearl centred": "--center true",
     "pearl NextLat on R": "--nextlat_view trajectory",
     "pearl target with I0": "--target_view trajectory_with_image",
     "pearl shuffled targets": "--targets shuffled",
