@@ -208,9 +208,9 @@ def test_sft_makes_one_pass_and_pearl_two_and_images_are_encoded_once(vlm64, mix
     train.compute_losses(vlm64, None, examples, [0, 1], config)
     assert passes == [True] and encoded == [4]  # two scenes and two tool images
     train.compute_losses(vlm64, predictor, examples, [0, 1], config)
-    assert passes[1:] == [True, False] and encoded == [4]  # the target pass keeps no graph; nothing was encoded again
+    assert passes[1:] == [False, True] and encoded == [4]  # the target's pass comes first, without a graph; nothing encoded again
     train.compute_losses(vlm64, predictor, examples, [0, 1], dataclasses.replace(config, packed=False))
-    assert passes[3:] == [True, True, False] and encoded == [4]
+    assert passes[3:] == [False, True, True] and encoded == [4]
 
 
 def test_a_trained_vision_tower_gets_gradient_and_is_encoded_every_step(vlm64, mixed, config, monkeypatch):
