@@ -51,8 +51,8 @@ def true_config(size: str, layers: int = 0) -> PreTrainedConfig:
     config.tie_word_embeddings = size == "3B"
     layers = layers or SIZES[size]["num_hidden_layers"]
     rope = dict(rope_type="default", mrope_section=[16, 24, 24], rope_theta=1e6)
-    text = dict(SIZES[size], num_hidden_layers=layers, max_position_embeddings=128000, tie_word_embeddings=size == "3B", rope_parameters=rope,
-                layer_types=["full_attention"] * layers)
+    text = dict(SIZES[size], num_hidden_layers=layers, max_position_embeddings=128000, tie_word_embeddings=size == "3B",
+                rope_parameters=rope, layer_types=["full_attention"] * layers)
     vision = dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, out_hidden_size=SIZES[size]["hidden_size"],
                   patch_size=14, temporal_patch_size=2, window_size=112, fullatt_block_indexes=[7, 15, 23, 31])
     for part, values in ((config.text_config, text), (config.vision_config, vision)):
