@@ -6,7 +6,7 @@ Pearl learns from expert tool-use trajectories (section 3.1 of arXiv:2604.08065)
   3. batches of views, two of them packed into one pass, and the store of images that they show.
 
     python data.py --out DIR --regime mixed --count 40     # writes such a folder and DIR/contact_sheet.png (seconds)
-    python data.py --check DIR                             # reads a folder of your own, reports what is wrong with it
+    python train.py --check_data --data DIR                # reads a folder of your own, reports what is wrong with it
 
 Letters: B batch, T sequence (text and image tokens), N tool images, K predictor tokens, P image tokens.
 Left out on purpose: the tools and the procedural scenes (world/), readers for published data sets (published/), caches.
@@ -27,9 +27,7 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageOps
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 1. The format
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- 1. The format ---------------------------------------------------------------------------------------------------
 
 
 Picture = Image.Image | Path  # an image in memory, or its file, read when it is needed
@@ -243,9 +241,7 @@ def as_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 2. The views (sections 3.1 to 3.4)
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- 2. The views (sections 3.1 to 3.4) ------------------------------------------------------------------------------
 
 TARGET_VIEWS = ("trajectory", "trajectory_with_image")
 LATENT_START, LATENT_END = "<|vision_start|>", "<|vision_end|>"  # Deviation: the paper draws <lat> and </lat>; these two are in
@@ -443,9 +439,7 @@ class Serializer:
         return self._ended(pieces + [(self.ending, True)], images[:1], spans[:1])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 3. Batches of views, and the images they show
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- 3. Batches of views, and the images they show -------------------------------------------------------------------
 
 
 @dataclass
@@ -563,43 +557,22 @@ class ImageStore:
 # ---- the command line --------------------------------------------------------------------------------------------------
 
 
-def refuse(problems: list[str]) -> None:
-    """Raise ValueError with the first twenty of them, if there are any."""
-    if problems:
-        raise ValueError("\n  ".join([f"{len(problems)} records cannot be used:", *problems[:20], *["..."] * (len(problems) > 20)]))
-
-
-def count_splits(examples: list[Example]) -> str:
-    counts = {split: sum(ex.split == split for ex in examples) for split in SPLITS}
-    return f"{len(examples)} records are well-formed; " + ", ".join(f"{n} {split}" for split, n in counts.items())
-
-
 def main() -> None:
     from world.scenes import REGIMES, contact_sheet, make_world  # here, because the world is made of this file's Examples
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="new folder to write")
+    parser.add_argument("--out", type=Path, required=True, help="new folder to write")
     parser.add_argument("--regime", choices=list(REGIMES), default="mixed")
     parser.add_argument("--count", type=int, default=40, help="training examples; a quarter as many for validation and for test")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--check", type=Path, metavar="DIR", help="read a data folder wholly, report every problem")
-    parser.add_argument("--outside_images", action="store_true", help="with --check: image paths may leave the folder")
     args = parser.parse_args()
-    if args.check:
-        problems: list[str] = []
-        examples = read_folder(args.check, args.outside_images, problems)
-        print(f"{args.check}: {count_splits(examples)}")
-        refuse(problems)
-    elif args.out:
-        if args.count < 1:
-            parser.error("--count must be at least 1")
-        examples = [ex for split, share in zip(SPLITS, (1, 4, 4))
-                    for ex in make_world(args.regime, split, max(1, args.count // share), args.seed)]
-        write_folder(args.out, examples)
-        contact_sheet(examples[:10]).save(args.out / "contact_sheet.png")
-        print(f"wrote {len(examples)} examples and contact_sheet.png to {args.out}")
-    else:
-        parser.error("give --out DIR to write a data folder or --check DIR to read one")
+    if args.count < 1:
+        parser.error("--count must be at least 1")
+    examples = [ex for split, share in zip(SPLITS, (1, 4, 4))
+                for ex in make_world(args.regime, split, max(1, args.count // share), args.seed)]
+    write_folder(args.out, examples)
+    contact_sheet(examples[:10]).save(args.out / "contact_sheet.png")
+    print(f"wrote {len(examples)} examples and contact_sheet.png to {args.out}")
 
 
 if __name__ == "__main__":

@@ -258,7 +258,8 @@ def check_data(config: Config) -> None:
             sizes += [data.image_size(picture) for picture in ex.images]
         except ValueError as error:
             problems.append(str(error))
-    print(f"{config.data or config.regime}: {data.count_splits(examples)}")
+    splits = ", ".join(f"{sum(ex.split == split for ex in examples)} {split}" for split in data.SPLITS)
+    print(f"{config.data or config.regime}: {len(examples)} records are well-formed; {splits}")
     for family in dict.fromkeys(ex.family for ex in examples):
         calls = [len(ex.images) - 1 for ex in examples if ex.family == family]
         print(f"  {family}: {len(calls)} records, {min(calls)} to {max(calls)} tool images")
@@ -266,7 +267,8 @@ def check_data(config: Config) -> None:
         mean = sum(lengths) / len(lengths)
         print(f"  tokens of the longest view: {mean:.0f} on average, at most {max(lengths)} (limit {config.max_tokens})")
         print(f"  images: {len(sizes)}, from {min(sizes)} to {max(sizes)} px")
-    data.refuse(problems)
+    if problems:
+        raise ValueError("\n  ".join([f"{len(problems)} records cannot be used:", *problems[:20], *["..."] * (len(problems) > 20)]))
 
 
 def step_rows(examples: Examples, config: Config):

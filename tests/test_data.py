@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 import data
+import train
 from world import scenes, tools
 
 EVERY = list(scenes.FAMILIES)
@@ -175,7 +176,7 @@ def test_bad_records_name_file_line_and_mend(tmp_path, name):
 
 def test_the_readmes_record_is_read(tmp_path):
     readme = (Path(data.__file__).parent / "README.md").read_text()
-    record = " ".join(readme[readme.index('    {"id"'):readme.index("    python data.py --check")].split("\n\n")[0].split())
+    record = " ".join(readme[readme.index('    {"id"'):readme.index("\n`trajectory` is R")].split())
     (tmp_path / "images").mkdir()
     for name in ("0001.png", "0001-crop.png"):
         Image.new("RGB", (64, 64)).save(tmp_path / "images" / name)
@@ -333,9 +334,9 @@ def test_collate_pads_and_points(shipped):
 def test_command_line_writes_a_folder_that_reads_back(tmp_path):
     import subprocess
     import sys
-    run = lambda *args: subprocess.run([sys.executable, data.__file__, *args], capture_output=True, text=True)
+    run = lambda *args, file=data.__file__: subprocess.run([sys.executable, file, *args], capture_output=True, text=True)
     assert run("--out", str(tmp_path / "set"), "--regime", "all", "--count", "8").returncode == 0
     assert Image.open(tmp_path / "set" / "contact_sheet.png").width > 1000
-    assert "8 train, 2 validation, 2 test" in run("--check", str(tmp_path / "set")).stdout
+    assert "8 train, 2 validation, 2 test" in run("--check_data", "--data", str(tmp_path / "set"), file=train.__file__).stdout
     again = run("--out", str(tmp_path / "set"))
     assert again.returncode == 1 and again.stderr.startswith("error:") and "Traceback" not in again.stderr
