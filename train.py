@@ -713,9 +713,20 @@ def build(config: Config, world: int):
 def train(config: Config, resume: bool = False) -> Path:
     """The whole run. resume: go on from the last state in config.out, to the same end as without the interruption."""
     rank, world = start_processes(config)
+    out = Path(config.out)
     if rank == 0 and not resume:
-        refuse_used_folder(Path(config.out))  # before anything that takes time
+        refuse_used_folder(out)  # before anything that takes time
     torch.manual_seed(config.seed)
+    trained = fit(config, resume, rank, world)  # a function of its own, so that its model is gone when report loads another
+    if trained and rank == 0 and config.shard:
+        print(f"everything is in {out}; where the whole model fits, python evaluate.py {out} --again asks the test questions")
+    elif trained and rank == 0:
+        report(out, config, *trained)
+    return out
+
+
+def fit(config: Config, resume: bool, rank: int, world: int) -> tuple[list[data.Example], list[dict], float] | None:
+    """The training loop. Returns the test examples, the answers to them before, and seconds; None if a signal ended it."""
     vlm, extra, module, optimizer, schedule, examples, valid_examples, tests = build(config, world)
     out, parameters = Path(config.out), optimizer.param_groups[0]["params"]
     if rank == 0:
@@ -733,10 +744,10 @@ def train(config: Config, resume: bool = False) -> Path:
     order = step_rows(examples, config)
     for _ in range(first):
         next(order)
-    upcoming = next(order)
-    start, last, skipped, stop, examples.store.waited = time.time(), time.time(), 0, False, 0.0
-    for step in range(first + 1, config.steps + 1):
-        rows, upcoming = upcoming, next(order)
+    step, upcoming, stop = first, next(order), False
+    start, last, skipped, examples.store.waited = time.time(), time.time(), 0, 0.0
+    while step < config.steps and not stop:
+        step, rows, upcoming = step + 1, upcoming, next(order)
         parts, pair = train_step(module, rows, config, rank, world, upcoming)
         norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip)
         if torch.isfinite(norm):
@@ -760,15 +771,9 @@ def train(config: Config, resume: bool = False) -> Path:
             last, examples.store.waited = time.time(), 0.0
         if rank == 0 and (due(config.save_every) or stop):
             save_state(out, module, optimizer, schedule, step, best)
-        if stop:
-            break
     if stop and rank == 0:
         print(f"stopped after step {step}; python train.py --resume {out} goes on from there")
-    elif alone:
-        report(out, config, tests, before, time.time() - start)
-    elif rank == 0:
-        print(f"everything is in {out}; where the whole model fits, python evaluate.py {out} --again asks the test questions")
-    return out
+    return None if stop else (tests, before, time.time() - start)
 
 
 def asked_to_stop(world: int, device: str) -> bool:

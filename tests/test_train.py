@@ -2,6 +2,7 @@
 under LoRA; one batch can be overfitted; the same seed gives the same run; a run's checkpoint answers as plain transformers do."""
 
 import dataclasses
+import gc
 import json
 import os
 import random
@@ -407,6 +408,17 @@ def test_pred_rows_move_under_lora(mixed, config):
     step_of(vlm, predictor, examples, [0, 1, 2], config)
     adam.step()
     assert ((predictor.pred_tokens - before).norm(dim=1) > 0.01).all()
+
+
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+def test_the_trained_model_is_gone_when_its_checkpoint_is_loaded(config, monkeypatch, gradient_checkpointing):
+    """Two models at once would need twice the memory, when training is over and done."""
+    gc.collect()
+    models = lambda: sum(type(thing) is VLM for thing in gc.get_objects())
+    before, at_report = models(), []  # other tests may keep theirs
+    monkeypatch.setattr(train, "report", lambda *args: at_report.append(models()))
+    train.train(dataclasses.replace(config, steps=2, eval_every=2, gradient_checkpointing=gradient_checkpointing))
+    assert at_report == [before]
 
 
 # ---- whole runs ----
