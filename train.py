@@ -746,6 +746,7 @@ def fit(config: Config, resume: bool, rank: int, world: int) -> tuple[list[data.
         next(order)
     step, upcoming, stop = first, next(order), False
     start, last, skipped, examples.store.waited = time.time(), time.time(), 0, 0.0
+    LOOP["running"] = True
     while step < config.steps and not stop:
         step, rows, upcoming = step + 1, upcoming, next(order)
         parts, pair = train_step(module, rows, config, rank, world, upcoming)
@@ -771,6 +772,7 @@ def fit(config: Config, resume: bool, rank: int, world: int) -> tuple[list[data.
             last, examples.store.waited = time.time(), 0.0
         if rank == 0 and (due(config.save_every) or stop):
             save_state(out, module, optimizer, schedule, step, best)
+    LOOP["running"] = False
     if stop and rank == 0:
         print(f"stopped after step {step}; python train.py --resume {out} goes on from there")
     return None if stop else (tests, before, time.time() - start)
@@ -779,8 +781,8 @@ def fit(config: Config, resume: bool, rank: int, world: int) -> tuple[list[data.
 def asked_to_stop(world: int, device: str) -> bool:
     """Whether a signal came; with several processes, to any of them, so that all end after the same step."""
     if world == 1:
-        return bool(STOP)
-    told = torch.tensor(len(STOP), device=device)
+        return bool(LOOP["signals"])
+    told = torch.tensor(LOOP["signals"], device=device)
     dist.all_reduce(told)
     return bool(told)
 
@@ -852,13 +854,13 @@ def merge(*folders: str) -> None:
     print(f"{out} loads with transformers' AutoModelForImageTextToText.from_pretrained")
 
 
-STOP: list[int] = []  # signals received; the loop ends after the step it is in
+LOOP = dict(running=False, signals=0)  # whether a step is lost if the program ends now; signals received
 
 
 def heed(number: int, frame) -> None:
-    """The first signal ends the loop after the step it is in, with its state saved; a second one ends the program now."""
-    STOP.append(number)
-    if len(STOP) > 1:
+    """In the training loop the first signal ends it after the step it is in, with its state saved; any other ends the program."""
+    LOOP["signals"] += 1
+    if LOOP["signals"] > 1 or not LOOP["running"]:
         raise KeyboardInterrupt
     os.write(1, b"saving after this step; a second signal ends at once\n")  # print() is not safe inside a handler
 
