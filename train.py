@@ -750,6 +750,7 @@ def fit(config: Config, resume: bool, rank: int, world: int) -> tuple[list[data.
     while step < config.steps and not stop:
         step, rows, upcoming = step + 1, upcoming, next(order)
         parts, pair = train_step(module, rows, config, rank, world, upcoming)
+        lr = schedule.get_last_lr()[0]
         norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip)
         if torch.isfinite(norm):
             optimizer.step()
@@ -765,7 +766,7 @@ def fit(config: Config, resume: bool, rank: int, world: int) -> tuple[list[data.
 
         stop, due = asked_to_stop(world, config.device), lambda every: step % every == 0 or step == config.steps
         if rank == 0 and due(config.log_every):
-            log_step(out, config, step, parts, pair, float(norm), schedule.get_last_lr()[0], time.time() - last, examples.store)
+            log_step(out, config, step, parts, pair, float(norm), lr, time.time() - last, examples.store)
             last, examples.store.waited = time.time(), 0.0
         if due(config.eval_every) and (rank == 0 or config.shard):
             best = validate_and_keep(out, vlm, extra, valid_examples, config, step, best, writes=rank == 0)

@@ -449,6 +449,7 @@ def test_the_run_folder_holds_what_the_docstring_says(finished):
     assert environment["command"]
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert [r["step"] for r in log if r["kind"] == "train"] == [1, 2, 3, 4]
+    assert [r["lr"] for r in log if r["kind"] == "train"] == pytest.approx([0, 5e-3, 3.75e-3, 1.25e-3])  # of that very step
     valid = {r["step"]: r["loss"] for r in log if r["kind"] == "valid"}
     assert best["step"] == min(valid, key=valid.get) and best["valid"]["loss"] == min(valid.values())
     for r in log:
