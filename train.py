@@ -79,7 +79,7 @@ class Config:
     pred_tokens: int = 4  # K; 0: h^_R is the state of the last prompt token
     distance: str = "cosine"  # D of Eq. 1: cosine, smoothl1, mse, l2
     jepa: bool = True  # false: L = L_VLM + lambda L_NextLat, an ablation
-    targets: str = "own"  # of L_JEPA: own, or a control: shuffled (another example's of the batch), random (fixed vectors)
+    targets: str = "own"  # of L_JEPA: own, or a control: shuffled, random, family, answer (control_targets, average_targets)
     target_encoder: str = "frozen"  # whose Enc gives h_R: current (the paper's), or the model of the start's, cached once
     center: bool = False  # subtract the running mean of h_R from both embeddings before D (losses.jepa_loss)
     target_view: str = "trajectory"  # what h_R sees: trajectory (R alone), trajectory_with_image (I0 too, no question)
@@ -134,8 +134,8 @@ RECIPES = {
 }
 CHOICES = dict(method=METHODS, recipe=tuple(RECIPES), regime=tuple(scenes.REGIMES), distance=losses.DISTANCES,
                target_encoder=("current", "frozen"), test_split=("test", "validation"), order=("text_first", "image_first"),
-               targets=("own", "shuffled", "random"),
-               target_view=data.TARGET_VIEWS, nextlat_view=NEXTLAT_VIEWS, dtype=("float32", "bfloat16"))
+               targets=("own", "shuffled", "random", "family", "answer"), target_view=data.TARGET_VIEWS, nextlat_view=NEXTLAT_VIEWS,
+               dtype=("float32", "bfloat16"))
 
 
 def parse_config(argv: list[str] | None = None) -> Config:
@@ -166,6 +166,8 @@ def parse_config(argv: list[str] | None = None) -> Config:
             parser.error(f"--{name} must be at least {least}, not {getattr(config, name)}")
     if config.targets == "shuffled" and config.batch < 2:
         parser.error("--targets shuffled needs --batch 2 or more")
+    if config.targets in ("family", "answer") and config.target_encoder != "frozen":
+        parser.error(f"--targets {config.targets} is a mean over the data set, which only --target_encoder frozen has at hand")
     config.out = config.out or f"runs/{config.method}-{config.regime}-seed{config.seed}"
     return config
 
@@ -411,6 +413,18 @@ def cache_targets(vlm: VLM, examples: Examples, rows: list[int], config: Config)
         views = [examples.views[row].target for row in part]
         features = image_features(vlm, examples, [i for v in views for i in v.images], config)
         examples.targets |= zip(part, encode(vlm, examples, data.collate(views, vlm.pad_id), features)[3].cpu())
+    if config.targets in ("family", "answer"):
+        average_targets(examples, config.targets)
+
+
+def average_targets(examples: Examples, by: str) -> None:
+    """The controls that leave of h_R what its family tells, or its family and answer: the mean over all that share them."""
+    groups: dict[tuple[str, str], list[int]] = {}
+    for row in examples.targets:
+        given = examples.given[row]
+        groups.setdefault((given.family, given.answer if by == "answer" else ""), []).append(row)
+    for rows in groups.values():
+        examples.targets |= dict.fromkeys(rows, torch.stack([examples.targets[row] for row in rows]).mean(dim=0))
 
 
 def control_targets(embedding: Tensor, rows: list[int], config: Config) -> Tensor:

@@ -47,6 +47,8 @@ ABLATIONS = {
     "pearl target with I0": "--target_view trajectory_with_image",
     "pearl shuffled targets": "--targets shuffled",
     "pearl random targets": "--targets random",
+    "pearl family targets": "--targets family",
+    "pearl answer targets": "--targets answer",
     "recon one latent a patch": "--method recon --decode_latents 16 --lambda_latent 1",
     "sft image first": "--method sft --order image_first",
     "pearl image first": "--order image_first",

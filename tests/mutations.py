@@ -83,6 +83,8 @@ FAULTS = [
     ("train.py", "f\"{examples.fingerprint} {image.size}\".encode()", "f\"{image.size}\".encode()", "train"),
     ("train.py", "init_sync=not config.shard", "init_sync=True", "train"),
     ("model.py", ", ignored_params=trained)", ")", "train"),
+    ("train.py", "given.answer if by == \"answer\" else \"\"", "given.answer", "train"),
+    ("analysis/figures.py", "family=common - family, answer", "family=common - answer, answer", "analysis"),
     ("train.py", "    LOOP[\"running\"] = True\n", "", "robust"),
     ("train.py", "if LOOP[\"signals\"] > 1 or not LOOP[\"running\"]:", "if LOOP[\"signals\"] > 1:", "robust"),
     ("train.py", "    while step < config.steps and not stop:", "    while step < config.steps:", "robust"),

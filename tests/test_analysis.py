@@ -3,9 +3,11 @@ figures are drawn from its runs; the benchmark's release variant has the losses 
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -34,6 +36,32 @@ def test_pearson_separation_and_probe_by_hand():
     x = torch.randn(300, 8)
     assert figures.probe(x, (x[:, 2] > 0).long()) > 0.9 and figures.probe(x, torch.randint(2, (300,))) < 0.7
     assert figures.probe(x, x[:, :2] * 3 + 1) > 0.99 and figures.probe(x, torch.randn(300, 2)) < 0.2
+
+
+def test_shares_of_an_embedding_are_those_it_was_made_of():
+    """Orthogonal parts of known size: what is common, what the family adds, what the answer adds, noise."""
+    examples, rows = [], []
+    for n in range(1200):
+        family, answer = n % 2, n // 2 % 3
+        rows.append(torch.zeros(8))
+        for place, size in ((0, 3.0), (1 + family, 2.0), (3 + answer, 1.0), (6 + n // 6 % 2, 0.5)):
+            rows[-1][place] = size
+        examples.append(SimpleNamespace(family=f"family {family}", answer=f"{answer}"))
+    h = torch.stack(rows)
+    found = figures.shares(7 * h, examples)  # length does not matter
+    total = 9 + 4 + 1 + 0.25
+    assert found["common"] == pytest.approx((9 + 4 / 2 + 1 / 3 + 0.25 / 2) / total)  # each part's own mean is common too
+    assert found["family"] == pytest.approx(4 / 2 / total) and found["answer"] == pytest.approx(2 / 3 / total)
+    assert found["rest"] == pytest.approx(0.25 / 2 / total)
+    assert 0 <= found["answer_by_chance"] < 0.02 * found["answer"]
+
+
+def test_targets_of_the_shipped_model_tell_the_answer():
+    done = subprocess.run([sys.executable, str(Path(figures.__file__).with_name("targets.py")), "--train_examples", "150", "--device",
+                           "cpu"], capture_output=True, text=True)
+    said = re.findall(r"^  (\d\.\d+) (?:is|tells)", done.stdout, re.MULTILINE)
+    assert done.returncode == 0 and len(said) == 4 and sum(map(float, said)) == pytest.approx(1, abs=0.003), done.stderr
+    assert float(said[2]) > 0.2 > 0.1 > float(said[3])
 
 
 def test_tsne_keeps_clusters_together():

@@ -306,6 +306,27 @@ def test_control_targets_are_another_examples_or_fixed_noise(config):
     assert F.cosine_similarity(drawn[0], drawn[1], dim=0).abs() < 0.999
 
 
+def test_averaged_targets_keep_the_family_or_the_answer(vlm64, config):
+    """Against means taken by hand from the targets themselves; rows that were not cached are in no mean."""
+    world = scenes.make_world("mixed", "train", 60, seed=1)
+    rows = list(range(50))
+    config = dataclasses.replace(config, target_encoder="frozen", batch=16)
+    own = train.Examples(world, vlm64, config)
+    train.cache_targets(vlm64, own, rows, config)
+    for by in ("family", "answer"):
+        averaged = train.Examples(world, vlm64, config)
+        train.cache_targets(vlm64, averaged, rows, dataclasses.replace(config, targets=by))
+        assert list(averaged.targets) == rows
+        sizes = []
+        for row in rows:
+            alike = [r for r in rows if world[r].family == world[row].family and (by == "family" or world[r].answer == world[row].answer)]
+            sizes.append(len(alike))
+            torch.testing.assert_close(averaged.targets[row], sum(own.targets[r] for r in alike) / len(alike))
+        assert max(sizes) > 1
+    with pytest.raises(SystemExit):
+        train.parse_config(["--targets", "answer", "--target_encoder", "current"])
+
+
 def test_shuffled_targets_change_the_loss_and_no_jepa_drops_it(vlm64, mixed, config):
     predictor, examples = setup(vlm64, mixed[:3], config)
     _, parts, (predicted, target) = train.compute_losses(vlm64, predictor, examples, [0, 1, 2],
