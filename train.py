@@ -3,6 +3,7 @@
     python train.py                                    # Pearl on the shipped VLM, five tool families: minutes on two cores
     python train.py --method sft                       # the baseline: the same words, no latent terms, no second pass
     python train.py --method direct                    # the control: question and answer, no trajectory
+    python train.py --method both --batch 64           # the control of that control: trajectories and bare answers, half and half
     python train.py --method recon                     # reconstruction-based latent reasoning (LVR; --latents 4: Mirage)
     python train.py --recipe paper                     # the paper's literal text; --recipe release: the authors' code
     python train.py --model Qwen/Qwen2.5-VL-3B-Instruct --data DIR --dtype bfloat16 --lr 1e-5     # your model, your data
@@ -55,14 +56,14 @@ from model import VLM, read_json, read_tensors, write_tensors
 from predictor import LatentScale, Predictor
 from world import scenes
 
-METHODS, NEXTLAT_VIEWS = ("pearl", "sft", "direct", "recon"), ("full", "trajectory", "none")
+METHODS, NEXTLAT_VIEWS = ("pearl", "sft", "direct", "both", "recon"), ("full", "trajectory", "none")
 
 
 @dataclass
 class Config:
     """One run. Every field is a command-line option of the same name; defaults are the run that the README reports."""
 
-    method: str = "pearl"  # pearl, sft (L_VLM alone), direct (SFT on the answer alone), recon (latents for tool images)
+    method: str = "pearl"  # pearl, sft (L_VLM alone), direct (SFT on the answer alone), both (of these), recon (latents)
     recipe: str = "ours"  # ours, paper or release: sets the fields listed in RECIPES; options given beside it win
     regime: str = "mixed"  # the world's trajectories: single, mixed, multi or all (world/scenes.py, REGIMES)
     model: str = str(Path(__file__).resolve().parent / "tiny-vlm")  # checkpoint folder or hub id
@@ -205,6 +206,8 @@ class Examples:
         self.store = data.ImageStore(vlm.family, config.workers)
         self.given = examples
         examples = [variant(ex, config) for ex in examples]
+        if config.method == "both":
+            examples += [ex.answer_only(config.answer_prefix) for ex in self.given]
         placed = [self.store.add(ex) for ex in examples]
         self.views = [serializer.views(ex, *place, config.pred_tokens, config.target_view) for ex, place in zip(examples, placed)]
         if config.method == "recon":

@@ -31,6 +31,7 @@ SYSTEMS = {  # no fine-tuning is measured by every run before it starts; explici
 }
 ABLATIONS = {
     "sft lr 3e-4": "--method sft --lr 3e-4",
+    "sft and direct": "--method both --batch 64",  # as many trajectories a step as the others, and as many answers
     "sft searched": "--method sft --lr 1e-4 --lora_dropout 0.1",  # each method's best of six settings on validation (RESULTS.md)
     "direct searched": "--method direct --lr 3e-4",
     "recon searched": "--method recon --latents 4 --decode_latents 4 --lr 3e-4 --lambda_latent 0.1",

@@ -292,6 +292,16 @@ def test_passes_of_one_step_hold_examples_of_similar_length(config, monkeypatch)
     assert len({n for n, _ in seen[0]}) > 1
 
 
+def test_both_trains_on_trajectories_and_on_bare_answers(vlm64, mixed, config):
+    """Every example twice: the views of --method sft, then those of --method direct, which supervise the answer alone."""
+    sft, direct, both = (train.Examples(mixed, vlm64, dataclasses.replace(config, method=m)).views for m in ("sft", "direct", "both"))
+    ids = lambda views: [(v.full.ids, v.full.labels) for v in views]
+    assert len(both) == 2 * len(mixed) and ids(both) == ids(sft) + ids(direct)
+    for view, example in zip(direct, mixed):
+        said = vlm64.tokenizer.decode([token for token in view.full.labels if token != -100])
+        assert said == f"{config.answer_prefix} {example.answer}<|im_end|>"
+
+
 def test_control_targets_are_another_examples_or_fixed_noise(config):
     h = torch.randn(4, 6)
     own = train.control_targets(h, [7, 8, 9, 10], config)
