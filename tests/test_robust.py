@@ -348,7 +348,7 @@ def test_documented_commands_are_understood():
         rest = rest.replace("$COMMON", common).replace("M*N", "2").replace("...", "").replace("[", "").replace("]", "")
         words, _, passed_on = rest.partition(" -- ")  # what study.py hands to train.py
         words = words.split()
-        if script == "train.py" and not {"--resume", "--merge"} & set(words):
+        if script in ("train.py", "analysis/targets.py") and not {"--resume", "--merge"} & set(words):
             train.parse_config(words)  # leaves the program where it does not know a word
         elif script != "train.py":
             source = (ROOT / script).read_text()
