@@ -86,9 +86,9 @@ FAULTS = [
     ("train.py", "given.answer if by == \"answer\" else \"\"", "given.answer", "train"),
     ("analysis/figures.py", "family=common - family, answer", "family=common - answer, answer", "analysis"),
     ("train.py", "            examples += [ex.answer_only(config.answer_prefix) for ex in self.given]", "            pass", "train"),
-    ("train.py", "    LOOP[\"running\"] = True\n", "", "robust"),
+    ("train.py", "    LOOP[\"running\"] = True\n", "", "train"),
     ("train.py", "if LOOP[\"signals\"] > 1 or not LOOP[\"running\"]:", "if LOOP[\"signals\"] > 1:", "robust"),
-    ("train.py", "    while step < config.steps and not stop:", "    while step < config.steps:", "robust"),
+    ("train.py", "    while step < config.steps and not stop:", "    while step < config.steps:", "train"),
 ]
 
 

@@ -23,6 +23,7 @@ sys.path.insert(0, str(ROOT / "analysis"))
 import benchmark  # noqa: E402
 import figures  # noqa: E402
 import study  # noqa: E402
+import targets  # noqa: E402
 
 
 def test_pearson_separation_and_probe_by_hand():
@@ -57,11 +58,10 @@ def test_shares_of_an_embedding_are_those_it_was_made_of():
 
 
 def test_targets_of_the_shipped_model_tell_the_answer():
-    done = subprocess.run([sys.executable, str(Path(figures.__file__).with_name("targets.py")), "--train_examples", "150", "--device",
-                           "cpu"], capture_output=True, text=True)
-    said = re.findall(r"^  (\d\.\d+) (?:is|tells)", done.stdout, re.MULTILINE)
-    assert done.returncode == 0 and len(said) == 4 and sum(map(float, said)) == pytest.approx(1, abs=0.003), done.stderr
-    assert float(said[2]) > 0.2 > 0.1 > float(said[3])
+    said = targets.report(train.parse_config(["--train_examples", "150", "--device", "cpu"]))
+    shares = [float(share) for share in re.findall(r"^  (\d\.\d+) (?:is|tells)", said, re.MULTILINE)]
+    assert len(shares) == 4 and sum(shares) == pytest.approx(1, abs=0.003)
+    assert shares[2] > 0.2 and "of tiny-vlm on 150 trajectories of mixed" in said.replace(f"{ROOT}/", "")
 
 
 def test_tsne_keeps_clusters_together():

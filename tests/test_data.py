@@ -331,12 +331,13 @@ def test_collate_pads_and_points(shipped):
     assert left.slots.tolist()[1] == [False, False, False, True]
 
 
-def test_command_line_writes_a_folder_that_reads_back(tmp_path):
+def test_command_line_writes_a_folder_that_reads_back(tmp_path, capsys):
     import subprocess
     import sys
-    run = lambda *args, file=data.__file__: subprocess.run([sys.executable, file, *args], capture_output=True, text=True)
+    run = lambda *args: subprocess.run([sys.executable, data.__file__, *args], capture_output=True, text=True)
     assert run("--out", str(tmp_path / "set"), "--regime", "all", "--count", "8").returncode == 0
     assert Image.open(tmp_path / "set" / "contact_sheet.png").width > 1000
-    assert "8 train, 2 validation, 2 test" in run("--check_data", "--data", str(tmp_path / "set"), file=train.__file__).stdout
+    train.check_data(train.parse_config(["--data", str(tmp_path / "set")]))
+    assert "8 train, 2 validation, 2 test" in capsys.readouterr().out
     again = run("--out", str(tmp_path / "set"))
     assert again.returncode == 1 and again.stderr.startswith("error:") and "Traceback" not in again.stderr

@@ -6,6 +6,7 @@ import gc
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -619,13 +620,16 @@ def test_a_run_killed_at_random_moments_ends_as_the_uninterrupted_one(uninterrup
         train.read_config([str(run)])
 
 
-def test_sigterm_saves_and_says_how_to_go_on(uninterrupted, tmp_path):
-    run = tmp_path / "run"
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_in_the_loop_saves_and_says_how_to_go_on(uninterrupted, tmp_path, number):
+    run, said = tmp_path / "run", ""
     process = launch(*TINY_RUN, "--out", str(run))
     for line in process.stdout:
+        said += line
         if line.lstrip().startswith("3/12"):
-            process.terminate()
-    assert process.wait() == 0 and (run / "state.safetensors").is_file() and not (run / "results.json").is_file()
+            process.send_signal(number)
+    assert process.wait() == 0 and "saving after this step" in said and "--resume" in said
+    assert (run / "state.safetensors").is_file() and not (run / "results.json").is_file()
     train.train(train.read_config([str(run)]), resume=True)
     assert contents(run) == uninterrupted
 
