@@ -3,7 +3,7 @@
     python train.py                                    # Pearl on the shipped VLM, five tool families: minutes on two cores
     python train.py --method sft                       # the baseline: the same words, no latent terms, no second pass
     python train.py --method direct                    # the control: question and answer, no trajectory
-    python train.py --method both --batch 64           # the control of that control: trajectories and bare answers, half and half
+    python train.py --method both --batch 64           # the plain alternative: trajectories and bare answers, half and half
     python train.py --method recon                     # reconstruction-based latent reasoning (LVR; --latents 4: Mirage)
     python train.py --recipe paper                     # the paper's literal text; --recipe release: the authors' code
     python train.py --model Qwen/Qwen2.5-VL-3B-Instruct --data DIR --dtype bfloat16 --lr 1e-5     # your model, your data

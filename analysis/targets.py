@@ -4,7 +4,7 @@
     python analysis/targets.py --model MODEL --data DIR      # yours; takes the options of train.py
 
 Pearl predicts h_R from image and question. What of it depends on the answer can teach answering; what is common to all
-trajectories, or to all of a family, cannot. RESULTS.md ("A base without end-of-turn summaries") shows what becomes of Pearl
+trajectories, or to all of a family, cannot. RESULTS.md ("What h_R tells") shows what becomes of Pearl
 where h_R hardly tells the answer. Families and answers must repeat in the data: with an answer of its own for every record
 there is nothing to average, and answer_by_chance comes close to answer.
 """
