@@ -25,6 +25,7 @@ import evaluate  # noqa: E402
 import losses  # noqa: E402
 import train  # noqa: E402
 from analysis.tables import summarise  # noqa: E402
+from analysis.targets import shares  # noqa: E402
 from model import VLM  # noqa: E402
 from predictor import Predictor  # noqa: E402
 from world import scenes, tools  # noqa: E402
@@ -164,7 +165,7 @@ def probe(x: Tensor, y: Tensor, ridge: float = 1.0) -> float:
 @torch.no_grad()
 def embeddings(run: Path | None, config: train.Config, world: list[data.Example]) -> tuple[Tensor, Tensor]:
     """(h^_R, h_R) of the examples, (n, D) each. Without a Pearl predictor h^_R is the state of the last prompt token (K = 0)."""
-    vlm = evaluate.load_run(run, "cpu")[0] if run else VLM(config.model, getattr(torch, config.dtype)).to(config.device).eval()
+    vlm = evaluate.load_run(run, "cpu")[0] if run else VLM(config.model).eval()
     pred_tokens = None
     checkpoint = run / json.loads((run / "best.json").read_text())["checkpoint"] if run else None
     if run and (checkpoint / "predictor.safetensors").is_file():
@@ -178,10 +179,8 @@ def embeddings(run: Path | None, config: train.Config, world: list[data.Example]
     for start in range(0, len(world), 64):
         views = examples.views[start:start + 64]
         features = train.image_features(vlm, examples, [i for v in views for i in v.full.images], config)
-        with train.autocast(config):
-            encoded = [train.encode(vlm, examples, data.collate([getattr(v, which) for v in views], vlm.pad_id), features, slots)[3]
-                       for which, slots in (("input", pred_tokens), ("target", None))]
-        pairs.append([h.float().cpu() for h in encoded])
+        pairs.append([train.encode(vlm, examples, data.collate([getattr(v, which) for v in views], vlm.pad_id), features, slots)[3]
+                      for which, slots in (("input", pred_tokens), ("target", None))])
     return tuple(torch.cat(side) for side in zip(*pairs))
 
 
@@ -201,31 +200,6 @@ def what_it_knows(pair: tuple[Tensor, Tensor], world: list[data.Example]) -> dic
     known["chance"] = dict(digit=max(map(digits.count, digits)) / len(digits))
     gauges = losses.collapse_gauges(*pair)
     return known | {k: gauges[k] for k in ("retrieval", "retrieval_chance", "r2", "effective_rank", "mean_cosine")}
-
-
-def shares(h: Tensor, world: list[data.Example]) -> dict[str, float]:
-    """What h (n, D) is made of: of the squared length of rows brought to length 1, the share of the vector common to all, of
-    what each family adds to it, of what each answer adds within its family, and of the rest. The four add up to 1.
-
-    answer_by_chance: the third with the answers dealt anew within each family; small groups always explain a little.
-    """
-    h = F.normalize(h.double(), dim=1)
-    families = [ex.family for ex in world]
-    generator, dealt = torch.Generator().manual_seed(0), [""] * len(world)
-    for family in set(families):
-        rows = [i for i, f in enumerate(families) if f == family]
-        for i, j in zip(rows, torch.randperm(len(rows), generator=generator).tolist()):
-            dealt[i] = world[rows[j]].answer
-
-    def left(groups: list) -> float:
-        """Mean squared distance from the mean of one's group."""
-        number = {group: n for n, group in enumerate(dict.fromkeys(groups))}
-        member = F.one_hot(torch.tensor([number[group] for group in groups])).double()  # (n, groups)
-        return float((h - member @ (member.T @ h / member.sum(0)[:, None])).square().sum(1).mean())
-
-    common, family, answer = left([0] * len(world)), left(families), left([(ex.family, ex.answer) for ex in world])
-    return dict(common=1 - common, family=common - family, answer=family - answer, rest=answer,
-                answer_by_chance=family - left(list(zip(families, dealt))))
 
 
 # ---- the figures ------------------------------------------------------------------------------------------------------

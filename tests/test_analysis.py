@@ -49,12 +49,15 @@ def test_shares_of_an_embedding_are_those_it_was_made_of():
             rows[-1][place] = size
         examples.append(SimpleNamespace(family=f"family {family}", answer=f"{answer}"))
     h = torch.stack(rows)
-    found = figures.shares(7 * h, examples)  # length does not matter
+    found = targets.shares(7 * h, examples)  # length does not matter
     total = 9 + 4 + 1 + 0.25
     assert found["common"] == pytest.approx((9 + 4 / 2 + 1 / 3 + 0.25 / 2) / total)  # each part's own mean is common too
     assert found["family"] == pytest.approx(4 / 2 / total) and found["answer"] == pytest.approx(2 / 3 / total)
     assert found["rest"] == pytest.approx(0.25 / 2 / total)
     assert 0 <= found["answer_by_chance"] < 0.02 * found["answer"]
+    for name in "abcdefgh":  # Python's own order of strings in a set differs from run to run
+        renamed = [SimpleNamespace(family=name + ex.family, answer=ex.answer) for ex in examples]
+        assert targets.shares(h, renamed)["answer_by_chance"] == pytest.approx(found["answer_by_chance"])
 
 
 def test_targets_of_the_shipped_model_tell_the_answer():
