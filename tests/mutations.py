@@ -84,6 +84,7 @@ FAULTS = [
     ("train.py", "init_sync=not config.shard", "init_sync=True", "train"),
     ("model.py", ", ignored_params=trained)", ")", "train"),
     ("train.py", "given.answer if by == \"answer\" else \"\"", "given.answer", "train"),
+    ("analysis/targets.py", "for family in dict.fromkeys(families):", "for family in set(families):", "analysis"),
     ("analysis/targets.py", "family=common - family, answer", "family=common - answer, answer", "analysis"),
     ("train.py", "            examples += [ex.answer_only(config.answer_prefix) for ex in self.given]", "            pass", "train"),
     ("train.py", "    LOOP[\"running\"] = True\n", "", "train"),

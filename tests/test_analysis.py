@@ -55,9 +55,11 @@ def test_shares_of_an_embedding_are_those_it_was_made_of():
     assert found["family"] == pytest.approx(4 / 2 / total) and found["answer"] == pytest.approx(2 / 3 / total)
     assert found["rest"] == pytest.approx(0.25 / 2 / total)
     assert 0 <= found["answer_by_chance"] < 0.02 * found["answer"]
+    keep, dealt = [n for n in range(1200) if n % 4 != 3], set()  # families of two sizes
     for name in "abcdefgh":  # Python's own order of strings in a set differs from run to run
-        renamed = [SimpleNamespace(family=name + ex.family, answer=ex.answer) for ex in examples]
-        assert targets.shares(h, renamed)["answer_by_chance"] == pytest.approx(found["answer_by_chance"])
+        renamed = [SimpleNamespace(family=examples[n].family[-1] + name, answer=examples[n].answer) for n in keep]
+        dealt.add(round(targets.shares(h[keep], renamed)["answer_by_chance"], 9))
+    assert len(dealt) == 1
 
 
 def test_targets_of_the_shipped_model_tell_the_answer():
