@@ -1,0 +1,71 @@
+"""Two views of an example in one forward pass: the full view, and behind it what the input view does
+not share with it.
+
+A saving, not part of the method: `--packed false` makes one pass a view, with the same numbers.
+Letters: B batch, T sequence, A rows of positions.
+"""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+
+def shared_tokens(full_ids: list[int], input_ids: list[int], inject_at: tuple[int, ...]) -> int:
+    """How many first tokens of the input view, before anything injected, are the full view's too."""
+    end = min(inject_at, default=len(input_ids))
+    same = [a == b for a, b in zip(full_ids, input_ids[:end])]
+    return (same + [False]).index(False)
+
+
+def add_branches(batch, views):
+    """A collated batch of full views -> the same with the rest of each input view behind it.
+
+        <I0, Q> and generation prompt | R | padding | [PRED] x K | padding
+                     shared              full         branch
+
+    The branch sees what both views share, and itself; R never sees the branch. Since attention and
+    positions are given explicitly (`branch_inputs`), where the branch stands does not matter: at
+    the end, so that the full view's states are a slice. `embed_at` then points to h^_R (with K = 0
+    to the last shared token).
+    """
+    width = batch.ids.shape[1]
+    shared = [shared_tokens(v.full.ids, v.input.ids, v.input.inject_at) for v in views]
+    tails = [v.input.ids[n:] for v, n in zip(views, shared)]
+    branch = max(map(len, tails))
+
+    def grown(tensor: Tensor, rows: list[list], value) -> Tensor:
+        rows = [row + [value] * (branch - len(row)) for row in rows]
+        extra = torch.tensor(rows, dtype=tensor.dtype).view(len(views), branch)
+        return torch.cat([tensor, extra], dim=1)
+
+    injected = [[n + i in v.input.inject_at for i in range(len(tail))]
+                for v, n, tail in zip(views, shared, tails)]
+    return replace(
+        batch, ids=grown(batch.ids, tails, 0),
+        mask=grown(batch.mask, [[True] * len(tail) for tail in tails], False),
+        labels=grown(batch.labels, [[-100] * len(tail) for tail in tails], -100),
+        inject_at=grown(batch.inject_at, injected, False),
+        embed_at=torch.tensor([v.input.embed_at if v.input.embed_at < n
+                               else width + v.input.embed_at - n for v, n in zip(views, shared)]),
+        shared=torch.tensor(shared), branch=branch)
+
+
+def branch_inputs(batch, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Positions (A, B, T) and additive attention mask (B, 1, T, T) of a batch with branches.
+
+    positions (A, B, T - branch): those of the full views alone.
+    """
+    device, width = positions.device, positions.shape[-1]
+    rows = torch.arange(len(batch.ids), device=device)
+    # the last shared token is a text token, so the branch counts on from it as text does
+    last = positions[:, rows, batch.shared - 1]  # (A, B)
+    steps = torch.arange(1, batch.branch + 1, device=device)
+    positions = torch.cat([positions, last[..., None] + steps], dim=-1)
+    index = torch.arange(batch.ids.shape[1], device=device)
+    sees = (index[:, None] >= index) & batch.mask[:, None]  # (B, T, T) query, key: causal, no padding
+    in_branch = index >= width
+    foreign = in_branch[:, None] & ~in_branch & (index >= batch.shared[:, None, None])  # R
+    # a large negative number and not -inf: a row of padding that sees nothing would become NaN
+    mask = torch.zeros(sees.shape, dtype=dtype, device=device)
+    return positions, mask.masked_fill(~(sees & ~foreign), torch.finfo(dtype).min)[:, None]
