@@ -35,14 +35,19 @@ class QwenFamily:
         self.lm, self.processor = lm, AutoImageProcessor.from_pretrained(path)
         self.tokenizer = AutoTokenizer.from_pretrained(path)
         self.saved_with = [self.tokenizer, self.processor]
-        self.placeholder_id = lm.config.image_token_id  # what the chat template writes for an image
+        # what the chat template writes for an image
+        self.placeholder = self.tokenizer.convert_ids_to_tokens(lm.config.image_token_id)
+        self.reserved = reserved(self.tokenizer, self.placeholder)
 
-    def tokens_for(self, width: int, height: int) -> tuple[list[int], tuple[int, int, int]]:
-        """(token ids that stand for an image of that size in px, its grid of patches (t, h, w)); ValueError if it is too thin."""
+    def image_text(self, width: int, height: int) -> tuple[str, tuple[int, int, int]]:
+        """(what stands for an image of that size in px, its patches (t, h, w)); ValueError if it is too thin."""
         patch, merge, size = self.processor.patch_size, self.processor.merge_size, self.processor.size
         h, w = smart_resize(height, width, patch * merge, size["shortest_edge"], size["longest_edge"])
         grid = (1, h // patch, w // patch)
-        return [self.lm.config.image_token_id] * (math.prod(grid) // merge ** 2), grid
+        return self.placeholder * (math.prod(grid) // merge ** 2), grid
+
+    def render(self, messages: list[dict], add_generation_prompt: bool = False) -> str:
+        return render(self.tokenizer, messages, add_generation_prompt)
 
     def inputs(self, image: Image.Image) -> dict[str, Tensor]:
         return dict(self.processor(images=[image], return_tensors="pt"))
@@ -107,15 +112,20 @@ class ProcessorFamily:
         self.tokenizer.chat_template = self.processor.chat_template or self.tokenizer.chat_template
         if self.tokenizer.chat_template is None:
             raise ValueError(f"{path} has no chat template: choose a checkpoint that was tuned to follow instructions")
-        self.placeholder, self.placeholder_id = placeholder, self.tokenizer.convert_tokens_to_ids(placeholder)
+        self.placeholder = placeholder
+        self.reserved = reserved(self.tokenizer, placeholder)
         known = inspect.signature(lm.model.forward).parameters
         self.bidirectional = "token_type_ids" in known
         layers = set(getattr(lm.config.text_config, "layer_types", None) or ["full_attention"])
         self.packs = not self.bidirectional and layers == {"full_attention"}
 
-    def tokens_for(self, width: int, height: int) -> tuple[list[int], None]:
+    def image_text(self, width: int, height: int) -> tuple[str, None]:
+        """What the processor writes for an image of that size, as text."""
         out = self.processor(text=[self.placeholder], images=[Image.new("RGB", (width, height))], add_special_tokens=False)
-        return list(out["input_ids"][0]), None
+        return self.tokenizer.decode(out["input_ids"][0], clean_up_tokenization_spaces=False), None
+
+    def render(self, messages: list[dict], add_generation_prompt: bool = False) -> str:
+        return render(self.tokenizer, messages, add_generation_prompt)
 
     def inputs(self, image: Image.Image) -> dict[str, Tensor]:
         wanted = inspect.signature(self.lm.model.get_image_features).parameters
@@ -150,10 +160,22 @@ class ProcessorFamily:
         images = [store.inputs(i) for i in batch.images]
         seen = dict(token_type_ids=(batch.ids == self.lm.config.image_token_id).long()) if self.bidirectional else {}
         if "inputs_embeds" in inspect.signature(self.lm.prepare_inputs_for_generation).parameters:
-            inputs = embed(batch, self.features(images), [])
+            inputs = embed(batch, store.encoded(batch.images))
             return dict(inputs_embeds=inputs["inputs_embeds"], attention_mask=inputs["attention_mask"], **seen)
         pixels = {key: torch.cat([image[key] for image in images]).to(self.lm.device, self.lm.dtype) for key in images[0]}
         return dict(input_ids=batch.ids, attention_mask=batch.mask.long(), **pixels, **seen)
+
+
+def render(tokenizer, messages: list[dict], add_generation_prompt: bool) -> str:
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+    except Exception as error:  # what the template itself raises, or a fault in it
+        raise ValueError(f"the model's chat template refuses the conversation: {error}") from None
+
+
+def reserved(tokenizer, placeholder: str) -> set[str]:
+    """What no text of the data may hold: it would be read as a token of the template's own."""
+    return {*tokenizer.all_special_tokens, placeholder}
 
 
 def fingerprint(family) -> str:

@@ -68,9 +68,9 @@ class EncodedImage(NamedTuple):
 class ImageStore:
     """Every image of a data set by number: what stands for it in the text, its pixels, its features.
 
-    `image_tokens[i]` are the token ids that stand for image i and `grids[i]` its patches (t, h, w),
-    where the family counts in three rows; both depend on its size alone, so no pixel is read to
-    know them. `inputs(i)` is what the vision tower takes, `encoded(...)` what it makes of it: once
+    `image_texts[i]` is what stands for image i in the text (a run of image tokens) and `grids[i]`
+    its patches (t, h, w), where the family counts in three rows; both depend on its size alone, so
+    no pixel is read to know them. `inputs(i)` is what the vision tower takes, `encoded(...)` what it makes of it: once
     for all views of a step, and, while the tower is frozen, once for the whole run (as much as fits
     into `keep_gb`) or, with a folder, for all runs. Pixels take a hundred times an image file's
     room, so none are kept.
@@ -84,7 +84,7 @@ class ImageStore:
         self.coming: dict[int, Future] = {}
         self.waited = 0.0  # seconds that `inputs` took, waiting included
         self.pictures: list[Picture] = []
-        self.image_tokens: list[list[int]] = []
+        self.image_texts: list[str] = []
         self.grids: list[tuple[int, int, int] | None] = []
         self.by_size: dict[tuple[int, int], tuple] = {}
         self.kept: dict[int, Tensor] = {}
@@ -93,24 +93,24 @@ class ImageStore:
             self.fingerprint = family.fingerprint()
             self.folder.mkdir(parents=True, exist_ok=True)
 
-    def add(self, example) -> tuple[list[int], list[list[int]]]:
-        """Number the example's images (I0 first): (numbers, image tokens). ValueError names it."""
+    def add(self, example) -> tuple[list[int], list[str]]:
+        """Number the example's images (I0 first): (numbers, image texts). ValueError names it."""
         numbers = [self.add_image(image, f"example {example.id}: image {n}")
                    for n, image in enumerate(example.images)]
-        return numbers, [self.image_tokens[i] for i in numbers]
+        return numbers, [self.image_texts[i] for i in numbers]
 
     def add_image(self, picture: Picture, where: str) -> int:
         """Keep the picture. What the family rejects stops here, before training."""
         size = image_size(picture)
         if size not in self.by_size:
             try:
-                self.by_size[size] = self.family.tokens_for(*size)
+                self.by_size[size] = self.family.image_text(*size)
             except ValueError as error:
                 raise ValueError(f"{where} ({size[0]} x {size[1]} px) is rejected by the image "
                                  f"processor: {error}; crop or drop it") from None
-        image_tokens, grid = self.by_size[size]
+        image_text, grid = self.by_size[size]
         self.pictures.append(picture)
-        self.image_tokens.append(image_tokens)
+        self.image_texts.append(image_text)
         self.grids.append(grid)
         return len(self.pictures) - 1
 

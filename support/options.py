@@ -1,6 +1,6 @@
-"""The command line of a program whose settings are a dataclass: one option a field.
+"""Every option of a run: its default, its meaning, its values; and the recipes, which set several.
 
-    steps: int = option(300, "optimiser steps")
+    steps: int = option(300, "optimiser steps", least=1)
 
 makes --steps; a field's help, its choices and its least value stand beside its default.
 """
@@ -8,11 +8,136 @@ makes --steps; a field's help, its choices and its least value stand beside its 
 import argparse
 import dataclasses
 import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
 
 
 def option(default, help: str, choices: tuple = (), least: float | None = None):
     """A dataclass field with what the command line says and checks of it."""
     return dataclasses.field(default=default, metadata=dict(help=help, choices=choices, least=least))
+
+
+TINY = str(Path(__file__).resolve().parent.parent / "tiny-vlm")
+CUDA = torch.cuda.is_available()
+LAYERS = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
+
+
+@dataclass
+class Config:
+    """One run: every field an option, defaults the run that README reports."""
+
+    # what is trained, on what
+    method: str = option("pearl", "sft: L_VLM alone; direct: answers alone; both; recon", ("pearl", "sft", "direct", "both", "recon"))
+    recipe: str = option("ours", "sets the fields of RECIPES; options beside it win",
+                         ("ours", "paper", "release"))
+    model: str = option(TINY, "checkpoint folder or hub id")
+    data: str = option("", "a data folder; empty: the procedural world")
+    regime: str = option("mixed", "the world's trajectories (world/README.md)")
+    outside_images: bool = option(False, "image paths and links may leave the data folder")
+    answer_prefix: str = option("Answer:", "what a final text puts before the answer")
+    order: str = option("text_first", "call, then image; image_first: the paper's R",
+                        ("text_first", "image_first"))
+    out: str = option("", "run folder; empty: runs/METHOD-REGIME-seedSEED")
+    seed: int = option(0, "initial weights, data order, dropout")
+    device: str = option("cuda" if CUDA else "cpu", "any PyTorch device")
+    dtype: str = option("float32", "of the frozen weights; on a GPU arithmetic is bfloat16 anyway",
+                        ("float32", "bfloat16"))
+
+    # the method
+    lambda_latent: float = option(5.0, "Eq. 4 (paper 0.2); of recon: its loss's weight", least=0)
+    pred_tokens: int = option(4, "K; 0: h^_R is the state of the last prompt token", least=0)
+    distance: str = option("cosine", "D of Eq. 1", ("cosine", "smoothl1", "mse", "l2"))
+    jepa: bool = option(True, "false: L = L_VLM + lambda L_NextLat, an ablation")
+    target_encoder: str = option("frozen", "whose Enc gives h_R: the starting model's, or current",
+                                 ("frozen", "current"))
+    target_view: str = option("trajectory", "what h_R sees: R alone, or I0 too",
+                              ("trajectory", "trajectory_with_image"))
+    targets: str = option("own", "of L_JEPA; the others are controls",
+                          ("own", "shuffled", "random", "family", "answer"))
+    nextlat_view: str = option("full", "whose states Eq. 2 runs along",
+                               ("full", "trajectory", "none"))
+    nextlat_sees_next: bool = option(True, "the latent predictor is given the next embedding")
+    nextlat_token: bool = option(False, "the release's cross-entropy of forecast states")
+    horizon: int = option(1, "d of Eq. 2, in tokens", least=1)
+    packed: bool = option(True, "full and input view in one pass; false: one pass a view")
+    latents: int = option(0, "recon, a tool image: 0 one an image token (LVR); k chunk means",
+                          least=0)
+    decode_latents: int = option(8, "recon: latents decoded at inference", least=0)
+
+    # optimisation
+    steps: int = option(300, "optimiser steps", least=1)
+    batch: int = option(32, "examples in one forward pass", least=1)
+    accumulate: int = option(1, "forward passes in one optimiser step", least=1)
+    lr: float = option(1e-3, "peak; linear warm-up, then cosine to zero", least=0)
+    warmup: float = option(0.05, "share of the steps")
+    weight_decay: float = option(0.0, "of AdamW")
+    clip: float = option(1.0, "gradient norm")
+    lora_rank: int = option(64, "0: train all weights of the language model", least=0)
+    lora_alpha: float = option(128.0, "the low-rank product counts alpha / rank times")
+    lora_dropout: float = option(0.0, "of what enters the low-rank product")
+    lora_targets: str = option(LAYERS, "comma-separated layer names")
+    train_vision: bool = option(False, "the vision tower too; off: features are made once")
+    gradient_checkpointing: bool = option(False, "less memory, a third more time")
+    shard: bool = option(False, "several processes each hold a share of frozen layers (FSDP)")
+    workers: int = option(2, "threads that prepare the next pass's images", least=0)
+    feature_cache_gb: float = option(2.0, "most memory for image features")
+    feature_cache: str = option("", "a folder to keep them in from run to run")
+
+    # data, questions, log
+    train_examples: int = option(1500, "of the world; of a folder, all", least=1)
+    valid_examples: int = option(150, "of a folder, at most so many", least=2)
+    test_per_family: int = option(120, "of a folder, at most so many", least=1)
+    test_split: str = option("test", "validation, when settings are being chosen",
+                             ("test", "validation"))
+    free_tokens: int = option(4, "most tokens of a free answer", least=1)
+    call_limit: int = option(0, "also test explicit tool use, at most so many calls", least=0)
+    track: int = option(0, "validation questions asked at each validation", least=0)
+    world_seed: int = option(0, "of the scenes; a data set of its own for every value")
+    eval_every: int = option(50, "steps between validations; the best checkpoint is kept", least=1)
+    log_every: int = option(10, "steps between log lines", least=1)
+    save_every: int = option(50, "steps between states to --resume from", least=1)
+    max_tokens: int = option(2048, "longest view")
+
+
+RECIPES = {
+    "ours": {},
+    "paper": dict(lambda_latent=0.2, distance="smoothl1", target_encoder="current",
+                  target_view="trajectory", nextlat_view="trajectory", nextlat_sees_next=False),
+    "release": dict(lambda_latent=0.2, distance="cosine", target_encoder="current",
+                    target_view="trajectory_with_image", nextlat_view="full",
+                    nextlat_sees_next=True, nextlat_token=True, lora_dropout=0.1,
+                    weight_decay=0.1),
+}
+MOVED = {"--check_data": "python analysis/check_data.py takes the same options",
+         "--benchmark": "python analysis/benchmark.py steps takes the same options",
+         "--center": "the running mean is gone; its row stays in analysis/RESULTS.md"}
+
+
+def impossible(config: Config) -> str:
+    """What is wrong with the options together; empty if nothing is."""
+    if config.targets == "shuffled" and config.batch < 2:
+        return "--targets shuffled needs --batch 2 or more"
+    if config.targets in ("family", "answer") and config.target_encoder != "frozen":
+        return (f"--targets {config.targets} is a mean over the data set, which only "
+                "--target_encoder frozen has at hand")
+    return ""
+
+
+def parse_config(argv: list[str] | None, description: str, **choices: tuple) -> Config:
+    """Config from the command line. choices: of fields whose values another room knows."""
+    parser = parser_of(Config, description, choices)
+    given = given_options(parser, Config, sys.argv[1:] if argv is None else argv, MOVED)
+    config = Config(**RECIPES[given.get("recipe", "ours")] | given)
+    if problem := impossible(config):
+        parser.error(problem)
+    config.out = config.out or f"runs/{config.method}-{config.regime}-seed{config.seed}"
+    return config
+
+
+# ---- from a dataclass to a command line ---------------------------------------------------------
 
 
 def boolean(text: str) -> bool:
@@ -22,12 +147,14 @@ def boolean(text: str) -> bool:
     return text.lower() == "true"
 
 
-def parser_of(config_class, description: str) -> argparse.ArgumentParser:
+def parser_of(config_class, description: str,
+              more_choices: dict[str, tuple] | None = None) -> argparse.ArgumentParser:
     """Unknown names and values stop with the list of known ones; what is not given is left out."""
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     for f in dataclasses.fields(config_class):
-        kind, choices = type(f.default), f.metadata["choices"] or None
+        choices = f.metadata["choices"] or (more_choices or {}).get(f.name)
+        kind = type(f.default)
         switch = {}
         if kind is bool:
             kind, switch = boolean, dict(nargs="?", const=True)  # --packed alone, or --packed false

@@ -1,7 +1,9 @@
 """Several processes (torchrun), shares of a model that does not fit, and signals that end a run without losing a step."""
 
 import os
+import signal
 import sys
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
@@ -46,9 +48,9 @@ def asked_to_stop(world: int, device: str) -> bool:
     return bool(told)
 
 
-def own_passes(rows: list[int], config, rank: int, world: int) -> list[list[int]]:
-    """The forward passes of a step that fall to this process: every world-th, of config.batch examples each."""
-    return [rows[start:start + config.batch] for start in range(0, len(rows), config.batch)][rank::world]
+def own_passes(rows: list[int], batch: int, rank: int, world: int) -> list[list[int]]:
+    """The forward passes of a step that fall to this process: every world-th, of `batch` examples each."""
+    return [rows[start:start + batch] for start in range(0, len(rows), batch)][rank::world]
 
 
 LOOP = dict(running=False, signals=0)  # whether a step is lost if the program ends now; signals received
@@ -60,6 +62,26 @@ def on_signal(number: int, frame) -> None:
     if LOOP["signals"] > 1 or not LOOP["running"]:
         raise KeyboardInterrupt
     os.write(1, b"saving after this step; a second signal ends at once\n")  # print() is not safe inside a handler
+
+
+@contextmanager
+def finishing_steps():
+    """While the context lasts a signal is waited for (asked_to_stop), since a step would be lost."""
+    LOOP["running"] = True
+    yield
+    LOOP["running"] = False
+
+
+def run_program(main) -> None:
+    """main(), with errors that a user can mend as one sentence, and signals as `on_signal` says."""
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, on_signal)
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("stopped; if the run folder holds config.json, python train.py --resume RUN goes on from its last state")
 
 
 

@@ -147,3 +147,25 @@ def best_checkpoint(run: Path) -> dict:
         raise ValueError(f"{run / 'best.json'} names no checkpoint of this run: {best.get('checkpoint')!r}")
     return best
 
+
+def read_config(config_class, argv: list[str]):
+    """The config of a run to resume: everything as it was, nothing may be changed."""
+    if len(argv) != 1:
+        raise ValueError("--resume takes the run folder and nothing else: the run goes on with its own config.json")
+    file = Path(argv[0]) / "config.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} not found: {argv[0]} is not a run folder")
+    if (file.parent / "results.json").is_file():
+        raise ValueError(f"{argv[0]} is finished: its results are in results.json")
+    known, saved = {f.name for f in dataclasses.fields(config_class)}, read_json(file)
+    if unknown := saved.keys() - known:
+        raise ValueError(f"{file} has the unknown field {sorted(unknown)[0]!r}: it was written by another version")
+    return config_class(**saved | dict(out=argv[0]))
+
+
+def collapse_hint(gauges: dict[str, float], target_encoder: str, count: int) -> str:
+    """What to do about targets that are all alike; empty where there is nothing to say."""
+    if count > 9 and (gauges.get("effective_rank", 9.0) < 3 or gauges.get("mean_cosine", 0.0) > 0.97):
+        return ("the targets h_R have collapsed: they are nearly all alike, and a low L_JEPA says nothing; "
+                "try --target_encoder frozen, or a smaller --lambda_latent or --lr")
+    return ""

@@ -6,12 +6,14 @@ its hash decides the split, so no two splits share a scene. `python data.py --ou
 """
 
 import zlib
+from pathlib import Path
 from typing import Callable, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from data import Example, opened
+from support.images import opened
+from support.records import SPLITS, Example, write_folder
 from world.tools import CALL, FRAME, HOLE, PIECES, RING, ROUTE_SHADE, call_tool
 
 SIZE = 128  # px; the shipped model is shown 64 x 64, so that a crop has more to see than the whole
@@ -448,3 +450,11 @@ def contact_sheet(examples: list[Example], width: int = 1500, side: int = 132) -
                 sheet.paste(step.resize(size, Image.Resampling.NEAREST), (x, y))
         draw.line((0, y + side + 5, width, y + side + 5), fill=(200, 200, 200))
     return sheet
+
+
+def write_sample(out: Path, regime: str, count: int, seed: int) -> None:
+    """A data folder to look at, and its contact sheet: `count` training examples, a quarter as many of the other splits."""
+    examples = [ex for split, share in zip(SPLITS, (1, 4, 4)) for ex in make_world(regime, split, max(1, count // share), seed)]
+    write_folder(out, examples)
+    contact_sheet(examples[:10]).save(out / "contact_sheet.png")
+    print(f"wrote {len(examples)} examples and contact_sheet.png to {out}")

@@ -1,0 +1,47 @@
+"""Explicit tool use: the model writes its own calls, each is really run, its image is appended."""
+
+from support.images import opened
+from world.tools import CALL, call_tool
+
+TURN_TOKENS = 56  # enough for any plan and call
+
+
+def answer(asker, limit: int) -> list[dict]:
+    """One record an example (asker: evaluate.Answerer), in rounds: everyone still talking writes
+    one turn, and the call in it is run.
+
+    A call that is malformed or does not fit its image ends the attempt, as does one call too many:
+    the record then says so in `failed` and has no text.
+    """
+    talks = [dict(turns=asker.serializer.turns(example)[:1], shown=[example.image],
+                  indices=numbers[:1], calls=0, tokens=0, images=0, passes=0)
+             for example, (numbers, _) in zip(asker.examples, asker.placed)]
+    active = talks
+    for _ in range(limit + 1):
+        views = [asker.serializer.prompt(
+            talk["turns"], talk["indices"], [asker.store.image_texts[i] for i in talk["indices"]])
+            for talk in active]
+        for talk, said in zip(active, asker.generate(views, TURN_TOKENS) if views else []):
+            for cost in ("tokens", "images", "passes"):
+                talk[cost] += said[cost]
+            run_call(asker, talk, said["text"], limit)
+        active = [talk for talk in active if "text" not in talk]
+    kept = ("text", "failed", "calls", "tokens", "images", "passes")
+    return [{name: talk[name] for name in kept if name in talk} for talk in talks]
+
+
+def run_call(asker, talk: dict, text: str, limit: int) -> None:
+    """Run the call in `text` and append its image; a text without one is the answer."""
+    if "[" not in text:
+        talk["text"] = text
+    elif talk["calls"] == limit:
+        talk.update(text="", failed="one call too many")
+    else:
+        try:
+            talk["shown"].append(call_tool(text, *map(opened, talk["shown"])))
+            talk["indices"] = talk["indices"] + [asker.store.add_image(talk["shown"][-1], text)]
+            said = text[:CALL.search(text).end()]
+            talk["turns"] = [*talk["turns"], ("assistant", [said]), ("user", talk["shown"][-1:])]
+            talk["calls"] += 1
+        except ValueError as error:
+            talk.update(text="", failed=str(error))

@@ -1,0 +1,51 @@
+"""Variants of Pearl that are no part of it: orders of a trajectory, controls of the target."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from support.records import Example
+
+
+def as_taught(examples: list[Example], config) -> list[Example]:
+    """The examples as this run's method is to learn them."""
+    bare = [example.answer_only(config.answer_prefix) for example in examples
+            if config.method in ("direct", "both")]
+    if config.method == "direct":
+        return bare
+    if config.order == "image_first":
+        examples = [example.image_first() for example in examples]
+    return [*examples, *bare]
+
+
+def control_targets(target: Tensor, rows: list[int], config) -> Tensor:
+    """The targets of L_JEPA: h_R (B, D) itself, or what a control puts in its place.
+
+    shuffled: the h_R of the next example of the batch, so that nothing about one's own is to be
+    learned. random: a vector drawn once for each example. What Pearl still gains with either is
+    regularisation, not prediction.
+    """
+    if config.targets == "shuffled":
+        return target.roll(1, dims=0)
+    if config.targets == "random":
+        drawn = []
+        for row in rows:
+            generator = torch.Generator().manual_seed(1_000_003 * config.seed + row)
+            drawn.append(torch.randn(target.shape[1], generator=generator))
+        return target.norm(dim=1, keepdim=True) * F.normalize(torch.stack(drawn), dim=1).to(target)
+    return target
+
+
+def average_targets(examples, by: str) -> None:
+    """The controls that leave of cached h_R what its family tells (by="family"), or its family and
+    answer ("answer"): the mean over all that share them. examples: train.Examples."""
+    if by not in ("family", "answer"):
+        return
+    groups: dict[tuple[str, str], list[int]] = {}
+    for row in examples.targets:
+        example = examples.examples[row]
+        key = (example.family, example.answer if by == "answer" else "")
+        groups.setdefault(key, []).append(row)
+    for rows in groups.values():
+        mean = torch.stack([examples.targets[row] for row in rows]).mean(dim=0)
+        examples.targets |= dict.fromkeys(rows, mean)

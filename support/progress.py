@@ -1,0 +1,77 @@
+"""What a run says while it trains: log.jsonl and the lines on the screen."""
+
+import dataclasses
+import math
+import time
+from pathlib import Path
+
+from support import run_folder
+
+
+class Clock:
+    """Milliseconds a step since it was last asked, and the share spent waiting for images."""
+
+    def __init__(self, store):
+        self.store = store
+        self.restart()
+
+    def restart(self) -> None:
+        self.start, self.store.waited = time.time(), 0.0
+
+    def read(self, steps: int) -> dict[str, float]:
+        seconds = time.time() - self.start
+        found = dict(ms=1000 * seconds / steps, waited=self.store.waited / max(1e-9, seconds))
+        self.restart()
+        return found
+
+
+def announce(config, examples: int, optimizer, world: int) -> None:
+    trained = sum(p.numel() for p in optimizer.param_groups[0]["params"]) / 1e6
+    several = f" x {world}" if world > 1 else ""
+    print(f"{config.method} on {config.data or config.regime}: {examples} examples, {trained:.2f}M "
+          f"trained parameters, {config.device}{several}, run folder {config.out}")
+
+
+def log_step(config, step: int, parts: dict, gauges: dict[str, float], norm: float, lr: float,
+             clock: Clock) -> None:
+    """A line of the log and of the screen."""
+    parts = {name: float(value) for name, value in parts.items()}
+    timing = clock.read(step % config.log_every or config.log_every)
+    run_folder.log(Path(config.out), "train",
+                   dict(step=step, **parts, **gauges, grad_norm=norm, lr=lr, **timing))
+    shown = ""
+    if gauges:
+        shown = (f" | r2 {gauges['r2']:.2f} retrieval {gauges['retrieval']:.2f} "
+                 f"rank {gauges['effective_rank']:.1f}")
+    terms = " ".join(f"{name} {value:.4f}" for name, value in parts.items())
+    left = int((config.steps - step) * timing["ms"] / 1000)
+    print(f"{step:5d}/{config.steps} {terms}{shown} | lr {lr:.1e} grad {norm:.2f} "
+          f"{timing['ms']:.0f} ms/step, {left // 60}:{left % 60:02d} left", flush=True)
+
+
+SHOWN = ("loss", "r2", "effective_rank", "mean_cosine", "direct", "tool")  # the rest is in the log
+
+
+def keep_best(config, step_module, step: int, valid: dict[str, float], best: float,
+              count: int) -> float:
+    """Log a validation, keep the checkpoint if it is the best so far; returns the best loss."""
+    out = Path(config.out)
+    run_folder.log(out, "valid", dict(step=step, **valid))
+    shown = " ".join(f"{name} {valid[name]:.3f}" for name in SHOWN if name in valid)
+    print(f"      validation: {shown}", flush=True)
+    if hint := run_folder.collapse_hint(valid, config.target_encoder, count):
+        print(f"      {hint}", flush=True)
+    if valid["loss"] < best:
+        run_folder.save_best(out, step_module.vlm, step_module.predictor, step, valid)
+    return min(best, valid["loss"])
+
+
+def count_bad_steps(norm, step: int, bad: int, out: Path) -> int:
+    """How many steps in a row had no finite gradient; the fifth ends the run."""
+    if math.isfinite(float(norm)):
+        return 0
+    print(f"step {step}: the gradient is not finite; step skipped ({bad + 1} in a row)", flush=True)
+    if bad + 1 == 5:
+        raise ValueError("five steps in a row without a finite gradient: lower --lr or "
+                         f"--lambda_latent; {out} has the last good state")
+    return bad + 1
