@@ -11,6 +11,8 @@ from PIL import Image
 
 import data
 import train
+from baselines import reconstruction
+from support import records, images
 from world import scenes, tools
 
 EVERY = list(scenes.FAMILIES)
@@ -126,21 +128,21 @@ def test_a_call_works_on_the_last_image_or_on_the_one_it_names():
 
 
 def test_folder_round_trip(tmp_path, mixed):
-    data.write_folder(tmp_path / "set", mixed)
-    for ex, back in zip(mixed, data.read_folder(tmp_path / "set")):
+    records.write_folder(tmp_path / "set", mixed)
+    for ex, back in zip(mixed, records.read_folder(tmp_path / "set")):
         assert (ex.id, ex.family, ex.question, ex.options, ex.answer, ex.texts, ex.split) == \
             (back.id, back.family, back.question, back.options, back.answer, back.texts, back.split)
-        assert [i.tobytes() for i in ex.images] == [data.opened(i).tobytes() for i in back.images]
+        assert [i.tobytes() for i in ex.images] == [images.opened(i).tobytes() for i in back.images]
     with pytest.raises(FileExistsError, match="nothing is overwritten"):
-        data.write_folder(tmp_path / "set", mixed)
+        records.write_folder(tmp_path / "set", mixed)
 
 
 def test_split_by_image_when_the_record_names_none(tmp_path):
     Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
     rows = [dict(id=str(i), image="a.png", question="q", options=["x", "y"], answer="x",
                  trajectory=[{"text": "x"}]) for i in range(20)]
-    (tmp_path / data.FILE).write_text("\n".join(map(json.dumps, rows)))
-    assert len({ex.split for ex in data.read_folder(tmp_path)}) == 1  # one image, one side
+    (tmp_path / records.FILE).write_text("\n".join(map(json.dumps, rows)))
+    assert len({ex.split for ex in records.read_folder(tmp_path)}) == 1  # one image, one side
 
 
 GOOD = dict(id="1", image="a.png", question="q", options=["x", "y"], answer="x",
@@ -169,9 +171,9 @@ def test_bad_records_name_file_line_and_mend(tmp_path, name):
     Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
     (tmp_path / "broken.png").write_bytes((tmp_path / "a.png").read_bytes()[:40])
     line = record if isinstance(record, str) else json.dumps(record)
-    (tmp_path / data.FILE).write_text(json.dumps({**GOOD, "id": "0"}) + "\n" + line + "\n")
+    (tmp_path / records.FILE).write_text(json.dumps({**GOOD, "id": "0"}) + "\n" + line + "\n")
     with pytest.raises((ValueError, FileNotFoundError), match="line 2.*" + message):
-        data.read_folder(tmp_path)
+        records.read_folder(tmp_path)
 
 
 def test_the_readmes_record_is_read(tmp_path):
@@ -180,18 +182,18 @@ def test_the_readmes_record_is_read(tmp_path):
     (tmp_path / "images").mkdir()
     for name in ("0001.png", "0001-crop.png"):
         Image.new("RGB", (64, 64)).save(tmp_path / "images" / name)
-    (tmp_path / data.FILE).write_text("\ufeff" + record + "\n\n")  # a byte-order mark and a blank line are nothing to stop at
-    [ex] = data.read_folder(tmp_path)
+    (tmp_path / records.FILE).write_text("\ufeff" + record + "\n\n")  # a byte-order mark and a blank line are nothing to stop at
+    [ex] = records.read_folder(tmp_path)
     assert ex.answer == "seven" and len(ex.images) == 2 and tools.CALL.search(ex.texts[0])
 
 
 def test_duplicate_ids_and_missing_file(tmp_path):
     Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
-    (tmp_path / data.FILE).write_text((json.dumps(GOOD) + "\n") * 2)
+    (tmp_path / records.FILE).write_text((json.dumps(GOOD) + "\n") * 2)
     with pytest.raises(ValueError, match="line 2: id '1' was used on line 1"):
-        data.read_folder(tmp_path)
-    with pytest.raises(FileNotFoundError, match=data.FILE):
-        data.read_folder(tmp_path / "nowhere")
+        records.read_folder(tmp_path)
+    with pytest.raises(FileNotFoundError, match=records.FILE):
+        records.read_folder(tmp_path / "nowhere")
 
 
 # ---- the views ----
@@ -202,7 +204,7 @@ def shipped():
     from model import VLM
     from conftest import TINY
     vlm = VLM(TINY)
-    return vlm, data.Serializer(vlm.tokenizer, vlm.placeholder_id, 2048), data.ImageStore(vlm.family)
+    return vlm, data.Serializer(vlm.family, 2048), images.ImageStore(vlm.family)
 
 
 def whole(vlm, turns, spans):
@@ -210,7 +212,7 @@ def whole(vlm, turns, spans):
     text = vlm.tokenizer.apply_chat_template([data.Serializer._message(role, parts) for role, parts in turns], tokenize=False)
     spans, ids = iter(spans), []
     for token in vlm.tokenizer(text, add_special_tokens=False).input_ids:
-        ids += next(spans) if token == vlm.image_token_id else [token]
+        ids += next(spans) if token == vlm.lm.config.image_token_id else [token]
     return ids
 
 
@@ -236,16 +238,16 @@ def test_an_image_is_placed_by_its_size_alone_as_the_processor_would(shipped, tm
     """Spans and grids need no pixel; a photograph that is to be shown turned counts as turned."""
     vlm, _, _ = shipped
     for size in [(64, 64), (128, 128), (37, 90), (90, 37), (16, 200), (300, 300), (1000, 701), (8, 8)]:
-        span, grid = vlm.family.place(*size)
+        span, grid = vlm.family.image_text(*size)
         theirs = vlm.family.processor(images=[Image.new("RGB", size)], return_tensors="pt")["image_grid_thw"][0].tolist()
-        assert list(grid) == theirs and span == [vlm.image_token_id] * (theirs[1] * theirs[2] // 4)
+        assert list(grid) == theirs and span == [vlm.lm.config.image_token_id] * (theirs[1] * theirs[2] // 4)
     exif = Image.Exif()
     exif[0x112] = 6  # turn by 90 degrees to show
     picture = Image.new("RGB", (40, 20), "red")
     picture.putpixel((0, 0), (0, 0, 255))
     picture.save(tmp_path / "turned.png", exif=exif)
-    assert data.image_size(tmp_path / "turned.png") == (20, 40) == data.opened(tmp_path / "turned.png").size
-    assert data.opened(tmp_path / "turned.png").getpixel((19, 0)) == (0, 0, 255)
+    assert images.image_size(tmp_path / "turned.png") == (20, 40) == images.opened(tmp_path / "turned.png").size
+    assert images.opened(tmp_path / "turned.png").getpixel((19, 0)) == (0, 0, 255)
 
 
 def test_worked_example_of_the_docstring(shipped):
@@ -268,7 +270,7 @@ def test_target_with_image_keeps_i0_and_drops_the_question(shipped):
     ex = scenes.make_example("crop", "train", 0, 0)
     images, spans = store.add(ex)
     view = serializer.views(ex, images, spans, 0, "trajectory_with_image").target
-    assert view.images == images and view.ids.count(vlm.image_token_id) == sum(map(len, spans))
+    assert view.images == images and view.ids.count(vlm.lm.config.image_token_id) == sum(map(len, spans))
     assert ex.question not in vlm.tokenizer.decode(view.ids)
 
 
@@ -276,7 +278,7 @@ def test_k0_ends_at_the_generation_prompt(shipped):
     vlm, serializer, store = shipped
     ex = scenes.make_example("crop", "train", 0, 0)
     view = serializer.views(ex, *store.add(ex), 0, "trajectory").input
-    assert view.slots == () and view.ids[-len(serializer.header_ids):] == serializer.header_ids
+    assert view.inject_at == () and view.ids[-len(serializer.header_ids):] == serializer.header_ids
 
 
 def test_image_first_moves_each_image_before_its_call():
@@ -293,15 +295,15 @@ def test_latent_view_is_one_turn_with_a_run_for_each_tool_image(shipped):
     images, spans = store.add(ex)
     for latents, count in ((0, len(spans[1])), (3, 3)):
         view = serializer.latent_view(ex, images, spans, latents)
-        assert len(view.slots) == count and view.slots == tuple(range(view.slots[0], view.slots[0] + count))
+        assert len(view.inject_at) == count and view.inject_at == tuple(range(view.inject_at[0], view.inject_at[0] + count))
         assert view.images == images[:1]
-        before, after = view.slots[0] - 1, view.slots[-1] + 1
+        before, after = view.inject_at[0] - 1, view.inject_at[-1] + 1
         token = vlm.tokenizer.convert_tokens_to_ids
-        assert view.ids[before] == view.labels[before] == token(data.LATENT_START)
-        assert view.ids[after] == token(data.LATENT_END) and view.labels[after] == -100
-        assert all(view.labels[slot] == -100 for slot in view.slots)
+        assert view.ids[before] == view.labels[before] == token(reconstruction.LATENT_START)
+        assert view.ids[after] == token(reconstruction.LATENT_END) and view.labels[after] == -100
+        assert all(view.labels[slot] == -100 for slot in view.inject_at)
         said = vlm.tokenizer.decode([t for t in view.labels if t != -100])
-        assert said == ex.texts[0] + data.LATENT_START + ex.texts[1] + "<|im_end|>"
+        assert said == ex.texts[0] + reconstruction.LATENT_START + ex.texts[1] + "<|im_end|>"
 
 
 def test_views_refuse_what_they_cannot_serialise(shipped):
@@ -314,7 +316,7 @@ def test_views_refuse_what_they_cannot_serialise(shipped):
     with pytest.raises(ValueError, match="without text"):
         serializer.views(replace(ex, trajectory=[]), images, spans, 2, "trajectory")
     with pytest.raises(ValueError, match="limit is 20; .* raise --max_tokens"):
-        data.Serializer(vlm.tokenizer, vlm.placeholder_id, 20).views(ex, images, spans, 2, "trajectory")
+        data.Serializer(vlm.family, 20).views(ex, images, spans, 2, "trajectory")
     with pytest.raises(ValueError, match="image 0 .*rejected.*crop or drop it"):
         store.add(replace(ex, image=Image.new("RGB", (2000, 4))))
 
@@ -324,11 +326,11 @@ def test_collate_pads_and_points(shipped):
     batch = data.collate([long, short], pad_id=0)
     assert batch.ids.tolist() == [[1, 2, 3, 4], [5, 6, 0, 0]] and batch.labels.tolist()[1] == [-100, 6, -100, -100]
     assert batch.mask.tolist()[1] == [True, True, False, False]
-    assert batch.slots.tolist() == [[False, False, True, True], [False, True, False, False]]
+    assert batch.inject_at.tolist() == [[False, False, True, True], [False, True, False, False]]
     assert batch.embed_at.tolist() == [3, 1] and batch.images == [7, 8, 9]
     left = data.collate([long, short], pad_id=0, left=True)
     assert left.ids.tolist()[1] == [0, 0, 5, 6] and left.embed_at.tolist() == [3, 3]
-    assert left.slots.tolist()[1] == [False, False, False, True]
+    assert left.inject_at.tolist()[1] == [False, False, False, True]
 
 
 def test_command_line_writes_a_folder_that_reads_back(tmp_path, capsys):

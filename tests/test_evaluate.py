@@ -11,6 +11,8 @@ import torch
 
 import data
 import evaluate
+from baselines import reconstruction
+from support import images, answers
 from analysis import tables
 from world import scenes
 from conftest import TINY
@@ -28,7 +30,7 @@ def test_wilson_interval_by_hand():
     ("The digit is seven. Answer: seven", "Answer:", "seven"), ("Answer: seven.", "Answer:", "seven"), (" seven ", "Answer:", "seven"),
     ("Answer: six Answer: two", "Answer:", "two"), ("Zoom in on", "Answer:", "Zoom in on"), ("B", "", "B")])
 def test_parse_answer(text, prefix, answer):
-    assert evaluate.parse_answer(text, prefix) == answer
+    assert answers.parse_answer(text, prefix) == answer
 
 
 def test_summary_by_hand():
@@ -46,7 +48,7 @@ def test_summary_by_hand():
 def test_direct_answer_is_the_likeliest_option():
     vlm = VLM(TINY).eval()
     examples = scenes.make_world("mixed", "test", 10)
-    serializer, store = data.Serializer(vlm.tokenizer, vlm.placeholder_id, 2048), data.ImageStore(vlm.family)
+    serializer, store = data.Serializer(vlm.family, 2048), images.ImageStore(vlm.family)
     for ex, record in zip(examples, evaluate.answer_questions(vlm, examples)):
         view = serializer.prompt(ex, *(x[:1] for x in store.add(ex)), "Answer:")
         batch = data.collate([view], vlm.pad_id)
@@ -74,7 +76,7 @@ class Script:
     """An Asker whose model says what is written here, turn by turn, whatever it is shown."""
 
     def __init__(self, monkeypatch, examples, turns):
-        self.asker, self.turns, self.shown = evaluate.Asker(VLM(TINY), examples), list(turns), []
+        self.asker, self.turns, self.shown = evaluate.Answerer(VLM(TINY), examples), list(turns), []
         monkeypatch.setattr(self.asker, "_generate", self.say)
 
     def say(self, views, tokens):
@@ -97,7 +99,7 @@ def test_tools_run_on_the_last_image_until_the_answer(monkeypatch):
 def test_an_answer_that_is_none_of_the_options_is_wrong(monkeypatch):
     """A model that has broken down may write outside the words it is confined to."""
     vlm, ex = VLM(TINY), scenes.make_example("crop", "test", 0, 0)
-    monkeypatch.setattr(evaluate.Asker, "_generate", lambda self, views, *rest: [dict(ids=[0], text="?", tokens=1, images=1, passes=1)
+    monkeypatch.setattr(evaluate.Answerer, "_generate", lambda self, views, *rest: [dict(ids=[0], text="?", tokens=1, images=1, passes=1)
                                                                               for _ in views])
     record, = evaluate.answer_questions(vlm, [ex])
     assert record["direct"] == "" and not record["direct_right"]
@@ -123,7 +125,7 @@ def test_calls_stop_at_the_limit(monkeypatch):
 
 def test_a_failed_attempt_counts_as_answered_directly(monkeypatch):
     examples = scenes.make_world("single", "test", 6)
-    monkeypatch.setattr(evaluate.Asker, "call", lambda self, limit: [dict(text="", failed="no tool call", calls=0, tokens=1,
+    monkeypatch.setattr(evaluate.Answerer, "call", lambda self, limit: [dict(text="", failed="no tool call", calls=0, tokens=1,
                                                                           images=1, passes=1)] * 6)
     for record in evaluate.answer_questions(VLM(TINY), examples, call_limit=1):
         assert record["call_right"] == record["direct_right"] and record["call"] == "(no tool call)"
@@ -161,7 +163,7 @@ def test_latent_loop_equals_encoding_everything_anew(vlm64, latents):
     """Any token may be the start marker: the commonest first words, so that runs begin early, late and twice."""
     torch.manual_seed(0)
     examples = scenes.make_world("mixed", "test", 3)
-    asker = evaluate.Asker(vlm64.eval(), examples)
+    asker = evaluate.Answerer(vlm64.eval(), examples)
     views = [asker.serializer.prompt(ex, i[:1], n[:1]) for ex, (i, n) in zip(examples, asker.placed)]
     scale = LatentScale(3 + 5 * torch.randn(20, vlm64.dim), torch.full((vlm64.dim,), 0.1)).double()  # far from doing nothing
     said = vlm64.generate(views, asker.store, 4)
@@ -169,7 +171,7 @@ def test_latent_loop_equals_encoding_everything_anew(vlm64, latents):
     vlm64.lm.model.language_model.register_forward_pre_hook(
         lambda module, args, kwargs: fed.append(kwargs["inputs_embeds"]) if kwargs["inputs_embeds"].shape[1] == 1 else None, with_kwargs=True)
     for start in {said[0][0], said[1][1], said[2][1]}:
-        markers = start, vlm64.tokenizer.convert_tokens_to_ids(data.LATENT_END)
+        markers = start, vlm64.tokenizer.convert_tokens_to_ids(reconstruction.LATENT_END)
         with torch.no_grad():
             together = vlm64.generate_latent(views, asker.store, scale, latents, markers, asker.serializer.end_id, 7)
             alone = [naive_latent(vlm64, view, asker.store, scale, latents, markers, asker.serializer.end_id, 7) for view in views]

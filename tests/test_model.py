@@ -8,13 +8,14 @@ import torch
 from safetensors.torch import load_file
 
 import data
+from support import images
 from model import VLM, LoRALinear, add_lora, merge_lora
 
 from conftest import TINY
 
 
 def views_of(vlm, examples, pred=0, target="trajectory"):
-    serializer, store = data.Serializer(vlm.tokenizer, vlm.placeholder_id, 2048), data.ImageStore(vlm.family)
+    serializer, store = data.Serializer(vlm.family, 2048), images.ImageStore(vlm.family)
     return [serializer.views(ex, *store.add(ex), pred, target) for ex in examples], store
 
 
@@ -31,7 +32,7 @@ def reference(vlm, store, views):
     batch = data.collate(views, vlm.pad_id)
     with torch.no_grad():
         return vlm.lm.model(input_ids=batch.ids, attention_mask=batch.mask.long(),
-                            mm_token_type_ids=(batch.ids == vlm.image_token_id).int(),
+                            mm_token_type_ids=(batch.ids == vlm.lm.config.image_token_id).int(),
                             pixel_values=torch.cat([store.inputs(i)["pixel_values"] for i in batch.images]).to(vlm.lm.dtype),
                             image_grid_thw=torch.tensor([store.grids[i] for i in batch.images])).last_hidden_state
 

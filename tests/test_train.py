@@ -20,6 +20,8 @@ from safetensors.torch import load_file
 import data
 import evaluate
 import train
+from baselines import variants
+from support import records, images, packing, run_folder, options
 from world import scenes
 from conftest import TINY
 from model import VLM, read_tensors
@@ -55,7 +57,7 @@ def embeddings(vlm, predictor, examples, rows, which, config):
         view = getattr(examples.views[row], which)
         features = vlm.encode_images([examples.store.inputs(i) for i in view.images])
         states, _ = vlm(data.collate([view], vlm.pad_id), features, [examples.store.grids[i] for i in view.images],
-                        predictor.pred_tokens if view.slots else None)
+                        predictor.pred_tokens if view.inject_at else None)
         out.append(states[0, -1])
     return torch.stack(out)
 
@@ -184,7 +186,7 @@ def test_the_packed_pass_gives_the_losses_and_gradients_of_plain_passes(vlm64, m
 def test_a_packed_row_says_who_sees_whom(vlm64, mixed, config):
     """The mask of a two-row batch, cell by cell."""
     _, examples = setup(vlm64, mixed[:2], config)
-    batch = data.pack(examples.views, vlm64.pad_id)
+    batch = packing.add_branches(data.collate([v.full for v in examples.views], vlm64.pad_id), examples.views)
     features = train.image_features(vlm64, examples, batch.images, config)
     slots = torch.zeros(8, vlm64.dim, dtype=torch.float64)
     inputs = vlm64.embed(batch, [features[i] for i in batch.images], [examples.store.grids[i] for i in batch.images], slots)
@@ -305,13 +307,13 @@ def test_both_trains_on_trajectories_and_on_bare_answers(vlm64, mixed, config):
 
 def test_control_targets_are_another_examples_or_fixed_noise(config):
     h = torch.randn(4, 6)
-    own = train.control_targets(h, [7, 8, 9, 10], config)
+    own = variants.control_targets(h, [7, 8, 9, 10], config)
     assert own is h
-    shuffled = train.control_targets(h, [7, 8, 9, 10], dataclasses.replace(config, targets="shuffled"))
+    shuffled = variants.control_targets(h, [7, 8, 9, 10], dataclasses.replace(config, targets="shuffled"))
     assert sorted(shuffled.tolist()) == sorted(h.tolist()) and all(not torch.equal(a, b) for a, b in zip(shuffled, h))
     random = dataclasses.replace(config, targets="random")
-    drawn = train.control_targets(h, [7, 8, 9, 10], random)
-    again = train.control_targets(torch.randn(4, 6), [8, 7, 9, 10], random)
+    drawn = variants.control_targets(h, [7, 8, 9, 10], random)
+    again = variants.control_targets(torch.randn(4, 6), [8, 7, 9, 10], random)
     torch.testing.assert_close(F.normalize(drawn[0], dim=0), F.normalize(again[1], dim=0))  # row 7's vector, wherever it stands
     torch.testing.assert_close(drawn.norm(dim=1), h.norm(dim=1))
     assert F.cosine_similarity(drawn[0], drawn[1], dim=0).abs() < 0.999
@@ -365,11 +367,11 @@ def test_reconstruction_step_against_a_loop(vlm64, config, latents):
         if latents:
             chunks = lambda v: torch.tensor_split(v, [len(v) * n // latents for n in range(1, latents)])
             visual = [torch.stack([chunk.mean(0) for chunk in chunks(v)]) for v in visual]
-        assert len(view.slots) == sum(map(len, visual)) and view.images == full.images[:1]
+        assert len(view.inject_at) == sum(map(len, visual)) and view.images == full.images[:1]
         features = vlm64.encode_images([examples.store.inputs(view.images[0])])
         states, embeds = vlm64(data.collate([view], vlm64.pad_id), features, [examples.store.grids[view.images[0]]],
                                torch.cat(visual))
-        for slot, v in zip(view.slots, torch.cat(visual)):
+        for slot, v in zip(view.inject_at, torch.cat(visual)):
             torch.testing.assert_close(embeds[0, slot], v)
             size = vlm64.lm.model.language_model.norm.weight.square().mean().sqrt()
             errors.append((states[0, slot - 1] / size - (v - scale.mean) / scale.std).square().mean())
@@ -503,13 +505,13 @@ def test_same_seed_same_run(finished, tmp_path):
 def test_the_merged_folder_answers_in_plain_transformers_as_the_run_does_here(finished, tmp_path):
     from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
     out, config = finished
-    train.merge(str(out), str(tmp_path / "merged"))
+    evaluate.merge(str(out), str(tmp_path / "merged"))
     with pytest.raises(FileExistsError, match="nothing is overwritten"):
-        train.merge(str(out), str(tmp_path / "merged"))
+        evaluate.merge(str(out), str(tmp_path / "merged"))
     plain, tokenizer, processor = (kind.from_pretrained(tmp_path / "merged")
                                    for kind in (AutoModelForImageTextToText, AutoTokenizer, AutoImageProcessor))
     vlm, _, _ = evaluate.load_run(out, "cpu")
-    serializer, store = data.Serializer(vlm.tokenizer, vlm.placeholder_id, 2048), data.ImageStore(vlm.family)
+    serializer, store = data.Serializer(vlm.family, 2048), images.ImageStore(vlm.family)
     for ex in scenes.make_world("mixed", "test", 5):
         text = tokenizer.apply_chat_template([dict(role="user", content=[dict(type="image"), dict(type="text", text=ex.question)])],
                                              tokenize=False, add_generation_prompt=True)
@@ -518,7 +520,7 @@ def test_the_merged_folder_answers_in_plain_transformers_as_the_run_does_here(fi
         ids = tokenizer(text.replace("<|image_pad|>", "<|image_pad|>" * count), return_tensors="pt",
                         add_special_tokens=False).input_ids
         expected = plain.generate(input_ids=ids, attention_mask=torch.ones_like(ids),
-                                  mm_token_type_ids=(ids == vlm.image_token_id).int(), **pixels,
+                                  mm_token_type_ids=(ids == vlm.lm.config.image_token_id).int(), **pixels,
                                   max_new_tokens=6, do_sample=False)
         images, tokens = store.add(ex)
         assert vlm.generate([serializer.prompt(ex, images[:1], tokens[:1])], store, 6)[0] == expected[0, ids.shape[1]:].tolist()
@@ -557,7 +559,7 @@ def test_a_run_is_never_overwritten(finished):
 
 def test_a_folder_of_ones_own_trains_and_bad_ones_stop_before_training(tmp_path):
     rows = [ex for split, n in (("train", 6), ("validation", 3), ("test", 2)) for ex in scenes.make_world("all", split, n)]
-    data.write_folder(tmp_path / "set", rows)
+    records.write_folder(tmp_path / "set", rows)
     small = ["--device", "cpu", "--steps", "2", "--batch", "2", "--lora_rank", "2", "--method", "sft"]
     train.train(train.parse_config(["--data", str(tmp_path / "set"), "--out", str(tmp_path / "run"), *small]))
     assert len(json.loads((tmp_path / "run" / "results.json").read_text())["answers"]) == 2
@@ -612,12 +614,12 @@ def test_a_run_killed_at_random_moments_ends_as_the_uninterrupted_one(uninterrup
         process.kill()
         process.communicate()
     if not (run / "results.json").is_file():
-        train.train(train.read_config([str(run)]), resume=True)
+        train.train(run_folder.read_config(train.Config, [str(run)]), resume=True)
     ended = contents(run)
     for key, value in uninterrupted.items():
         assert ended[key] == value, (key, moments)
     with pytest.raises(ValueError, match="is finished"):
-        train.read_config([str(run)])
+        run_folder.read_config(train.Config, [str(run)])
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -630,7 +632,7 @@ def test_a_signal_in_the_loop_saves_and_says_how_to_go_on(uninterrupted, tmp_pat
             process.send_signal(number)
     assert process.wait() == 0 and "saving after this step" in said and "--resume" in said
     assert int(read_tensors(run / "state.safetensors")[1]["step"]) < 12 and not (run / "results.json").is_file()
-    train.train(train.read_config([str(run)]), resume=True)
+    train.train(run_folder.read_config(train.Config, [str(run)]), resume=True)
     assert contents(run) == uninterrupted
 
 
@@ -740,7 +742,7 @@ def test_recipes_set_defaults_and_options_win():
     assert mine.distance == "mse" and mine.nextlat_view == "trajectory" and mine.train_vision is True
     assert train.parse_config(["--train-vision", "false"]).train_vision is False
     assert train.parse_config(["--method", "sft", "--seed", "3"]).out == "runs/sft-mixed-seed3"
-    for fields in train.RECIPES.values():
+    for fields in options.RECIPES.values():
         assert fields.keys() <= {f.name for f in dataclasses.fields(train.Config)}
 
 
@@ -754,10 +756,10 @@ def test_bad_options_name_the_good_ones(argv, message, capsys):
     assert re.search(message, capsys.readouterr().err)
 
 
-@pytest.mark.parametrize("recipe", list(train.RECIPES))
+@pytest.mark.parametrize("recipe", list(options.RECIPES))
 @pytest.mark.parametrize("regime", list(scenes.REGIMES))
 def test_every_recipe_steps_in_every_regime(recipe, regime, config):
-    fields = {**train.RECIPES[recipe], "regime": regime}
+    fields = {**options.RECIPES[recipe], "regime": regime}
     config = dataclasses.replace(config, **fields)
     vlm = VLM(TINY)
     vlm.set_trainable(2, 4.0, config.lora_dropout, ["q_proj"], False)
