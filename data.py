@@ -20,12 +20,13 @@ import argparse
 import dataclasses
 import sys
 from dataclasses import dataclass
-from pathlib import Path
-from typing import NamedTuple
+from typing import Iterator, NamedTuple
 
 import torch
 
 from support.answers import AnswerForm
+from support.images import ImageStore
+from support.options import Config
 from support.records import Example
 
 TARGET_VIEWS = ("trajectory", "trajectory_with_image")
@@ -256,6 +257,39 @@ class Serializer:
         return prompt, [answer.ids[begun:] for answer in answers]
 
 
+class Examples:
+    """The examples of one split, ready for the loop: three views of each, and their images."""
+
+    def __init__(self, examples: list[Example], taught: list[Example], family, max_positions: int,
+                 config: Config):
+        """taught: what is made of `examples` for the run's method (baselines/variants.py)."""
+        self.examples = examples
+        self.serializer = Serializer(family, min(config.max_tokens, max_positions))
+        self.store = ImageStore(family, config.workers, config.feature_cache_gb,
+                                config.feature_cache, frozen=not config.train_vision)
+        self.placed = [self.store.add(example) for example in taught]
+        self.views = [self.serializer.views(example, *place, config.pred_tokens, config.target_view)
+                      for example, place in zip(taught, self.placed)]
+        self.targets: dict[int, torch.Tensor] = {}  # by row (D): h_R, where it was cached
+
+    def steps(self, config: Config) -> Iterator[list[int]]:
+        """The rows of one optimiser step after another, each once an epoch, for ever."""
+        size, order = config.batch * config.accumulate, []
+        # a generator of its own: the order is the seed's alone, whatever else draws numbers
+        generator = torch.Generator().manual_seed(config.seed)
+        while True:
+            while len(order) < size:
+                order += torch.randperm(len(self.views), generator=generator).tolist()
+            rows, order = order[:size], order[size:]
+            if config.accumulate > 1:  # passes of views of similar length need little padding
+                rows.sort(key=lambda row: len(self.views[row].full.ids))
+            yield rows
+
+    def prefetch(self, rows: list[int]) -> None:
+        """Begin to read these examples' images in the background."""
+        self.store.prefetch([i for row in rows for i in self.views[row].full.images])
+
+
 @dataclass
 class Batch:
     """Views padded to a common length. All tensors are (B, T) unless said."""
@@ -295,24 +329,10 @@ def collate(views: list[View], pad_id: int, left: bool = False, width: int = 0) 
 
 
 def main() -> None:
-    from analysis.token_view import add_options, show  # here: they use this file's views
-    from world.scenes import REGIMES, write_sample
+    from analysis import token_view  # here, and not above: it is made of this file's views
 
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--regime", choices=list(REGIMES), default="mixed", help="of the world")
-    parser.add_argument("--seed", type=int, default=0, help="of the world's scenes")
-    parser.add_argument("--out", type=Path, help="new folder to write a sample of the world to")
-    parser.add_argument("--count", type=int, default=40,
-                        help="training examples; a quarter as many for validation and for test")
-    add_options(parser)
-    args = parser.parse_args()
-    if args.show:
-        show(args)
-    elif args.out and args.count > 0:
-        write_sample(args.out, args.regime, args.count, args.seed)
-    else:
-        parser.error("name --show, or --out DIR with a --count of 1 or more")
+    token_view.run(argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter))
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from analysis.tables import compare, format_table, markdown, summarise
 from baselines import reconstruction, tool_use
 from data import Serializer, View
 from model import VLM
-from support import answers, run_folder
+from support import adapters, answers, run_folder
 from support.files import read_json, write_json, write_text
 from support.images import ImageStore
 from support.records import Example
@@ -218,20 +218,10 @@ def ask(vlm: VLM, examples: list[Example], prefix: str, call_limit: int = 0, sca
 
 
 def load_run(run: Path, device: str) -> tuple[VLM, dict, torch.nn.Module | None]:
-    """A run's best checkpoint, merged, its config, and of a recon run its scale.
-
-    Raises FileNotFoundError naming what is missing.
-    """
-    for name in ("config.json", "best.json"):
-        if not (run / name).is_file():
-            raise FileNotFoundError(f"{run / name} not found: {run} is not a finished run of "
-                                    "train.py")
-    config = read_json(run / "config.json")
-    if missing := {"model", "dtype", "method"} - config.keys():
-        raise ValueError(f"{run / 'config.json'} has no {sorted(missing)[0]!r}: it was not written "
-                         "by train.py")
+    """A run's best checkpoint, merged, its config, and of a recon run its scale."""
+    config, checkpoint = run_folder.finished(run)
     vlm = VLM(config["model"], dtype=getattr(torch, config["dtype"])).to(device)
-    checkpoint = run / run_folder.best_checkpoint(run)["checkpoint"]
+    # merged into the weights: what answers is a plain model, with nothing of the training around it
     vlm.load_adapter(checkpoint)
     scale = reconstruction.load_scale(checkpoint, vlm) if config["method"] == "recon" else None
     return vlm.eval(), config, scale
@@ -240,17 +230,8 @@ def load_run(run: Path, device: str) -> tuple[VLM, dict, torch.nn.Module | None]
 def merge(*folders: str) -> None:
     """RUN DIR: the run's best checkpoint as an ordinary folder, which needs none of our code."""
     if len(folders) != 2:
-        raise ValueError("--merge takes the run folder and a new folder: python train.py --merge "
-                         "RUN DIR")
-    run, out = map(Path, folders)
-    if out.exists():
-        raise FileExistsError(f"{out} exists already: choose a new folder, nothing is overwritten")
-    vlm, _, _ = load_run(run, "cpu")
-    partial = out.with_name(out.name + ".partial")
-    for part in (vlm.lm, *vlm.family.saved_with):
-        part.save_pretrained(partial)
-    partial.rename(out)
-    print(f"{out} loads with transformers' AutoModelForImageTextToText.from_pretrained")
+        raise ValueError("--merge takes two: python train.py --merge RUN DIR")
+    adapters.save_merged(load_run(Path(folders[0]), "cpu")[0], Path(folders[1]))
 
 
 def answers_before(out: Path, asker: Answerer, config) -> list[dict]:
@@ -296,25 +277,20 @@ def read_run(run: Path, args) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    again = "with --again: "
     parser.add_argument("runs", nargs="*", type=Path, metavar="RUN")
-    parser.add_argument("--model", default="", help="also this checkpoint or hub id, untrained")
-    parser.add_argument("--data", default="", help="a data folder; default: each run's own")
-    parser.add_argument("--outside_images", action="store_true",
-                        help="image paths of --data may leave its folder")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write tables and every answer")
-    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the systems' table")
-    parser.add_argument("--again", action="store_true",
-                        help="ask the test questions anew instead of reading results.json")
-    parser.add_argument("--per_family", type=int, default=200,
-                        help=again + "test questions of each family of the world")
-    parser.add_argument("--free_tokens", type=int, default=0,
-                        help=again + "most tokens of a free answer; 0: what the longest one needs")
-    parser.add_argument("--call_limit", type=int, default=0,
-                        help=again + "explicit tool use, at most so many calls")
-    parser.add_argument("--latents", type=int,
-                        help=again + "latents a recon run decodes; default: its --decode_latents")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    for name, kind, default, meaning in (
+            ("model", str, "", "also this checkpoint or hub id, untrained"),
+            ("data", str, "", "a data folder; default: each run's own"),
+            ("json", Path, None, "write tables and every answer there"),
+            ("markdown", Path, None, "write the table over systems there"),
+            ("per_family", int, 200, "with --again: test questions of each family of the world"),
+            ("free_tokens", int, 0, "with --again: of a free answer; 0: what the longest needs"),
+            ("call_limit", int, 0, "with --again: explicit tool use, at most so many calls"),
+            ("latents", int, None, "with --again: decoded by recon; default: --decode_latents"),
+            ("device", str, "cuda" if torch.cuda.is_available() else "cpu", "any of PyTorch's")):
+        parser.add_argument(f"--{name}", type=kind, default=default, help=meaning)
+    parser.add_argument("--outside_images", action="store_true", help="--data may lead elsewhere")
+    parser.add_argument("--again", action="store_true", help="ask anew, not from results.json")
     args = parser.parse_args()
     if not args.runs and not args.model:
         parser.error("name at least one RUN folder, or --model")

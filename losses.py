@@ -1,4 +1,4 @@
-"""The losses of Pearl (arXiv:2604.08065, section 3), and the gauges that show a collapse. Torch only.
+"""The losses of Pearl (arXiv:2604.08065, section 3), and the gauges of a collapse. Torch only.
 
     Eq. 3  L_VLM      the expert's words, token by token, given <I0, Q> and everything before them
     Eq. 1  L_JEPA     the embedding of the trajectory R, predicted from <I0, Q> alone
@@ -118,8 +118,8 @@ def reconstruction_loss(predicted: Tensor, target: Tensor, kind: str = "mse") ->
 def collapse_gauges(predicted: Tensor, target: Tensor) -> dict[str, float]:
     """What a low L_JEPA hides: does h^_R (predicted) tell which h_R (target) it belongs to?
 
-    predicted, target (B, D), B >= 2. All but `rms` on rows of unit length, which is what the
-    cosine sees; `rms_*` shows the shrinking that SmoothL1 permits.
+    predicted, target (B, D); one row alone tells nothing: {}. All but `rms` on rows of unit length,
+    which is what the cosine sees; `rms_*` shows the shrinking that SmoothL1 permits.
       r2              1 - |h_R - h^_R|^2 / |h_R - mean h_R|^2; 1 perfect, 0 no better than the mean
       spread_pred     std over the batch / RMS of h^_R; near 0: the prediction ignores its input
       spread_target   the same of h_R; near 0: all trajectories look alike, the target collapsed
@@ -127,7 +127,8 @@ def collapse_gauges(predicted: Tensor, target: Tensor) -> dict[str, float]:
       mean_cosine     mean cosine between two different h_R
       retrieval       how often the h_R nearest to h^_R is its own; retrieval_chance = 1 / B
     """
-    batch = len(target)
+    if (batch := len(target)) < 2:
+        return {}
     raw = [x.float() for x in (predicted, target)]
     pred, true = (F.normalize(x, dim=-1) for x in raw)
     centred = true - true.mean(dim=0)

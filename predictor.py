@@ -1,4 +1,4 @@
-"""What Pearl adds to the VLM while it trains, and drops at inference: [PRED] rows, latent predictor.
+"""What Pearl adds to the VLM while it trains and drops at inference: [PRED] rows, latent predictor.
 
 The predictor of section 3.4 is the VLM itself ("tied weights", after LLM-JEPA): K learnable [PRED]
 tokens follow <I0, Q>, and the final-layer state of the last one is h^_R. With K = 0 it is the

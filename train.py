@@ -26,8 +26,9 @@ import math
 import sys
 import time
 from contextlib import nullcontext
+from itertools import islice
 from pathlib import Path
-from typing import Iterator, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,7 +42,6 @@ from baselines import reconstruction, variants
 from model import VLM
 from predictor import Predictor
 from support import options, packing, processes, progress, run_folder
-from support.images import ImageStore
 from support.options import Config
 from support.records import Example
 from world.loader import REGIMES, load_examples
@@ -52,42 +52,13 @@ def parse_config(argv: list[str] | None = None) -> Config:
     return options.parse_config(argv, __doc__, regime=tuple(REGIMES))
 
 
-# ---- the examples of one split, ready for the loop ----------------------------------------------
-
-
-class Examples:
-    """Three views of every example as token ids, and their images (data.py, support/images.py)."""
-
-    def __init__(self, examples: list[Example], vlm: VLM, config: Config):
-        serializer = data.Serializer(vlm.family, min(config.max_tokens, vlm.max_positions))
-        self.store = ImageStore(vlm.family, config.workers, config.feature_cache_gb,
-                                config.feature_cache, frozen=not config.train_vision)
-        self.examples = examples
-        taught = variants.as_taught(examples, config)
-        placed = [self.store.add(example) for example in taught]
-        self.views = [serializer.views(example, *place, config.pred_tokens, config.target_view)
-                      for example, place in zip(taught, placed)]
-        if config.method == "recon":
-            self.latent_views = reconstruction.latent_views(serializer, taught, placed,
-                                                            config.latents)
-        self.targets: dict[int, Tensor] = {}  # by row (D): h_R, where it was cached
-        self.end_id = serializer.end_id
-
-    def prefetch(self, rows: list[int]) -> None:
-        self.store.prefetch([i for row in rows for i in self.views[row].full.images])
-
-
-def step_rows(examples: Examples, config: Config) -> Iterator[list[int]]:
-    """The examples of one optimiser step after another, each once an epoch, for ever."""
-    size, order = config.batch * config.accumulate, []
-    generator = torch.Generator().manual_seed(config.seed)  # its own: the order is the seed's alone
-    while True:
-        while len(order) < size:
-            order += torch.randperm(len(examples.views), generator=generator).tolist()
-        rows, order = order[:size], order[size:]
-        if config.accumulate > 1:  # passes of examples of similar length need little padding
-            rows.sort(key=lambda row: len(examples.views[row].full.ids))
-        yield rows
+def prepared(examples: list[Example], vlm: VLM, config: Config) -> data.Examples:
+    """A split as this run's method is to learn it: views made, images numbered."""
+    taught = variants.as_taught(examples, config)
+    found = data.Examples(examples, taught, vlm.family, vlm.max_positions, config)
+    if config.method == "recon":
+        reconstruction.add_views(found, taught, config)
+    return found
 
 
 # ---- one step -----------------------------------------------------------------------------------
@@ -99,7 +70,7 @@ class Losses(NamedTuple):
     pair: tuple[Tensor, Tensor] | None = None  # (h^_R, h_R), each (B, D), detached
 
 
-def compute_losses(vlm: VLM, predictor: Predictor | None, examples: Examples, rows: list[int],
+def compute_losses(vlm: VLM, predictor: Predictor | None, examples: data.Examples, rows: list[int],
                    config: Config) -> Losses:
     """The step as the paper tells it. predictor: what Pearl adds to the VLM; None: SFT."""
     views = [examples.views[row] for row in rows]
@@ -147,7 +118,7 @@ def compute_losses(vlm: VLM, predictor: Predictor | None, examples: Examples, ro
 
 
 @torch.no_grad()
-def cache_targets(vlm: VLM, examples: Examples, rows: list[int], config: Config) -> None:
+def cache_targets(vlm: VLM, examples: data.Examples, rows: list[int], config: Config) -> None:
     """h_R of these examples by the starting model: made once, then looked up.
 
     Deviation: the paper encodes R with the current model, and its targets collapse here (losses.py
@@ -169,73 +140,77 @@ def cache_targets(vlm: VLM, examples: Examples, rows: list[int], config: Config)
 class Step(torch.nn.Module):
     """A method's losses as a module, so that DistributedDataParallel can watch its gradients."""
 
-    def __init__(self, vlm: VLM, predictor: torch.nn.Module | None, examples: Examples,
+    def __init__(self, vlm: VLM, predictor: torch.nn.Module | None, examples: data.Examples,
                  config: Config):
         super().__init__()
         self.vlm, self.predictor, self.examples, self.config = vlm, predictor, examples, config
+        # the rival's step is another one; all other methods are this file's
         self.losses = reconstruction.compute_losses if config.method == "recon" else compute_losses
 
-    def forward(self, rows: list[int], examples: Examples | None = None) -> Losses:
-        device = torch.device(self.config.device).type
+    def forward(self, rows: list[int], examples: data.Examples | None = None) -> Losses:
+        device, config = torch.device(self.config.device).type, self.config
         # bfloat16 arithmetic on a GPU, and wherever the weights are bfloat16
-        halved = device == "cuda" or self.config.dtype == "bfloat16"
+        halved = device == "cuda" or config.dtype == "bfloat16"
         with torch.autocast(device, torch.bfloat16, enabled=halved):
-            return self.losses(self.vlm, self.predictor, examples or self.examples, rows,
-                               self.config)
+            result = self.losses(self.vlm, self.predictor, examples or self.examples, rows, config)
+        return Losses(*result)
 
 
-class StepResult(NamedTuple):
-    parts: dict[str, Tensor]  # means over this process's examples
-    pair: tuple[Tensor, Tensor] | None  # its (h^_R, h_R)
-    norm: Tensor  # of the gradient, before clipping
+def average(results: list[Losses], shares: list[float]) -> Losses:
+    """Of several passes: weighted mean parts, and all pairs one after another; no total."""
+    parts = {name: sum(share * result.parts[name] for result, share in zip(results, shares))
+             for name in results[0].parts}
+    pairs = [result.pair for result in results if result.pair]
+    return Losses(None, parts, tuple(map(torch.cat, zip(*pairs))) if pairs else None)
 
 
 def train_step(module: torch.nn.Module, optimizer: torch.optim.Optimizer, rows: list[int],
-               config: Config, rank=0, world=1, upcoming: list[int] = ()) -> StepResult:
-    """Forward, loss, backward, clip, step, accumulated over passes of config.batch examples.
+               config: Config, rank=0, world=1, upcoming: list[int] = ()) -> tuple[Losses, Tensor]:
+    """Forward, loss, backward, clip, step, over passes of config.batch examples.
 
-    Each pass counts with its share of the examples, so every example weighs the same; L_VLM is a
-    mean over tokens within a pass. Each of `world` processes takes every world-th pass, with the
-    result of one making all. upcoming: the next step's rows, whose images are made ready.
+    Each of `world` processes takes every world-th pass, with the result of one making all.
+    upcoming: the next step's rows. Returns what to log, and the gradient's norm before clipping.
     """
-    parts_sum, pairs = {}, []
     passes = processes.own_passes(rows, config.batch, rank, world)
     coming = [*passes[1:], *processes.own_passes(upcoming, config.batch, rank, world)[:1], []]
-    mine = sum(map(len, passes))
+    results = []
     optimizer.zero_grad(set_to_none=True)
     for n, part in enumerate(passes):
+        # the next pass's images are read and cut into patches while this one is computed
         (module.module if world > 1 else module).examples.prefetch(coming[n])
-        last = n == len(passes) - 1  # gradients are exchanged once a step
+        # several processes exchange their gradients once a step, after the last pass
+        last = n == len(passes) - 1
         with nullcontext() if world == 1 or last else module.no_sync():
-            loss, parts, pair = module(part)
-            (loss * len(part) * world / len(rows)).backward()  # DDP takes the mean over processes
-        for name, value in parts.items():
-            parts_sum[name] = parts_sum.get(name, 0) + len(part) / mine * value
-        pairs += [pair] if pair else []
+            result = module(part)
+            # a pass counts with its share of the examples, so every example weighs the same (L_VLM
+            # is a mean over tokens within a pass); DDP takes the mean over processes, hence `world`
+            (result.total * len(part) * world / len(rows)).backward()
+        results.append(result._replace(total=None))  # its graph is not needed any more
     norm = torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], config.clip)
-    if torch.isfinite(norm):  # one bad batch must not spoil the weights for good
+    # one bad batch must not spoil the weights for good
+    if torch.isfinite(norm):
         optimizer.step()
-    pair = tuple(torch.cat(side) for side in zip(*pairs)) if pairs else None
-    return StepResult(parts_sum, pair, norm)
+    mine = sum(map(len, passes))
+    return average(results, [len(part) / mine for part in passes]), norm
 
 
 @torch.no_grad()
-def validate(module: Step, examples: Examples, config: Config) -> dict[str, float]:
+def validate(step: Step, examples: data.Examples, config: Config) -> dict[str, float]:
     """Mean loss parts over the validation examples, collapse gauges on all of them together."""
-    module.vlm.eval()
-    sums, pairs, count = {}, [], len(examples.views)
+    step.vlm.eval()
+    count, results, shares = len(examples.views), [], []
     for start in range(0, count, config.batch):
         rows = list(range(start, min(start + config.batch, count)))
-        _, parts, pair = module(rows, examples)
-        for name, value in parts.items():
-            sums[name] = sums.get(name, 0.0) + float(value) * len(rows) / count
-        pairs += [pair] if pair else []
-    if pairs:
-        sums |= losses.collapse_gauges(*(torch.cat(side) for side in zip(*pairs)))
+        result = step(rows, examples)
+        results.append(result._replace(parts={k: float(v) for k, v in result.parts.items()}))
+        shares.append(len(rows) / count)
+    _, found, pair = average(results, shares)
+    found |= losses.collapse_gauges(*pair) if pair else {}
     if config.track:
-        sums |= evaluate.tracked(module.vlm, examples.examples[:config.track], config.answer_prefix)
-    module.vlm.train()
-    return sums
+        asked = examples.examples[:config.track]
+        found |= evaluate.tracked(step.vlm, asked, config.answer_prefix)
+    step.vlm.train()
+    return found
 
 
 # ---- the run ------------------------------------------------------------------------------------
@@ -246,7 +221,7 @@ class Run(NamedTuple):
     step: Step
     optimizer: torch.optim.Optimizer
     schedule: torch.optim.lr_scheduler.LRScheduler
-    valid_examples: Examples
+    valid_examples: data.Examples
     questions: evaluate.Answerer
 
 
@@ -256,7 +231,7 @@ def build(config: Config, world: int = 1) -> Run:
     # a family with attention of its own gets a pass a view
     config.packed = config.packed and vlm.family.packs
     *splits, tests = load_examples(config)
-    examples, valid_examples = (Examples(split, vlm, config) for split in splits)
+    examples, valid_examples = (prepared(split, vlm, config) for split in splits)
     questions = evaluate.Answerer(vlm, tests, config.answer_prefix)
     questions.check_lengths()  # what cannot be asked stops here, before training
     vlm.set_trainable(config.lora_rank, config.lora_alpha, config.lora_dropout,
@@ -270,14 +245,14 @@ def build(config: Config, world: int = 1) -> Run:
     if config.method == "recon":
         predictor = reconstruction.make_scale(vlm, examples, config.latents)
     elif config.method == "pearl" and config.lambda_latent > 0:
-        start = vlm.lm.get_input_embeddings().weight[examples.end_id]
+        start = vlm.lm.get_input_embeddings().weight[examples.serializer.end_id]
         predictor = Predictor(vlm.dim, config.pred_tokens, start, config.nextlat_sees_next)
     if config.method == "pearl" and predictor is not None and config.target_encoder == "frozen":
         # now, while the model is as it comes; of a large data set only what the steps will see
-        order = step_rows(examples, config)
-        visited = sorted({row for _ in range(config.steps) for row in next(order)})
-        for part, rows in (examples, visited), (valid_examples, range(len(valid_examples.views))):
-            cache_targets(vlm, part, list(rows), config)
+        seen = islice(examples.steps(config), config.steps)
+        cache_targets(vlm, examples, sorted({row for rows in seen for row in rows}), config)
+        cache_targets(vlm, valid_examples, list(range(len(valid_examples.views))), config)
+        for part in (examples, valid_examples):
             variants.average_targets(part, config.targets)
     step = module = Step(vlm, predictor, examples, config).to(config.device)
     parameters = [p for p in step.parameters() if p.requires_grad]
@@ -320,7 +295,7 @@ def fit(config: Config, resume: bool, rank: int, world: int) -> tuple | None:
     alone = rank == 0 and not config.shard
     before = evaluate.answers_before(out, run.questions, config) if alone else []
     vlm.train()
-    order = step_rows(examples, config)
+    order = examples.steps(config)
     for _ in range(step):
         next(order)
     upcoming, stop, bad = next(order), False, 0
@@ -328,34 +303,33 @@ def fit(config: Config, resume: bool, rank: int, world: int) -> tuple | None:
     with processes.finishing_steps():  # a signal now ends the loop, not the program
         while step < config.steps and not stop:
             step, rows, upcoming = step + 1, upcoming, next(order)
-            result = train_step(run.module, run.optimizer, rows, config, rank, world, upcoming)
-            lr = run.schedule.get_last_lr()[0]
+            result, norm = train_step(run.module, run.optimizer, rows, config, rank, world,
+                                      upcoming)
+            bad = progress.count_bad_steps(norm, step, bad, out)
+            said = dict(grad_norm=float(norm), lr=run.schedule.get_last_lr()[0])
             run.schedule.step()
-            bad = progress.count_bad_steps(result.norm, step, bad, out)
             stop = processes.asked_to_stop(world, config.device)
-            best = after_step(run, config, step, result, lr, best, clock, rank, stop)
+            best = after_step(run, config, step, result, said, best, clock, rank, stop)
     if stop and rank == 0:
         print(f"stopped after step {step}; python train.py --resume {out} goes on from there")
     return None if stop else (run.questions.examples, before, time.time() - start)
 
 
-def after_step(run: Run, config: Config, step: int, result: StepResult, lr: float, best: float,
-               clock, rank: int, stop: bool) -> float:
+def after_step(run: Run, config: Config, step: int, result: Losses, said: dict[str, float],
+               best: float, clock: progress.Clock, rank: int, stop: bool) -> float:
     """Log, validate, keep the best checkpoint, save the state: what is due. Returns the best."""
-    out, last = Path(config.out), step == config.steps
+    last = step == config.steps
     if rank == 0 and (step % config.log_every == 0 or last):
-        gauges = {}
-        if result.pair and len(result.pair[0]) > 1:
-            gauges = losses.collapse_gauges(*result.pair)
-        progress.log_step(config, step, result.parts, gauges, float(result.norm), lr, clock)
+        gauges = losses.collapse_gauges(*result.pair) if result.pair else {}
+        progress.log_step(config, step, result.parts, gauges, said, clock)
     if (step % config.eval_every == 0 or last) and (rank == 0 or config.shard):
         valid = validate(run.step, run.valid_examples, config)
-        if rank == 0:  # one process alone writes
-            best = progress.keep_best(config, run.step, step, valid, best,
-                                        len(run.valid_examples.views))
+        # shares of a model run in all processes, but one alone writes
+        if rank == 0:
+            best = progress.keep_best(config, run.step, step, valid, best)
         clock.restart()
     if rank == 0 and (step % config.save_every == 0 or last or stop):
-        run_folder.save_state(out, run.module, run.optimizer, run.schedule, step, best)
+        run_folder.save_state(Path(config.out), run.module, run.optimizer, run.schedule, step, best)
     return best
 
 

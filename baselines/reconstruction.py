@@ -28,15 +28,15 @@ LATENT_START, LATENT_END = "<|vision_start|>", "<|vision_end|>"
 # ---- view and targets ---------------------------------------------------------------------------
 
 
-def latent_views(serializer: data.Serializer, examples: list[Example], placed: list,
-                 latents: int) -> list[data.View]:
-    """One view an example: a single assistant's turn, each tool image a run of latents in it."""
+def add_views(examples: data.Examples, taught: list[Example], config) -> None:
+    """examples.latent_views: one view each, a single assistant's turn, tool images as latents."""
+    serializer = examples.serializer
     vocabulary = serializer.tokenizer.get_vocab()
     if missing := {LATENT_START, LATENT_END} - vocabulary.keys():
         raise ValueError(f"--method recon marks its latents with {sorted(missing)[0]}, which this "
                          "model's vocabulary lacks: use a Qwen-VL model")
-    return [latent_view(serializer, example, *place, latents)
-            for example, place in zip(examples, placed)]
+    examples.latent_views = [latent_view(serializer, example, *place, config.latents)
+                             for example, place in zip(taught, examples.placed)]
 
 
 def latent_view(serializer: data.Serializer, example: Example, images: list[int],
@@ -107,8 +107,8 @@ class LatentScale(nn.Module):
 
 
 @torch.no_grad()
-def make_scale(vlm: VLM, examples, latents: int) -> LatentScale:
-    """The scale of a training set's tool images (examples: train.Examples)."""
+def make_scale(vlm: VLM, examples: data.Examples, latents: int) -> LatentScale:
+    """The scale of a training set's tool images."""
     tool_images = [i for view in examples.views for i in view.full.images[1:]]
     if not tool_images:
         raise ValueError("no trajectory has a tool image: there is nothing for --method recon to "
@@ -125,7 +125,7 @@ def load_scale(checkpoint: Path, vlm: VLM) -> LatentScale:
     return scale.to(vlm.device)
 
 
-def compute_losses(vlm: VLM, scale: LatentScale, examples, rows: list[int], config) -> tuple:
+def compute_losses(vlm: VLM, scale: LatentScale, examples: data.Examples, rows: list[int], config) -> tuple:
     """L_VLM + lambda * L_latent, teacher-forced. Returns (total, detached parts, None)."""
     views = [examples.latent_views[row] for row in rows]
     tool_images = [i for row in rows for i in examples.views[row].full.images[1:]]

@@ -51,3 +51,14 @@ def load_adapter(lm: torch.nn.Module, path: str, folder: Path) -> None:
         if layer is None or low is None or high is None or layer.shape != (high.shape[0], low.shape[1]):
             raise ValueError(f"{file} and {path} do not agree on {name}; it was trained on another model")
         layer += (scaling * high @ low).to(layer.dtype)
+
+
+def save_merged(vlm, out: Path) -> None:
+    """A model whose adapter was merged, with its tokenizer and processor, as an ordinary checkpoint folder."""
+    if out.exists():
+        raise FileExistsError(f"{out} exists already: choose a new folder, nothing is overwritten")
+    partial = out.with_name(out.name + ".partial")
+    for part in (vlm.lm, *vlm.family.saved_with):
+        part.save_pretrained(partial)
+    partial.rename(out)
+    print(f"{out} loads with transformers' AutoModelForImageTextToText.from_pretrained")

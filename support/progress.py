@@ -32,37 +32,36 @@ def announce(config, examples: int, optimizer, world: int) -> None:
           f"trained parameters, {config.device}{several}, run folder {config.out}")
 
 
-def log_step(config, step: int, parts: dict, gauges: dict[str, float], norm: float, lr: float,
+def log_step(config, step: int, parts: dict, gauges: dict[str, float], said: dict[str, float],
              clock: Clock) -> None:
     """A line of the log and of the screen."""
     parts = {name: float(value) for name, value in parts.items()}
     timing = clock.read(step % config.log_every or config.log_every)
     run_folder.log(Path(config.out), "train",
-                   dict(step=step, **parts, **gauges, grad_norm=norm, lr=lr, **timing))
+                   dict(step=step, **parts, **gauges, **said, **timing))
     shown = ""
     if gauges:
         shown = (f" | r2 {gauges['r2']:.2f} retrieval {gauges['retrieval']:.2f} "
                  f"rank {gauges['effective_rank']:.1f}")
     terms = " ".join(f"{name} {value:.4f}" for name, value in parts.items())
     left = int((config.steps - step) * timing["ms"] / 1000)
-    print(f"{step:5d}/{config.steps} {terms}{shown} | lr {lr:.1e} grad {norm:.2f} "
+    print(f"{step:5d}/{config.steps} {terms}{shown} | lr {said['lr']:.1e} grad {said['grad_norm']:.2f} "
           f"{timing['ms']:.0f} ms/step, {left // 60}:{left % 60:02d} left", flush=True)
 
 
 SHOWN = ("loss", "r2", "effective_rank", "mean_cosine", "direct", "tool")  # the rest is in the log
 
 
-def keep_best(config, step_module, step: int, valid: dict[str, float], best: float,
-              count: int) -> float:
+def keep_best(config, module, step: int, valid: dict[str, float], best: float) -> float:
     """Log a validation, keep the checkpoint if it is the best so far; returns the best loss."""
     out = Path(config.out)
     run_folder.log(out, "valid", dict(step=step, **valid))
     shown = " ".join(f"{name} {valid[name]:.3f}" for name in SHOWN if name in valid)
     print(f"      validation: {shown}", flush=True)
-    if hint := run_folder.collapse_hint(valid, config.target_encoder, count):
+    if hint := run_folder.collapse_hint(valid, config.target_encoder, config.valid_examples):
         print(f"      {hint}", flush=True)
     if valid["loss"] < best:
-        run_folder.save_best(out, step_module.vlm, step_module.predictor, step, valid)
+        run_folder.save_best(out, module.vlm, module.predictor, step, valid)
     return min(best, valid["loss"])
 
 

@@ -169,3 +169,14 @@ def collapse_hint(gauges: dict[str, float], target_encoder: str, count: int) -> 
         return ("the targets h_R have collapsed: they are nearly all alike, and a low L_JEPA says nothing; "
                 "try --target_encoder frozen, or a smaller --lambda_latent or --lr")
     return ""
+
+
+def finished(run: Path) -> tuple[dict, Path]:
+    """Config and best checkpoint of a run. Raises FileNotFoundError naming what is missing."""
+    for name in ("config.json", "best.json"):
+        if not (run / name).is_file():
+            raise FileNotFoundError(f"{run / name} not found: {run} is not a finished run of train.py")
+    config = read_json(run / "config.json")
+    if missing := {"model", "dtype", "method"} - config.keys():
+        raise ValueError(f"{run / 'config.json'} has no {sorted(missing)[0]!r}: it was not written by train.py")
+    return config, run / best_checkpoint(run)["checkpoint"]
