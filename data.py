@@ -33,18 +33,16 @@ TARGET_VIEWS = ("trajectory", "trajectory_with_image")
 
 
 class View(NamedTuple):
-    """One serialised sequence.
-
-    `labels` repeats the token where it is supervised and is -100 elsewhere. `images` are numbers of
-    the data set's images, in order of appearance. `embed_at` is the position whose final-layer
-    state is the view's embedding. `inject_at` are positions whose input embedding is no word's and
-    no image's but given from outside: [PRED] rows, or the latents of the reconstruction baseline.
-    """
+    """One serialised sequence."""
 
     ids: list[int]
+    # the token itself where it is supervised, -100 elsewhere
     labels: list[int]
+    # numbers of the data set's images, in order of appearance
     images: list[int]
+    # the position whose final-layer state is the view's embedding
     embed_at: int
+    # positions whose input embedding is given from outside: [PRED] rows, or the rival's latents
     inject_at: tuple[int, ...] = ()
 
 
@@ -57,9 +55,12 @@ class Views(NamedTuple):
 class Said(NamedTuple):
     """Where an assistant's turn stands in the rendered text, in characters."""
 
-    start: int  # behind the generation prompt: from here on the model speaks
-    text: int  # its first word; a template may put a blank before it
-    end: int  # the end-of-turn token begins
+    # behind the generation prompt: from here on the model speaks
+    start: int
+    # its first word; a template may put a blank before it
+    text: int
+    # here the end-of-turn token begins
+    end: int
 
 
 class Conversation(NamedTuple):
@@ -68,9 +69,10 @@ class Conversation(NamedTuple):
     text: str
     ids: list[int]
     labels: list[int]
-    ends: list[int]  # of each token, where it ends in the text, in characters
-    turns: list[int]  # of each turn, where it begins
-    said: list[Said]  # the assistant's turns
+    # of each token, where it ends in the text, in characters; of each turn, where it begins
+    ends: list[int]
+    turns: list[int]
+    said: list[Said]
 
     def first_behind(self, position: int) -> int:
         """The first token that reaches beyond a position of the text."""
@@ -86,9 +88,7 @@ class Serializer:
     """Builds views from an example with the model's own chat template.
 
     The conversation is <I0, Q> as a user turn, each text of R as an assistant turn, each tool image
-    as a user turn. It is rendered as one text, in which it is known where every turn stands, and
-    tokenised once, as a whole: a tokenizer may treat a piece that stands alone differently. Which
-    tokens are supervised follows from where they stand; nothing is searched in decoded text.
+    as a user turn.
 
     Worked example, shipped model, K = 2; I0 takes 16 image tokens, the crop 4. s supervised:
 
@@ -138,8 +138,10 @@ class Serializer:
                       prompt: bool = False) -> Conversation:
         """(role, parts) turns, with the generation prompt behind them if `prompt`, as tokens."""
         rendered, text, starts, said, waiting = "", "", [], [], iter(image_texts)
+        # Labels must be right by construction, not by searching for words in decoded text, where
+        # the first match may be another. So the conversation is rendered with one turn more each
+        # time: what is new is this turn, and its place is known.
         for n, (role, parts) in enumerate(turns):
-            # one turn more each time: what is new is this turn, so its place is known
             whole = self._render(turns[:n + 1])
             if not whole.startswith(rendered):
                 raise ValueError("the model's chat template rewrites earlier turns; give it "
@@ -148,6 +150,7 @@ class Serializer:
             starts.append(len(text))
             if role == "assistant":
                 said.append(self._said(turn, parts[0], len(text)))
+            # an image is a run of image tokens, as many as its size asks for
             first, *rest = turn.split(self.family.placeholder)
             assert len(rest) == sum(not isinstance(part, str) for part in parts), turn
             text += first + "".join(next(waiting) + piece for piece in rest)
@@ -168,6 +171,8 @@ class Serializer:
         return Said(start + begins, start + first, start + first + len(words) + blanks)
 
     def _tokenise(self, text: str, starts: list[int], said: list[Said]) -> Conversation:
+        # once and as a whole: many tokenizers treat a piece that stands alone differently (a word
+        # mark in front of it, line breaks that merge), and a model has seen wholes only
         bos = self.tokenizer.bos_token
         encoded = self.tokenizer(  # a template may or may not write the token that begins a text
             text, add_special_tokens=not (bos and text.startswith(bos)),
@@ -240,15 +245,14 @@ class Serializer:
 
     def answer_prompt(self, example: Example, images: list[int], image_texts: list[str],
                       form: AnswerForm) -> tuple[View, list[list[int]]]:
-        """<I0, Q> with the answer begun, and of each option the tokens that complete it.
-
-        Every option is serialised as an answer in full, so that what is scored are the tokens that
-        training on it would have; the prompt is what they share, up to the end of the prefix.
-        """
+        """<I0, Q> with the answer begun, and of each option the tokens that complete it."""
+        # every option is serialised as an answer in full: what is scored are the tokens that
+        # training on it would have
         answers = []
         for option in example.options:
             turns = [*self.turns(example)[:1], ("assistant", [form.text(option)])]
             answers.append(self.conversation(turns, image_texts[:1]).until_last_label())
+        # the prompt is what all options share, up to the end of the prefix
         first = answers[0]
         begun = first.first_behind(first.said[0].text + len(form.prefix))
         while any(answer.ids[:begun] != first.ids[:begun] for answer in answers):
@@ -281,7 +285,8 @@ class Examples:
             while len(order) < size:
                 order += torch.randperm(len(self.views), generator=generator).tolist()
             rows, order = order[:size], order[size:]
-            if config.accumulate > 1:  # passes of views of similar length need little padding
+            # passes of views of similar length need little padding
+            if config.accumulate > 1:
                 rows.sort(key=lambda row: len(self.views[row].full.ids))
             yield rows
 
@@ -295,13 +300,18 @@ class Batch:
     """Views padded to a common length. All tensors are (B, T) unless said."""
 
     ids: torch.Tensor
-    mask: torch.Tensor  # True: a token, False: padding
+    # True: a token, False: padding
+    mask: torch.Tensor
     labels: torch.Tensor
-    inject_at: torch.Tensor  # True: the input embedding is given from outside
+    # True: the input embedding is given from outside
+    inject_at: torch.Tensor
     embed_at: torch.Tensor  # (B,)
-    images: list[int]  # in order of appearance, row after row
-    shared: torch.Tensor | None = None  # (B,) with branches: how many first tokens a branch sees
-    branch: int = 0  # with branches: how many last positions they take (support/packing.py)
+    # in order of appearance, row after row
+    images: list[int]
+    # with branches (support/packing.py): how many first tokens a branch sees, (B,), and how many
+    # last positions branches take
+    shared: torch.Tensor | None = None
+    branch: int = 0
 
     def to(self, device) -> "Batch":
         return dataclasses.replace(self, **{

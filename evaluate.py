@@ -49,7 +49,8 @@ class Answerer:
         self.placed = [self.store.add(example) for example in examples]  # (numbers, image texts)
         for example in examples:
             self.serializer.check(example)
-        self.common = answers.common_form(examples, prefix)  # where a trajectory does not tell
+        # how the data write an answer, for questions whose trajectory does not tell
+        self.common = answers.common_form(examples, prefix)
 
     @cached_property
     def prompts(self) -> list[View]:
@@ -58,6 +59,7 @@ class Answerer:
 
     def prompt(self, example: Example, place, turns: int) -> View:
         """The first turns of the trajectory's conversation, and the generation prompt."""
+        # one turn is <I0, Q>: all that Pearl's inference sees
         asked = self.serializer.turns(example)[:turns]
         shown = sum(not isinstance(part, str) for _, parts in asked for part in parts)
         return self.serializer.prompt(asked, place[0][:shown], place[1][:shown])
@@ -84,6 +86,7 @@ class Answerer:
 
     def in_batches(self, views: list[View], decode) -> list:
         """decode(views, numbers) over batches of similar length; results in the order given."""
+        # sorted, because a short prompt beside a long one is mostly padding
         out: list = [None] * len(views)
         order = sorted(range(len(views)), key=lambda i: len(views[i].ids))
         for start in range(0, len(order), self.batch):
@@ -102,7 +105,8 @@ class Answerer:
                 options = option_tokens[rows[row]]
                 goes_on = [o[len(made)] for o in options
                            if len(o) > len(made) and o[:len(made)] == made]
-                return goes_on or [end]  # this row is done, others of the batch are not
+                # none: this row is done, others of the batch are not
+                return goes_on or [end]
 
             made = self.vlm.generate(part, self.store, tokens, allowed if option_tokens else None)
             made = [ids[:ids.index(end) + 1] if end in ids else ids for ids in made]
@@ -115,6 +119,7 @@ class Answerer:
         prompts, option_tokens = [b[0] for b in self.begun], [b[1] for b in self.begun]
         longest = max(len(option) for options in option_tokens for option in options)
         out = self.generate(prompts, longest, option_tokens)
+        # decoding was confined to the options, so what was made begins with just one of them
         for example, options, said in zip(self.examples, option_tokens, out):
             said["option"] = next(n for n, option in enumerate(options)
                                   if said["ids"][:len(option)] == option)
@@ -137,7 +142,8 @@ class Answerer:
         views, longest = [], 0
         for example, place in ((self.examples[i], self.placed[i]) for i in rows):
             turns = self.serializer.turns(example)
-            while turns[-1][0] == "assistant":  # all that follows the last tool image is asked for
+            # all that follows the last tool image is asked for
+            while turns[-1][0] == "assistant":
                 turns.pop()
             views.append(self.prompt(example, place, len(turns)))
             last = self.vlm.tokenizer(example.texts[-1], add_special_tokens=False).input_ids
@@ -172,8 +178,10 @@ def answer_questions(vlm: VLM, examples: list[Example], answer_prefix: str = "An
             answer = said[way][i]
             record[way] = answer["text"]
             option = answer.get("option")
-            if answer.get("failed"):  # no answer of its own: it counts as answered directly
+            # who failed to call a tool has no answer: what counts is the direct one
+            if answer.get("failed"):
                 record[way], option = f"({answer['failed']})", said["direct"][i]["option"]
+            # free words: one comparison for all that compares (support/answers.py)
             elif option is None:
                 option = answers.says(answer["text"], example.options, answer_prefix)
             record[f"{way}_right"] = option == right
@@ -245,8 +253,10 @@ def answers_before(out: Path, asker: Answerer, config) -> list[dict]:
 
 def report(out: Path, config, tests: list[Example], before: list[dict], seconds: float) -> None:
     """Load the best checkpoint as a user would, answer the test questions, show and keep it."""
+    # from disk, and not the model in memory: what is reported is what a user gets
     vlm, _, scale = load_run(out, config.device)
-    if config.order == "image_first":  # the tool's answer is asked for as it was taught
+    # with images first, the tool's answer is asked for as it was taught
+    if config.order == "image_first":
         tests = [test.image_first() if test.trajectory else test for test in tests]
     asked = ask(vlm, tests, config.answer_prefix, config.call_limit, scale, config.decode_latents,
                 config.free_tokens)

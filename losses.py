@@ -12,7 +12,7 @@ d horizon. h a final-layer state, h^ a prediction of one, sg stop-gradient.
 Left out on purpose: where states come from (model.py) and which token is which (data.py).
 """
 
-from typing import Callable
+from typing import Callable, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -82,12 +82,13 @@ def nextlat_loss(states: Tensor, forecasts: list[tuple[Tensor, Tensor]]) -> Tens
     states (B, T, D). forecasts: for each i the forecast states (n, D), row after row, and the mask
     (B, T) of the positions t+i they stand for (predictor.LatentPredictor.forecasts).
     Gradient: flows to the forecasts (so to h_t and to the latent predictor), stops at h_{t+i}.
-    Deviation: the mean over t is taken for each i over the t that have an i-th successor; the
-    paper writes one mean for all.
     """
     total = states.new_zeros(())
     for forecast, at in forecasts:
+        # the next state must be foreseen, not made easy to foresee
         target = states[at].detach()
+        # Deviation: the mean is over the t that have an i-th successor, for each i; the paper
+        # writes one mean for all
         if len(forecast):
             total = total + distance(forecast, target, "smoothl1").mean()
     return total / max(1, len(forecasts))
@@ -99,6 +100,7 @@ def pearl_loss(vlm: Tensor, jepa: Tensor, nextlat: Tensor,
 
     Returns the total and, for the log, its detached parts (tensors: .item() would wait for a GPU).
     """
+    # one lambda for both latent terms
     total = vlm + lambda_latent * (jepa + nextlat)
     parts = dict(loss=total, vlm=vlm, jepa=jepa, nextlat=nextlat)
     return total, {name: value.detach() for name, value in parts.items()}
@@ -114,6 +116,22 @@ def reconstruction_loss(predicted: Tensor, target: Tensor, kind: str = "mse") ->
     return distance(predicted, target, kind).mean()
 
 
+class Losses(NamedTuple):
+    total: Tensor
+    # detached, for the log
+    parts: dict[str, Tensor]
+    # (h^_R, h_R), each (B, D), detached, for the gauges
+    pair: tuple[Tensor, Tensor] | None = None
+
+
+def average(results: list[Losses], shares: list[float]) -> Losses:
+    """Of several passes: weighted mean parts, and all pairs one after another; no total."""
+    parts = {name: sum(share * result.parts[name] for result, share in zip(results, shares))
+             for name in results[0].parts}
+    pairs = [result.pair for result in results if result.pair]
+    return Losses(None, parts, tuple(map(torch.cat, zip(*pairs))) if pairs else None)
+
+
 @torch.no_grad()
 def collapse_gauges(predicted: Tensor, target: Tensor) -> dict[str, float]:
     """What a low L_JEPA hides: does h^_R (predicted) tell which h_R (target) it belongs to?
@@ -127,6 +145,7 @@ def collapse_gauges(predicted: Tensor, target: Tensor) -> dict[str, float]:
       mean_cosine     mean cosine between two different h_R
       retrieval       how often the h_R nearest to h^_R is its own; retrieval_chance = 1 / B
     """
+    # a low L_JEPA alone is also reached by making all targets alike: read it beside these
     if (batch := len(target)) < 2:
         return {}
     raw = [x.float() for x in (predicted, target)]
@@ -138,6 +157,7 @@ def collapse_gauges(predicted: Tensor, target: Tensor) -> dict[str, float]:
     share = torch.linalg.svdvals(centred).square()
     share = share / share.sum().clamp_min(1e-12)
     cosines = true @ true.T  # (B, B)
+    # of all targets of the batch, is one's own the nearest?
     nearest = (pred @ true.T).argmax(dim=1)
     own = torch.arange(batch, device=nearest.device)
     gauges = dict(

@@ -26,8 +26,7 @@ from support.images import EncodedImage, ImageStore
 
 
 class LoRALinear(nn.Module):
-    """y = W x + (alpha / r) * B A x with W frozen. A (r, in) is random, B (out, r) zero: training
-    starts at W."""
+    """y = W x + (alpha / r) * B A x, with W frozen; A (r, in), B (out, r)."""
 
     def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float):
         super().__init__()
@@ -36,6 +35,7 @@ class LoRALinear(nn.Module):
         device = base.weight.device
         self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, device=device))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, device=device))
+        # B is zero: training starts at W
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -114,12 +114,10 @@ class VLM(nn.Module):
 
     def set_trainable(self, rank: int, alpha: float, dropout: float, targets: list[str],
                       vision: bool) -> None:
-        """LoRA on the language model (rank 0: all its weights), and on the vision tower if asked.
-
-        The tower's own attention layers are called qkv and proj in Qwen-VL.
-        """
+        """LoRA on the language model (rank 0: all its weights), on the vision tower if asked."""
         self.lm.requires_grad_(False)
         parts = [(self.lm.get_decoder(), targets)]
+        # the tower's attention layers have names of their own in Qwen-VL
         if vision:
             parts.append((self.lm.get_encoder("image"), [*targets, "qkv", "proj"]))
         for part, names in parts:
@@ -131,6 +129,7 @@ class VLM(nn.Module):
     @contextmanager
     def starting_model(self):
         """The model as it was before LoRA, for as long as the context lasts."""
+        # LoRA is all that training changes here, so without it nothing has been changed
         layers = lora_layers(self.lm).values()
         for layer in layers:
             layer.active = False
@@ -155,6 +154,7 @@ class VLM(nn.Module):
         Returns embeddings (B, T, D), positions (A, B, T), mask (B, T) and what images add.
         """
         is_image = batch.ids == self.lm.config.image_token_id  # (B, T)
+        # placeholders too get some word's embedding here; it is replaced below
         embeds = self.lm.get_input_embeddings()(batch.ids)  # (B, T, D)
         levels = embeds[:0, 0]
         if batch.images:
@@ -162,6 +162,7 @@ class VLM(nn.Module):
             assert int(is_image.sum()) == features.shape[1], "image tokens and features differ"
             # one image after the other, as the image tokens stand in the batch
             embeds, levels = embeds.masked_scatter(is_image[..., None], features[0]), features[1:]
+        # [PRED] rows and latents are no words: their embeddings come from outside
         if injected is not None:
             if len(injected) < int(batch.inject_at.sum()):
                 injected = injected.repeat(len(batch.ids), 1)
@@ -183,6 +184,7 @@ class VLM(nn.Module):
         """Enc of a batch of views (see `embed`)."""
         inputs = self.embed(batch, images, injected)
         states = self.family.states(**inputs, use_cache=False).last_hidden_state  # (B, T, D)
+        # one known position of each view is its embedding: by number, never by searching
         rows = torch.arange(len(states), device=states.device)
         return Encoded(states, inputs["inputs_embeds"], states[rows, batch.embed_at])
 

@@ -17,14 +17,14 @@ class LatentPredictor(nn.Module):
     """f(h_t, e_{t+1}) = h_t + MLP(LayerNorm([h_t ; e_{t+1}])): one step ahead, (n, D) -> (n, D).
 
     e_{t+1} is the next token's input embedding; with sees_next=False the step is made from h_t
-    alone. Deviation: the paper is silent on its shape. This is the release's: three linear layers
-    of width D.
+    alone.
     """
 
     def __init__(self, dim: int, sees_next: bool = True):
         super().__init__()
         self.sees_next = sees_next
         width = 2 * dim if sees_next else dim
+        # Deviation: the paper is silent on its shape. This is the release's: three layers.
         self.mlp = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, dim), nn.GELU(),
                                  nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, dim))
         # the last layer starts at zero: training starts from "the next state equals this one"
@@ -44,6 +44,7 @@ class LatentPredictor(nn.Module):
         (n, D) and the mask (B, T) of the positions t+i they stand for.
         Gradient: flows to states and through the steps; not to the token embeddings.
         """
+        # the next token is told, not learned from here
         embeddings = embeddings.detach()
         latest, at = states.flatten(0, 1), torch.ones_like(targets)  # h_t itself, at every t
         steps = []
@@ -58,16 +59,16 @@ class LatentPredictor(nn.Module):
 class Predictor(nn.Module):
     """All that training adds, in one file of the checkpoint: `pred_tokens` (K, D) and `latent`.
 
-    The [PRED] rows are parameters of their own and not rows of the vocabulary: under LoRA the
-    embedding matrix is frozen, and rows added to it would keep their initial value (as they do in
-    the release). They start at `start` (D), the embedding of the end-of-turn token, whose state is
-    what they must predict, plus noise of a tenth of its size to tell them apart.
+    start (D): the embedding of the end-of-turn token.
     """
 
     file_name = "predictor.safetensors"
 
     def __init__(self, dim: int, pred_tokens: int, start: Tensor, sees_next: bool = True):
         super().__init__()
+        # Parameters of their own and not rows of the vocabulary: under LoRA the embedding matrix is
+        # frozen, and rows added to it would keep their initial value (as they do in the release).
+        # They start at the token whose state they must predict, with noise to tell them apart.
         start = start.detach().float()
         size = start.square().mean().sqrt()
         noise = 0.1 * size * torch.randn(pred_tokens, dim, device=start.device)

@@ -39,6 +39,7 @@ import data
 import evaluate
 import losses
 from baselines import reconstruction, variants
+from losses import Losses, average
 from model import VLM
 from predictor import Predictor
 from support import options, packing, processes, progress, run_folder
@@ -62,12 +63,6 @@ def prepared(examples: list[Example], vlm: VLM, config: Config) -> data.Examples
 
 
 # ---- one step -----------------------------------------------------------------------------------
-
-
-class Losses(NamedTuple):
-    total: Tensor
-    parts: dict[str, Tensor]  # detached, for the log
-    pair: tuple[Tensor, Tensor] | None = None  # (h^_R, h_R), each (B, D), detached
 
 
 def compute_losses(vlm: VLM, predictor: Predictor | None, examples: data.Examples, rows: list[int],
@@ -99,16 +94,19 @@ def compute_losses(vlm: VLM, predictor: Predictor | None, examples: data.Example
         alone = data.collate([v.target for v in views], vlm.pad_id).to(vlm.device)
         # Eq. 1 needs no gradient here, its target is a constant; Eq. 2 along R does
         with nullcontext() if config.nextlat_view == "trajectory" else torch.no_grad():
-            along_target, target_inputs, target = vlm(alone, images)
-        if config.nextlat_view == "trajectory":  # every state of R, as in the paper's text
-            along, along_inputs, forecastable = along_target, target_inputs, alone.mask
+            told, told_inputs, target = vlm(alone, images)
+        # every state of R, as in the paper's text, and not the full view's supervised ones
+        if config.nextlat_view == "trajectory":
+            along, along_inputs, forecastable = told, told_inputs, alone.mask
+    # by default the target is the starting model's, looked up
     if config.target_encoder == "frozen":
-        cache_targets(vlm, examples, rows, config)  # of those that are not there yet
+        cache_targets(vlm, examples, rows, config)
         target = torch.stack([examples.targets[row] for row in rows]).to(vlm.device)  # (B, D) h_R
 
     jepa_term = nextlat_term = vlm_term.new_zeros(())
     if config.jepa:
-        aim = variants.control_targets(target, rows, config)  # h_R itself, unless a control
+        # h_R itself, unless a control puts something in its place
+        aim = variants.control_targets(target, rows, config)
         jepa_term = losses.jepa_loss(predicted, aim, config.distance)  # Eq. 1
     if config.nextlat_view != "none":
         forecasts = predictor.latent.forecasts(along, along_inputs, forecastable, config.horizon)
@@ -152,16 +150,7 @@ class Step(torch.nn.Module):
         # bfloat16 arithmetic on a GPU, and wherever the weights are bfloat16
         halved = device == "cuda" or config.dtype == "bfloat16"
         with torch.autocast(device, torch.bfloat16, enabled=halved):
-            result = self.losses(self.vlm, self.predictor, examples or self.examples, rows, config)
-        return Losses(*result)
-
-
-def average(results: list[Losses], shares: list[float]) -> Losses:
-    """Of several passes: weighted mean parts, and all pairs one after another; no total."""
-    parts = {name: sum(share * result.parts[name] for result, share in zip(results, shares))
-             for name in results[0].parts}
-    pairs = [result.pair for result in results if result.pair]
-    return Losses(None, parts, tuple(map(torch.cat, zip(*pairs))) if pairs else None)
+            return self.losses(self.vlm, self.predictor, examples or self.examples, rows, config)
 
 
 def train_step(module: torch.nn.Module, optimizer: torch.optim.Optimizer, rows: list[int],
@@ -217,7 +206,8 @@ def validate(step: Step, examples: data.Examples, config: Config) -> dict[str, f
 
 
 class Run(NamedTuple):
-    module: torch.nn.Module  # a Step, or DistributedDataParallel around it
+    # the Step, or DistributedDataParallel around it
+    module: torch.nn.Module
     step: Step
     optimizer: torch.optim.Optimizer
     schedule: torch.optim.lr_scheduler.LRScheduler
@@ -259,7 +249,8 @@ def build(config: Config, world: int = 1) -> Run:
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
     schedule = get_cosine_schedule_with_warmup(
         optimizer, math.ceil(config.warmup * config.steps), config.steps)
-    if world > 1:  # sharded weights differ between processes, so they are not made equal at first
+    # sharded weights differ between processes, so they are not made equal at first
+    if world > 1:
         module = DistributedDataParallel(step, find_unused_parameters=True,
                                          init_sync=not config.shard)
     return Run(module, step, optimizer, schedule, valid_examples, questions)
@@ -269,8 +260,9 @@ def train(config: Config, resume: bool = False) -> Path:
     """The whole run. resume: go on from the last state in config.out, to the same end."""
     rank, world = processes.start_processes(config)
     out = Path(config.out)
+    # before anything that takes time
     if rank == 0 and not resume:
-        run_folder.refuse_used_folder(out)  # before anything that takes time
+        run_folder.refuse_used_folder(out)
     torch.manual_seed(config.seed)
     # a function of its own, so that its model is gone when the checkpoint is loaded to be tested
     trained = fit(config, resume, rank, world)
@@ -288,7 +280,8 @@ def fit(config: Config, resume: bool, rank: int, world: int) -> tuple | None:
     examples, vlm = run.step.examples, run.step.vlm
     state = run.module, run.optimizer, run.schedule  # what is saved, and loaded to go on
     step, best = run_folder.load_state(out, *state) if resume else (0, math.inf)
-    if rank == 0:  # one process alone writes
+    # one process alone writes
+    if rank == 0:
         run_folder.forget_later(out, step) if resume else run_folder.start_folder(config)
         progress.announce(config, len(examples.views), run.optimizer, world)
     # shares of a model run in all processes or in none: they are not asked questions here
@@ -300,7 +293,8 @@ def fit(config: Config, resume: bool, rank: int, world: int) -> tuple | None:
         next(order)
     upcoming, stop, bad = next(order), False, 0
     start, clock = time.time(), progress.Clock(examples.store)
-    with processes.finishing_steps():  # a signal now ends the loop, not the program
+    # from here on a signal ends the loop after the step it is in, and not the program
+    with processes.finishing_steps():
         while step < config.steps and not stop:
             step, rows, upcoming = step + 1, upcoming, next(order)
             result, norm = train_step(run.module, run.optimizer, rows, config, rank, world,

@@ -125,8 +125,9 @@ def load_scale(checkpoint: Path, vlm: VLM) -> LatentScale:
     return scale.to(vlm.device)
 
 
-def compute_losses(vlm: VLM, scale: LatentScale, examples: data.Examples, rows: list[int], config) -> tuple:
-    """L_VLM + lambda * L_latent, teacher-forced. Returns (total, detached parts, None)."""
+def compute_losses(vlm: VLM, scale: LatentScale, examples: data.Examples, rows: list[int],
+                   config) -> losses.Losses:
+    """L_VLM + lambda * L_latent, teacher-forced."""
     views = [examples.latent_views[row] for row in rows]
     tool_images = [i for row in rows for i in examples.views[row].full.images[1:]]
     images = examples.store.encoded([i for view in views for i in view.images] + tool_images)
@@ -140,7 +141,7 @@ def compute_losses(vlm: VLM, scale: LatentScale, examples: data.Examples, rows: 
     recon_term = losses.reconstruction_loss(scale.predicted(states[before]), scale.target(latents))
     total = vlm_term + config.lambda_latent * recon_term
     parts = dict(loss=total, vlm=vlm_term, recon=recon_term)
-    return total, {name: value.detach() for name, value in parts.items()}, None
+    return losses.Losses(total, {name: value.detach() for name, value in parts.items()})
 
 
 # ---- decoding -----------------------------------------------------------------------------------
