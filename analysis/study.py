@@ -1,11 +1,12 @@
-"""The whole comparison by one command: every system, every regime, several seeds, one result file a run, resumable.
+"""The whole comparison by one command: systems, regimes, seeds, one result file a run, resumable.
 
-    python analysis/study.py --out runs/study --seeds 0 1 2 --jobs 2           # then: python analysis/figures.py runs/study
-    python analysis/study.py --out runs/study --arms sft pearl --regimes mixed --seeds 0 1 -- --steps 100 --lr 5e-4
-    python analysis/study.py --out runs/study --base other=DIR --arms sft pearl recon     # the same from a second base
+    python analysis/study.py --out runs/study --seeds 0 1 2 --jobs 2    # then analysis/figures.py
+    python analysis/study.py --out runs/study --arms sft pearl --regimes mixed -- --steps 100
+    python analysis/study.py --out runs/study --base other=DIR --arms sft pearl    # a second base
 
-What follows `--` goes to every train.py. A run whose results.json exists is not repeated; the remains of one that was
-interrupted are renamed, never deleted. At the end OUT/BASE/REGIME.md holds the table of systems, REGIME.json its numbers.
+What follows `--` goes to every train.py. A run whose results.json exists is not repeated; the
+remains of one that was interrupted are renamed, never deleted. At the end OUT/BASE/REGIME.md holds
+the table of systems, REGIME.json its numbers.
 """
 
 import argparse
@@ -18,23 +19,28 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-import evaluate  # noqa: E402
-from analysis.tables import compare, markdown  # noqa: E402
-from world import scenes  # noqa: E402
+sys.path.insert(0, str(ROOT))  # before any other `analysis`
 
-SYSTEMS = {  # no fine-tuning is measured by every run before it starts; explicit tool use is asked of the sft runs
+from analysis.tables import compare, markdown
+from support.files import read_json, write_json, write_text
+from world.scenes import REGIMES
+
+RECON = "--method recon --latents 4 --decode_latents 4"
+# No fine-tuning is measured by every run before it starts, explicit tool use by asking the sft runs
+SYSTEMS = {
     "sft": "--method sft --call_limit 3",
     "direct": "--method direct",
-    "recon": "--method recon --latents 4 --decode_latents 4 --lambda_latent 1",
+    "recon": f"{RECON} --lambda_latent 1",
     "pearl": "--method pearl",
 }
 ABLATIONS = {
     "sft lr 3e-4": "--method sft --lr 3e-4",
-    "sft and direct": "--method both --batch 64",  # as many trajectories a step as the others, and as many answers
-    "sft searched": "--method sft --lr 1e-4 --lora_dropout 0.1",  # each method's best of six settings on validation (RESULTS.md)
+    # as many trajectories a step as the others, and as many answers
+    "sft and direct": "--method both --batch 64",
+    # each method's best of six settings on validation (RESULTS.md)
+    "sft searched": "--method sft --lr 1e-4 --lora_dropout 0.1",
     "direct searched": "--method direct --lr 3e-4",
-    "recon searched": "--method recon --latents 4 --decode_latents 4 --lr 3e-4 --lambda_latent 0.1",
+    "recon searched": f"{RECON} --lr 3e-4 --lambda_latent 0.1",
     "pearl searched": "--lambda_latent 10",
     "pearl current target": "--target_encoder current --lambda_latent 1",
     "pearl as in the paper": "--recipe paper",
@@ -43,7 +49,6 @@ ABLATIONS = {
     "pearl without JEPA": "--jepa false",
     **{f"pearl K={k}": f"--pred_tokens {k}" for k in (0, 1, 2, 8)},
     **{f"pearl {name}": f"--distance {name}" for name in ("smoothl1", "mse", "l2")},
-    "pearl centred": "--center true",
     "pearl NextLat on R": "--nextlat_view trajectory",
     "pearl target with I0": "--target_view trajectory_with_image",
     "pearl shuffled targets": "--targets shuffled",
@@ -53,25 +58,26 @@ ABLATIONS = {
     "recon one latent a patch": "--method recon --decode_latents 16 --lambda_latent 1",
     "sft image first": "--method sft --order image_first",
     "pearl image first": "--order image_first",
-    "recon image first": "--method recon --latents 4 --decode_latents 4 --lambda_latent 1 --order image_first",
+    "recon image first": f"{RECON} --lambda_latent 1 --order image_first",
 }
+ARMS = SYSTEMS | ABLATIONS
+FIRST = "mixed"  # the regime in which the ablations run
 
 
 def plan(args) -> list[tuple[Path, list[str]]]:
-    """(run folder, arguments of train.py), the headline systems first."""
-    wanted = {**SYSTEMS, **ABLATIONS}
-    if unknown := set(args.arms or ()) - wanted.keys():
-        raise ValueError(f"unknown arm {sorted(unknown)[0]!r}: choose among {', '.join(wanted)}")
+    """(run folder, arguments of train.py), the headline systems first. args: see main."""
+    if unknown := set(args.arms or ()) - ARMS.keys():
+        raise ValueError(f"unknown arm {sorted(unknown)[0]!r}: choose among {', '.join(ARMS)}")
     name, _, model = args.base.partition("=")
     jobs = []
     for arms, regimes in ((SYSTEMS, args.regimes), (ABLATIONS, args.regimes[:1])):
         for seed in args.seeds:
             for regime in regimes:
-                for arm, options in arms.items():
-                    if not args.arms or arm in args.arms:
-                        out = args.out / name / regime / f"{arm.replace(' ', '_')}-seed{seed}"
-                        jobs.append((out, [*options.split(), "--regime", regime, "--seed", str(seed), "--out", str(out),
-                                           *(["--model", model] if model else []), *args.rest]))
+                for arm in (arm for arm in arms if not args.arms or arm in args.arms):
+                    out = args.out / name / regime / f"{arm.replace(' ', '_')}-seed{seed}"
+                    options = [*arms[arm].split(), "--regime", regime, "--seed", str(seed),
+                               "--out", str(out), *(["--model", model] if model else [])]
+                    jobs.append((out, options + args.rest))
     return jobs
 
 
@@ -85,43 +91,65 @@ def run_one(out: Path, options: list[str], threads: int) -> str:
         out.rename(kept)
     out.parent.mkdir(parents=True, exist_ok=True)
     start = time.time()
-    with open(out.with_name(out.name + ".txt"), "w") as log:
-        code = subprocess.run([sys.executable, str(ROOT / "train.py"), *options], stdout=log, stderr=subprocess.STDOUT,
+    with open(out.with_name(out.name + ".txt"), "w", encoding="utf-8") as log:
+        code = subprocess.run([sys.executable, str(ROOT / "train.py"), *options], stdout=log,
+                              stderr=subprocess.STDOUT,
                               env={**os.environ, "OMP_NUM_THREADS": str(threads)}).returncode
     return f"{(time.time() - start) / 60:.1f} minutes" if code == 0 else f"FAILED: see {log.name}"
 
 
+def arm_of(run: str) -> str:
+    """The arm of a run folder's name."""
+    return run.rpartition("-seed")[0].replace("_", " ")
+
+
+def finished_runs(folder: Path) -> dict[str, dict]:
+    """The finished runs of one regime's folder by name, in the order of the arms: config, answers,
+    answers before, times."""
+    files = [file for file in sorted(folder.glob("*-seed*/results.json"))
+             if ".interrupted-" not in file.parent.name]
+    place = {arm: n for n, arm in enumerate(ARMS)}  # an arm that is gone comes last
+    files.sort(key=lambda file: place.get(arm_of(file.parent.name), len(place)))
+    return {file.parent.name: dict(config=read_json(file.parent / "config.json"), **read_json(file))
+            for file in files}
+
+
 def tables(folder: Path) -> None:
-    """REGIME.md and REGIME.json of every regime below a base's folder, from all runs that are there."""
+    """REGIME.md and REGIME.json of every regime below a base's folder, from all runs there."""
     for regime in sorted(p for p in folder.iterdir() if p.is_dir()):
-        runs = {p.parent.name: {"config": json.loads((p.parent / "config.json").read_text()), **json.loads(p.read_text())}
-                for p in sorted(regime.glob("*-seed*/results.json")) if ".interrupted-" not in p.parent.name}
-        if runs:
-            order = [*SYSTEMS, *ABLATIONS]
-            names = {run: run.rpartition("-seed")[0].replace("_", " ") for run in runs}
-            runs = dict(sorted(runs.items(), key=lambda item: order.index(names[item[0]])))
-            rows = compare(runs, names=names)
-            evaluate.write_json(folder / f"{regime.name}.json", rows)
-            evaluate.write_text(folder / f"{regime.name}.md", markdown(rows) + "\n")
+        if runs := finished_runs(regime):
+            rows = compare(runs, names={run: arm_of(run) for run in runs})
+            write_json(folder / f"{regime.name}.json", rows)
+            write_text(folder / f"{regime.name}.md", markdown(rows) + "\n")
             print(f"\n{folder.name}, {regime.name}\n{markdown(rows)}")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse_args(argv: list[str]) -> argparse.Namespace:
+    """The options before `--`; `rest` is what follows it."""
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--base", default="tiny-vlm", metavar="NAME[=DIR]", help="the base's name, and its folder if it is another")
+    parser.add_argument("--base", default="tiny-vlm", metavar="NAME[=DIR]",
+                        help="the base's name, and its folder if it is another")
     parser.add_argument("--arms", nargs="*", help="default: all")
-    parser.add_argument("--regimes", nargs="*", choices=list(scenes.REGIMES), default=["mixed", "single", "multi", "all"],
+    parser.add_argument("--regimes", nargs="*", choices=list(REGIMES),
+                        default=[FIRST, *(name for name in REGIMES if name != FIRST)],
                         help="the systems run in all of these, the ablations in the first")
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side")
-    cut = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
-    args = parser.parse_args(sys.argv[1:cut])
-    args.rest = sys.argv[cut + 1:]
+    cut = argv.index("--") if "--" in argv else len(argv)
+    args = parser.parse_args(argv[:cut])
+    args.rest = argv[cut + 1:]
+    return args
+
+
+def main() -> None:
+    args = parse_args(sys.argv[1:])
     jobs, threads = plan(args), max(1, (os.cpu_count() or 1) // args.jobs)
     failed = 0
     with ThreadPoolExecutor(args.jobs) as pool:
-        for n, ((out, _), result) in enumerate(zip(jobs, pool.map(lambda job: run_one(*job, threads), jobs)), start=1):
+        results = pool.map(lambda job: run_one(*job, threads), jobs)
+        for n, ((out, _), result) in enumerate(zip(jobs, results), start=1):
             failed += result.startswith("FAILED")
             print(f"{n}/{len(jobs)} {out}: {result}", flush=True)
     tables(args.out / args.base.partition("=")[0])
