@@ -137,7 +137,8 @@ def save(folder: Path, model, processor, template: str, layout: str, **generatio
     folder = Path(folder)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
-    write(folder / "generation_config.json", **generation)
+    eos = getattr(processor, "tokenizer", processor).eos_token_id
+    write(folder / "generation_config.json", **dict(eos_token_id=eos) | generation)
     if layout == "new":
         (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
         return
@@ -287,8 +288,7 @@ def llava_like(folder, stem, tokenizer, template, layout=OLD, text="llama", kind
         text_config=TEXT | dict(model_type=text, vocab_size=len(tokenizer)), vision_config=clip,
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"), **pins)
     model = getattr(hf, f"{stem}ForConditionalGeneration")(config)
-    save(folder, model, processor, template, layout, eos_token_id=tokenizer.eos_token_id,
-         bos_token_id=tokenizer.bos_token_id)
+    save(folder, model, processor, template, layout, bos_token_id=tokenizer.bos_token_id)
     if kind:
         write(Path(folder) / "tokenizer_config.json", tokenizer_class=kind)
 
