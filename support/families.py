@@ -415,15 +415,21 @@ def load_checkpoint(path: str, dtype: torch.dtype) -> tuple[PreTrainedModel, Fam
 
 def kind_of(base: str, path: str) -> str:
     """The model type that a checkpoint's config.json names. path: what the user gave."""
-    asked = "" if base == path else f" (the base of {path})"
+    named = base if base == path else f"{base} (the base of {path})"
     try:
         return AutoConfig.from_pretrained(base, trust_remote_code=False).model_type
-    except OSError:
+    except ValueError as error:
+        if not str(error).startswith(("Unrecognized model", "The checkpoint you are trying")):
+            raise
+        why = "is of no model type that the installed transformers knows"
+    except OSError as error:
         if Path(base).is_dir():
             raise
-    raise ValueError(f"{base}{asked} is no checkpoint: there is no such folder, seen from "
-                     f"{Path.cwd()}, and the hub, or its copy on this machine, has none of that "
-                     "name") from None
+        why = ("is kept behind terms of use on the hub: accept them there and log in (hf auth login)"
+               if "gated repo" in str(error) else
+               f"is no checkpoint: there is no such folder, seen from {Path.cwd()}, and the hub, "
+               "or its copy on this machine, has none of that name")
+    raise ValueError(f"{named} {why}")
 
 
 def check_complete(report: dict, path: str) -> None:

@@ -1,323 +1,296 @@
-"""Claims: families beyond the shipped one work through transformers' own processors. For tiny random models of each: our
-view has the ids that the family's processor makes of the conversation, our states and our answer are those of its own
-forward pass and `generate` on pixels, padding changes nothing, and two steps of Pearl train. What cannot work says why."""
+"""Claims: a checkpoint is read as its family's own processor reads it, in each layout in which it
+is published: which template wins, which ids a conversation has, what no text may hold. Our states
+and answers are those of transformers' own forward pass and `generate` on pixels, whatever the
+checkpoint's generation_config says; padding changes nothing; two steps of Pearl train. What cannot
+work, weights that are not whole among it, is refused in one sentence."""
 
-import dataclasses
 import json
+import shutil
 
 import pytest
 import torch
 import transformers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import (AutoImageProcessor, AutoProcessor, AutoTokenizer, Gemma3Config, Gemma3ForConditionalGeneration,
-                          Gemma3Processor,
-                          Idefics3Config, Idefics3ForConditionalGeneration, Idefics3Processor, InternVLConfig,
-                          InternVLForConditionalGeneration, InternVLProcessor, LlavaConfig, LlavaForConditionalGeneration, LlavaNextConfig,
-                          LlavaNextForConditionalGeneration, LlavaNextProcessor, LlavaOnevisionConfig,
-                          LlavaOnevisionForConditionalGeneration, LlavaOnevisionProcessor, LlavaProcessor, Mistral3Config,
-                          Mistral3ForConditionalGeneration, PixtralProcessor, PreTrainedTokenizerFast, Qwen2VLConfig,
-                          Qwen2VLForConditionalGeneration, Qwen3VLConfig, Qwen3VLForConditionalGeneration)
-from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
-from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
-from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
-from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
-from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import AutoProcessor, GenerationConfig
 
-import data
-import train
-from model import VLM
+from support.families import QwenFamily, load_checkpoint
 
+import checkpoints
+from checkpoints import BUILDERS, QWEN, build, write
 from conftest import TINY
 
-TEXT = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=16,
-            max_position_embeddings=4096)
-VISION = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, patch_size=8)
-EACH = "{% for m in messages %}"
-PARTS = "{% for p in m.content %}{% if p.type == 'image' %}IMAGE{% else %}{{ p.text }}{% endif %}{% endfor %}"
+HAVE_TORCHVISION = transformers.utils.is_torchvision_available()
+NEED_TORCHVISION = {builder.__name__ for builder in checkpoints.TORCHVISION}
+QWEN = {builder.__name__ for builder in QWEN}
 
 
-def byte_tokenizer(special: list[str], end: str, template: str, **roles) -> PreTrainedTokenizerFast:
-    """One token a byte, and the family's special tokens."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    raw = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
-    raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", eos_token=end, **roles)
-    tokenizer.add_special_tokens(dict(additional_special_tokens=special))
-    tokenizer.chat_template = template
-    return tokenizer
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory):
+    """name -> folder of that checkpoint, built when first asked for; not to be changed."""
+    made = {}
 
+    def folder(name):
+        if name in NEED_TORCHVISION and not HAVE_TORCHVISION:
+            pytest.skip("its processor needs torchvision")
+        if name not in made:
+            made[name] = build(name, tmp_path_factory.mktemp(name))
+        return made[name]
 
-def qwen(config_class, model_class, folder, text, vision, **rest):
-    tokenizer = AutoTokenizer.from_pretrained(TINY)
-    token = tokenizer.convert_tokens_to_ids
-    config = config_class(text_config=TEXT | dict(vocab_size=len(tokenizer)) | text,
-                          vision_config=vision | dict(patch_size=8, spatial_merge_size=2, temporal_patch_size=1),
-                          image_token_id=token("<|image_pad|>"), video_token_id=token("<|video_pad|>"),
-                          vision_start_token_id=token("<|vision_start|>"), vision_end_token_id=token("<|vision_end|>"), **rest)
-    AutoImageProcessor.from_pretrained(TINY).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return model_class(config)
-
-
-def qwen2_vl(folder):
-    return qwen(Qwen2VLConfig, Qwen2VLForConditionalGeneration, folder,
-                dict(rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_section=[4, 2, 2])),
-                dict(depth=2, embed_dim=32, hidden_size=32, num_heads=2, mlp_ratio=2))
-
-
-def qwen3_vl(folder):
-    return qwen(Qwen3VLConfig, Qwen3VLForConditionalGeneration, folder,
-                dict(num_hidden_layers=3,
-                     rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_section=[4, 2, 2], mrope_interleaved=True)),
-                dict(depth=3, hidden_size=32, intermediate_size=48, num_heads=2, out_hidden_size=32, num_position_embeddings=64,
-                     deepstack_visual_indexes=[0, 1]))
-
-
-def idefics3(folder):
-    """Tiles and rows of tiles in the text; a space between the generation prompt and the answer."""
-    end = "<end_of_utterance>"
-    tiles = [f"<row_{r}_col_{c}>" for r in range(1, 7) for c in range(1, 7)]
-    tokenizer = byte_tokenizer(["<image>", "<fake_token_around_image>", "<global-img>", *tiles], end, (
-        EACH + "{{ m.role.capitalize() }}{% if m.content[0].type == 'image' %}:{% else %}: {% endif %}" + PARTS.replace("IMAGE", "<image>")
-        + "<end_of_utterance>\n{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"))
-    images = Idefics3ImageProcessorPil(size=dict(longest_edge=64), max_image_size=dict(longest_edge=32))
-    Idefics3Processor(images, tokenizer, image_seq_len=4).save_pretrained(folder)
-    config = Idefics3Config(text_config=dict(model_type="llama", vocab_size=len(tokenizer), **TEXT),
-                            vision_config=VISION | dict(image_size=32),
-                            scale_factor=2, image_token_id=tokenizer.convert_tokens_to_ids("<image>"), pad_token_id=tokenizer.pad_token_id)
-    return Idefics3ForConditionalGeneration(config)
-
-
-def gemma3(folder):
-    """Image tokens see each other, most layers have a window, and the placeholder is not the token that holds the features."""
-    end = "<end_of_turn>"
-    tokenizer = byte_tokenizer(["<start_of_turn>"], end, (
-        "{{ bos_token }}" + EACH
-        + "{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate') }}{% endif %}"
-        "<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}\n" + PARTS.replace("IMAGE", "<start_of_image>").replace(
-            "p.text", "p.text | trim")
-        + "<end_of_turn>\n{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"), bos_token="<bos>",
-        extra_special_tokens=dict(image_token="<image_soft_token>", boi_token="<start_of_image>", eoi_token="<end_of_image>"))
-    images = Gemma3ImageProcessorPil(size=dict(height=32, width=32))
-    Gemma3Processor(images, tokenizer, image_seq_length=4).save_pretrained(folder)
-    token = tokenizer.convert_tokens_to_ids
-    config = Gemma3Config(text_config=TEXT | dict(vocab_size=len(tokenizer), sliding_window=8,
-                                                  layer_types=["sliding_attention", "full_attention"], query_pre_attn_scalar=16),
-                          vision_config=VISION | dict(image_size=32), mm_tokens_per_image=4, image_token_index=token("<image_soft_token>"),
-                          boi_token_index=token("<start_of_image>"), eoi_token_index=token("<end_of_image>"))
-    return Gemma3ForConditionalGeneration(config)
-
-
-def llava_next(folder):
-    """Tiles unpadded into a number of tokens that depends on the image's sides."""
-    tokenizer = byte_tokenizer(["<image>"], "</s>", (
-        "{{ bos_token }}" + EACH + "{% if m.role == 'user' %}[INST] " + PARTS.replace("IMAGE", "<image>\n")
-        + " [/INST]{% else %} " + PARTS + "</s>{% endif %}{% endfor %}"), bos_token="<s>")
-    images = LlavaNextImageProcessorPil(size=dict(shortest_edge=32), crop_size=dict(height=32, width=32),
-                                        image_grid_pinpoints=[[32, 64], [64, 32], [64, 64]])
-    LlavaNextProcessor(images, tokenizer, patch_size=8, vision_feature_select_strategy="default",
-                       num_additional_image_tokens=1).save_pretrained(folder)
-    config = LlavaNextConfig(text_config=dict(model_type="llama", vocab_size=len(tokenizer), **TEXT),
-                             vision_config=dict(model_type="clip_vision_model", image_size=32, projection_dim=32, **VISION),
-                             image_grid_pinpoints=[[32, 64], [64, 32], [64, 64]], image_token_index=tokenizer.convert_tokens_to_ids("<image>"))
-    return LlavaNextForConditionalGeneration(config)
-
-
-CHATML = (EACH + "<|im_start|>{{ m.role }}\n" + PARTS.replace("IMAGE", "<image>\n")
-          + "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
-
-
-def llava(folder):
-    """The same number of tokens for every image (LLaVA-Interleave with its Qwen template)."""
-    tokenizer = byte_tokenizer(["<image>", "<|im_start|>"], "<|im_end|>", CHATML)
-    LlavaProcessor(LlavaImageProcessorPil(size=dict(shortest_edge=32), crop_size=dict(height=32, width=32)), tokenizer,
-                   patch_size=8,
-                   vision_feature_select_strategy="default", num_additional_image_tokens=1).save_pretrained(folder)
-    config = LlavaConfig(text_config=dict(model_type="qwen2", vocab_size=len(tokenizer), **TEXT),
-                         vision_config=dict(model_type="clip_vision_model", image_size=32, projection_dim=32, **VISION),
-                         image_token_index=tokenizer.convert_tokens_to_ids("<image>"))
-    return LlavaForConditionalGeneration(config)
-
-
-def llava_onevision(folder):
-    pytest.importorskip("torchvision")
-    from transformers import LlavaOnevisionImageProcessor, LlavaOnevisionVideoProcessor
-    tokenizer = byte_tokenizer(["<image>", "<video>", "<|im_start|>"], "<|im_end|>", CHATML)
-    pins = [[32, 64], [64, 32], [64, 64]]
-    images = LlavaOnevisionImageProcessor(size=dict(height=32, width=32), image_grid_pinpoints=pins)
-    LlavaOnevisionProcessor(images, tokenizer, LlavaOnevisionVideoProcessor(), num_image_tokens=16,
-                            vision_feature_select_strategy="full").save_pretrained(folder)
-    config = LlavaOnevisionConfig(text_config=dict(model_type="qwen2", vocab_size=len(tokenizer), **TEXT),
-                                  image_grid_pinpoints=pins,
-                                  vision_config=dict(model_type="siglip_vision_model", image_size=32, vision_use_head=False,
-                                                     **VISION),
-                                  image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
-                                  video_token_index=tokenizer.convert_tokens_to_ids("<video>"))
-    return LlavaOnevisionForConditionalGeneration(config)
-
-
-def internvl(folder):
-    pytest.importorskip("torchvision")
-    from transformers import GotOcr2ImageProcessor, InternVLVideoProcessor
-    tokenizer = byte_tokenizer(["<|im_start|>"], "<|im_end|>", CHATML.replace("<image>", "<IMG_CONTEXT>"),
-                               extra_special_tokens=dict(
-        start_image_token="<img>", end_image_token="</img>", context_image_token="<IMG_CONTEXT>", video_token="<video>"))
-    images = GotOcr2ImageProcessor(size=dict(height=32, width=32), crop_to_patches=True, min_patches=1, max_patches=4)
-    InternVLProcessor(images, tokenizer, InternVLVideoProcessor(), image_seq_length=4).save_pretrained(folder)
-    config = InternVLConfig(text_config=dict(model_type="qwen2", vocab_size=len(tokenizer), **TEXT), downsample_ratio=0.5,
-                            image_seq_length=4,
-                            vision_config=VISION | dict(image_size=[32, 32], patch_size=[8, 8]),
-                            image_token_id=tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"))
-    return InternVLForConditionalGeneration(config)
-
-
-def mistral3(folder):
-    """Rows of an image end in tokens of their own; no generation prompt at all."""
-    pytest.importorskip("torchvision")
-    tokenizer = byte_tokenizer(["[INST]", "[/INST]", "[IMG]", "[IMG_BREAK]", "[IMG_END]"], "</s>", (
-        "{{ bos_token }}" + EACH + "{% if m.role == 'user' %}[INST]" + PARTS.replace("IMAGE", "[IMG]")
-        + "[/INST]{% else %}" + PARTS + "</s>{% endif %}{% endfor %}"), bos_token="<s>")
-    images = PixtralImageProcessorPil(size=dict(longest_edge=64), patch_size=dict(height=8, width=8))
-    PixtralProcessor(images, tokenizer, patch_size=8, spatial_merge_size=2).save_pretrained(folder)
-    config = Mistral3Config(text_config=dict(model_type="mistral", vocab_size=len(tokenizer), sliding_window=None, **TEXT),
-                            vision_config=dict(model_type="pixtral", image_size=64, head_dim=16, **VISION), spatial_merge_size=2,
-                            image_token_index=tokenizer.convert_tokens_to_ids("[IMG]"), vision_feature_layer=-1)
-    return Mistral3ForConditionalGeneration(config)
-
-
-BUILDERS = dict(qwen2_vl=qwen2_vl, qwen3_vl=qwen3_vl, idefics3=idefics3, gemma3=gemma3, llava=llava, llava_next=llava_next,
-                llava_onevision=llava_onevision, internvl=internvl, mistral3=mistral3)  # the last three need torchvision
-
-
-@pytest.fixture(scope="module", params=list(BUILDERS))
-def checkpoint(request, tmp_path_factory):
-    folder = tmp_path_factory.mktemp(request.param)
-    torch.manual_seed(1)
-    BUILDERS[request.param](folder).double().save_pretrained(folder)
     return folder
 
 
-def placed(vlm, examples, pred=0):
-    serializer, store = data.Serializer(vlm.tokenizer, vlm.placeholder_id, 4096), data.ImageStore(vlm.family)
-    return [serializer.views(ex, *store.add(ex), pred, "trajectory") for ex in examples], serializer, store
+@pytest.fixture(scope="module", params=list(BUILDERS))
+def checkpoint(request, folders):
+    return folders(request.param)
 
 
-def states(vlm, store, views):
-    batch = data.collate(views, vlm.pad_id)
-    with torch.no_grad():
-        features = vlm.encode_images([store.inputs(i) for i in batch.images])
-        return batch, vlm(batch, features, [store.grids[i] for i in batch.images])[0]
+@pytest.fixture(scope="module")
+def family(checkpoint):
+    return load_checkpoint(str(checkpoint), torch.float64)[1]
 
 
-def own_inputs(vlm, folder, serializer, turns, images, generation_prompt=False):
-    """What the family's own processor makes of a conversation."""
-    text = vlm.tokenizer.apply_chat_template([serializer._message(role, parts) for role, parts in turns], tokenize=False,
-                                             add_generation_prompt=generation_prompt)
-    if vlm.family.__class__.__name__ == "QwenFamily":  # no combined processor without torchvision: expand by hand
-        image_inputs = vlm.family.processor(images=images, return_tensors="pt")
-        for grid in image_inputs["image_grid_thw"]:
-            text = text.replace("<|image_pad|>", "<|held|>" * (int(grid.prod()) // 4), 1)
-        ids = vlm.tokenizer(text.replace("<|held|>", "<|image_pad|>"), add_special_tokens=False, return_tensors="pt")
-        return dict(ids) | dict(image_inputs) | dict(mm_token_type_ids=(ids.input_ids == vlm.image_token_id).int())
-    return dict(AutoProcessor.from_pretrained(folder)(text=[text], images=[images], add_special_tokens=False, return_tensors="pt"))
+def copied(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "copy")
+    return tmp_path / "copy"
 
 
-def test_views_states_and_answers_are_the_familys_own(checkpoint, mixed):
-    vlm = VLM(checkpoint, dtype=torch.float64)
-    vlm.eval()
-    example = dataclasses.replace(mixed[0], image=mixed[0].image.resize((60, 40)))  # not square: tiles and rows differ
-    if vlm.lm.config.model_type == "llava_onevision":  # in company it gives each image one tile; we place each as if alone
-        example = example.answer_only("Answer:")
-    [views], serializer, store = placed(vlm, [example])
-    turns = [(role, [data.opened(p) if not isinstance(p, str) else p for p in parts]) for role, parts in serializer.turns(example)]
-    theirs = own_inputs(vlm, checkpoint, serializer, turns, example.images)
-    ids = theirs["input_ids"][0].tolist()
-    assert ids[:len(views.full.ids)] == views.full.ids and len(ids) - len(views.full.ids) <= 1  # what follows the end is layout
-    bos = [vlm.tokenizer.bos_token_id] if vlm.tokenizer.bos_token_id in ids[:1] else []
-    alone = views.target.ids[len(bos):]  # R as it stands in the conversation, opened as any conversation is
-    assert views.target.ids[:len(bos)] == bos and views.full.ids[-len(alone):] == alone
-    pixels = {k: v.double() if v.is_floating_point() else v for k, v in theirs.items()}
-    with torch.no_grad():
-        expected = vlm.lm.model(**pixels).last_hidden_state[0, :len(views.full.ids)]
-    torch.testing.assert_close(states(vlm, store, [views.full])[1][0], expected)
-
-    prompt = own_inputs(vlm, checkpoint, serializer, turns[:1], example.images[:1], generation_prompt=True)
-    assert prompt["input_ids"][0].tolist() == views.input.ids
-    prompt = {k: v.double() if v.is_floating_point() else v for k, v in prompt.items()}
-    said = vlm.lm.generate(**prompt, max_new_tokens=6, do_sample=False, pad_token_id=vlm.pad_id)[0, len(views.input.ids):]
-    assert vlm.generate([views.input], store, 6) == [said.tolist()]
+def text(words):
+    return dict(type="text", text=words)
 
 
-def test_padding_changes_no_state(checkpoint, mixed):
-    vlm = VLM(checkpoint, dtype=torch.float64)
-    vlm.eval()
-    views, _, store = placed(vlm, mixed[:3])
-    short, long = sorted((v.full for v in views), key=lambda v: len(v.ids))[::2]
-    assert len(short.ids) < len(long.ids)
-    torch.testing.assert_close(states(vlm, store, [short, long])[1][0, :len(short.ids)], states(vlm, store, [short])[1][0])
+def conversation(tool_images, image_first=False):
+    """A question and its trajectory, as messages, and the images that it shows."""
+    shown = [Image.new("RGB", size, "red") for size in ((60, 40), (30, 70), (64, 64))]
+    turns = [dict(role="user", content=[dict(type="image"), text("Which?\n\nA. red  B. blue")])]
+    for _ in range(tool_images):
+        call = [dict(role="assistant", content=[text("Zoom in. [crop 12 30 28 46]")]),
+                dict(role="user", content=[dict(type="image")])]
+        turns += call[::-1] if image_first else call
+    return turns + [dict(role="assistant", content=[text("Answer: se7en")])], shown[:tool_images + 1]
 
 
-def test_two_steps_train_and_the_packed_pass_changes_no_gradient(checkpoint, config):
-    config = dataclasses.replace(config, model=str(checkpoint), train_examples=4, valid_examples=2, max_tokens=4096)
-    found = {}
-    for packed in (True, False):
-        torch.manual_seed(0)
-        vlm, extra, module, optimizer, *_ = train.build(dataclasses.replace(config, packed=packed), 1)
-        assert module.config.packed == (packed and vlm.family.packs)
-        module.double()
-        optimizer.param_groups[0]["lr"] = 1e-3  # not the warm-up's zero
-        for _ in range(2):
-            optimizer.zero_grad()
-            train.train_step(module, [0, 1, 2, 3], config)
-            optimizer.step()
-        found[packed] = {name: p.grad for name, p in module.named_parameters() if p.requires_grad}
-    assert all(torch.isfinite(g).all() for g in found[True].values())
-    moved = {name for name, g in found[True].items() if g.abs().sum() > 0}
-    assert "extra.pred_tokens" in moved and any("lora_A" in name for name in moved)
-    for name, gradient in found[True].items():
-        torch.testing.assert_close(gradient, found[False][name], msg=lambda text: f"{name}: {text}")
+def expanded(family, rendered, images):
+    """The text that is tokenised: each placeholder replaced by what stands for its image."""
+    head, *rest = rendered.split(family.placeholder)
+    assert len(rest) == len(images)
+    return head + "".join(family.image_text(*i.size) + part for i, part in zip(images, rest))
 
 
-def test_a_merged_checkpoint_of_another_family_loads_with_transformers_alone(tmp_path, config):
-    torch.manual_seed(1)
-    idefics3(tmp_path / "base").save_pretrained(tmp_path / "base")
-    config = dataclasses.replace(config, model=str(tmp_path / "base"), steps=2, train_examples=4, valid_examples=2, max_tokens=4096,
-                                 test_per_family=1)
-    run = train.train(config)
-    train.merge(run, tmp_path / "merged")
-    again = VLM(tmp_path / "merged")
-    assert AutoProcessor.from_pretrained(tmp_path / "merged").image_seq_len == 4
-    trained, _, _ = train.evaluate.load_run(run, "cpu")
-    torch.testing.assert_close(again.lm.state_dict(), trained.lm.state_dict())
+# ---- the text ------------------------------------------------------------------------------------
 
 
-def test_a_processor_that_needs_another_package_says_which(tmp_path):
-    """Without torchvision the processors of SmolVLM2, LLaVA-OneVision, InternVL and Mistral 3 cannot be built."""
-    if transformers.utils.is_torchvision_available():
-        pytest.skip("torchvision is installed")
-    idefics3(tmp_path).save_pretrained(tmp_path)
-    file = tmp_path / "processor_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | dict(processor_class="PixtralProcessor")))
+SOURCES = dict(qwen2_5_vl_new="chat_template.jinja", qwen3_vl_new="chat_template.jinja",
+               llava_interleave="chat_template.jinja", mistral3="chat_template.jinja",
+               internvl="chat_template.jinja", idefics3="processor_config.json",
+               llava_template_in_processor_config="processor_config.json",
+               llava_template_in_tokenizer_config="tokenizer_config.json")
+
+
+def test_the_processors_template_wins(checkpoint, family):
+    assert family.template_source == SOURCES.get(checkpoint.name[:-1], "chat_template.json")
+    assert family.placeholder in family.render(conversation(0)[0])
+
+
+@pytest.mark.parametrize("tool_images, image_first, prompt", [
+    (0, False, False), (0, False, True), (1, False, False), (1, False, True), (2, False, False),
+    (2, True, False)])
+def test_ids_are_those_of_the_familys_own_processor(checkpoint, family, tool_images, image_first,
+                                                    prompt):
+    if family.alone_only and tool_images:
+        pytest.skip("refused: see the test of it")
+    turns, images = conversation(tool_images, image_first)
+    turns = turns[:-1] if prompt else turns
+    if image_first and "alternate" in family.template:
+        with pytest.raises(ValueError, match="refuses the conversation: .*must alternate"):
+            family.render(turns)
+        return
+    whole = expanded(family, family.render(turns, prompt), images)
+    ids, spans = family.encode(whole)
+    assert ids == family.own_ids(turns, images, prompt)
+    assert len(spans) == len(ids) and spans[-1][1] == len(whole)
+    if family.closing:  # published templates without an end: the text is closed by hand
+        assert family.render(turns, prompt).count(family.closing) == tool_images + (not prompt)
+        for turn in turns:
+            if turn["role"] == "assistant":
+                turn["content"][0]["text"] += family.closing
+    if family.form == "assistant's strings":
+        turns = [turn | dict(content=turn["content"][0]["text"]) if turn["role"] == "assistant"
+                 else turn for turn in turns]
+    if isinstance(family, QwenFamily) and not HAVE_TORCHVISION:
+        return
+    if checkpoint.name.startswith("qwen2_5_vl_old_size"):
+        return  # transformers itself cannot use it
+    own = AutoProcessor.from_pretrained(checkpoint)
+    waiting = iter(images)
+    for part in (part for turn in turns if isinstance(turn["content"], list)
+                 for part in turn["content"] if part["type"] == "image"):
+        part["image"] = next(waiting)
+    theirs = own.apply_chat_template(turns, chat_template=family.template, tokenize=True,
+                                     return_dict=True, add_generation_prompt=prompt)["input_ids"]
+    assert ids == list(theirs[0])
+
+
+def test_one_bos_and_an_end_that_stops_answers(checkpoint, family):
+    ids, _ = family.encode(family.render(conversation(0)[0][:1]))
+    bos = family.tokenizer.bos_token_id
+    opened = checkpoint.name.startswith(("llava0", "llava_template_in_pr", "llava_next", "idefics3",
+                                         "smolvlm", "gemma3", "pixtral", "mistral3"))
+    assert (ids[0] == bos and ids[1] != bos) == opened
+    assert family.end_id in family.lm.generation_config.eos_token_id
+    assert family.tokenizer.convert_ids_to_tokens(family.end_id) in family.reserved
+
+
+def test_what_a_text_may_not_hold(checkpoint, family):
+    assert {family.placeholder, family.tokenizer.eos_token, family.end_token} <= family.reserved
+    image_token = family.tokenizer.convert_ids_to_tokens(family.lm.config.image_token_id)
+    assert image_token in family.reserved
+    if checkpoint.name.startswith("gemma3"):
+        assert {"<start_of_image>", "<image_soft_token>", "<bos>"} <= family.reserved
+        assert not {"\n", "\n\n", "▁▁", "<table>", "</table>"} & family.reserved
+        assert "\n\n" in family.tokenizer.get_added_vocab()
+    assert not [token for token in family.reserved if not token.strip()]
+
+
+def test_named_templates_and_templates_for_strings(folders, tmp_path):
+    folder = copied(folders("qwen2_5_vl"), tmp_path)
+    whole = load_checkpoint(str(folder), torch.float32)[1].render(conversation(1)[0])
+    template = json.loads((folder / "chat_template.json").read_text())["chat_template"]
+    (folder / "chat_template.json").unlink()
+    family = load_checkpoint(str(folder), torch.float32)[1]  # left with the template for text only
+    assert family.form == "strings" and family.template_source == "tokenizer_config.json"
+    assert family.render(conversation(1)[0]) == whole  # Qwen's mark-up of an image is known
+    named = [dict(name="tool_use", template="x"), dict(name="default", template=template)]
+    write(folder / "tokenizer_config.json", chat_template=named)
+    assert load_checkpoint(str(folder), torch.float32)[1].render(conversation(1)[0]) == whole
+    named[1]["name"] = "other"
+    write(folder / "tokenizer_config.json", chat_template=named)
+    with pytest.raises(ValueError, match="chat templates other, tool_use: name one of them default"):
+        load_checkpoint(str(folder), torch.float32)
+
+
+@pytest.mark.parametrize("template, message", [
+    (None, "has no chat template: choose a checkpoint"),
+    (checkpoints.QWEN_TEXT_ONLY, "refuses the conversation: can only concatenate"),
+    ("{% for m in messages %}{{ m.role }}: {{ m.content[-1].text }}{% endfor %}",
+     "does not write images into the text; put the chat_template.json"),
+    ("{{ raise_exception('no') }}", "refuses the conversation: no")])
+def test_templates_that_are_of_no_use(folders, tmp_path, template, message):
+    folder = copied(folders("llava"), tmp_path)
+    (folder / "chat_template.json").unlink()
+    write(folder / "tokenizer_config.json", chat_template=template)
+    with pytest.raises(ValueError, match=message):
+        load_checkpoint(str(folder), torch.float32)
+
+
+def test_a_tokenizer_that_closes_every_text_is_refused(folders, tmp_path):
+    folder = copied(folders("llava"), tmp_path)
+    raw = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    raw["post_processor"]["single"].append(dict(SpecialToken=dict(id="<s>", type_id=0)))
+    (folder / "tokenizer.json").write_text(json.dumps(raw), encoding="utf-8")
+    with pytest.raises(ValueError, match="puts a token of its own after every text"):
+        load_checkpoint(str(folder), torch.float32)
+
+
+def test_old_names_of_sizes_are_read_and_foreign_ones_refused(folders, tmp_path):
+    new = load_checkpoint(str(folders("qwen2_5_vl_new")), torch.float32)[1]
+    for name in ("qwen2_vl", "qwen2_vl_saved_again", "qwen2_5_vl", "qwen2_5_vl_old_size"):
+        old = load_checkpoint(str(folders(name)), torch.float32)[1]
+        for size in ((60, 40), (500, 30), (8, 8)):
+            assert old.tokens_for(*size)[1] == new.tokens_for(*size)[1]
+            assert old.inputs(Image.new("RGB", size))["image_grid_thw"].tolist() == [
+                list(old.tokens_for(*size)[1])]
+    folder = copied(folders("qwen3_vl"), tmp_path)
+    write(folder / "preprocessor_config.json", size=dict(height=64, width=64))
+    with pytest.raises(ValueError, match="size must say shortest_edge and longest_edge .*height"):
+        load_checkpoint(str(folder), torch.float32)
+
+
+@pytest.mark.skipif(not HAVE_TORCHVISION, reason="its processor needs torchvision")
+def test_a_family_that_shows_an_image_otherwise_in_company_is_refused_for_tool_images(folders):
+    family = load_checkpoint(str(folders("llava_onevision")), torch.float32)[1]
+    family.render(conversation(0)[0])
+    with pytest.raises(ValueError, match="shown an image otherwise when others are with it"):
+        family.render(conversation(1)[0])
+
+
+# ---- weights and settings ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "llava", "tiny"])
+def test_weights_that_are_not_whole_are_refused_by_name(folders, tmp_path, name):
+    folder = copied(TINY if name == "tiny" else folders(name), tmp_path)
+    file, layer = folder / "model.safetensors", "self_attn.q_proj.weight"
+    whole = load_file(file)
+    keys = [key for key in whole if key.endswith(layer) and "vis" not in key]
+
+    def refusal(tensors, message):
+        save_file(tensors, file, metadata=dict(format="pt"))
+        with pytest.raises(ValueError, match=message):
+            load_checkpoint(str(folder), torch.float32)
+
+    refusal({k: v for k, v in whole.items() if k not in keys}, f"weights in .* lack .*{layer}")
+    refusal({k: v for k, v in whole.items() if "vis" not in k}, r" and \d+ more; restore")
+    refusal(whole | {keys[0]: whole[keys[0]][:3].clone()}, rf"another shape of .*{layer} \(\(3, ")
+    refusal(whole | {"model.strange.weight": torch.zeros(2)}, "no place for: .*strange.weight")
+    save_file(whole | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(2)}, file,
+              metadata=dict(format="pt"))  # as older versions saved it
+    load_checkpoint(str(folder), torch.float32)
+
+
+def test_a_head_that_is_tied_need_not_be_saved(folders, tmp_path):
+    folder = copied(folders("qwen2_5_vl"), tmp_path)
+    file = folder / "model.safetensors"
+    save_file({k: v for k, v in load_file(file).items() if k != "lm_head.weight"}, file,
+              metadata=dict(format="pt"))
+    with pytest.raises(ValueError, match="lack lm_head.weight; restore"):
+        load_checkpoint(str(folder), torch.float32)
+    write(folder / "config.json", tie_word_embeddings=True)
+    lm, _ = load_checkpoint(str(folder), torch.float32)
+    assert lm.lm_head.weight is lm.get_input_embeddings().weight
+
+
+@pytest.mark.parametrize("settings", [
+    dict(min_new_tokens=6), dict(repetition_penalty=0.1), dict(do_sample=True, temperature=9.0),
+    dict(suppress_tokens=list(range(300))), dict(begin_suppress_tokens=list(range(300))),
+    dict(forced_eos_token_id=5), dict(bad_words_ids=[[t] for t in range(300)]),
+    dict(num_beams=4, length_penalty=-9.0), dict(max_new_tokens=1), dict(max_length=3)])
+def test_the_checkpoints_generation_config_does_not_change_answers(folders, tmp_path, settings):
+    folder = copied(folders("qwen2_5_vl"), tmp_path)
+    lm, family = load_checkpoint(str(folder), torch.float64)
+    ids = torch.tensor([family.encode(family.render(conversation(0)[0][:1]))[0][:9]])
+    asked = dict(inputs=ids, attention_mask=torch.ones_like(ids), max_new_tokens=6)
+    ends = [family.end_id, int(lm.generate(**asked)[0, 11])]  # one that greedy decoding reaches
+    write(folder / "generation_config.json", eos_token_id=ends)
+    said = load_checkpoint(str(folder), torch.float64)[0].generate(**asked).tolist()
+    assert len(said[0]) == 12
+    write(folder / "generation_config.json", **settings)
+    again, _ = load_checkpoint(str(folder), torch.float64)
+    assert again.generate(**asked).tolist() == said
+    again.generation_config = GenerationConfig.from_pretrained(folder)
+    if not settings.keys() & {"max_length", "max_new_tokens", "forced_eos_token_id"}:  # lengths
+        assert again.generate(**asked).tolist() != said  # what it would have said
+
+
+def test_features_are_kept_by_the_kind_of_image_processor(folders):
+    lm, family = load_checkpoint(str(folders("qwen2_5_vl")), torch.float32)
+    before = family.fingerprint()
+
+    class Other(type(family.processor)):
+        pass
+
+    family.processor.__class__ = Other
+    assert family.fingerprint() != before
+    lm, family = load_checkpoint(str(folders("llava")), torch.float32)
+    before = family.fingerprint()
+    family.processor.image_processor.__class__ = type("Other", (
+        type(family.processor.image_processor),), {})
+    assert family.fingerprint() != before
+
+
+@pytest.mark.skipif(HAVE_TORCHVISION, reason="torchvision is installed")
+def test_a_processor_that_needs_another_package_says_which(folders, tmp_path):
+    folder = copied(folders("idefics3"), tmp_path)
+    write(folder / "processor_config.json", processor_class="PixtralProcessor")
     with pytest.raises(ValueError, match="needs a package that is not installed: torchvision$"):
-        VLM(tmp_path)
-
-
-def test_what_cannot_work_is_refused_in_one_sentence(tmp_path, config):
-    tokenizer = AutoTokenizer.from_pretrained(TINY)
-    gemma3(tmp_path / "g").save_pretrained(tmp_path / "g")
-    with pytest.raises(ValueError, match="chat template refuses the conversation: roles must alternate"):
-        train.build(dataclasses.replace(config, model=str(tmp_path / "g"), order="image_first", max_tokens=4096), 1)
-    idefics3(tmp_path / "a").save_pretrained(tmp_path / "a")
-    with pytest.raises(ValueError, match="--method recon .*use a Qwen-VL model"):
-        train.build(dataclasses.replace(config, model=str(tmp_path / "a"), method="recon"), 1)
-    processor = AutoProcessor.from_pretrained(tmp_path / "a")
-    processor.chat_template = None
-    processor.tokenizer.chat_template = None
-    processor.save_pretrained(tmp_path / "b")
-    (tmp_path / "a" / "config.json").rename(tmp_path / "b" / "config.json")
-    (tmp_path / "a" / "model.safetensors").rename(tmp_path / "b" / "model.safetensors")
-    with pytest.raises(ValueError, match="no chat template"):
-        VLM(tmp_path / "b")
-    tokenizer.chat_template = EACH + "{{ m.role }}: " + PARTS + " {% endfor %}{% if add_generation_prompt %}now assistant:{% endif %}"
-    with pytest.raises(ValueError, match="chat template does not write an assistant turn"):
-        data.Serializer(tokenizer, 0, 99)
+        load_checkpoint(str(folder), torch.float32)
