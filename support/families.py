@@ -58,9 +58,9 @@ class Family:
         """
         shown = sum(part["type"] == "image" for m in messages for part in m["content"])
         if shown > 1 and self.alone_only:
-            raise ValueError(f"a {self.lm.config.model_type} model is shown an image otherwise when "
-                             "others are with it (one tile, not several): an example's views would "
-                             "not show it alike; use --method direct, or another model")
+            raise ValueError(f"a {self.lm.config.model_type} model is shown an image otherwise "
+                             "when others are with it (one tile, not several): an example's views "
+                             "would not show it alike; use --method direct, or another model")
         try:
             return self.tokenizer.apply_chat_template(
                 [self._formed(message) for message in messages], chat_template=self.template,
@@ -425,7 +425,7 @@ def kind_of(base: str, path: str) -> str:
     except OSError as error:
         if Path(base).is_dir():
             raise
-        why = ("is kept behind terms of use on the hub: accept them there and log in (hf auth login)"
+        why = ("is kept behind terms of use on the hub: accept them there, then hf auth login"
                if "gated repo" in str(error) else
                f"is no checkpoint: there is no such folder, seen from {Path.cwd()}, and the hub, "
                "or its copy on this machine, has none of that name")

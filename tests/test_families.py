@@ -14,7 +14,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor, GenerationConfig
 
+import data
+from model import VLM
 from support.families import QwenFamily, load_checkpoint
+from support.images import ImageStore
 
 import checkpoints
 from checkpoints import BUILDERS, QWEN, build, write
@@ -67,7 +70,8 @@ def conversation(tool_images, image_first=False):
         call = [dict(role="assistant", content=[text("Zoom in. [crop 12 30 28 46]")]),
                 dict(role="user", content=[dict(type="image")])]
         turns += call[::-1] if image_first else call
-    return turns + [dict(role="assistant", content=[text("Answer: se7en")])], shown[:tool_images + 1]
+    turns.append(dict(role="assistant", content=[text("Answer: se7en")]))
+    return turns, shown[:tool_images + 1]
 
 
 def expanded(family, rendered, images):
@@ -165,7 +169,7 @@ def test_named_templates_and_templates_for_strings(folders, tmp_path):
     assert load_checkpoint(str(folder), torch.float32)[1].render(conversation(1)[0]) == whole
     named[1]["name"] = "other"
     write(folder / "tokenizer_config.json", chat_template=named)
-    with pytest.raises(ValueError, match="chat templates other, tool_use: name one of them default"):
+    with pytest.raises(ValueError, match="templates other, tool_use: name one of them default"):
         load_checkpoint(str(folder), torch.float32)
 
 
@@ -294,3 +298,66 @@ def test_a_processor_that_needs_another_package_says_which(folders, tmp_path):
     write(folder / "processor_config.json", processor_class="PixtralProcessor")
     with pytest.raises(ValueError, match="needs a package that is not installed: torchvision$"):
         load_checkpoint(str(folder), torch.float32)
+
+
+# ---- states and answers --------------------------------------------------------------------------
+
+
+def placed(vlm, turns, images, prompt=False):
+    """A view of the conversation, and the store that its images are in."""
+    store, whole = ImageStore(vlm.family), expanded(vlm.family, vlm.family.render(turns, prompt), images)
+    ids = vlm.family.encode(whole)[0]
+    shown = [store.add_image(image, "here") for image in images]
+    return data.View(ids, [-100] * len(ids), shown, len(ids) - 1), store
+
+
+def states(vlm, store, views):
+    batch = data.collate(views, vlm.pad_id)
+    with torch.no_grad():
+        features = vlm.encode_images([store.inputs(i) for i in batch.images])
+        return vlm(batch, features, [store.grids[i] for i in batch.images])[0]
+
+
+def own_inputs(vlm, folder, ids, images):
+    """What transformers' own model is given for that conversation: ids, and the processor's pixels."""
+    if isinstance(vlm.family, QwenFamily):
+        pixels = vlm.family.processor(images=images, return_tensors="pt")
+        pixels["mm_token_type_ids"] = (torch.tensor([ids]) == vlm.image_token_id).int()
+    else:
+        own = AutoProcessor.from_pretrained(folder)
+        pixels = own(text=[own.image_token * len(images)], images=[images], return_tensors="pt")
+        pixels = {k: v for k, v in pixels.items() if k not in ("input_ids", "attention_mask")}
+        if pixels.pop("token_type_ids", None) is not None:
+            is_image = torch.tensor([ids]) == vlm.image_token_id
+            pixels["token_type_ids"] = is_image.long()
+    pixels = {k: v.double() if v.is_floating_point() else v for k, v in pixels.items()
+              if k != "mm_token_type_ids" or isinstance(vlm.family, QwenFamily)}
+    ids = torch.tensor([ids])
+    return dict(input_ids=ids, attention_mask=torch.ones_like(ids), **pixels)
+
+
+def test_states_and_answers_are_those_of_transformers(checkpoint):
+    vlm = VLM(checkpoint, dtype=torch.float64).eval()
+    turns, images = conversation(0 if vlm.family.alone_only else 1)
+    view, store = placed(vlm, turns, images)
+    with torch.no_grad():
+        expected = vlm.lm.model(**own_inputs(vlm, checkpoint, view.ids, images)).last_hidden_state
+    torch.testing.assert_close(states(vlm, store, [view]), expected)
+
+    view, store = placed(vlm, turns[:1], images[:1], prompt=True)
+    asked = own_inputs(vlm, checkpoint, view.ids, images[:1])
+    said = vlm.lm.generate(**asked, max_new_tokens=6)[0, len(view.ids):].tolist()
+    assert vlm.generate([view], store, 6) == [said] and len(said) > 1
+
+
+def test_padding_changes_no_state(checkpoint):
+    vlm = VLM(checkpoint, dtype=torch.float64).eval()
+    turns, images = conversation(0)
+    store, views = ImageStore(vlm.family), []
+    for extra in ("", " And which of all the others?"):
+        turns[0]["content"][1]["text"] += extra
+        view, _ = placed(vlm, turns, images)
+        views.append(view._replace(images=[store.add_image(images[0], "here")]))
+    assert len(views[0].ids) < len(views[1].ids)
+    together, alone = states(vlm, store, views)[0], states(vlm, store, views[:1])[0]
+    torch.testing.assert_close(together[:len(views[0].ids)], alone)
