@@ -31,8 +31,9 @@ class Family:
     """What all families share: a conversation as text and as token ids.
 
     tokenizer and processor (of images, or of both); template and template_source, the chat template
-    in use and the file that it is from; placeholder, what the template writes for an image; reserved, what no text of an example may hold; end_token (str) and end_id,
-    what ends a turn of the assistant; lm, the model.
+    in use and the file that it is from; placeholder, what the template writes for an image;
+    reserved, what no text of an example may hold; end_token and end_id, what ends a turn of the
+    assistant; path, the checkpoint that lm, the model, is from.
     """
 
     markup: str | None = None  # an image in a template that takes strings only; None: unknown

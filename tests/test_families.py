@@ -78,7 +78,7 @@ def expanded(family, rendered, images):
     """The text that is tokenised: each placeholder replaced by what stands for its image."""
     head, *rest = rendered.split(family.placeholder)
     assert len(rest) == len(images)
-    return head + "".join(family.image_text(*i.size) + part for i, part in zip(images, rest))
+    return head + "".join(family.image_text(*i.size)[0] + part for i, part in zip(images, rest))
 
 
 # ---- the text ------------------------------------------------------------------------------------
@@ -201,9 +201,9 @@ def test_old_names_of_sizes_are_read_and_foreign_ones_refused(folders, tmp_path)
     for name in ("qwen2_vl", "qwen2_vl_saved_again", "qwen2_5_vl", "qwen2_5_vl_old_size"):
         old = load_checkpoint(str(folders(name)), torch.float32)[1]
         for size in ((60, 40), (500, 30), (8, 8)):
-            assert old.tokens_for(*size)[1] == new.tokens_for(*size)[1]
-            assert old.inputs(Image.new("RGB", size))["image_grid_thw"].tolist() == [
-                list(old.tokens_for(*size)[1])]
+            assert old.image_text(*size) == new.image_text(*size)
+            grid = old.inputs(Image.new("RGB", size))["image_grid_thw"]
+            assert grid.tolist() == [list(old.image_text(*size)[1])]
     folder = copied(folders("qwen3_vl"), tmp_path)
     write(folder / "preprocessor_config.json", size=dict(height=64, width=64))
     with pytest.raises(ValueError, match="size must say shortest_edge and longest_edge .*height"):
@@ -305,8 +305,8 @@ def test_a_processor_that_needs_another_package_says_which(folders, tmp_path):
 
 def placed(vlm, turns, images, prompt=False):
     """A view of the conversation, and the store that its images are in."""
-    store, whole = ImageStore(vlm.family), expanded(vlm.family, vlm.family.render(turns, prompt), images)
-    ids = vlm.family.encode(whole)[0]
+    store, rendered = ImageStore(vlm.family), vlm.family.render(turns, prompt)
+    ids = vlm.family.encode(expanded(vlm.family, rendered, images))[0]
     shown = [store.add_image(image, "here") for image in images]
     return data.View(ids, [-100] * len(ids), shown, len(ids) - 1), store
 
@@ -314,21 +314,20 @@ def placed(vlm, turns, images, prompt=False):
 def states(vlm, store, views):
     batch = data.collate(views, vlm.pad_id)
     with torch.no_grad():
-        features = vlm.encode_images([store.inputs(i) for i in batch.images])
-        return vlm(batch, features, [store.grids[i] for i in batch.images])[0]
+        return vlm(batch, store.encoded(batch.images)).states
 
 
 def own_inputs(vlm, folder, ids, images):
-    """What transformers' own model is given for that conversation: ids, and the processor's pixels."""
+    """What transformers' own model is given for that conversation: ids, the processor's pixels."""
     if isinstance(vlm.family, QwenFamily):
         pixels = vlm.family.processor(images=images, return_tensors="pt")
-        pixels["mm_token_type_ids"] = (torch.tensor([ids]) == vlm.image_token_id).int()
+        pixels["mm_token_type_ids"] = (torch.tensor([ids]) == vlm.lm.config.image_token_id).int()
     else:
         own = AutoProcessor.from_pretrained(folder)
         pixels = own(text=[own.image_token * len(images)], images=[images], return_tensors="pt")
         pixels = {k: v for k, v in pixels.items() if k not in ("input_ids", "attention_mask")}
         if pixels.pop("token_type_ids", None) is not None:
-            is_image = torch.tensor([ids]) == vlm.image_token_id
+            is_image = torch.tensor([ids]) == vlm.lm.config.image_token_id
             pixels["token_type_ids"] = is_image.long()
     pixels = {k: v.double() if v.is_floating_point() else v for k, v in pixels.items()
               if k != "mm_token_type_ids" or isinstance(vlm.family, QwenFamily)}
