@@ -4,8 +4,10 @@ and answers are those of transformers' own forward pass and `generate` on pixels
 checkpoint's generation_config says; padding changes nothing; two steps of Pearl train. What cannot
 work, weights that are not whole among it, is refused in one sentence."""
 
+import dataclasses
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,9 +17,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor, GenerationConfig
 
 import data
+import evaluate
+import train
 from model import VLM
+from support import records
 from support.families import QwenFamily, load_checkpoint
 from support.images import ImageStore
+from world import scenes
 
 import checkpoints
 from checkpoints import BUILDERS, QWEN, build, write
@@ -154,6 +160,39 @@ def test_what_a_text_may_not_hold(checkpoint, family):
         assert not {"\n", "\n\n", "▁▁", "<table>", "</table>"} & family.reserved
         assert "\n\n" in family.tokenizer.get_added_vocab()
     assert not [token for token in family.reserved if not token.strip()]
+    serializer = data.Serializer(family, 4096)
+    for words in ("two  blanks", "a line\n\nbreak", "a <table> of <b>", "[12, 3]", "user: x"):
+        serializer.check(records.Example("1", "f", None, words, ["x"], "x", ["x"]))
+    for words in (f"an {family.placeholder} here", f"the end{family.end_token}"):
+        with pytest.raises(ValueError, match="example 1: the text contains the model's special"):
+            serializer.check(records.Example("1", "f", None, "Q", ["x"], "x", [words]))
+
+
+@pytest.mark.parametrize("tool_images", [0, 1, 2])
+def test_views_are_the_familys_own_tokens(checkpoint, family, mixed, tool_images):
+    if family.alone_only and tool_images:
+        pytest.skip("refused: see the test of it")
+    steps = ["Zoom. [crop 1 2]", mixed[0].images[1]] * tool_images
+    example = dataclasses.replace(mixed[0], image=mixed[0].image.resize((60, 40)),
+                                  trajectory=[*steps, "It is seven. Answer: seven"])
+    serializer, store = data.Serializer(family, 4096), ImageStore(family)
+    views = serializer.views(example, *store.add(example), 2, "trajectory")
+    messages = [dict(role=role, content=[text(part) if isinstance(part, str) else
+                                         dict(type="image") for part in parts])
+                for role, parts in serializer.turns(example)]
+    ids = family.own_ids(messages, example.images)
+    full, asked, target = (view.ids for view in views)
+    assert full == ids[:len(full)] and full[-1] == family.end_id  # what follows it is layout
+    assert asked[:-2] == family.own_ids(messages[:1], example.images[:1], True)
+    bos = family.tokenizer.bos_token_id
+    opens_turns = full.count(bos) > 1  # a bos that also opens each turn; R lacks two, the system's
+    assert target.count(bos) == full.count(bos) - 2 * opens_turns
+    rest = target if opens_turns or target[0] != bos else target[1:]
+    assert full[-len(rest):] == rest and len(rest) < len(full)
+    said = [token for token, label in zip(full, views.full.labels) if label != -100]
+    assert said.count(family.end_id) == tool_images + 1
+    words = "".join(family.tokenizer.decode(said, skip_special_tokens=True).split())
+    assert words == "".join("".join(example.texts).split())
 
 
 def test_named_templates_and_templates_for_strings(folders, tmp_path):
@@ -360,3 +399,74 @@ def test_padding_changes_no_state(checkpoint):
     assert len(views[0].ids) < len(views[1].ids)
     together, alone = states(vlm, store, views)[0], states(vlm, store, views[:1])[0]
     torch.testing.assert_close(together[:len(views[0].ids)], alone)
+
+
+# ---- training and merging ------------------------------------------------------------------------
+
+
+TRAINED = ["qwen2_5_vl", "qwen3_vl_new", "llava", "llava_next", "llava_next_yi", "idefics3",
+           "gemma3", "llava_template_in_tokenizer_config", *sorted(NEED_TORCHVISION)]
+
+
+@pytest.fixture(params=TRAINED)
+def small(request, folders, config):
+    """A run on that checkpoint; OneVision learns answers alone, since it refuses tool images."""
+    folder = folders(request.param)
+    alone = dict(data=answers_alone(config.out)) if request.param == "llava_onevision" else {}
+    return dataclasses.replace(config, model=str(folder), train_examples=4, valid_examples=2,
+                               test_per_family=1, steps=2, max_tokens=4096, **alone)
+
+
+def answers_alone(out):
+    """A data folder of questions and bare answers, which Pearl too can learn from."""
+    folder = Path(out).parent / "answers"
+    examples = [dataclasses.replace(ex, id=f"{split}-{ex.id}", split=split).answer_only("Answer:")
+                for split in ("train", "validation", "test")
+                for ex in scenes.make_world("mixed", split, 4, seed=3)]
+    records.write_folder(folder, examples)
+    return str(folder)
+
+
+def gradients(config, packed):
+    """Of the second step of two, in float64."""
+    torch.manual_seed(0)
+    run = train.build(dataclasses.replace(config, packed=packed))
+    run.step.double()
+    assert run.step.config.packed == (packed and run.step.vlm.family.packs)
+    run.optimizer.param_groups[0]["lr"] = 1e-3  # not the warm-up's zero
+    for _ in range(2):
+        train.train_step(run.module, run.optimizer, [0, 1, 2, 3], run.step.config)
+    return {name: p.grad for name, p in run.step.named_parameters() if p.requires_grad}
+
+
+def test_two_steps_train_and_the_packed_pass_changes_no_gradient(small):
+    found = {packed: gradients(small, packed) for packed in (True, False)}
+    assert all(torch.isfinite(g).all() for g in found[True].values())
+    moved = {name for name, g in found[True].items() if g.abs().sum() > 0}
+    assert "predictor.pred_tokens" in moved and any("lora_A" in name for name in moved)
+    for name, gradient in found[True].items():
+        torch.testing.assert_close(gradient, found[False][name], msg=lambda said: f"{name}: {said}")
+
+
+def test_trained_merged_and_answered(small, tmp_path, capsys):
+    run = train.train(small)
+    results = json.loads((run / "results.json").read_text(encoding="utf-8"))
+    evaluate.merge(str(run), str(tmp_path / "merged"))
+    assert "merged loads with transformers' AutoModel" in capsys.readouterr().out
+    trained, again = (VLM(path).eval() for path in (run, tmp_path / "merged"))
+    torch.testing.assert_close(dict(again.lm.state_dict()), dict(trained.lm.state_dict()))
+    tests = train.load_examples(small)[-1]
+    said = evaluate.answer_questions(again, tests, small.answer_prefix, small.free_tokens)
+    for ours, theirs in zip(said, results["answers"]):
+        assert {k: v for k, v in ours.items() if k != "cost"} == {
+            k: v for k, v in theirs.items() if k != "cost"}
+        assert ours["direct"] in ours["options"]
+
+
+def test_what_cannot_work_is_refused_in_one_sentence(folders, config):
+    for name, change, message in (
+            ("gemma3", dict(order="image_first"), "refuses the conversation: .*roles must alt"),
+            ("idefics3", dict(method="recon"), "--method recon .*use a Qwen-VL model")):
+        with pytest.raises(ValueError, match=message):
+            train.build(dataclasses.replace(config, model=str(folders(name)), max_tokens=4096,
+                                            **change))
