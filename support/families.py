@@ -42,6 +42,15 @@ class Family:
     def __init__(self, path: str, lm: PreTrainedModel, processor, tokenizer, placeholder: str):
         self.path, self.lm, self.processor, self.tokenizer = path, lm, processor, tokenizer
         self.placeholder = placeholder
+        rows = lm.get_input_embeddings().weight.shape[0]
+        image = tokenizer.convert_ids_to_tokens(lm.config.image_token_id)
+        if not placeholder or not image or len(tokenizer) > rows:
+            raise ValueError(f"the tokenizer in {path} is not the model's: it has {len(tokenizer)} "
+                             f"tokens, the model {rows}, of which number {lm.config.image_token_id} "
+                             "stands for images; restore its files")
+        if not tokenizer.is_fast:
+            raise ValueError(f"{path}: its tokenizer does not say which characters a token is of; "
+                             "save it with a tokenizer.json")
         self.template, self.template_source = chat_template(path, tokenizer)
         tokenizer.chat_template = self.template
         self.reserved: set[str] = reserved_tokens(tokenizer, lm.config, processor)
@@ -173,6 +182,21 @@ def chat_template(path: str, tokenizer) -> tuple[str, str]:
     return found, next((name for name in files if stored(path, name)), files[-1])
 
 
+def built(kind, path: str):
+    """kind: one of transformers' Auto classes. Raises ValueError, one sentence, where it cannot."""
+    try:
+        return kind.from_pretrained(path)
+    except (ImportError, OSError, ValueError) as error:
+        said = str(error).strip()
+        if isinstance(error, ImportError):
+            needed = "torchvision" if "torchvision" in said.lower() else said.splitlines()[0]
+            raise ValueError(f"the processor of {path} needs a package that is not installed: "
+                             f"{needed}") from None
+        part = kind.__name__.removeprefix("Auto")
+        said = said.splitlines()[0].rstrip(": ")
+        raise ValueError(f"the {part} of {path} cannot be built: {said}") from None
+
+
 def stored(path: str, name: str) -> Path | None:
     """A file of a checkpoint: in its folder, or in the hub's cache on this machine."""
     if Path(path).is_dir():
@@ -211,15 +235,16 @@ class QwenFamily(Family):
     markup = "<|vision_start|><|image_pad|><|vision_end|>"
 
     def __init__(self, path: str, lm: PreTrainedModel):
-        processor = AutoImageProcessor.from_pretrained(path)
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        processor = built(AutoImageProcessor, path)
+        tokenizer = built(AutoTokenizer, path)
         placeholder = tokenizer.convert_ids_to_tokens(lm.config.image_token_id)
         super().__init__(path, lm, processor, tokenizer, placeholder)
         size = {key: value for key, value in dict(processor.size).items() if value is not None}
-        if size.keys() >= {"min_pixels", "max_pixels"}:  # the names of older files
+        edges = {"shortest_edge", "longest_edge"}
+        if not size.keys() >= edges and size.keys() >= {"min_pixels", "max_pixels"}:  # older files
             size = dict(shortest_edge=size["min_pixels"], longest_edge=size["max_pixels"])
             processor.size = type(processor.size)(**size)
-        if not size.keys() >= {"shortest_edge", "longest_edge"}:
+        if not size.keys() >= edges:
             raise ValueError(f"{path}: the image processor's size must say shortest_edge and "
                              f"longest_edge (in px of area); found {size}")
 
@@ -297,16 +322,12 @@ class ProcessorFamily(Family):
     """
 
     def __init__(self, path: str, lm: PreTrainedModel):
-        kind = lm.config.model_type
-        try:
-            processor = AutoProcessor.from_pretrained(path)
-        except ImportError as error:
-            needed = str(error).strip().splitlines()[0]
-            needed = "torchvision" if "torchvision" in str(error).lower() else needed
-            raise ValueError(f"the processor of a {kind} model needs a package that is not "
-                             f"installed: {needed}") from None
+        kind, processor = lm.config.model_type, built(AutoProcessor, path)
         tokenizer = getattr(processor, "tokenizer", None)
         placeholder = getattr(processor, "image_token", None)
+        if hasattr(lm.model, "get_rope_index"):
+            raise ValueError(f"{path} is a {kind} model, which counts positions in several rows: "
+                             f"of these only {', '.join(QwenFamily.KINDS)} are supported")
         if tokenizer is None or placeholder is None or not hasattr(lm.model, "get_image_features"):
             raise ValueError(f"{path} is a {kind} model, which does not put its images among the "
                              "words: not supported")

@@ -3,6 +3,10 @@ PEFT write it) is loaded or refused in our own sentence; an adapter changes the 
 tensors name, as PEFT does; a merged checkpoint has every processor file of its base as it was."""
 
 import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -176,3 +180,26 @@ def test_a_merged_checkpoint_has_the_bases_own_files(tmp_path, name):
     with pytest.raises(FileExistsError, match="merged exists already"):
         write_merged(lm, family.path, tmp_path / "merged")
     assert not [file for file in os.listdir(tmp_path) if file.endswith(".partial")]
+
+
+def test_a_model_of_the_hubs_cache_needs_no_network(base, tmp_path):
+    """Loaded, its template's file found, and merged, by its name alone."""
+    stored = tmp_path / "hub" / "models--some--tiny"
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    shutil.copytree(base, stored / "snapshots" / commit)
+    (stored / "refs").mkdir()
+    (stored / "refs" / "main").write_text(commit)
+    program = (
+        "import sys, torch; from pathlib import Path\n"
+        "from support.adapters import write_merged\n"
+        "from support.families import load_checkpoint\n"
+        "lm, family = load_checkpoint('some/tiny', torch.float32)\n"
+        "print(family.template_source, family.path)\n"
+        "print(write_merged(lm, family.path, Path(sys.argv[1])))\n")
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path / "merged")], capture_output=True, text=True,
+        cwd=Path(__file__).parent.parent, env=os.environ | dict(
+            HF_HUB_CACHE=str(tmp_path / "hub"), HF_HUB_OFFLINE="1", PYTHONIOENCODING="utf-8"))
+    assert done.stdout.startswith("chat_template.json some/tiny\n"), done.stderr
+    for name in ("chat_template.json", "tokenizer_config.json", "video_preprocessor_config.json"):
+        assert (tmp_path / "merged" / name).read_bytes() == (base / name).read_bytes()

@@ -235,7 +235,7 @@ def test_a_tokenizer_that_closes_every_text_is_refused(folders, tmp_path):
         load_checkpoint(str(folder), torch.float32)
 
 
-def test_old_names_of_sizes_are_read_and_foreign_ones_refused(folders, tmp_path):
+def test_old_names_of_sizes_are_read_and_what_cannot_be_built_is_refused(folders, tmp_path):
     new = load_checkpoint(str(folders("qwen2_5_vl_new")), torch.float32)[1]
     for name in ("qwen2_vl", "qwen2_vl_saved_again", "qwen2_5_vl", "qwen2_5_vl_old_size"):
         old = load_checkpoint(str(folders(name)), torch.float32)[1]
@@ -244,8 +244,28 @@ def test_old_names_of_sizes_are_read_and_foreign_ones_refused(folders, tmp_path)
             grid = old.inputs(Image.new("RGB", size))["image_grid_thw"]
             assert grid.tolist() == [list(old.image_text(*size)[1])]
     folder = copied(folders("qwen3_vl"), tmp_path)
-    write(folder / "preprocessor_config.json", size=dict(height=64, width=64))
-    with pytest.raises(ValueError, match="size must say shortest_edge and longest_edge .*height"):
+    for size, message in (
+            (dict(height=64, width=64), "size must say shortest_edge and longest_edge .*height"),
+            (dict(shortest_edge=64), "size must say shortest_edge and longest_edge"),
+            (dict(min_pixels=64), "the ImageProcessor of .*copy cannot be built: size must have")):
+        write(folder / "preprocessor_config.json", size=size)
+        with pytest.raises(ValueError, match=message) as refused:
+            load_checkpoint(str(folder), torch.float32)
+        assert "\n" not in str(refused.value)
+    (folder / "preprocessor_config.json").unlink()
+    with pytest.raises(ValueError, match="the ImageProcessor of .*copy cannot be built") as refused:
+        load_checkpoint(str(folder), torch.float32)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("name", ["qwen3_vl", "llava"])
+def test_a_tokenizer_that_is_lost_or_of_another_model_is_refused(folders, tmp_path, name):
+    folder = copied(folders(name), tmp_path)
+    (folder / "tokenizer.json").unlink()  # transformers makes an empty one without a word
+    with pytest.raises(ValueError, match="is not the model's|cannot be built"):
+        load_checkpoint(str(folder), torch.float32)
+    shutil.copy(folders("gemma3") / "tokenizer.json", folder)
+    with pytest.raises(ValueError, match="tokenizer in .* is not the model's: it has 5.. tokens"):
         load_checkpoint(str(folder), torch.float32)
 
 
