@@ -25,7 +25,7 @@ from typing import Iterator, NamedTuple
 import torch
 
 from support.answers import AnswerForm
-from support.images import ImageStore
+from support.images import ImageStore, opened
 from support.options import Config
 from support.records import Example
 
@@ -125,14 +125,17 @@ class Serializer:
                 "the model's chat template does not write an assistant's turn as generation "
                 f"prompt, text, end of turn: {self.header!r} and {turn!r}; give the checkpoint "
                 "another chat_template.jinja")
-        told = self.conversation([*asked, ("assistant", ["Xyz"])], []).until_last_label()
-        self.end_id = told.ids[-1]
+        self.end_id = family.end_id
 
-    def _render(self, turns: list[tuple[str, list]], **kwargs) -> str:
-        messages = [dict(role=role, content=[
+    @staticmethod
+    def messages(turns: list[tuple[str, list]]) -> list[dict]:
+        """(role, parts) turns as chat templates take them."""
+        return [dict(role=role, content=[
             dict(type="text", text=part) if isinstance(part, str) else dict(type="image")
             for part in parts]) for role, parts in turns]
-        return self.family.render(messages, **kwargs)
+
+    def _render(self, turns: list[tuple[str, list]], **kwargs) -> str:
+        return self.family.render(self.messages(turns), **kwargs)
 
     def conversation(self, turns: list[tuple[str, list]], image_texts: list[str],
                       prompt: bool = False) -> Conversation:
@@ -173,15 +176,11 @@ class Serializer:
     def _tokenise(self, text: str, starts: list[int], said: list[Said]) -> Conversation:
         # once and as a whole: many tokenizers treat a piece that stands alone differently (a word
         # mark in front of it, line breaks that merge), and a model has seen wholes only
-        bos = self.tokenizer.bos_token
-        encoded = self.tokenizer(  # a template may or may not write the token that begins a text
-            text, add_special_tokens=not (bos and text.startswith(bos)),
-            return_offsets_mapping=True)
+        ids, places = self.family.encode(text)
         # from an answer's first word on, up to the end-of-turn token, which is learned too
         labels = [token if any(s.start < end and start <= s.end for s in said) else -100
-                  for token, (start, end) in zip(encoded.input_ids, encoded.offset_mapping)]
-        ends = [end for _, end in encoded.offset_mapping]
-        return Conversation(text, encoded.input_ids, labels, ends, starts, said)
+                  for token, (start, end) in zip(ids, places)]
+        return Conversation(text, ids, labels, [end for _, end in places], starts, said)
 
     def check(self, example: Example) -> None:
         """Raises ValueError for a text that would be read as a token of the template's own."""
@@ -231,6 +230,15 @@ class Serializer:
             self.check_length(view, example)
         return Views(full, input_view, target)
 
+    def check_ids(self, example: Example, image_texts: list[str]) -> None:
+        """Raises ValueError where the family's own processor makes other ids of a conversation."""
+        turns = self.turns(example)
+        theirs = self.family.own_ids(self.messages(turns), [opened(i) for i in example.images])
+        if self.conversation(turns, image_texts).ids != theirs:
+            raise ValueError(f"example {example.id}: the ids of its conversation are not those "
+                             "that the model's own processor makes of it; this family or "
+                             "tokenizer is not served")
+
     def check_length(self, view: View, example: Example) -> None:
         if len(view.ids) > self.max_tokens:
             raise ValueError(f"example {example.id}: {len(view.ids)} tokens, the limit is "
@@ -274,6 +282,9 @@ class Examples:
         self.placed = [self.store.add(example) for example in taught]
         self.views = [self.serializer.views(example, *place, config.pred_tokens, config.target_view)
                       for example, place in zip(taught, self.placed)]
+        # one record is enough to see a template or tokenizer that we read in another way
+        if taught:
+            self.serializer.check_ids(taught[0], self.placed[0][1])
         self.targets: dict[int, torch.Tensor] = {}  # by row (D): h_R, where it was cached
 
     def steps(self, config: Config) -> Iterator[list[int]]:

@@ -103,8 +103,7 @@ class VLM(nn.Module):
         self.path = str(path)
         self.lm, self.family = families.load_checkpoint(self.path, dtype)
         self.tokenizer = self.family.tokenizer
-        pad, eos = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
-        self.pad_id: int = eos if pad is None else pad
+        self.pad_id: int = self.lm.generation_config.pad_token_id
         self.dim: int = self.lm.config.text_config.hidden_size
         self.max_positions: int = self.lm.config.text_config.max_position_embeddings
 
@@ -208,8 +207,9 @@ class VLM(nn.Module):
         if allowed is not None:
             def constraint(row: int, ids: Tensor) -> list[int]:
                 return allowed(row, ids[start:].tolist())
-        out = self.lm.generate(**prompt, max_new_tokens=max_new_tokens, do_sample=False,
-                               prefix_allowed_tokens_fn=constraint, pad_token_id=self.pad_id)
+        # greedy, whatever the checkpoint's own generation_config says (families.greedy)
+        out = self.lm.generate(**prompt, max_new_tokens=max_new_tokens,
+                               prefix_allowed_tokens_fn=constraint)
         return out[:, start:].tolist()
 
     def save_adapter(self, folder: Path) -> None:
