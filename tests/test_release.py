@@ -1,6 +1,7 @@
-"""Claims: `--recipe release` computes what the authors' release computes. Its rules are written out a second time below,
-one example and one position at a time, from whole conversations rendered as text, with transformers' own forward pass, one
-unpadded pass a view; every term and every gradient is equal in float64, and with any single rule left out it is not."""
+"""Claims: `--recipe release` computes what the authors' release computes. Its rules are written
+out a second time below, one example and one position at a time, from whole conversations rendered
+as text, with transformers' own forward pass, one unpadded pass a view; every term and every
+gradient is equal in float64, and with any single rule left out it is not."""
 
 import copy
 import dataclasses
@@ -15,8 +16,9 @@ import data
 import train
 from world import scenes
 
-PRED = 4
 PAD = "<|image_pad|>"
+PREDS = [f"<|predictor_{k}|>" for k in (4, 3, 2, 1)]  # the highest number first
+TURN = re.compile(r"<\|im_start\|>assistant\n(.*?<\|im_end\|>\n)", re.DOTALL)
 
 
 # ---- the release's rules, a second time ---------------------------------------------------------
@@ -33,64 +35,63 @@ class GrownEmbedding(nn.Module):
         return F.embedding(ids, torch.cat([self.base.weight, self.rows[0]]))
 
 
-def pred_name(k):
-    return f"<|predictor_{k}|>"
-
-
 def conversation(example):
-    """A user turn with the image and the question; a turn of the assistant for each text, of the user for each image."""
+    """A user turn of image and question; then one of the assistant a text, of the user an image."""
     turns = [("user", [example.image, example.question])]
-    turns += [("assistant" if isinstance(s, str) else "user", [s]) for s in example.trajectory]
-    return turns
+    return turns + [("assistant" if isinstance(step, str) else "user", [step])
+                    for step in example.trajectory]
 
 
 def tokens(vlm, tokenizer, turns):
-    """(text with every image's tokens written out, ids, characters (start, end) of each, images, grids) of a conversation."""
-    parts = [part for _, content in turns for part in content if not isinstance(part, str)]
-    images = [vlm.family.processor(images=[data.opened(p)], return_tensors="pt") for p in parts]
-    merge = vlm.family.processor.merge_size ** 2
-    messages = [dict(role=role, content=[dict(type="text", text=p) if isinstance(p, str) else dict(type="image")
-                                         for p in content]) for role, content in turns]
+    """(text, ids, the characters (start, end) of each, images) of a whole conversation."""
+    processor = vlm.family.processor
+    images = [processor(images=[data.opened(part)], return_tensors="pt")
+              for _, content in turns for part in content if not isinstance(part, str)]
+    messages = []
+    for role, content in turns:
+        parts = [dict(type="text", text=part) if isinstance(part, str) else dict(type="image")
+                 for part in content]
+        messages.append(dict(role=role, content=parts))
     pieces = tokenizer.apply_chat_template(messages, tokenize=False).split(PAD)
     text = pieces[0]
     for image, piece in zip(images, pieces[1:], strict=True):
-        text += PAD * (int(image["image_grid_thw"].prod()) // merge) + piece
+        text += PAD * int(image["image_grid_thw"].prod() // processor.merge_size ** 2) + piece
     found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     return text, found.input_ids, found.offset_mapping, images
 
 
-def states_of(vlm, ids, images):
-    """(T, D) final-layer states and (T, V) logits of one sequence by the model's own forward pass."""
+def run(vlm, ids, images):
+    """(T, D) final-layer states and (T, V) logits of one sequence by the model's own forward."""
     row = torch.tensor([ids])
-    pixels = {key: torch.cat([image[key] for image in images]) for key in ("pixel_values", "image_grid_thw")}
-    pixels["pixel_values"] = pixels["pixel_values"].to(vlm.lm.dtype)
-    out = vlm.lm(input_ids=row, attention_mask=torch.ones_like(row), output_hidden_states=True, use_cache=False,
-                 mm_token_type_ids=(row == vlm.image_token_id).int(), **pixels)
+    out = vlm.lm(input_ids=row, attention_mask=torch.ones_like(row), use_cache=False,
+                 output_hidden_states=True, mm_token_type_ids=(row == vlm.image_token_id).int(),
+                 pixel_values=torch.cat([image["pixel_values"] for image in images]).double(),
+                 image_grid_thw=torch.cat([image["image_grid_thw"] for image in images]))
     return out.hidden_states[-1][0], out.logits[0]
 
 
 def supervised(text, offsets, turns):
-    """For each token whether it is of an assistant's turn: its words, its <|im_end|> and the line break after it."""
-    spans = [m.span(1) for m in re.finditer(r"<\|im_start\|>assistant\n(.*?<\|im_end\|>\n)", text, re.DOTALL)]
+    """For each token whether it is the assistant's: words, <|im_end|>, the line break after it."""
+    spans = [match.span(1) for match in TURN.finditer(text)]
     spans = spans[-1:] if turns == "last" else spans
     return [any(a <= start and end <= b for a, b in spans) for start, end in offsets]
 
 
-def matrix(layer):
-    """What a linear layer multiplies by, its low-rank part added."""
-    if isinstance(layer, nn.Linear):
-        return layer.weight, layer.bias
-    return layer.base.weight + layer.scaling * layer.lora_B @ layer.lora_A, layer.base.bias
+def affine(layer, x):
+    """What a linear layer makes of x, its low-rank part added."""
+    base = layer if isinstance(layer, nn.Linear) else layer.base
+    y = base.weight @ x + base.bias
+    return y if base is layer else y + layer.scaling * (layer.lora_B @ (layer.lora_A @ x))
 
 
 def forecast(mlp, state, embedding):
-    """h_t + MLP(LayerNorm([h_t ; e_{t+1}])), three linear layers."""
+    """h_t + MLP(LayerNorm([h_t ; e_{t+1}])), three linear layers, exact GELU between them."""
     x = torch.cat([state, embedding])
-    x = (x - x.mean()) / ((x - x.mean()).square().mean() + 1e-6).sqrt() * mlp[0].weight + mlp[0].bias
-    for n, layer in enumerate((mlp[1], mlp[3], mlp[5])):
-        weight, bias = matrix(layer)
-        x = weight @ x + bias
-        x = x * 0.5 * (1 + torch.erf(x / 2 ** 0.5)) if n < 2 else x
+    x = x - x.mean()
+    x = x / (x.square().mean() + 1e-6).sqrt() * mlp[0].weight + mlp[0].bias
+    for n in (1, 3, 5):
+        x = affine(mlp[n], x)
+        x = x * 0.5 * (1 + torch.erf(x / 2 ** 0.5)) if n < 5 else x
     return state + x
 
 
@@ -103,39 +104,50 @@ def nll(logits, token):
     return torch.logsumexp(logits, 0) - logits[token]
 
 
+def words_and_states(vlm, tokenizer, predictor, example, turns):
+    """Of each supervised token: -log p of it, the forecast state's distance, -log p by that."""
+    words, distances, decoded = [], [], []
+    text, ids, offsets, images = tokens(vlm, tokenizer, conversation(example))
+    states, logits = run(vlm, ids, images)
+    learn = supervised(text, offsets, turns)
+    table, head = vlm.lm.get_input_embeddings().weight, vlm.lm.lm_head.weight.detach().clone()
+    for t in range(len(ids) - 1):
+        if learn[t + 1]:
+            words.append(nll(logits[t], ids[t + 1]))
+            ahead = forecast(predictor.latent.mlp, states[t], table[ids[t + 1]].detach())
+            distances.append(smooth_l1(ahead, states[t + 1].detach()))
+            decoded.append(nll(head @ ahead, ids[t + 1]))  # the token that it was told
+    return words, distances, decoded
+
+
+def embeddings(vlm, tokenizer, example):
+    """(h^_R, h_R): each the state of the last token but one, the <|im_end|> before a line break."""
+    spare = {tokenizer.convert_tokens_to_ids(name): len(vlm.lm.get_input_embeddings().weight) + n
+             for n, name in enumerate(PREDS)}
+    (role, content), *rest = conversation(example)
+    _, ids, _, images = tokens(vlm, tokenizer, [(role, [*content, "".join(PREDS)])])
+    guess = run(vlm, [spare.get(token, token) for token in ids], images)[0][-2]
+    _, ids, _, images = tokens(vlm, tokenizer, [(role, [example.image]), *rest])
+    return guess, run(vlm, ids, images)[0][-2].detach()
+
+
 def naive_terms(vlm, predictor, examples, turns="all"):
     """The release's terms over a batch: vlm, jepa, state and token."""
     tokenizer, table = copy.deepcopy(vlm.tokenizer), vlm.lm.get_input_embeddings()
-    tokenizer.add_special_tokens(dict(additional_special_tokens=[pred_name(k) for k in range(PRED, 0, -1)]))
-    rows = [tokenizer.convert_tokens_to_ids(pred_name(k)) for k in range(PRED, 0, -1)]  # the highest number first
-    spare = {token: len(table.weight) + n for n, token in enumerate(rows)}
-    head = vlm.lm.lm_head.weight.detach().clone()
-    words, jepa, state_means, decoded = [], [], [], []
+    tokenizer.add_special_tokens(dict(additional_special_tokens=PREDS))
     vlm.lm.set_input_embeddings(GrownEmbedding(table, predictor.pred_tokens))
+    words, jepa, state, decoded = [], [], [], []
     try:
         for example in examples:
-            chat = conversation(example)
-            text, ids, offsets, images = tokens(vlm, tokenizer, chat)
-            states, logits = states_of(vlm, ids, images)
-            own, learn = [], supervised(text, offsets, turns)
-            for t in range(len(ids) - 1):
-                if learn[t + 1]:
-                    words.append(nll(logits[t], ids[t + 1]))
-                    ahead = forecast(predictor.latent.mlp, states[t], table.weight[ids[t + 1]].detach())
-                    own.append(smooth_l1(ahead, states[t + 1].detach()))
-                    decoded.append(nll(head @ ahead, ids[t + 1]))  # the token that it was told
-            state_means.append(sum(own) / len(own))
-            role, content = chat[0]
-            asked = [(role, [*content, "".join(pred_name(k) for k in range(PRED, 0, -1))])]
-            _, ids, _, images = tokens(vlm, tokenizer, asked)
-            guess = states_of(vlm, [spare.get(token, token) for token in ids], images)[0][-2]  # at <|im_end|>
-            _, ids, _, images = tokens(vlm, tokenizer, [(role, [example.image]), *chat[1:]])
-            seen = states_of(vlm, ids, images)[0][-2].detach()
+            said, distances, named = words_and_states(vlm, tokenizer, predictor, example, turns)
+            guess, seen = embeddings(vlm, tokenizer, example)
+            words, decoded = words + said, decoded + named  # means over the batch's tokens
+            state.append(sum(distances) / len(distances))  # a mean over the example's
             jepa.append(1 - guess @ seen / (guess.norm() * seen.norm()))
     finally:
         vlm.lm.set_input_embeddings(table)
-    return dict(vlm=sum(words) / len(words), jepa=sum(jepa) / len(jepa), state=sum(state_means) / len(state_means),
-                token=sum(decoded) / len(decoded))
+    return {name: sum(values) / len(values)
+            for name, values in dict(vlm=words, jepa=jepa, state=state, token=decoded).items()}
 
 
 # ---- the same by --recipe release ---------------------------------------------------------------
@@ -159,9 +171,13 @@ def adapted64(vlm64):
     return vlm64
 
 
+def released(*options):
+    return train.parse_config(["--recipe", "release", "--device", "cpu", *options])
+
+
 def ours(vlm, rows, *options):
-    """Config, examples and predictor of a run by the release's recipe, [PRED] rows and all left to train."""
-    config = train.parse_config(["--recipe", "release", "--device", "cpu", "--predictor_weights", "trained", *options])
+    """Config, examples and predictor of a run by the recipe, with the predictor's all to train."""
+    config = released("--predictor_weights", "trained", *options)
     examples = train.Examples(rows, vlm, config)
     torch.manual_seed(1)  # the same predictor at every call
     predictor = train.additions(vlm, examples, config).double()
@@ -173,9 +189,9 @@ def ours(vlm, rows, *options):
 def terms(vlm, rows, *options):
     """Our terms by name; the token term is what NextLat has more with it than without."""
     config, examples, predictor = ours(vlm, rows, *options)
+    without = dataclasses.replace(config, nextlat_token="none")
     with torch.no_grad():
         parts = train.compute_losses(vlm, predictor, examples, [0, 1, 2], config)[1]
-        without = dataclasses.replace(config, nextlat_token="none")
         state = train.compute_losses(vlm, predictor, examples, [0, 1, 2], without)[1]["nextlat"]
     return dict(vlm=parts["vlm"], jepa=parts["jepa"], state=state, token=parts["nextlat"] - state)
 
@@ -185,17 +201,19 @@ def terms(vlm, rows, *options):
 def test_every_term_and_gradient_is_the_releases(adapted64, rows, packed, turns):
     options = ("--packed", packed, "--supervise_turns", turns)
     config, examples, predictor = ours(adapted64, rows, *options)
-    learned = [p for module in (adapted64, predictor) for p in module.parameters() if p.requires_grad]
+    learned = [p for module in (adapted64, predictor) for p in module.parameters()
+               if p.requires_grad]
     naive = naive_terms(adapted64, predictor, rows, turns)
     for name, value in terms(adapted64, rows, *options).items():
-        torch.testing.assert_close(value, naive[name].detach(), rtol=1e-12, atol=0, msg=name)
+        assert float(value) == pytest.approx(naive[name].item(), rel=1e-12), name
     total = naive["vlm"] + 0.2 * (naive["jepa"] + naive["state"] + naive["token"])
     loss = train.compute_losses(adapted64, predictor, examples, [0, 1, 2], config)[0]
-    torch.testing.assert_close(loss, total, rtol=1e-12, atol=0)
-    for one, other in zip(torch.autograd.grad(loss, learned), torch.autograd.grad(total, learned), strict=True):
-        assert other.abs().max() > 0
+    assert loss.item() == pytest.approx(total.item(), rel=1e-12)
+    for one, other in zip(torch.autograd.grad(loss, learned), torch.autograd.grad(total, learned)):
+        size = float(other.abs().max())
+        assert size > 0
         # transformers' norms compute in float32, so two orders of summing differ by its rounding
-        torch.testing.assert_close(one, other, rtol=0, atol=1e-6 * float(other.abs().max()))
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-6 * size)
 
 
 @pytest.mark.parametrize("option, value, changed", [
@@ -218,55 +236,65 @@ def test_no_rule_is_idle(adapted64, rows, option, value, changed):
 
 
 def test_lora_takes_every_linear_layer_but_the_head(adapted64):
-    left = [name for name, module in adapted64.lm.named_modules() if isinstance(module, nn.Linear) and not name.endswith(".base")]
+    left = [name for name, module in adapted64.lm.named_modules()
+            if isinstance(module, nn.Linear) and not name.endswith(".base")]
     assert left == ["lm_head"]
 
 
 def test_what_the_release_leaves_random_stays_so(vlm64, rows):
-    config = train.parse_config(["--recipe", "release", "--device", "cpu"])
+    config = released()
     examples = train.Examples(rows, vlm64, config)
     vlm64.set_trainable(4, 8.0, 0.0, ["all-linear"], True)
-    predictor = train.additions(vlm64, examples, config)
+    predictor = train.additions(vlm64, examples, config).double()
     learned = {name for name, p in predictor.named_parameters() if p.requires_grad}
     assert learned == {f"latent.mlp.{n}.lora_{part}" for n in (1, 3, 5) for part in "AB"}
-    assert predictor.latent.mlp[0].eps == 1e-6 and predictor.latent.mlp[5].base.weight.abs().min() > 0
+    assert predictor.latent.mlp[0].eps == 1e-6
+    assert predictor.latent.mlp[5].base.weight.abs().min() > 0
     before = {name: p.clone() for name, p in predictor.named_parameters()}
-    step = train.Step(vlm64, predictor.double(), examples, config)
+    step = train.Step(vlm64, predictor, examples, config)
     optimizer = torch.optim.AdamW([p for p in step.parameters() if p.requires_grad], lr=0.1)
     step([0, 1, 2])[0].backward()
     optimizer.step()
-    moved = {name for name, p in predictor.named_parameters() if not torch.equal(p, before[name].double())}
-    assert moved and moved <= learned
+    moved = {name for name, p in predictor.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == learned
+
+
+def supervised_words(vlm, rows, config):
+    return [vlm.tokenizer.decode([label for label in views.full.labels if label != -100])
+            for views in train.Examples(rows, vlm, config).views]
 
 
 def test_the_line_break_after_every_turn_is_supervised(vlm64, rows):
-    config = train.parse_config(["--recipe", "release", "--device", "cpu"])
-    for example, views in zip(rows, train.Examples(rows, vlm64, config).views):
-        words = vlm64.tokenizer.decode([label for label in views.full.labels if label != -100])
-        assert words == "".join(f"{text}<|im_end|>\n" for text in example.texts)
-    config = dataclasses.replace(config, supervise_turns="last")
-    for example, views in zip(rows, train.Examples(rows, vlm64, config).views):
-        words = vlm64.tokenizer.decode([label for label in views.full.labels if label != -100])
-        assert words == f"{example.texts[-1]}<|im_end|>\n"
+    assert supervised_words(vlm64, rows, released()) == [
+        "".join(f"{text}<|im_end|>\n" for text in example.texts) for example in rows]
+    assert supervised_words(vlm64, rows, released("--supervise_turns", "last")) == [
+        f"{example.texts[-1]}<|im_end|>\n" for example in rows]
 
 
 @pytest.mark.parametrize("count", [0, 1, 4])
 def test_pred_stands_inside_the_user_turn(vlm64, rows, count):
-    config = train.parse_config(["--recipe", "release", "--device", "cpu", "--pred_tokens", str(count)])
-    views = train.Examples(rows, vlm64, config).views[0]
+    config = released("--pred_tokens", str(count))
+    view = train.Examples(rows, vlm64, config).views[0].input
     end = vlm64.tokenizer.convert_tokens_to_ids("<|im_end|>")
-    assert views.input.ids[views.input.embed_at] == end and views.input.embed_at == len(views.input.ids) - 1
-    assert views.input.slots == tuple(range(views.input.embed_at - count, views.input.embed_at))
-    asked = vlm64.tokenizer.decode(views.input.ids[:views.input.embed_at - count])
+    assert view.ids[view.embed_at] == end and view.embed_at == len(view.ids) - 1
+    assert view.inject_at == tuple(range(view.embed_at - count, view.embed_at))
+    asked = vlm64.tokenizer.decode(view.ids[:view.embed_at - count])
     assert asked.endswith(rows[0].question)
 
 
+OPEN_TURNS = """
+{%- for m in messages -%}
+  {{- 'USER: ' if m['role'] == 'user' else 'ASSISTANT: ' -}}
+  {%- for part in m['content'] -%}
+    {{- '<|image_pad|>' if part['type'] == 'image' else part['text'] -}}
+  {%- endfor -%}
+  {{- ' ' if m['role'] == 'user' else '<|im_end|>' -}}
+{%- endfor -%}
+{{- 'ASSISTANT: ' if add_generation_prompt -}}"""
+
+
 def test_pred_in_the_user_turn_needs_a_turn_that_ends(vlm64, rows):
-    vlm64.tokenizer.chat_template = (
-        "{%- for m in messages -%}{{ 'USER: ' if m['role'] == 'user' else 'ASSISTANT: ' }}{%- for part in m['content'] -%}"
-        "{{ '<|image_pad|>' if part['type'] == 'image' else part['text'] }}{%- endfor -%}"
-        "{{ '\n' if m['role'] == 'user' else '<|im_end|>' }}{%- endfor -%}"
-        "{{ 'ASSISTANT: ' if add_generation_prompt }}")
-    config = train.parse_config(["--recipe", "release", "--device", "cpu"])
-    with pytest.raises(ValueError, match="pred_position user_turn"):
-        train.Examples(rows, vlm64, config)
+    vlm64.tokenizer.chat_template = OPEN_TURNS
+    train.Examples(rows, vlm64, released("--pred_position", "prompt"))
+    with pytest.raises(ValueError, match="--pred_position prompt"):
+        train.Examples(rows, vlm64, released())
