@@ -28,7 +28,7 @@ from pathlib import Path
 import torch
 
 from analysis.tables import format_table, summarise
-from baselines import reconstruction, tool_use
+from baselines import reconstruction, tool_use, variants
 from data import Serializer, View
 from model import VLM
 from support import adapters, answers, run_folder
@@ -255,9 +255,8 @@ def report(out: Path, config, tests: list[Example], before: list[dict], seconds:
     """Load the best checkpoint as a user would, answer the test questions, show and keep it."""
     # from disk, and not the model in memory: what is reported is what a user gets
     vlm, _, scale = load_run(out, config.device)
-    # with images first, the tool's answer is asked for as it was taught
-    if config.order == "image_first":
-        tests = [test.image_first() if test.trajectory else test for test in tests]
+    # the tool's answer is asked for as it was taught
+    tests = variants.as_shown(tests, config)
     asked = ask(vlm, tests, config.answer_prefix, config.call_limit, scale, config.decode_latents,
                 config.free_tokens)
     best = run_folder.best_checkpoint(out)

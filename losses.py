@@ -87,8 +87,8 @@ def nextlat_loss(states: Tensor, forecasts: list[tuple[Tensor, Tensor]]) -> Tens
     for forecast, at in forecasts:
         # the next state must be foreseen, not made easy to foresee
         target = states[at].detach()
-        # Deviation: the mean is over the t that have an i-th successor, for each i; the paper
-        # writes one mean for all
+        # Deviation: the paper writes one mean. Here it is taken for each i, over the t from which
+        # all of t+1..t+i may be forecast; others count otherwise at d > 1 (docs/differences.md)
         if len(forecast):
             total = total + distance(forecast, target, "smoothl1").mean()
     return total / max(1, len(forecasts))

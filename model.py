@@ -67,7 +67,8 @@ def add_lora(model: nn.Module, rank: int, alpha: float, dropout: float, targets:
     """Freeze `model`, then wrap each nn.Linear named in `targets`. Raises ValueError if none is."""
     model.requires_grad_(False)
     found = {name: module for name, module in model.named_modules()
-             if isinstance(module, nn.Linear) and name.split(".")[-1] in targets}
+             if isinstance(module, nn.Linear)
+             and ("all-linear" in targets or name.split(".")[-1] in targets)}
     if not found:
         raise ValueError(f"no linear layer is named {' or '.join(targets)}; set --lora_targets to "
                          "names of this model's layers")

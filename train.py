@@ -38,7 +38,7 @@ from transformers import get_cosine_schedule_with_warmup
 import data
 import evaluate
 import losses
-from baselines import reconstruction, variants
+from baselines import reconstruction, release, variants
 from losses import Losses, average
 from model import VLM
 from predictor import Predictor
@@ -57,6 +57,7 @@ def prepared(examples: list[Example], vlm: VLM, config: Config) -> data.Examples
     """A split as this run's method is to learn it: views made, images numbered."""
     taught = variants.as_taught(examples, config)
     found = data.Examples(examples, taught, vlm.family, vlm.max_positions, config)
+    release.adapt_views(found, taught, config)
     if config.method == "recon":
         reconstruction.add_views(found, taught, config)
     return found
@@ -89,7 +90,7 @@ def compute_losses(vlm: VLM, predictor: Predictor | None, examples: data.Example
         predicted = vlm(asked, images, predictor.pred_tokens).embedding  # (B, D) h^_R
 
     # 3. Target view R, without <I0, Q>: in a pass of its own, so that nothing leaks.
-    along, along_inputs, forecastable = states, inputs, full.labels != -100
+    along, along_inputs, labels, forecastable = states, inputs, full.labels, full.labels != -100
     if config.target_encoder == "current" or config.nextlat_view == "trajectory":
         alone = data.collate([v.target for v in views], vlm.pad_id).to(vlm.device)
         # Eq. 1 needs no gradient here, its target is a constant; Eq. 2 along R does
@@ -97,7 +98,7 @@ def compute_losses(vlm: VLM, predictor: Predictor | None, examples: data.Example
             told, told_inputs, target = vlm(alone, images)
         # every state of R, as in the paper's text, and not the full view's supervised ones
         if config.nextlat_view == "trajectory":
-            along, along_inputs, forecastable = told, told_inputs, alone.mask
+            along, along_inputs, labels, forecastable = told, told_inputs, alone.labels, alone.mask
     # by default the target is the starting model's, looked up
     if config.target_encoder == "frozen":
         cache_targets(vlm, examples, rows, config)
@@ -111,6 +112,8 @@ def compute_losses(vlm: VLM, predictor: Predictor | None, examples: data.Example
     if config.nextlat_view != "none":
         forecasts = predictor.latent.forecasts(along, along_inputs, forecastable, config.horizon)
         nextlat_term = losses.nextlat_loss(along, forecasts)  # Eq. 2
+        # the same, unless an option wants the release's mean, or its token term besides
+        nextlat_term = release.nextlat_term(nextlat_term, along, forecasts, labels, vlm, config)
     total, parts = losses.pearl_loss(vlm_term, jepa_term, nextlat_term, config.lambda_latent)  # 4
     return Losses(total, parts, (predicted.detach(), target.detach()))
 
@@ -237,6 +240,7 @@ def build(config: Config, world: int = 1) -> Run:
     elif config.method == "pearl" and config.lambda_latent > 0:
         start = vlm.lm.get_input_embeddings().weight[examples.serializer.end_id]
         predictor = Predictor(vlm.dim, config.pred_tokens, start, config.nextlat_sees_next)
+        release.leave_random(predictor, config)  # by an option alone
     if config.method == "pearl" and predictor is not None and config.target_encoder == "frozen":
         # now, while the model is as it comes; of a large data set only what the steps will see
         seen = islice(examples.steps(config), config.steps)

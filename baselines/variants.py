@@ -1,10 +1,13 @@
 """Variants of Pearl that are no part of it: orders of a trajectory, controls of the target."""
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from support.records import Example
+from world.tools import CALL
 
 
 def as_taught(examples: list[Example], config) -> list[Example]:
@@ -13,9 +16,23 @@ def as_taught(examples: list[Example], config) -> list[Example]:
             if config.method in ("direct", "both")]
     if config.method == "direct":
         return bare
+    return [*as_shown(examples, config), *bare]
+
+
+def as_shown(examples: list[Example], config) -> list[Example]:
+    """The examples with their trajectories as --order and --strip_calls want them."""
+    if config.strip_calls:
+        examples = [without_calls(example) for example in examples]
     if config.order == "image_first":
         examples = [example.image_first() for example in examples]
-    return [*examples, *bare]
+    return examples
+
+
+def without_calls(example: Example) -> Example:
+    """The assistant's words without the calls in them; what the tools gave stays."""
+    steps = [CALL.sub("", step).strip() if isinstance(step, str) else step
+             for step in example.trajectory]
+    return replace(example, trajectory=steps)
 
 
 def control_targets(target: Tensor, rows: list[int], config) -> Tensor:

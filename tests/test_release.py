@@ -12,8 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import data
 import train
+from baselines import release, variants
+from predictor import Predictor
+from support import options, run_folder
+from support.files import read_tensors
+from support.images import opened
+from support.run_folder import best_checkpoint
 from world import scenes
 
 PAD = "<|image_pad|>"
@@ -45,7 +50,7 @@ def conversation(example):
 def tokens(vlm, tokenizer, turns):
     """(text, ids, the characters (start, end) of each, images) of a whole conversation."""
     processor = vlm.family.processor
-    images = [processor(images=[data.opened(part)], return_tensors="pt")
+    images = [processor(images=[opened(part)], return_tensors="pt")
               for _, content in turns for part in content if not isinstance(part, str)]
     messages = []
     for role, content in turns:
@@ -64,7 +69,8 @@ def run(vlm, ids, images):
     """(T, D) final-layer states and (T, V) logits of one sequence by the model's own forward."""
     row = torch.tensor([ids])
     out = vlm.lm(input_ids=row, attention_mask=torch.ones_like(row), use_cache=False,
-                 output_hidden_states=True, mm_token_type_ids=(row == vlm.image_token_id).int(),
+                 output_hidden_states=True,
+                 mm_token_type_ids=(row == vlm.lm.config.image_token_id).int(),
                  pixel_values=torch.cat([image["pixel_values"] for image in images]).double(),
                  image_grid_thw=torch.cat([image["image_grid_thw"] for image in images]))
     return out.hidden_states[-1][0], out.logits[0]
@@ -175,12 +181,18 @@ def released(*options):
     return train.parse_config(["--recipe", "release", "--device", "cpu", *options])
 
 
+def new_predictor(vlm, config):
+    torch.manual_seed(1)  # the same at every call
+    predictor = Predictor(vlm.dim, config.pred_tokens, torch.randn(vlm.dim)).double()
+    release.leave_random(predictor, config)
+    return predictor.double()
+
+
 def ours(vlm, rows, *options):
     """Config, examples and predictor of a run by the recipe, with the predictor's all to train."""
     config = released("--predictor_weights", "trained", *options)
-    examples = train.Examples(rows, vlm, config)
-    torch.manual_seed(1)  # the same predictor at every call
-    predictor = train.additions(vlm, examples, config).double()
+    examples = train.prepared(rows, vlm, config)
+    predictor = new_predictor(vlm, config)
     predictor.latent.mlp[0].eps = 1e-6
     nn.init.normal_(predictor.latent.mlp[-1].weight, std=0.2)  # off its zero start
     return config, examples, predictor
@@ -243,9 +255,9 @@ def test_lora_takes_every_linear_layer_but_the_head(adapted64):
 
 def test_what_the_release_leaves_random_stays_so(vlm64, rows):
     config = released()
-    examples = train.Examples(rows, vlm64, config)
+    examples = train.prepared(rows, vlm64, config)
     vlm64.set_trainable(4, 8.0, 0.0, ["all-linear"], True)
-    predictor = train.additions(vlm64, examples, config).double()
+    predictor = new_predictor(vlm64, config)
     learned = {name for name, p in predictor.named_parameters() if p.requires_grad}
     assert learned == {f"latent.mlp.{n}.lora_{part}" for n in (1, 3, 5) for part in "AB"}
     assert predictor.latent.mlp[0].eps == 1e-6
@@ -261,7 +273,7 @@ def test_what_the_release_leaves_random_stays_so(vlm64, rows):
 
 def supervised_words(vlm, rows, config):
     return [vlm.tokenizer.decode([label for label in views.full.labels if label != -100])
-            for views in train.Examples(rows, vlm, config).views]
+            for views in train.prepared(rows, vlm, config).views]
 
 
 def test_the_line_break_after_every_turn_is_supervised(vlm64, rows):
@@ -274,7 +286,7 @@ def test_the_line_break_after_every_turn_is_supervised(vlm64, rows):
 @pytest.mark.parametrize("count", [0, 1, 4])
 def test_pred_stands_inside_the_user_turn(vlm64, rows, count):
     config = released("--pred_tokens", str(count))
-    view = train.Examples(rows, vlm64, config).views[0].input
+    view = train.prepared(rows, vlm64, config).views[0].input
     end = vlm64.tokenizer.convert_tokens_to_ids("<|im_end|>")
     assert view.ids[view.embed_at] == end and view.embed_at == len(view.ids) - 1
     assert view.inject_at == tuple(range(view.embed_at - count, view.embed_at))
@@ -295,6 +307,114 @@ OPEN_TURNS = """
 
 def test_pred_in_the_user_turn_needs_a_turn_that_ends(vlm64, rows):
     vlm64.tokenizer.chat_template = OPEN_TURNS
-    train.Examples(rows, vlm64, released("--pred_position", "prompt"))
+    train.prepared(rows, vlm64, released("--pred_position", "prompt"))
     with pytest.raises(ValueError, match="--pred_position prompt"):
-        train.Examples(rows, vlm64, released())
+        train.prepared(rows, vlm64, released())
+
+
+def test_supervising_the_layout_counts_against_the_limit(vlm64, rows):
+    longest = max(len(v.full.ids) for v in train.prepared(rows, vlm64, released()).views)
+    train.prepared(rows, vlm64, released("--max_tokens", str(longest)))
+    with pytest.raises(ValueError, match=f"{longest} tokens, the limit is {longest - 1}"):
+        train.prepared(rows, vlm64, released("--max_tokens", str(longest - 1)))
+
+
+@pytest.mark.parametrize("which, offset", [("fed", 0), ("next", 1)])
+def test_the_token_term_equals_a_loop_and_spares_the_head(which, offset):
+    torch.manual_seed(0)
+    states, head = torch.randn(3, 6, 5, requires_grad=True), torch.randn(7, 5, requires_grad=True)
+    at = torch.tensor([[0, 1, 1, 1, 0, 0], [0, 0, 1, 0, 1, 1], [0, 1, 0, 0, 0, 1]]).bool()
+    labels = torch.where(at, torch.randint(0, 7, at.shape), -100)
+    value = release.token_loss(states[at], at, labels, head, which)
+    naive = [nll(head.detach() @ states[b, p], labels[b, p + offset])
+             for b in range(3) for p in range(6 - offset)
+             if at[b, p] and labels[b, p + offset] >= 0]
+    torch.testing.assert_close(value, sum(naive) / len(naive))
+    value.backward()
+    assert states.grad.abs().sum() > 0 and head.grad is None
+    nothing = release.token_loss(states[at], at, torch.full_like(labels, -100), head, which)
+    assert nothing == 0
+
+
+def test_the_timed_passes_have_the_recipes_numbers(adapted64, rows):
+    config, examples, predictor = ours(adapted64, rows)
+    learned = [p for module in (adapted64, predictor) for p in module.parameters()
+               if p.requires_grad]
+    found = [compute(adapted64, predictor, examples, [0, 1, 2], config)[0]
+             for compute in (release.padded_losses, train.compute_losses)]
+    assert found[0].item() == pytest.approx(found[1].item(), rel=1e-12)
+    for one, other in zip(*(torch.autograd.grad(loss, learned) for loss in found)):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-6 * float(other.abs().max()))
+
+
+def test_calls_are_stripped_and_what_they_gave_stays(rows):
+    taught = variants.as_taught(rows, released("--strip_calls"))
+    for example, plain in zip(rows, taught):
+        assert "[" in example.texts[0] and not any("[" in text for text in plain.texts)
+        assert plain.images == example.images and plain.texts[-1] == example.texts[-1]
+    assert taught[0].texts[0] == "Highlight the dotted bars."
+    assert variants.as_taught(rows, released()) == rows
+
+
+# ---- the recipe as an option --------------------------------------------------------------------
+
+
+def test_an_option_beside_the_recipe_wins():
+    config = released("--lr", "1e-3", "--pred_position", "prompt")
+    assert (config.lr, config.pred_position, config.nextlat_token) == (1e-3, "prompt", "fed")
+
+
+@pytest.mark.parametrize("written, meant, corrected", [
+    ("--nextlat_token", "next", False), ("--nextlat_token=True", "next", True),
+    ("--nextlat-token=false", "none", True), ("--nextlat_token=fed", "fed", False)])
+def test_the_old_spelling_is_understood_and_corrected(written, meant, corrected, capsys):
+    assert train.parse_config([written]).nextlat_token == meant
+    said = capsys.readouterr().err
+    assert (f"is written --nextlat_token {meant} now" in said) == corrected
+
+
+def test_frozen_random_weights_need_lora(capsys):
+    with pytest.raises(SystemExit):
+        released("--lora_rank", "0")
+    assert "--predictor_weights lora needs --lora_rank above 0" in capsys.readouterr().err
+
+
+PAGE = (train.Path(train.__file__).parent / "docs" / "differences.md").read_text(encoding="utf-8")
+
+
+def test_the_page_names_what_the_recipes_set_and_what_they_leave():
+    """Every option of the first two tables is set by the release's recipe or said not to be."""
+    tables = PAGE.partition("## What `--recipe release` still does otherwise")[0]
+    named = {name for line in tables.splitlines() if line.startswith("|")
+             for name in re.findall(r"`--(\w+)", line.rpartition(" | ")[2])}
+    left = {"supervise_turns", "batch", "accumulate", "steps", "packed"}
+    assert named == options.RECIPES["release"].keys() - {"order"} | left
+    assert options.RECIPES["paper"].keys() < named
+    for name in left - {"packed"}:
+        assert f"--{name} " in tables.partition("COMMON=")[2], name
+
+
+def weights(run):
+    """All tensors of a finished run's best checkpoint."""
+    folder = run / best_checkpoint(run)["checkpoint"]
+    files = sorted(folder.glob("*.safetensors"))
+    assert [file.name for file in files] == ["adapter_model.safetensors", Predictor.file_name]
+    return {f"{file.name} {name}": tensor for file in files
+            for name, tensor in read_tensors(file)[0].items()}
+
+
+def test_a_run_by_the_recipe_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
+    """The weights that stay random are in no state: they are drawn again from the seed."""
+    small = dict(steps=4, batch=2, train_examples=6, valid_examples=2, test_per_family=1,
+                 lora_rank=2, eval_every=4, save_every=2, log_every=1, lr="1e-3", workers=0)
+    given = [word for name, value in small.items() for word in (f"--{name}", str(value))]
+    train.train(released(*given, "--out", str(tmp_path / "whole")))
+    steps = iter([False, True])
+    with monkeypatch.context() as patch:
+        patch.setattr(train.processes, "asked_to_stop", lambda world, device: next(steps))
+        train.train(released(*given, "--out", str(tmp_path / "parts")))
+    assert not (tmp_path / "parts" / "results.json").exists()
+    train.train(run_folder.read_config(train.Config, [str(tmp_path / "parts")]), resume=True)
+    whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")
+    assert whole.keys() == parts.keys() and any("visual.merger" in name for name in whole)
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
