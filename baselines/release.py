@@ -22,8 +22,8 @@ from support.records import Example
 def adapt_views(examples: Examples, taught: list[Example], config) -> None:
     """The views as --supervise_turns, --supervise_layout and --pred_position want them.
 
-    taught: the records that the views were made of. Raises ValueError where the model's template cannot have it so,
-    and for a view grown too long.
+    taught: the records that the views were made of. Raises ValueError where the model's template
+    cannot have it so, and for a view grown too long.
     """
     wanted = (config.supervise_turns, config.supervise_layout, config.pred_position)
     if wanted == ("all", False, "prompt"):
