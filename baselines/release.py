@@ -161,29 +161,26 @@ def padded_losses(vlm: VLM, predictor: Predictor, examples: Examples, rows: list
                   config) -> losses.Losses:
     """The losses of --recipe release in the passes that the release makes.
 
-    Three views padded to one length, gradient in all of them; latent predictor and head at every
-    position, the head at those of all three views and once more on the forecasts. This is the
+    One batch of all three views, padded to one length, with gradient in all; latent predictor and
+    head at every position, the head in all three views and once more on the forecasts. This is the
     release without its fused kernels, which spare the logits' memory but not their arithmetic.
     """
-    views = [examples.views[row] for row in rows]
+    views, count = [examples.views[row] for row in rows], len(rows)
     images = examples.store.encoded([i for three in views for i in three.full.images])
-    width = max(len(view.ids) for three in views for view in three)
-    batches = [collate([three[n] for three in views], vlm.pad_id, width=width).to(vlm.device)
-               for n in range(3)]
-    full, asked, alone = (
-        vlm(batch, images, injected)
-        for batch, injected in zip(batches, (None, predictor.pred_tokens, None)))
-    labels = torch.cat([batch.labels if n == 0 else torch.full_like(batch.labels, -100)
-                        for n, batch in enumerate(batches)])[:, 1:]
-    logits = vlm.logits(torch.cat([part.states[:, :-1] for part in (full, asked, alone)]))
-    vlm_term = F.cross_entropy(losses.at_least_float32(logits).flatten(0, 1), labels.flatten())
-    jepa_term = losses.jepa_loss(asked.embedding, alone.embedding, "cosine")
+    batch = collate([three[n] for n in range(3) for three in views], vlm.pad_id).to(vlm.device)
+    states, inputs, embedding = vlm(batch, images, predictor.pred_tokens.repeat(count, 1))
+    wanted = batch.labels[:, 1:]  # (3B, T-1) the token after each position
+    wanted[count:] = -100  # a target view's are supervised in the full view
+    logits = losses.at_least_float32(vlm.logits(states[:, :-1]))  # (3B, T-1, V)
+    vlm_term = F.cross_entropy(logits.flatten(0, 1), wanted.flatten())
+    _, predicted, target = embedding.split(count)  # (B, D) each
+    jepa_term = losses.jepa_loss(predicted, target, "cosine")
 
-    # every position is forecast and decoded; only the supervised ones count
-    ahead = predictor.latent(full.states[:, :-1], full.inputs[:, 1:].detach())  # (B, T-1, D)
-    wanted = labels[:len(rows)]
-    at = F.pad(wanted != -100, (1, 0))  # (B, T)
-    state_term = mean_of_means(full.states, ahead[wanted != -100], at)
+    # every position is forecast and decoded; only those before a supervised token count
+    full, wanted = states[:count], wanted[:count]
+    ahead = predictor.latent(full[:, :-1], inputs[:count, 1:].detach())  # (B, T-1, D)
+    counts = wanted != -100
+    state_term = mean_of_means(full, ahead[counts], F.pad(counts, (1, 0)))
     decoded = losses.at_least_float32(F.linear(ahead, vlm.lm.lm_head.weight.detach()))
     token_term = F.cross_entropy(decoded.flatten(0, 1), wanted.flatten())
     return losses.Losses(*losses.pearl_loss(vlm_term, jepa_term, state_term + token_term,

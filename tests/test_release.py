@@ -417,4 +417,5 @@ def test_a_run_by_the_recipe_goes_on_where_it_was_stopped(tmp_path, monkeypatch)
     train.train(run_folder.read_config(train.Config, [str(tmp_path / "parts")]), resume=True)
     whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")
     assert whole.keys() == parts.keys() and any("visual.merger" in name for name in whole)
+    assert f"{Predictor.file_name} latent.mlp.5.lora_B" in whole
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
