@@ -161,13 +161,13 @@ BESIDE = ("*.json", "*.jinja", "chat_templates/*", "*.txt", "*.model")  # all bu
 OWN = ("config.json", "*.index.json", "adapter_config.json")  # written anew, or of other weights
 
 
-def write_merged(lm, base: str, out: Path) -> str:
-    """The model as an ordinary checkpoint folder, which needs none of our code: its weights, and
-    beside them every file of the base that is not weights, as it is there. `out` must not exist.
+def save_merged(vlm, out: Path) -> None:
+    """A model whose adapter was merged, as an ordinary checkpoint folder, which needs none of our
+    code: its weights, and beside them every file of its base that is not weights, as it is there.
 
-    base: the folder or hub id that `lm` was loaded from (Family.path). Returns what to tell the
-    user. Raises FileExistsError.
+    Raises FileExistsError: `out` must not exist.
     """
+    lm, base = vlm.lm, vlm.family.path
     if out.exists():
         raise FileExistsError(f"{out} exists already: choose a new folder, nothing is overwritten")
     partial = out.with_name(out.name + ".partial")
@@ -186,4 +186,4 @@ def write_merged(lm, base: str, out: Path) -> str:
     if lm.config.model_type.startswith("qwen"):
         said += ("; whoever prepares inputs without AutoProcessor must pass mm_token_type_ids too "
                  "(1 at image tokens, else 0), or answers differ silently")
-    return said
+    print(said)

@@ -42,15 +42,7 @@ class Family:
     def __init__(self, path: str, lm: PreTrainedModel, processor, tokenizer, placeholder: str):
         self.path, self.lm, self.processor, self.tokenizer = path, lm, processor, tokenizer
         self.placeholder = placeholder
-        rows = lm.get_input_embeddings().weight.shape[0]
-        image = tokenizer.convert_ids_to_tokens(lm.config.image_token_id)
-        if not placeholder or not image or len(tokenizer) > rows:
-            raise ValueError(f"the tokenizer in {path} is not the model's: it has {len(tokenizer)} "
-                             f"tokens, the model {rows}, of which number {lm.config.image_token_id} "
-                             "stands for images; restore its files")
-        if not tokenizer.is_fast:
-            raise ValueError(f"{path}: its tokenizer does not say which characters a token is of; "
-                             "save it with a tokenizer.json")
+        check_tokenizer(path, lm, tokenizer, placeholder)
         self.template, self.template_source = chat_template(path, tokenizer)
         tokenizer.chat_template = self.template
         self.reserved: set[str] = reserved_tokens(tokenizer, lm.config, processor)
@@ -180,6 +172,22 @@ def chat_template(path: str, tokenizer) -> tuple[str, str]:
         raise ValueError(f"{path} has no chat template: choose a checkpoint that was tuned to "
                          "follow instructions")
     return found, next((name for name in files if stored(path, name)), files[-1])
+
+
+def check_tokenizer(path: str, lm: PreTrainedModel, tokenizer, placeholder: str | None) -> None:
+    """Raises ValueError where a text could hold tokens that the model has no embedding for."""
+    rows, image = lm.get_input_embeddings().weight.shape[0], lm.config.image_token_id
+    special = set(tokenizer.all_special_tokens)
+    most = max((i for t, i in tokenizer.get_vocab().items() if t not in special), default=0)
+    if not placeholder or not tokenizer.convert_ids_to_tokens(image) or most >= rows:
+        raise ValueError(f"the tokenizer in {path} is not the model's: it has {len(tokenizer)} "
+                         f"tokens, the model {rows}, of which number {image} stands for images; "
+                         "restore its files")
+    if not tokenizer.is_fast:
+        raise ValueError(f"{path}: its tokenizer does not say which characters a token is of; save "
+                         "it with a tokenizer.json")
+    if (tokenizer.pad_token_id or 0) >= rows:  # added without a row of its own; any will do
+        tokenizer.pad_token = tokenizer.eos_token
 
 
 def built(kind, path: str):

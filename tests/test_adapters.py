@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor
 
-from support.adapters import load_adapter, resolve, write_merged
+from model import VLM
+from support.adapters import load_adapter, resolve, save_merged
 from support.families import load_checkpoint
 
 from checkpoints import build, write
@@ -147,7 +148,7 @@ def test_what_model_may_not_name(base, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl_new", "llava", "gemma3", "idefics3"])
-def test_a_merged_checkpoint_has_the_bases_own_files(tmp_path, name):
+def test_a_merged_checkpoint_has_the_bases_own_files(tmp_path, name, capsys):
     base = build(name, tmp_path / "base")
     more = base / "chat_templates" / "tools.jinja"
     if name == "qwen3_vl_new":  # beside chat_template.json transformers allows no such folder
@@ -157,10 +158,11 @@ def test_a_merged_checkpoint_has_the_bases_own_files(tmp_path, name):
         (base / extra).write_text("{}")
     (base / "model.safetensors.index.json").write_text("{}")
     before = {file.name: file.read_bytes() for file in base.iterdir() if file.is_file()}
-    lm, family = load_checkpoint(str(base), torch.float64)
+    vlm = VLM(base, torch.float64)
     with torch.no_grad():
-        lm.get_input_embeddings().weight += 1
-    said = write_merged(lm, family.path, tmp_path / "merged")
+        vlm.lm.get_input_embeddings().weight += 1
+    save_merged(vlm, tmp_path / "merged")
+    said = capsys.readouterr().out
     merged = {file.name: file.read_bytes() for file in (tmp_path / "merged").iterdir()
               if file.is_file()}
     own = {"config.json", "model.safetensors", "model.safetensors.index.json"}
@@ -173,12 +175,12 @@ def test_a_merged_checkpoint_has_the_bases_own_files(tmp_path, name):
     assert load_file(base / "model.safetensors").keys() == load_file(
         tmp_path / "merged" / "model.safetensors").keys()
     again, same = load_checkpoint(str(tmp_path / "merged"), torch.float64)
-    torch.testing.assert_close(dict(again.state_dict()), dict(lm.state_dict()))
-    assert same.template == family.template and same.reserved == family.reserved
+    torch.testing.assert_close(dict(again.state_dict()), dict(vlm.lm.state_dict()))
+    assert same.template == vlm.family.template and same.reserved == vlm.family.reserved
     if not name.startswith("qwen"):
         AutoProcessor.from_pretrained(tmp_path / "merged")
     with pytest.raises(FileExistsError, match="merged exists already"):
-        write_merged(lm, family.path, tmp_path / "merged")
+        save_merged(vlm, tmp_path / "merged")
     assert not [file for file in os.listdir(tmp_path) if file.endswith(".partial")]
 
 
@@ -190,12 +192,11 @@ def test_a_model_of_the_hubs_cache_needs_no_network(base, tmp_path):
     (stored / "refs").mkdir()
     (stored / "refs" / "main").write_text(commit)
     program = (
-        "import sys, torch; from pathlib import Path\n"
-        "from support.adapters import write_merged\n"
-        "from support.families import load_checkpoint\n"
-        "lm, family = load_checkpoint('some/tiny', torch.float32)\n"
-        "print(family.template_source, family.path)\n"
-        "print(write_merged(lm, family.path, Path(sys.argv[1])))\n")
+        "import sys; from pathlib import Path; from model import VLM\n"
+        "from support.adapters import save_merged\n"
+        "vlm = VLM('some/tiny')\n"
+        "print(vlm.family.template_source, vlm.family.path)\n"
+        "save_merged(vlm, Path(sys.argv[1]))\n")
     done = subprocess.run(
         [sys.executable, "-c", program, str(tmp_path / "merged")], capture_output=True, text=True,
         cwd=Path(__file__).parent.parent, env=os.environ | dict(

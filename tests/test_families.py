@@ -14,7 +14,7 @@ import torch
 import transformers
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import AutoProcessor, GenerationConfig
+from transformers import AutoProcessor, AutoTokenizer, GenerationConfig
 
 import data
 import evaluate
@@ -267,6 +267,15 @@ def test_a_tokenizer_that_is_lost_or_of_another_model_is_refused(folders, tmp_pa
     shutil.copy(folders("gemma3") / "tokenizer.json", folder)
     with pytest.raises(ValueError, match="tokenizer in .* is not the model's: it has 5.. tokens"):
         load_checkpoint(str(folder), torch.float32)
+
+
+def test_a_pad_token_without_an_embedding_does_no_harm(folders, tmp_path):
+    folder = copied(folders("qwen2_5_vl"), tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens(dict(pad_token="<padding>"))
+    tokenizer.save_pretrained(folder)
+    vlm = VLM(folder)
+    assert vlm.pad_id < len(vlm.lm.get_input_embeddings().weight) <= tokenizer.pad_token_id
 
 
 @pytest.mark.skipif(not HAVE_TORCHVISION, reason="its processor needs torchvision")
