@@ -168,6 +168,19 @@ def test_what_a_text_may_not_hold(checkpoint, family):
             serializer.check(records.Example("1", "f", None, "Q", ["x"], "x", [words]))
 
 
+@pytest.mark.parametrize("name, token", [
+    ("llava", "<image>"), ("qwen2_5_vl", "<|video_pad|>"), ("qwen2_5_vl", "<|vision_end|>"),
+    ("pixtral", "[IMG_BREAK]")])
+def test_marks_of_images_are_reserved_special_or_not(folders, tmp_path, name, token):
+    folder = copied(folders(name), tmp_path)
+    raw = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    for added in raw["added_tokens"]:
+        added["special"] = added["special"] and added["content"] != token
+    (folder / "tokenizer.json").write_text(json.dumps(raw), encoding="utf-8")
+    family = load_checkpoint(str(folder), torch.float32)[1]
+    assert token not in family.tokenizer.all_special_tokens and token in family.reserved
+
+
 @pytest.mark.parametrize("tool_images", [0, 1, 2])
 def test_views_are_the_familys_own_tokens(checkpoint, family, mixed, tool_images):
     if family.alone_only and tool_images:
@@ -267,6 +280,12 @@ def test_a_tokenizer_that_is_lost_or_of_another_model_is_refused(folders, tmp_pa
     shutil.copy(folders("gemma3") / "tokenizer.json", folder)
     with pytest.raises(ValueError, match="tokenizer in .* is not the model's: it has 5.. tokens"):
         load_checkpoint(str(folder), torch.float32)
+
+
+def test_a_family_that_counts_positions_in_rows_of_its_own_is_refused(folders, monkeypatch):
+    monkeypatch.setattr(transformers.LlavaModel, "get_rope_index", len, raising=False)
+    with pytest.raises(ValueError, match="counts positions in several rows: .* only qwen2_vl"):
+        load_checkpoint(str(folders("llava")), torch.float32)
 
 
 def test_a_pad_token_without_an_embedding_does_no_harm(folders, tmp_path):
