@@ -1,0 +1,1 @@
+"""Readers of published data: trajectories for training, benchmarks for evaluation (README.md)."""
