@@ -15,6 +15,7 @@ import data
 TAG = re.compile(r"\s*<\s*/?\s*\|?\s*(?:answer|think|image(?:_start|_end|_\d+)?|lvr(?:_\w+)?)"
                  r"\s*\|?\s*/?\s*>\s*", re.IGNORECASE)
 ANSWER = re.compile(r"<\s*answer\s*>(.*?)(?:<\s*/\s*answer\s*>|$)", re.DOTALL | re.IGNORECASE)
+GIVEN = re.compile(r"(?:^|\s)Answer:\s*(\S.*?)\s*$")  # the last words of a trajectory here
 BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
 FONT = re.compile(r"\\(?:text|textbf|textit|texttt|mathrm|mathbf|mathit)\s*\{([^{}]*)\}")
 
@@ -86,14 +87,16 @@ def clean(text: str) -> str:
 
 
 def split_answer(text: str) -> tuple[str, str]:
-    r"""(words, answer) of a text with its answer in <answer> tags, which leave the words, or boxed.
+    r"""(words, answer) of a text that gives its answer in <answer> tags, boxed or after "Answer:".
 
-    The last one counts. Without either the answer is "".
+    The last one counts; a box's content stays among the words. Without any the answer is "".
     """
     if tagged := list(ANSWER.finditer(text)):
         last = tagged[-1]
         return clean(text[:last.start()] + " " + text[last.end():]), clean(last[1])
-    words, boxes = unboxed(TAG.sub(" ", text))
+    words, boxes = unboxed(TAG.sub(" ", text).strip())
+    if not boxes and (named := GIVEN.search(words)):
+        return words[:named.start()].strip(), named[1]
     return words.strip(), boxes[-1] if boxes else ""
 
 

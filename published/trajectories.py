@@ -28,8 +28,8 @@ from PIL import Image, ImageChops, ImageStat
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data  # noqa: E402
-from published.common import (alike, clean, digest, parquet_rows, parse,  # noqa: E402
-                              read_text, split_answer)
+from published.common import (GIVEN, alike, clean, digest, parquet_rows,  # noqa: E402
+                              parse, read_text, split_answer)
 from world import tools  # noqa: E402
 
 Skip = tuple[str, str]  # (id, reason)
@@ -80,7 +80,7 @@ def crop_text(words: str, box: list[int], of: int = 0) -> str:
 
 def final(words: str, answer: str) -> str:
     """The last text. Raises ValueError where the words already give another answer."""
-    if said := re.search(r"(?:^|\s)Answer:\s*(.+?)\s*$", words):
+    if said := GIVEN.search(words):
         if not alike(said[1], answer):
             raise ValueError(OTHER_ANSWER)
         words = words[:said.start()]

@@ -1,7 +1,7 @@
-"""Claims: records in the published layouts become our trajectories with the right crops and words; what
-cannot be used is counted and given a reason; a call that is written gives the picture behind it, or the
-record says why not; questions on one picture stand on one side; no file of the user's is touched; a mixture
-has the asked shares and shares no picture between its sides."""
+"""Claims: records in the published layouts become our trajectories with the right crops and words;
+what cannot be used is counted and given a reason; a call that is written gives the picture behind
+it, or the record says why not; questions on one picture stand on one side; no file of the user's is
+touched; a mixture has the asked shares and shares no picture between its sides."""
 
 import json
 import os
@@ -59,11 +59,12 @@ def converted(convert, tmp_path, records, pictures):
 
 
 def answers_of_calls(ex):
-    """What our executor gives for each call of an example, and the picture that stands behind it."""
+    """What our executor gives for each call of an example, and the picture that follows it."""
     shown, pairs = [data.opened(ex.image)], []
     for step, following in zip(ex.trajectory, ex.trajectory[1:]):
         if isinstance(step, str):
-            pairs.append((tools.call_tool(step, *shown).tobytes(), data.opened(following).tobytes()))
+            pairs.append((tools.call_tool(step, *shown).tobytes(),
+                          data.opened(following).tobytes()))
         else:
             shown.append(data.opened(step))
     return pairs
@@ -77,13 +78,15 @@ def test_lvr_boxes_become_calls_and_crops(pictures, tmp_path):
     call, crop, last = ex.trajectory
     assert ex.question == "What is there?" and ex.answer == "a dog" and last == "Answer: a dog"
     assert ex.family == "flickr30k" and ex.remarks == []
-    assert call.endswith("[crop 50 0 75 50]") and crop.size == (50, 50) and crop.getpixel((0, 0)) == (0, 0, 0)
-    assert crop.tobytes() == tools.call_tool(call, data.open_image(pictures / "a.png", "")).tobytes()
+    assert call.endswith("[crop 50 0 75 50]") and crop.size == (50, 50)
+    assert crop.getpixel((0, 0)) == (0, 0, 0)
+    assert answers_of_calls(ex) == [(crop.tobytes(), crop.tobytes())]
     assert published.hundredths([0.07, 0.29, 0.57, 0.58]) == [7, 29, 57, 58]  # exact ones stay
 
 
 @pytest.mark.parametrize("changed, reason", [
-    (dict(bboxes=[[0.5, 0, 0.5, 1]]), "box is empty"), (dict(bboxes=[[0.5, 0, 1.2, 1]]), "leaves the image"),
+    (dict(bboxes=[[0.5, 0, 0.5, 1]]), "box is empty"),
+    (dict(bboxes=[[0.5, 0, 1.2, 1]]), "leaves the image"),
     (dict(bboxes=[[0.5, 0, float("nan"), 1]]), "leaves the image"),
     (dict(bboxes=[]), "field missing"), (dict(bboxes=[0.1, 0.1, 0.5, 0.5]), "not four numbers"),
     (dict(bboxes=[[0, 0, 1]]), "not four numbers"), (dict(image=["b.png"]), "image not found"),
@@ -95,8 +98,10 @@ def test_lvr_boxes_become_calls_and_crops(pictures, tmp_path):
     (dict(conversations=[{"value": "x"}, {"value": "<answer></answer>"}]), "no answer")])
 def test_what_cannot_be_used_is_named_with_its_reason(pictures, tmp_path, changed, reason, capsys):
     (pictures / "broken.jpg").write_bytes((pictures / "scene.jpg").read_bytes()[:900])
-    found = converted(published.lvr, tmp_path, [a_lvr_record(), a_lvr_record(question_id=9, **changed)], pictures)
-    assert isinstance(found[0], data.Example) and found[1][0] == "lvr-flickr30k-9-1" and reason in found[1][1]
+    records = [a_lvr_record(), a_lvr_record(question_id=9, **changed)]
+    found = converted(published.lvr, tmp_path, records, pictures)
+    assert isinstance(found[0], data.Example) and found[1][0] == "lvr-flickr30k-9-1"
+    assert reason in found[1][1]
     published.write(iter(found), tmp_path / "out")
     said = capsys.readouterr().out
     assert "1 records kept, 1 left out" in said and "lvr-flickr30k-9-1" in said
@@ -107,26 +112,33 @@ def test_every_box_and_turn_of_lvr_is_used_or_counted(pictures, tmp_path, capsys
     talk = a_lvr_record()["conversations"]
     marked = [talk[0], dict(talk[1], value="<lvr>\n<lvr>\n<answer>a dog</answer>")]
     plain = [talk[0], dict(talk[1], value="<answer>a dog</answer>")]
-    records = [a_lvr_record(bboxes=boxes[:2]), a_lvr_record(bboxes=boxes[:2], conversations=plain + plain),
+    records = [a_lvr_record(bboxes=boxes[:2]),
+               a_lvr_record(bboxes=boxes[:2], conversations=plain + plain),
                a_lvr_record(bboxes=boxes, conversations=marked + talk),
                a_lvr_record(bboxes=boxes, conversations=plain + plain)]
-    two, first, turn, both, later, unclear, last = converted(published.lvr, tmp_path, records, pictures)
-    assert [text.rpartition(" [")[2] for text in two.texts[:2]] == ["crop 10 10 50 50]", "crop 50 50 90 90 of 1]"]
+    two, first, turn, both, later, unclear, last = converted(published.lvr, tmp_path, records,
+                                                             pictures)
+    calls = [text.rpartition(" [")[2] for text in two.texts[:2]]
+    assert calls == ["crop 10 10 50 50]", "crop 50 50 90 90 of 1]"]
     assert all(given == kept for given, kept in answers_of_calls(two)) and len(two.images) == 3
-    assert len(first.images) == 2 and len(both.images) == 3  # the marks say that the first turn has two
+    # the marks say that the first turn has two
+    assert len(first.images) == 2 and len(both.images) == 3
     assert "which box belongs to which" in unclear[1]
-    assert [t[0][-6:] for t in (turn, later, last)] == ["-turn2"] * 3 and "a further turn" in turn[1]
+    assert [t[0][-6:] for t in (turn, later, last)] == ["-turn2"] * 3
+    assert "a further turn" in turn[1]
     published.write(iter([two, first, turn, both, later, unclear, last]), tmp_path / "out")
     said = capsys.readouterr().out
     assert "3 records kept, 4 left out" in said and "left out       3  a further turn" in said
 
 
-def test_questions_on_one_picture_stand_on_one_side_and_the_picture_is_there_once(pictures, tmp_path, capsys):
+def test_questions_on_one_picture_stand_on_one_side_with_one_copy(pictures, tmp_path, capsys):
     rng, records = random.Random(0), []
     for n in range(300):
-        Image.new("RGB", (20, 10), tuple(rng.randrange(256) for _ in range(3))).save(pictures / f"{n}.png")
+        colour = tuple(rng.randrange(256) for _ in range(3))
+        Image.new("RGB", (20, 10), colour).save(pictures / f"{n}.png")
         records += [a_lvr_record(question_id=f"{n}-{k}", image=[f"{n}.png"]) for k in range(2)]
-    (pictures / "copy.png").write_bytes((pictures / "0.png").read_bytes())  # another name, the same picture
+    # another name, the same picture
+    (pictures / "copy.png").write_bytes((pictures / "0.png").read_bytes())
     Image.open(pictures / "0.png").save(pictures / "0.bmp")  # and another format
     records += [a_lvr_record(question_id=name, image=[name]) for name in ("copy.png", "0.bmp")]
     published.write(iter(converted(published.lvr, tmp_path, records, pictures)), tmp_path / "out")
@@ -145,7 +157,8 @@ def test_questions_on_one_picture_stand_on_one_side_and_the_picture_is_there_onc
 
 def a_trace(*turns, image="a.png"):
     roles = ["system", "user"] + ["assistant", "user"] * len(turns)
-    question = [{"image": image, "text": None, "video": None}, {"text": "Where?", "image": None, "video": None}]
+    question = [{"image": image, "text": None, "video": None},
+                {"text": "Where?", "image": None, "video": None}]
     contents = [[{"text": "tools"}], question, *turns]
     return dict(qid="q1", message_list=[dict(role=r, content=c) for r, c in zip(roles, contents)])
 
@@ -167,27 +180,35 @@ def test_pixelreasoner_crops_and_videos(pictures, tmp_path):
     blue = [{"image": "crop.png"}]
     rows = [a_trace([{"text": "It is \\boxed{B}"}]),
             a_trace(a_call(), reply("crop.png"), [{"text": "So \\boxed{\\text{C}}"}]),
-            dict(qid="v", message_list=[dict(role="user", content=[{"video": ["1.png"]}, {"text": "?"}])]),
+            dict(qid="v",
+                 message_list=[dict(role="user", content=[{"video": ["1.png"]}, {"text": "?"}])]),
             a_trace([{"text": "no idea"}]),
             a_trace(a_call(), blue, a_call(), blue, [{"text": "\\boxed{C}"}]),
             a_trace(a_call(target=2), blue, [{"text": "\\boxed{C}"}])]
-    none, one, video, open_end, again, unseen = converted(published.pixelreasoner, tmp_path, rows, pictures)
-    assert again.texts[:2] == ["Let me zoom. [crop 10 20 30 40]", "Let me zoom. [crop 10 20 30 40 of 1]"]
+    none, one, video, open_end, again, unseen = converted(published.pixelreasoner, tmp_path, rows,
+                                                          pictures)
+    assert again.texts[:2] == ["Let me zoom. [crop 10 20 30 40]",
+                               "Let me zoom. [crop 10 20 30 40 of 1]"]
     assert unseen[1] == "a call names an image that was not shown"
-    assert none.trajectory == ["It is B Answer: B"] and none.question == "Where?" and len(none.images) == 1
-    assert one.trajectory == ["Let me zoom. [crop 10 20 30 40]", pictures / "crop.png", "So C Answer: C"]
-    assert one.answer == "C" and set(one.remarks) == {published.PUBLISHED_PICTURE, published.ANNOUNCEMENT}
+    assert none.trajectory == ["It is B Answer: B"] and none.question == "Where?"
+    assert len(none.images) == 1
+    assert one.trajectory == ["Let me zoom. [crop 10 20 30 40]", pictures / "crop.png",
+                              "So C Answer: C"]
+    assert one.answer == "C"
+    assert set(one.remarks) == {published.PUBLISHED_PICTURE, published.ANNOUNCEMENT}
     assert video[1] == "video" and "boxed" in open_end[1]
 
 
 @pytest.mark.parametrize("image_share, box_share", [(0.1, 0), (0, 0.1), (0, 0)])
-def test_the_call_is_that_of_the_region_the_published_picture_shows(pictures, tmp_path, image_share, box_share):
+def test_the_call_is_that_of_the_region_the_published_picture_shows(pictures, tmp_path,
+                                                                    image_share, box_share):
     """The tool pads its boxes and resizes what it cut, and the picture was saved as JPEG."""
     box, whole = (0.3, 0.35, 0.6, 0.8), Image.open(pictures / "scene.jpg")
     x, y = (image_share + box_share * (box[n + 2] - box[n]) for n in (0, 1))
     region = (box[0] - x, box[1] - y, box[2] + x, box[3] + y)
     cut = whole.crop(tuple(round(v * whole.size[n % 2]) for n, v in enumerate(region)))
-    cut.resize((cut.width * 2 // 28 * 28, cut.height * 2 // 28 * 28), Image.Resampling.BICUBIC).save(pictures / "cut.jpg")
+    cut.resize((cut.width * 2 // 28 * 28, cut.height * 2 // 28 * 28),
+               Image.Resampling.BICUBIC).save(pictures / "cut.jpg")
     rows = [a_trace(a_call(box), reply("cut.jpg"), [{"text": "\\boxed{C}"}], image="scene.jpg")]
     [ex] = converted(published.pixelreasoner, tmp_path, rows, pictures)
     numbers = [int(v) for v in ex.texts[0].partition("[crop ")[2].rstrip("]").split()]
@@ -228,14 +249,17 @@ def test_error_replies_and_odd_turns_are_said(pictures, tmp_path, capsys):
     retried, tailed, *rest = found
     assert retried.texts == ["Too small. Wider. [crop 10 20 30 40]", "C Answer: C"]
     assert retried.remarks[0] == published.ERROR_REPLY and tailed.remarks[0] == published.AFTER_CALL
-    reasons = ["answers no call", "2 images answer one call", "several calls", "field missing", "not JSON",
-               "in turn up to an answer", "last turn calls a tool", "0 images beside the question"]
-    assert len(rest) == len(reasons) and all(reason in left[1] for reason, left in zip(reasons, rest))
+    reasons = ["answers no call", "2 images answer one call", "several calls", "field missing",
+               "not JSON", "in turn up to an answer", "last turn calls a tool",
+               "0 images beside the question"]
+    assert len(rest) == len(reasons)
+    assert all(reason in left[1] for reason, left in zip(reasons, rest))
     published.write(iter(found), tmp_path / "out")
     said = capsys.readouterr().out
     assert f"with remark       1  {published.ERROR_REPLY}; first: {retried.id}" in said
     line = (tmp_path / "out" / data.FILE).read_text(encoding="utf-8").splitlines()[0]
-    assert json.loads(line)["remarks"] == retried.remarks and published.PUBLISHED_PICTURE in retried.remarks
+    assert json.loads(line)["remarks"] == retried.remarks
+    assert published.PUBLISHED_PICTURE in retried.remarks
 
 
 # ---- ThinkMorph and markup ----
@@ -245,20 +269,25 @@ def a_row(pictures, **changed):
     raw = dict(bytes=(pictures / "a.png").read_bytes(), path="a.png")
     helper = dict(bytes=(pictures / "crop.png").read_bytes(), path=None)
     return dict(pid="7", question="<image>Which arrangement?", answer="A", problem_image_0=raw,
-                reasoning_image_0=helper, resoning_thought_0="<think>I will assemble it.</think><image_start>",
+                reasoning_image_0=helper,
+                resoning_thought_0="<think>I will assemble it.</think><image_start>",
                 resoning_thought_1="<image_end><think>It fits.</think>") | changed
 
 
 def test_thinkmorph_rows_and_the_message_without_pyarrow(pictures, tmp_path, monkeypatch):
     helper = a_row(pictures)["reasoning_image_0"]
     rows = [a_row(pictures), a_row(pictures, reasoning_image_0=None),
-            a_row(pictures, reasoning_image_1=helper, resoning_thought_2="Done.", full_text_only_thought="long"),
-            a_row(pictures, problem_image_1=helper), a_row(pictures, resoning_thought_0="<think></think>")]
+            a_row(pictures, reasoning_image_1=helper, resoning_thought_2="Done.",
+                  full_text_only_thought="long"),
+            a_row(pictures, problem_image_1=helper),
+            a_row(pictures, resoning_thought_0="<think></think>")]
     monkeypatch.setattr(published, "thinkmorph_rows", lambda folder: iter(rows))
     kept, left, longer, two, empty = published.thinkmorph([tmp_path / "Jigsaw_Assembly"])
-    assert kept.texts == ["I will assemble it.", "It fits. Answer: A"] and kept.images[1].size == (40, 40)
+    assert kept.texts == ["I will assemble it.", "It fits. Answer: A"]
+    assert kept.images[1].size == (40, 40)
     assert kept.family == "Jigsaw_Assembly" and kept.remarks == []
-    assert "field missing" in left[1] and "2 images beside the question" in two[1] and "empty" in empty[1]
+    assert "field missing" in left[1] and "2 images beside the question" in two[1]
+    assert "empty" in empty[1]
     assert longer.texts == ["I will assemble it.", "It fits.", "Done. Answer: A"]
     assert longer.remarks == [published.TEXT_ONLY]
     monkeypatch.undo()
@@ -276,32 +305,42 @@ def test_thinkmorph_rows_and_the_message_without_pyarrow(pictures, tmp_path, mon
     ("</image_start><think>It fits.</think><answer>A</answer>", "A", "It fits. Answer: A"),
     ("It is \\boxed{A}.", "A", "It is A. Answer: A"),
     ("So $\\boxed{\\text{(A)}}$", "\\boxed{A}", "So (A) Answer: A"),
-    ("Half: \\boxed{\\frac{1}{2}}", "\\boxed{\\frac{1}{2}}", "Half: \\frac{1}{2} Answer: \\frac{1}{2}"),
-    ("<IMAGE_END> < think >Fits</think ><answer>\\boxed{A}</answer>", "<answer>A</answer>", "Fits Answer: A"),
+    ("Half: \\boxed{\\frac{1}{2}}", "\\boxed{\\frac{1}{2}}",
+     "Half: \\frac{1}{2} Answer: \\frac{1}{2}"),
+    ("<IMAGE_END> < think >Fits</think ><answer>\\boxed{A}</answer>", "<answer>A</answer>",
+     "Fits Answer: A"),
     ("It fits. Answer: A", "A", "It fits. Answer: A"),
     ("It fits.</think>Yes.<answer>A. red</answer>", "A", "It fits. Yes. Answer: A"),
-    ("cut off \\boxed{A", "A", "cut off A Answer: A"), ("1 < 2 and a <b> c", "A", "1 < 2 and a <b> c Answer: A")])
+    ("cut off \\boxed{A", "A", "cut off A Answer: A"),
+    ("1 < 2 and a <b> c", "A", "1 < 2 and a <b> c Answer: A")])
 def test_no_tag_and_no_box_is_left_in_thinkmorph_texts(pictures, thought, answer, texts):
     for family in ("Jigsaw_Assembly", "Spatial_Navigation", "Visual_Search", "Chart_Refocus"):
         row = a_row(pictures, resoning_thought_1=thought, answer=answer,
-                    resoning_thought_0="<think>Look at \\boxed{this}.</think><image_start>", question="<image>\nWhich?")
+                    resoning_thought_0="<think>Look at \\boxed{this}.</think><image_start>",
+                    question="<image>\nWhich?")
         ex = published.thinkmorph_example("x", row, family)
         assert ex.texts == ["Look at this.", texts] and ex.question == "Which?"
         assert ex.answer in ("A", "\\frac{1}{2}") and ex.family == family
 
 
 def test_words_that_contradict_the_answer_field_are_left_out(pictures):
-    for thought in ("<answer>B</answer>", "So \\boxed{B}", "Answer: B", "so it is. Answer: 10", "<answer>know</answer>"):
+    for thought in ("<answer>B</answer>", "So \\boxed{B}", "Answer: B", "so it is. Answer: 10",
+                    "<answer>know</answer>"):
         row = a_row(pictures, resoning_thought_1=thought, answer="1" if "10" in thought else "A")
         with pytest.raises(ValueError, match="another answer than its answer field"):
             published.thinkmorph_example("x", row, "Visual_Search")
 
 
 def test_boxes_are_found_whole():
-    assert common.unboxed("a \\boxed{x{y}{z}} b \\fbox {2} c") == ("a x{y}{z} b 2 c", ["x{y}{z}", "2"])
-    assert common.unboxed("\\boxed{\\boxed{A}}") == ("A", ["A"]) and common.unboxed("plain {A}") == ("plain {A}", [])
+    text, boxes = common.unboxed("a \\boxed{x{y}{z}} b \\fbox {2} c")
+    assert text == "a x{y}{z} b 2 c" and boxes == ["x{y}{z}", "2"]
+    assert common.unboxed("\\boxed{\\boxed{A}}") == ("A", ["A"])
+    assert common.unboxed("plain {A}") == ("plain {A}", [])
     assert common.split_answer("a <answer>1</answer> b <answer> 2") == ("a 1 b", "2")
-    assert common.alike("(B) red", "B") and common.alike("No.", "no") and not common.alike("know", "no")
+    assert common.split_answer("It is red. Answer: red") == ("It is red.", "red")
+    assert common.split_answer("It is red.") == ("It is red.", "")
+    assert common.alike("(B) red", "B") and common.alike("No.", "no")
+    assert not common.alike("know", "no")
     assert not common.alike("10", "1") and not common.alike("A", "B")
 
 
@@ -313,14 +352,16 @@ def folder_of(tmp_path, name, ids, split="train", pictures=None):
     examples = []
     for n, name_of in enumerate(ids):
         image = scene(n if pictures is None else pictures[n], (24, 20))
-        examples.append(data.Example(name_of, "shape", image, "What?", ["a"], "a", ["Answer: a"], split))
+        examples.append(data.Example(name_of, "shape", image, "What?", ["a"], "a", ["Answer: a"],
+                                     split))
     (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
     data.write_folder(tmp_path / name, examples)
     return tmp_path / name
 
 
 def everything(folder):
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*"))
+            if p.is_file()}
 
 
 def test_written_folders_read_back_and_mix(pictures, tmp_path, capsys):
@@ -329,7 +370,8 @@ def test_written_folders_read_back_and_mix(pictures, tmp_path, capsys):
         for n in range(60):
             scene(seed + n, (24, 20)).save(pictures / f"{source}{n}.png")
             records.append(a_lvr_record(question_id=n, dataset=source, image=[f"{source}{n}.png"]))
-        published.write(iter(converted(published.lvr, tmp_path, records, pictures)), tmp_path / source)
+        published.write(iter(converted(published.lvr, tmp_path, records, pictures)),
+                        tmp_path / source)
         assert len(data.read_folder(tmp_path / source)) == 60
     sources = {tmp_path / "one": 3.0, tmp_path / "two": 1.0}
     published.write(published.mix(sources, 40, 0), tmp_path / "mixed")
@@ -341,7 +383,8 @@ def test_written_folders_read_back_and_mix(pictures, tmp_path, capsys):
         published.write(published.mix({tmp_path / "one": 1.0}, 4000, 0), tmp_path / "more")
     with pytest.raises(FileExistsError, match="nothing is overwritten"):
         published.write(iter([]), tmp_path / "mixed")
-    assert not list(tmp_path.glob("*.partial"))  # nothing half done is left, not even of what failed
+    # nothing half done is left, not even of what failed
+    assert not list(tmp_path.glob("*.partial"))
 
 
 def test_folders_of_one_name_mix_and_the_originals_stay_as_they_are(tmp_path):
@@ -355,8 +398,10 @@ def test_folders_of_one_name_mix_and_the_originals_stay_as_they_are(tmp_path):
     mixed = data.read_folder(tmp_path / "mixed")
     assert len({ex.id.casefold() for ex in mixed}) == 14
     shown = sorted(data.opened(ex.image).tobytes() for ex in mixed)
-    assert shown == sorted(data.opened(ex.image).tobytes() for f in (one, two) for ex in data.read_folder(f))
-    for file in (tmp_path / "mixed" / "images").iterdir():  # a later change of the mixture changes nothing else
+    assert shown == sorted(data.opened(ex.image).tobytes() for f in (one, two)
+                           for ex in data.read_folder(f))
+    # a later change of the mixture changes nothing else
+    for file in (tmp_path / "mixed" / "images").iterdir():
         assert not file.is_symlink() and file.stat().st_nlink == 1
         with open(file, "ab") as changed:
             changed.write(b"changed")
@@ -364,7 +409,7 @@ def test_folders_of_one_name_mix_and_the_originals_stay_as_they_are(tmp_path):
 
 
 def test_a_picture_never_opens_an_existing_file(pictures, tmp_path, monkeypatch):
-    """Names come from pixels; were two to meet all the same, the second may not write over the first."""
+    """Names come from pixels; were two to meet, the second may still not write over the first."""
     (tmp_path / "images").mkdir()
     name = published.save(pictures / "a.png", tmp_path)
     assert published.save(Image.open(pictures / "a.png"), tmp_path) == name
@@ -383,18 +428,22 @@ def test_a_picture_of_two_folders_stands_on_one_side_of_the_mixture(tmp_path, ca
     sides = {}
     for ex in data.read_folder(tmp_path / "mixed"):
         sides.setdefault(data.opened(ex.image).tobytes(), []).append(ex.split)
-    assert sorted(map(tuple, sides.values())) == [("test",)] * 2 + [("train",)] * 5 + [("validation",)]
+    found = sorted(map(tuple, sides.values()))
+    assert found == [("test",)] * 2 + [("train",)] * 5 + [("validation",)]
     said = capsys.readouterr().out
     assert "left out       2  train record whose picture is in a test split" in said
-    assert "left out       1  train record whose picture is in a validation split; first: train-t2" in said
-    assert "left out       1  validation record whose picture is in a test split; first: valid-c" in said
+    left = "record whose picture is in a"
+    assert f"left out       1  train {left} validation split; first: train-t2" in said
+    assert f"left out       1  validation {left} test split; first: valid-c" in said
 
 
 def test_remarks_outlive_a_mixture(pictures, tmp_path):
     rows = [a_trace(a_call(), reply("crop.png"), [{"text": "\\boxed{C}"}])]
-    published.write(iter(converted(published.pixelreasoner, tmp_path, rows, pictures)), tmp_path / "one")
+    published.write(iter(converted(published.pixelreasoner, tmp_path, rows, pictures)),
+                    tmp_path / "one")
     side = data.read_folder(tmp_path / "one")[0].split
-    published.write(published.mix({tmp_path / "one": 1.0}, int(side == "train"), 0), tmp_path / "mixed")
+    published.write(published.mix({tmp_path / "one": 1.0}, int(side == "train"), 0),
+                    tmp_path / "mixed")
     [line] = (tmp_path / "mixed" / data.FILE).read_text(encoding="utf-8").splitlines()
     assert published.PUBLISHED_PICTURE in json.loads(line)["remarks"]
 
@@ -410,15 +459,18 @@ def test_the_script_reads_files_of_windows_in_any_locale(pictures, tmp_path):
     talk = [{"value": "<image>\r\nWas heißt 犬?"}, {"value": "<answer>Hündin</answer>"}]
     files = [tmp_path / "a.json", tmp_path / "b.json"]
     for file in files:
-        text = json.dumps([a_lvr_record(conversations=talk)], indent=1, ensure_ascii=False).replace("\n", "\r\n")
-        file.write_bytes(b"\xef\xbb\xbf" + text.encode())
-    done = run("lvr", *files, "--images", pictures, "--out", tmp_path / "new" / "out", LC_ALL="C", PYTHONUTF8="0")
+        text = json.dumps([a_lvr_record(conversations=talk)], indent=1, ensure_ascii=False)
+        file.write_bytes(b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode())
+    done = run("lvr", *files, "--images", pictures, "--out", tmp_path / "new" / "out", LC_ALL="C",
+               PYTHONUTF8="0")
     assert done.returncode == 0 and "2 records kept, 0 left out" in done.stdout
     one, two = data.read_folder(tmp_path / "new" / "out")
-    assert one.answer == two.answer == "Hündin" and one.question == "Was heißt 犬?" and one.id != two.id
+    assert one.answer == two.answer == "Hündin" and one.question == "Was heißt 犬?"
+    assert one.id != two.id
     assert b"\r" not in (tmp_path / "new" / "out" / data.FILE).read_bytes()
     files[0].write_bytes("[ä]".encode("latin-1"))
     done = run("lvr", files[0], "--images", pictures, "--out", tmp_path / "again")
     assert done.returncode == 1 and done.stderr.startswith(f"error: {files[0]}: not UTF-8")
-    done = run("mix", f"{tmp_path}=1", f"{tmp_path}/../{tmp_path.name}=2", "--out", tmp_path / "again")
+    done = run("mix", f"{tmp_path}=1", f"{tmp_path}/../{tmp_path.name}=2", "--out",
+               tmp_path / "again")
     assert done.returncode == 2 and "named twice" in done.stderr
