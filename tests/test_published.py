@@ -311,6 +311,7 @@ def test_thinkmorph_rows_and_the_message_without_pyarrow(pictures, tmp_path, mon
      "Fits Answer: A"),
     ("It fits. Answer: A", "A", "It fits. Answer: A"),
     ("It fits.</think>Yes.<answer>A. red</answer>", "A", "It fits. Yes. Answer: A"),
+    ("It fits.</think>Yes, \\boxed{A}", "A", "It fits. Yes, A Answer: A"),
     ("cut off \\boxed{A", "A", "cut off A Answer: A"),
     ("1 < 2 and a <b> c", "A", "1 < 2 and a <b> c Answer: A")])
 def test_no_tag_and_no_box_is_left_in_thinkmorph_texts(pictures, thought, answer, texts):
@@ -324,9 +325,10 @@ def test_no_tag_and_no_box_is_left_in_thinkmorph_texts(pictures, thought, answer
 
 
 def test_words_that_contradict_the_answer_field_are_left_out(pictures):
-    for thought in ("<answer>B</answer>", "So \\boxed{B}", "Answer: B", "so it is. Answer: 10",
-                    "<answer>know</answer>"):
-        row = a_row(pictures, resoning_thought_1=thought, answer="1" if "10" in thought else "A")
+    for thought, answer in (("<answer>B</answer>", "A"), ("So \\boxed{B}", "A"), ("Answer: B", "A"),
+                            ("Answer: B <answer>A</answer>", "A"), ("It is. Answer: 10", "1"),
+                            ("<answer>know</answer>", "no")):
+        row = a_row(pictures, resoning_thought_1=thought, answer=answer)
         with pytest.raises(ValueError, match="another answer than its answer field"):
             published.thinkmorph_example("x", row, "Visual_Search")
 
