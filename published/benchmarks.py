@@ -28,10 +28,13 @@ from typing import Iterator, NamedTuple
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import data  # noqa: E402
 import evaluate  # noqa: E402
+from data import Serializer, View  # noqa: E402
 from model import VLM  # noqa: E402
 from published.common import clean, digest, parquet_rows, parse, read_text  # noqa: E402
+from support.files import write_text  # noqa: E402
+from support.images import ImageStore, Picture, open_image  # noqa: E402
+from support.records import checked  # noqa: E402
 
 INSTRUCTION = "Answer with the option's letter from the given choices directly."
 BLINK_PAPER = ("Counting", "IQ_Test", "Jigsaw", "Relative_Reflectance", "Spatial_Relation")
@@ -41,7 +44,7 @@ MMVP_SWAPPED = {99, 100, 279, 280}  # items whose published labels are each othe
 class Item(NamedTuple):
     id: str
     group: str  # category (V*), pair number (MMVP), configuration (BLINK)
-    images: list[data.Picture]
+    images: list[Picture]
     prompt: str
     label: str  # A, B, ...
     letters: str  # the item's letters, e.g. ABCD
@@ -82,7 +85,7 @@ def vstar(folder: Path) -> Iterator[Item]:
         name, image, text, label, category = fields(row, where, "question_id", "image", "text",
                                                     "label", "category")
         letters = choices_of(re.findall(r"\(([A-Z])\)", text)) or "ABCD"
-        yield Item(str(name), category, [data.checked(folder, image, where)], text,
+        yield Item(str(name), category, [checked(folder, image, where)], text,
                    the_letter(label, where, letters), letters)
 
 
@@ -111,7 +114,7 @@ def mmvp(folder: Path) -> Iterator[Item]:
         options = re.sub(r"\s*\(([a-z])\)", lambda m: f"\n{m[1].upper()}.", choices).strip()
         label = the_letter(label, where, letters)
         corrected = {"A": "B", "B": "A"}.get(label, label) if number in MMVP_SWAPPED else label
-        picture = data.checked(folder / names[0], f"{number}.jpg", where)
+        picture = checked(folder / names[0], f"{number}.jpg", where)
         yield Item(str(number), str((number - 1) // 2), [picture],
                    f"{question}\nOptions:\n{options}\n{INSTRUCTION}", label, letters, corrected)
 
@@ -141,7 +144,7 @@ def blink_item(row: dict, config: str, where: str) -> Item:
                    key=lambda key: int(key[6:]))
     if not shown:
         raise ValueError(f"{where}: no image")
-    images = [data.open_image(io.BytesIO(row[key]["bytes"]), where) for key in shown]
+    images = [open_image(io.BytesIO(row[key]["bytes"]), where) for key in shown]
     return Item(str(name), config, images, f"{question}\nOptions:\n{options}\n{INSTRUCTION}",
                 the_letter(answer, where, letters), letters)
 
@@ -228,14 +231,16 @@ def of_items(items: list[Item], tokens: int) -> dict:
     return dict(items=digest_of(whole), tokens=tokens)
 
 
-def of_model(vlm: VLM, views: Iterator[data.View]) -> dict:
+def of_model(vlm: VLM, views: Iterator[View]) -> dict:
     """The rest: every weight, the image processor's settings, and each prompt's token ids, which
     hold the tokenizer, the chat template and what becomes of each image's size."""
     weights = hashlib.sha256()
     for name, p in sorted(vlm.lm.named_parameters()):
         weights.update(f"{name} {tuple(p.shape)}".encode())
         weights.update(p.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    settings = json.dumps(vlm.family.processor.to_dict(), sort_keys=True, default=str)
+    processor = vlm.family.processor
+    images = type(getattr(processor, "image_processor", processor)).__name__
+    settings = json.dumps([images, processor.to_dict()], sort_keys=True, default=str)
     return dict(weights=weights.hexdigest()[:32], dtype=str(vlm.lm.dtype).removeprefix("torch."),
                 image_processor=digest_of([settings]), prompts=digest_of(v.ids for v in views))
 
@@ -259,11 +264,11 @@ def earlier(out: Path, made_by: dict) -> list[str]:
     return lines
 
 
-def view_of(vlm: VLM, item: Item, store: data.ImageStore,
-            serializer: data.Serializer) -> data.View:
+def view_of(vlm: VLM, item: Item, store: ImageStore,
+            serializer: Serializer) -> View:
     indices = [store.add_image(image, f"{item.group} {item.id}") for image in item.images]
     turns = [("user", [*item.images, item.prompt])]
-    return serializer.prompt_of(turns, indices, [store.spans[i] for i in indices])
+    return serializer.prompt(turns, indices, [store.image_texts[i] for i in indices])
 
 
 def predict(vlm: VLM, items: list[Item], out: Path, tokens: int, batch: int,
@@ -273,14 +278,14 @@ def predict(vlm: VLM, items: list[Item], out: Path, tokens: int, batch: int,
     model: a name for the file's first line. Letters are read anew from what was said, so that
     the scores of a file are always those of the present rules.
     """
-    serializer = data.Serializer(vlm.tokenizer, vlm.placeholder_id, vlm.max_positions)
-    views = (view_of(vlm, item, data.ImageStore(vlm.family), serializer) for item in items)
+    serializer = Serializer(vlm.family, vlm.max_positions)
+    views = (view_of(vlm, item, ImageStore(vlm.family), serializer) for item in items)
     made_by = of_items(items, tokens) | of_model(vlm, views)
     lines = earlier(out, made_by)
     if not lines:
         lines = [json.dumps(dict(made_by=dict(model=model or vlm.path) | made_by),
                             ensure_ascii=False)]
-    evaluate.write_text(out, "".join(line + "\n" for line in lines))  # without a half line
+    write_text(out, "".join(line + "\n" for line in lines))  # without a half line
     said = {}
     for n, line in enumerate(lines[1:], start=2):
         where = f"{out}, line {n}"
@@ -288,7 +293,7 @@ def predict(vlm: VLM, items: list[Item], out: Path, tokens: int, batch: int,
         said[group, name] = text
     waiting = [item for item in items if (item.group, item.id) not in said]
     for start in range(0, len(waiting), batch):
-        part, store = waiting[start:start + batch], data.ImageStore(vlm.family)
+        part, store = waiting[start:start + batch], ImageStore(vlm.family)
         made = vlm.generate([view_of(vlm, item, store, serializer) for item in part], store, tokens)
         with open(out, "a", encoding="utf-8", newline="\n") as file:
             for item, ids in zip(part, made):

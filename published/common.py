@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import Iterator
 
-import data
+from support.images import Picture, opened
 
 TAG = re.compile(r"\s*<\s*/?\s*\|?\s*(?:answer|think|image(?:_start|_end|_\d+)?|lvr(?:_\w+)?)"
                  r"\s*\|?\s*/?\s*>\s*", re.IGNORECASE)
@@ -52,9 +52,9 @@ def parquet_rows(files: list[Path], name: str) -> Iterator[dict]:
             yield from batch.to_pylist()
 
 
-def digest(picture: data.Picture) -> str:
+def digest(picture: Picture) -> str:
     """A name for what a picture shows: equal for equal pixels, whatever file they come from."""
-    image = data.opened(picture).convert("RGB")
+    image = opened(picture).convert("RGB")
     return hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest()[:32]
 
 

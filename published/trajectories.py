@@ -27,9 +27,11 @@ from typing import Callable, Iterator, NamedTuple
 from PIL import Image, ImageChops, ImageStat
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import data  # noqa: E402
 from published.common import (GIVEN, alike, clean, digest, parquet_rows,  # noqa: E402
                               parse, read_text, split_answer)
+from support import records  # noqa: E402
+from support.images import Picture, open_image, opened  # noqa: E402
+from support.records import Example  # noqa: E402
 from world import tools  # noqa: E402
 
 Skip = tuple[str, str]  # (id, reason)
@@ -45,7 +47,7 @@ OTHER_ANSWER = "its last words give another answer than its answer field"
 
 
 @dataclass
-class Converted(data.Example):
+class Converted(Example):
     """An example, what was changed in it, and its question's picture's digest, which splits it."""
 
     remarks: list[str] = field(default_factory=list)
@@ -92,7 +94,7 @@ def side(picture: str) -> str:
     return {0: "test", 1: "validation"}.get(int(picture, 16) % 100, "train")
 
 
-def example(ex: data.Example, seen: Image.Image, remarks: list[str] = ()) -> Converted:
+def example(ex: Example, seen: Image.Image, remarks: list[str] = ()) -> Converted:
     """The example with its split, and a remark for each call that does not give what follows it.
 
     seen: ex.image, read. Raises ValueError where a text is missing.
@@ -107,10 +109,10 @@ def example(ex: data.Example, seen: Image.Image, remarks: list[str] = ()) -> Con
     return Converted(**{**vars(ex), "split": side(picture)}, remarks=list(found), picture=picture)
 
 
-def open_ended(name: str, family: str, image: data.Picture, question: str, answer: str,
-               steps: list) -> data.Example:
+def open_ended(name: str, family: str, image: Picture, question: str, answer: str,
+               steps: list) -> Example:
     """No choices are published with these data: the answer is its only option."""
-    return data.Example(name, family, image, question, [answer], answer, steps)
+    return Example(name, family, image, question, [answer], answer, steps)
 
 
 def differing(image: Image.Image, steps: list) -> Iterator[str]:
@@ -118,7 +120,7 @@ def differing(image: Image.Image, steps: list) -> Iterator[str]:
     shown = [image]
     for step, following in zip(steps, [*steps[1:], ""]):
         if not isinstance(step, str):
-            shown.append(data.opened(step))
+            shown.append(opened(step))
         elif tools.CALL.search(step) and isinstance(following, str):
             yield NO_PICTURE
         elif tools.CALL.search(step):
@@ -143,16 +145,16 @@ def converted(name: str, convert: Callable[..., Converted], *args) -> Converted 
 
 def read_list(files: Path | list[Path]) -> Iterator[dict]:
     for file in [files] if isinstance(files, Path) else files:
-        records = parse(read_text(file), str(file))
-        if not isinstance(records, list):
-            found = type(records).__name__
+        listed = parse(read_text(file), str(file))
+        if not isinstance(listed, list):
+            found = type(listed).__name__
             raise ValueError(f"{file} must be a JSON list of records, found {found}")
-        yield from records
+        yield from listed
 
 
 def image_file(folder: Path, name: str) -> Path:
     try:
-        path = data.inside(folder, name)
+        path = records.inside(folder, name)
     except ValueError:
         raise ValueError("image path leaves the data folder") from None
     if not path.is_file():
@@ -162,7 +164,7 @@ def image_file(folder: Path, name: str) -> Path:
 
 def read_image(file: Path | io.BytesIO) -> Image.Image:
     try:
-        return data.open_image(file, "")
+        return open_image(file, "")
     except ValueError:
         raise ValueError("image cannot be read") from None
 
@@ -307,7 +309,7 @@ def trace(name: str, record: dict, images: Path) -> Converted:
         waiting = ""
         box, picture, target = answered(call, shown, images, pictures)
         steps += [crop_text(words, box, of=target if target < len(shown) else 0), picture]
-        shown.append(data.opened(picture))
+        shown.append(opened(picture))
         remarks += [ANNOUNCEMENT] if "".join(contents(reply, "text")).strip() else []
     last = " ".join(contents(talk[-1], "text"))
     if "<tool_call>" in last:
@@ -332,7 +334,7 @@ def with_call(text: str) -> tuple[str, str, str]:
 
 
 def answered(call: str, shown: list[Image.Image], images: Path,
-             pictures: list[str]) -> tuple[list[int], data.Picture, int]:
+             pictures: list[str]) -> tuple[list[int], Picture, int]:
     """(the box in hundredths, the picture, the number of the image it is cut from) of one call."""
     if len(pictures) != 1:
         raise ValueError(f"{len(pictures)} images answer one call")
@@ -376,7 +378,7 @@ def padded(box: list[float], size: tuple[int, int]) -> Iterator[list[float]]:
         yield [max(0.0, x0 - dx), max(0.0, y0 - dy), min(1.0, x1 + dx), min(1.0, y1 + dy)]
 
 
-def located(box: list[float], image: Image.Image, file: Path) -> tuple[list[int], data.Picture]:
+def located(box: list[float], image: Image.Image, file: Path) -> tuple[list[int], Picture]:
     """The call's numbers and its picture: of the region that the published picture shows.
 
     The published picture was resized when it was saved, so both are compared at one small size, and
@@ -419,12 +421,12 @@ def mix(sources: dict[Path, float], count: int, seed: int) -> Iterator[Converted
         name = different(folder.resolve().name, pools)
         pools[name] = of_folder(folder, name)
         for ex in pools[name]:
-            rank = data.SPLITS.index(ex.split)
+            rank = records.SPLITS.index(ex.split)
             strictest[ex.picture] = max(rank, strictest.get(ex.picture, 0))
     for pool, (folder, weight) in zip(pools.values(), sources.items()):
         train, others = [], []
         for ex in pool:
-            split = data.SPLITS[strictest[ex.picture]]
+            split = records.SPLITS[strictest[ex.picture]]
             if split != ex.split:
                 yield ex.id, f"{ex.split} record whose picture is in a {split} split"
             else:
@@ -440,8 +442,8 @@ def mix(sources: dict[Path, float], count: int, seed: int) -> Iterator[Converted
 
 def of_folder(folder: Path, name: str) -> list[Converted]:
     """The folder's examples, the name before their ids, with the remarks they were written with."""
-    examples, remarks = data.read_folder(folder), {}
-    for line in (folder / data.FILE).read_bytes().split(b"\n"):
+    examples, remarks = records.read_folder(folder), {}
+    for line in (folder / records.FILE).read_bytes().split(b"\n"):
         if line.strip():
             record = json.loads(line.decode("utf-8-sig"))
             remarks[record["id"].strip()] = record.get("remarks", [])
@@ -480,7 +482,7 @@ def write(examples: Iterator[Converted | Skip], out: Path) -> None:
                                      dir=out.parent) as partial:
         folder = Path(partial) / "data"
         (folder / "images").mkdir(parents=True)
-        with open(folder / data.FILE, "x", encoding="utf-8", newline="\n") as file:
+        with open(folder / records.FILE, "x", encoding="utf-8", newline="\n") as file:
             for ex in examples:
                 if isinstance(ex, tuple):
                     skipped.setdefault(ex[1], []).append(ex[0])
@@ -488,7 +490,7 @@ def write(examples: Iterator[Converted | Skip], out: Path) -> None:
                 ex.id = unused(re.sub(r"[^\w.-]", "_", ex.id), ids)
                 names = [save(ex.image, folder, ex.picture)]
                 names += [save(picture, folder) for picture in ex.images[1:]]
-                record = json.loads(data.record_line(ex, names))
+                record = json.loads(records.record_line(ex, names))
                 record |= dict(remarks=ex.remarks) if ex.remarks else {}
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
                 kept.append(Kept(ex.id, ex.family, ex.split, len(names) - 1, ex.picture,
@@ -510,7 +512,7 @@ def unused(name: str, ids: set[str]) -> str:
     return free
 
 
-def save(picture: data.Picture, folder: Path, shows: str = "") -> str:
+def save(picture: Picture, folder: Path, shows: str = "") -> str:
     """Copy a picture to images/, named after its pixels (`shows`, their digest, where it is known).
 
     A name that is there already holds this very picture. A copy and no link: through a link a later
@@ -541,7 +543,7 @@ def report(out: Path, kept: list[Kept], skipped: dict[str, list[str]]) -> None:
     for (family, split, calls), count in sorted(numbers.items()):
         print(f"  kept {count:7d}  {family}, {split}, {calls} tool image{'s' * (calls != 1)}")
     print("  split by picture, all questions on one picture on one side: " + ", ".join(
-        f"{len(pictures[split])} {split}" for split in data.SPLITS if split in pictures))
+        f"{len(pictures[split])} {split}" for split in records.SPLITS if split in pictures))
     for title, found in (("with remark", remarks), ("left out", skipped)):
         for reason, names in sorted(found.items(), key=lambda item: -len(item[1])):
             print(f"  {title} {len(names):7d}  {reason}; first: {', '.join(names[:3])}")

@@ -13,12 +13,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-import data
 from conftest import TINY
 from model import VLM
 from published import benchmarks
 
-ROOT = Path(data.__file__).parent
+ROOT = Path(__file__).resolve().parent.parent
 INSTRUCTION = "Answer with the option's letter from the given choices directly."
 
 
@@ -216,9 +215,10 @@ def test_predictions_that_something_else_made_are_refused(folders, tmp_path, mon
         next(other.lm.parameters()).view(-1)[0] += 1
     refused("weights", vlm=other)
     refused("weights, dtype", vlm=VLM(TINY, dtype=torch.bfloat16))
-    worded = VLM(TINY)
-    worded.tokenizer.chat_template = "{{ 'Hi. ' }}" + worded.tokenizer.chat_template
-    refused("prompts", vlm=worded)
+    shutil.copytree(TINY, tmp_path / "worded")  # the same weights under another chat template
+    template = tmp_path / "worded" / "chat_template.jinja"
+    template.write_text("{{ 'Look.' }}" + template.read_text(encoding="utf-8"), encoding="utf-8")
+    refused("prompts", vlm=VLM(tmp_path / "worded"))
     for text in ("", '{"id": "0", "said": "A"}\n', '[1]\n'):
         out.write_text(text, encoding="utf-8")
         with pytest.raises(ValueError, match="does not say what made its predictions"):

@@ -14,12 +14,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import data
 from published import common
 from published import trajectories as published
+from support.images import opened
+from support.records import FILE, Example, read_folder, write_folder
 from world import tools
 
-ROOT = Path(data.__file__).parent
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture
@@ -60,13 +61,13 @@ def converted(convert, tmp_path, records, pictures):
 
 def answers_of_calls(ex):
     """What our executor gives for each call of an example, and the picture that follows it."""
-    shown, pairs = [data.opened(ex.image)], []
+    shown, pairs = [opened(ex.image)], []
     for step, following in zip(ex.trajectory, ex.trajectory[1:]):
         if isinstance(step, str):
             pairs.append((tools.call_tool(step, *shown).tobytes(),
-                          data.opened(following).tobytes()))
+                          opened(following).tobytes()))
         else:
-            shown.append(data.opened(step))
+            shown.append(opened(step))
     return pairs
 
 
@@ -100,7 +101,7 @@ def test_what_cannot_be_used_is_named_with_its_reason(pictures, tmp_path, change
     (pictures / "broken.jpg").write_bytes((pictures / "scene.jpg").read_bytes()[:900])
     records = [a_lvr_record(), a_lvr_record(question_id=9, **changed)]
     found = converted(published.lvr, tmp_path, records, pictures)
-    assert isinstance(found[0], data.Example) and found[1][0] == "lvr-flickr30k-9-1"
+    assert isinstance(found[0], Example) and found[1][0] == "lvr-flickr30k-9-1"
     assert reason in found[1][1]
     published.write(iter(found), tmp_path / "out")
     said = capsys.readouterr().out
@@ -143,8 +144,8 @@ def test_questions_on_one_picture_stand_on_one_side_with_one_copy(pictures, tmp_
     records += [a_lvr_record(question_id=name, image=[name]) for name in ("copy.png", "0.bmp")]
     published.write(iter(converted(published.lvr, tmp_path, records, pictures)), tmp_path / "out")
     sides, files = {}, set()
-    for ex in data.read_folder(tmp_path / "out"):
-        sides.setdefault(data.opened(ex.image).tobytes(), set()).add(ex.split)
+    for ex in read_folder(tmp_path / "out"):
+        sides.setdefault(opened(ex.image).tobytes(), set()).add(ex.split)
         files.add(ex.image.name)
     assert len(sides) == 300 and all(len(found) == 1 for found in sides.values())
     assert {split for found in sides.values() for split in found} == {"train", "validation", "test"}
@@ -214,7 +215,7 @@ def test_the_call_is_that_of_the_region_the_published_picture_shows(pictures, tm
     numbers = [int(v) for v in ex.texts[0].partition("[crop ")[2].rstrip("]").split()]
     assert numbers == [pytest.approx(100 * v, abs=0.51) for v in region]
     published.write(iter([ex]), tmp_path / "out")
-    [read] = data.read_folder(tmp_path / "out")
+    [read] = read_folder(tmp_path / "out")
     assert len(pairs := answers_of_calls(read)) == 1 and all(given == kept for given, kept in pairs)
     assert ex.remarks == [published.ANNOUNCEMENT]
 
@@ -257,7 +258,7 @@ def test_error_replies_and_odd_turns_are_said(pictures, tmp_path, capsys):
     published.write(iter(found), tmp_path / "out")
     said = capsys.readouterr().out
     assert f"with remark       1  {published.ERROR_REPLY}; first: {retried.id}" in said
-    line = (tmp_path / "out" / data.FILE).read_text(encoding="utf-8").splitlines()[0]
+    line = (tmp_path / "out" / FILE).read_text(encoding="utf-8").splitlines()[0]
     assert json.loads(line)["remarks"] == retried.remarks
     assert published.PUBLISHED_PICTURE in retried.remarks
 
@@ -354,10 +355,10 @@ def folder_of(tmp_path, name, ids, split="train", pictures=None):
     examples = []
     for n, name_of in enumerate(ids):
         image = scene(n if pictures is None else pictures[n], (24, 20))
-        examples.append(data.Example(name_of, "shape", image, "What?", ["a"], "a", ["Answer: a"],
+        examples.append(Example(name_of, "shape", image, "What?", ["a"], "a", ["Answer: a"],
                                      split))
     (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-    data.write_folder(tmp_path / name, examples)
+    write_folder(tmp_path / name, examples)
     return tmp_path / name
 
 
@@ -374,11 +375,11 @@ def test_written_folders_read_back_and_mix(pictures, tmp_path, capsys):
             records.append(a_lvr_record(question_id=n, dataset=source, image=[f"{source}{n}.png"]))
         published.write(iter(converted(published.lvr, tmp_path, records, pictures)),
                         tmp_path / source)
-        assert len(data.read_folder(tmp_path / source)) == 60
+        assert len(read_folder(tmp_path / source)) == 60
     sources = {tmp_path / "one": 3.0, tmp_path / "two": 1.0}
     published.write(published.mix(sources, 40, 0), tmp_path / "mixed")
     assert "training record beyond its folder's share" in capsys.readouterr().out
-    train = [ex for ex in data.read_folder(tmp_path / "mixed") if ex.split == "train"]
+    train = [ex for ex in read_folder(tmp_path / "mixed") if ex.split == "train"]
     assert sorted(sum(ex.family == f for ex in train) for f in ("one", "two")) == [10, 30]
     assert len({ex.id for ex in train}) == 40
     with pytest.raises(ValueError, match="lower --count"):
@@ -397,11 +398,11 @@ def test_folders_of_one_name_mix_and_the_originals_stay_as_they_are(tmp_path):
     before = everything(one), everything(two)
     published.write(published.mix({one: 1.0, two: 1.0}, 14, 0), tmp_path / "mixed")
     assert (everything(one), everything(two)) == before
-    mixed = data.read_folder(tmp_path / "mixed")
+    mixed = read_folder(tmp_path / "mixed")
     assert len({ex.id.casefold() for ex in mixed}) == 14
-    shown = sorted(data.opened(ex.image).tobytes() for ex in mixed)
-    assert shown == sorted(data.opened(ex.image).tobytes() for f in (one, two)
-                           for ex in data.read_folder(f))
+    shown = sorted(opened(ex.image).tobytes() for ex in mixed)
+    assert shown == sorted(opened(ex.image).tobytes() for f in (one, two)
+                           for ex in read_folder(f))
     # a later change of the mixture changes nothing else
     for file in (tmp_path / "mixed" / "images").iterdir():
         assert not file.is_symlink() and file.stat().st_nlink == 1
@@ -428,8 +429,8 @@ def test_a_picture_of_two_folders_stands_on_one_side_of_the_mixture(tmp_path, ca
     valid = folder_of(tmp_path, "valid", ["c", "d"], "validation", pictures=[1, 2])
     published.write(published.mix({train: 1.0, tested: 0.0, valid: 0.0}, 5, 0), tmp_path / "mixed")
     sides = {}
-    for ex in data.read_folder(tmp_path / "mixed"):
-        sides.setdefault(data.opened(ex.image).tobytes(), []).append(ex.split)
+    for ex in read_folder(tmp_path / "mixed"):
+        sides.setdefault(opened(ex.image).tobytes(), []).append(ex.split)
     found = sorted(map(tuple, sides.values()))
     assert found == [("test",)] * 2 + [("train",)] * 5 + [("validation",)]
     said = capsys.readouterr().out
@@ -443,10 +444,10 @@ def test_remarks_outlive_a_mixture(pictures, tmp_path):
     rows = [a_trace(a_call(), reply("crop.png"), [{"text": "\\boxed{C}"}])]
     published.write(iter(converted(published.pixelreasoner, tmp_path, rows, pictures)),
                     tmp_path / "one")
-    side = data.read_folder(tmp_path / "one")[0].split
+    side = read_folder(tmp_path / "one")[0].split
     published.write(published.mix({tmp_path / "one": 1.0}, int(side == "train"), 0),
                     tmp_path / "mixed")
-    [line] = (tmp_path / "mixed" / data.FILE).read_text(encoding="utf-8").splitlines()
+    [line] = (tmp_path / "mixed" / FILE).read_text(encoding="utf-8").splitlines()
     assert published.PUBLISHED_PICTURE in json.loads(line)["remarks"]
 
 
@@ -466,10 +467,10 @@ def test_the_script_reads_files_of_windows_in_any_locale(pictures, tmp_path):
     done = run("lvr", *files, "--images", pictures, "--out", tmp_path / "new" / "out", LC_ALL="C",
                PYTHONUTF8="0")
     assert done.returncode == 0 and "2 records kept, 0 left out" in done.stdout
-    one, two = data.read_folder(tmp_path / "new" / "out")
+    one, two = read_folder(tmp_path / "new" / "out")
     assert one.answer == two.answer == "Hündin" and one.question == "Was heißt 犬?"
     assert one.id != two.id
-    assert b"\r" not in (tmp_path / "new" / "out" / data.FILE).read_bytes()
+    assert b"\r" not in (tmp_path / "new" / "out" / FILE).read_bytes()
     files[0].write_bytes("[ä]".encode("latin-1"))
     done = run("lvr", files[0], "--images", pictures, "--out", tmp_path / "again")
     assert done.returncode == 1 and done.stderr.startswith(f"error: {files[0]}: not UTF-8")
