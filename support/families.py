@@ -422,9 +422,6 @@ def load_checkpoint(path: str, dtype: torch.dtype) -> tuple[PreTrainedModel, Fam
     """
     base, adapters = resolve(path)
     kind = kind_of(base, path)
-    if kind not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
-        raise ValueError(f"{base} is a {kind} model, none that transformers offers for images and "
-                         "text (as Qwen2.5-VL is)")
     try:  # safetensors only, and no code from the checkpoint: what is downloaded is data
         lm, report = AutoModelForImageTextToText.from_pretrained(
             base, dtype=dtype, use_safetensors=True, trust_remote_code=False,
@@ -443,11 +440,24 @@ def load_checkpoint(path: str, dtype: torch.dtype) -> tuple[PreTrainedModel, Fam
     return lm, family
 
 
+def load_family(path: str) -> Family:
+    """The family alone, for tokens and positions: its model has its config's shape, no weights.
+
+    path, errors: as of `load_checkpoint`.
+    """
+    base, _ = resolve(path)
+    kind = kind_of(base, path)
+    config = AutoConfig.from_pretrained(base, trust_remote_code=False)
+    with torch.device("meta"):  # a device of shapes alone
+        lm = AutoModelForImageTextToText.from_config(config)
+    return (QwenFamily if kind in QwenFamily.KINDS else ProcessorFamily)(base, lm)
+
+
 def kind_of(base: str, path: str) -> str:
     """The model type that a checkpoint's config.json names. path: what the user gave."""
     named = base if base == path else f"{base} (the base of {path})"
     try:
-        return AutoConfig.from_pretrained(base, trust_remote_code=False).model_type
+        kind = AutoConfig.from_pretrained(base, trust_remote_code=False).model_type
     except ValueError as error:
         if not str(error).startswith(("Unrecognized model", "The checkpoint you are trying")):
             raise
@@ -459,6 +469,11 @@ def kind_of(base: str, path: str) -> str:
                if "gated repo" in str(error) else
                f"is no checkpoint: there is no such folder, seen from {Path.cwd()}, and the hub, "
                "or its copy on this machine, has none of that name")
+    else:
+        if kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+            return kind
+        why = (f"is a {kind} model, none that transformers offers for images and text (as "
+               "Qwen2.5-VL is)")
     raise ValueError(f"{named} {why}")
 
 

@@ -178,17 +178,22 @@ def parser_of(config_class, description: str,
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     for f in dataclasses.fields(config_class):
-        choices = f.metadata["choices"] or (more_choices or {}).get(f.name)
-        kind = type(f.default)
-        switch = {}
-        if kind is bool:
-            kind, switch = boolean, dict(nargs="?", const=True)  # --packed alone, or --packed false
-        elif f.metadata["old"]:
-            kind, switch = respelling(f), dict(nargs="?", const=f.metadata["old"].get("true"))
-        help = f"{f.metadata['help']} (default: {f.default!r})".replace("%", "%%")
-        parser.add_argument(f"--{f.name}", type=kind, choices=choices, default=argparse.SUPPRESS,
-                            metavar=None if choices else kind.__name__.upper(), help=help, **switch)
+        add_field(parser, f, (more_choices or {}).get(f.name, ()))
     return parser
+
+
+def add_field(parser: argparse.ArgumentParser, f: dataclasses.Field, choices: tuple = ()) -> None:
+    """One field of a config as an option of a parser."""
+    choices = f.metadata["choices"] or choices or None
+    kind = type(f.default)
+    switch = {}
+    if kind is bool:
+        kind, switch = boolean, dict(nargs="?", const=True)  # --packed alone, or --packed false
+    elif f.metadata["old"]:
+        kind, switch = respelling(f), dict(nargs="?", const=f.metadata["old"].get("true"))
+    help = f"{f.metadata['help']} (default: {f.default!r})".replace("%", "%%")
+    parser.add_argument(f"--{f.name}", type=kind, choices=choices, default=argparse.SUPPRESS,
+                        metavar=None if choices else kind.__name__.upper(), help=help, **switch)
 
 
 def respelling(field: dataclasses.Field):

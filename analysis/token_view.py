@@ -1,0 +1,162 @@
+"""What is trained on: the views of one record, token by token. The most frequent fault in
+fine-tuning VLMs is a wrong label mask, and people find it by looking.
+
+    python data.py --show                                     # the world's first training example
+    python data.py --show --row 7 --data DIR --model MODEL    # a record of yours, in MODEL's tokens
+    python data.py --show --method recon --latents 4          # --recipe, --pred_tokens ... as well
+
+A line ends where what is done with its tokens changes. In front stand their numbers in the view,
+and s where L_VLM (Eq. 3) supervises them (green on a terminal, unless NO_COLOR is set). A blank
+that belongs to a token is shown as ·, layout as \\n. Image tokens, [PRED] rows and latents are
+counted, with their first and last position ids (Qwen: time / height / width). No weights are read:
+the model is made from its config, without memory for them.
+"""
+
+import os
+import sys
+import textwrap
+from argparse import ArgumentParser
+from dataclasses import fields, replace
+from itertools import groupby
+from pathlib import Path
+from typing import Iterator
+
+from baselines import reconstruction, variants
+from data import Examples, View, collate
+from support.families import load_family
+from support.options import RECIPES, Config, add_field, given_options
+from support.records import Example, read_folder
+from world.scenes import REGIMES, make_world, write_sample
+
+# of a training run: what decides which tokens there are, and which loss reads them
+OPTIONS = ("recipe", "method", "model", "data", "outside_images", "regime", "answer_prefix",
+           "order", "pred_tokens", "jepa", "target_view", "nextlat_view", "latents", "max_tokens")
+GREEN, PLAIN = "\033[32m", "\033[0m"
+
+
+def run(parser: ArgumentParser) -> None:
+    """data.py's command line. Raises ValueError or OSError for what is not there or of no use."""
+    parser.add_argument("--show", action="store_true", help="print the views of one record")
+    parser.add_argument("--row", type=int, default=0, help="which: its number, from 0")
+    parser.add_argument("--out", type=Path, help="new folder to write a sample of the world to")
+    parser.add_argument("--count", type=int, default=40,
+                        help="training examples; a quarter as many for validation and for test")
+    parser.add_argument("--seed", type=int, default=0, help="of the world's scenes")
+    for f in fields(Config):
+        if f.name in OPTIONS:
+            add_field(parser, f, tuple(REGIMES) if f.name == "regime" else ())
+    args = given_options(parser, Config, sys.argv[1:])
+    given = {name: value for name, value in args.items() if name in OPTIONS}
+    config = Config(**RECIPES[given.get("recipe", "ours")] | given, world_seed=args["seed"])
+    if args["show"]:
+        show(config, args["row"])
+    elif args["out"] and args["count"] > 0:
+        write_sample(args["out"], config.regime, args["count"], config.world_seed)
+    else:
+        parser.error("name --show, or --out DIR with a --count of 1 or more")
+
+
+def show(config: Config, row: int) -> None:
+    example, family = record(config, row), load_family(config.model)
+    taught = variants.as_taught([example], config)  # with --method both there are two
+    examples = Examples([example], taught, family, sys.maxsize,
+                        replace(config, max_tokens=sys.maxsize))
+    if config.method == "recon":
+        reconstruction.add_views(examples, taught, config)
+    sys.stdout.reconfigure(errors="backslashreplace")  # tokens may hold any character
+    print(f"{example.id}: {example.question!r} {example.answer!r}")
+    for n in range(len(taught)):
+        print(*Printer(examples, n, config).lines(), sep="\n")
+
+
+def record(config: Config, row: int) -> Example:
+    if config.data:
+        examples = read_folder(config.data, config.outside_images)
+    else:
+        examples = make_world(config.regime, "train", row + 1, config.world_seed)
+    if 0 <= row < len(examples):
+        return examples[row]
+    last = f" to {len(examples) - 1}" if examples else ""
+    raise ValueError(f"--row {row} is not there: rows are counted from 0{last}")
+
+
+class Printer:
+    """The views of a row of examples that a run of this config reads, as lines of text."""
+
+    def __init__(self, examples: Examples, row: int, config: Config):
+        self.store, self.config, self.family = examples.store, config, examples.serializer.family
+        self.tokenizer = self.family.tokenizer
+        self.image_id: int = self.family.lm.config.image_token_id
+        full, asked, target = examples.views[row]
+        full = examples.latent_views[row] if config.method == "recon" else full
+        self.views = dict(full=full._replace(embed_at=-1))  # no loss reads that state
+        if config.method == "pearl":  # nor the labels of the target view
+            self.views |= dict(input=asked, target=target._replace(labels=[-100] * len(target.ids)))
+        # a tokenizer may drop a blank that begins a text, so each token is decoded behind a letter
+        self.letter = self.tokenizer("a", add_special_tokens=False).input_ids
+        self.colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+
+    def lines(self) -> Iterator[str]:
+        for name, view in self.views.items():
+            yield f"\n{name} view, {len(view.ids)} tokens"
+            yield from self.tokens(name, view)
+        yield from ("", *self.readings())
+        if (longest := max(len(view.ids) for view in self.views.values())) > self.config.max_tokens:
+            yield f"too long to train on: {longest} tokens, --max_tokens {self.config.max_tokens}"
+
+    def tokens(self, name: str, view: View) -> Iterator[str]:
+        """Runs of tokens with which the same is done: image tokens and injected ones in a line."""
+        texts = [self.store.image_texts[i] for i in view.images]
+        counts = [self.tokenizer(text, add_special_tokens=False).input_ids.count(self.image_id)
+                  for text in texts]
+        images = iter([i for i, count in zip(view.images, counts) for _ in range(count)])
+        kinds = [(next(images) if id == self.image_id else None, n in view.inject_at,
+                  view.labels[n] != -100, n == view.embed_at) for n, id in enumerate(view.ids)]
+        for (image, given, supervised, embedding), run in groupby(range(len(kinds)),
+                                                                  kinds.__getitem__):
+            first, *more = run
+            words = " ".join(self.word(view.ids[n]) for n in (first, *more))
+            lines = textwrap.wrap(words, 85, break_long_words=False, break_on_hyphens=False)
+            sizes = [len(line.split()) for line in lines]
+            if given or image is not None:
+                lines, sizes = [self.folded(view, image, first, sum(sizes))], [sum(sizes)]
+            for line, size in zip(lines, sizes):
+                place = f"{first}-{first + size - 1}" if size > 1 else f"{first}"
+                line = f"{'s' if supervised else ' '} {place:>9}  {line}"
+                line += {"input": "  <- h^_R", "target": "  <- h_R"}[name] if embedding else ""
+                yield f"{GREEN}{line}{PLAIN}" if self.colour and supervised else line
+                first += size
+
+    def folded(self, view: View, image: int | None, first: int, count: int) -> str:
+        what = "[PRED]" if "input" in self.views else "latent"
+        if image is not None:
+            what, grid = self.word(self.image_id), self.store.grids[image]
+            what += f", image {image - self.views['full'].images[0]}"
+            what += f", {grid[1]} x {grid[2]} patches" if grid else ""
+        batch, grids = collate([view], 0), [self.store.grids[i] for i in view.images]
+        positions = self.family.positions(batch.ids, batch.mask, grids)[:, 0, first:first + count]
+        rows = [f"{row[0]}-{row[-1]}" for row in positions.tolist()]  # (A, count)
+        rows = rows[:1] if len(set(rows)) == 1 else rows
+        return f"{count} x {what}, positions {' / '.join(rows)}"
+
+    def word(self, id: int) -> str:
+        """A token as text without blanks; where it is no whole text, as the vocabulary has it."""
+        text = self.tokenizer.decode([*self.letter, id], clean_up_tokenization_spaces=False)
+        text = text.removeprefix(self.tokenizer.decode(self.letter))
+        if not text or "\ufffd" in text:
+            text = self.tokenizer.convert_ids_to_tokens(id)
+        return "".join("·" if c == " " else c if c.isprintable()
+                       else c.encode("unicode_escape").decode() for c in text)
+
+    def readings(self) -> Iterator[str]:
+        """What each loss of this run reads (train.compute_losses)."""
+        words = f"{sum(label != -100 for label in self.views['full'].labels)} tokens marked s"
+        yield f"L_VLM (Eq. 3): the {words}, each from the state before it"
+        if self.config.method == "recon":
+            yield "L_latent: of each latent the visual embedding, from the state before it"
+        if "input" in self.views and self.config.jepa:
+            yield (f"L_JEPA (Eq. 1): h^_R, state {self.views['input'].embed_at} of the input view, "
+                   f"and h_R, state {self.views['target'].embed_at} of the target view")
+        if "input" in self.views and self.config.nextlat_view != "none":
+            along = f"the {words}" if self.config.nextlat_view == "full" else "the target view"
+            yield f"L_NextLat (Eq. 2): the states of {along}, each from the one before it"
