@@ -25,22 +25,20 @@ from baselines import reconstruction, variants
 from data import Examples, View, collate
 from support.families import load_family
 from support.options import RECIPES, Config, add_field, given_options
-from support.records import Example, read_folder
+from support.records import read_folder
 from world.scenes import REGIMES, make_world, write_sample
 
 # of a training run: what decides which tokens there are, and which loss reads them
 OPTIONS = ("recipe", "method", "model", "data", "outside_images", "regime", "answer_prefix",
            "order", "pred_tokens", "jepa", "target_view", "nextlat_view", "latents", "max_tokens")
-GREEN, PLAIN = "\033[32m", "\033[0m"
 
 
 def run(parser: ArgumentParser) -> None:
-    """data.py's command line. Raises ValueError or OSError for what is not there or of no use."""
+    """data.py's command line. Raises ValueError or OSError for what is not there."""
     parser.add_argument("--show", action="store_true", help="print the views of one record")
     parser.add_argument("--row", type=int, default=0, help="which: its number, from 0")
     parser.add_argument("--out", type=Path, help="new folder to write a sample of the world to")
-    parser.add_argument("--count", type=int, default=40,
-                        help="training examples; a quarter as many for validation and for test")
+    parser.add_argument("--count", type=int, default=40, help="training examples; others a quarter")
     parser.add_argument("--seed", type=int, default=0, help="of the world's scenes")
     for f in fields(Config):
         if f.name in OPTIONS:
@@ -57,27 +55,22 @@ def run(parser: ArgumentParser) -> None:
 
 
 def show(config: Config, row: int) -> None:
-    example, family = record(config, row), load_family(config.model)
-    taught = variants.as_taught([example], config)  # with --method both there are two
-    examples = Examples([example], taught, family, sys.maxsize,
-                        replace(config, max_tokens=sys.maxsize))
-    if config.method == "recon":
-        reconstruction.add_views(examples, taught, config)
-    sys.stdout.reconfigure(errors="backslashreplace")  # tokens may hold any character
-    print(f"{example.id}: {example.question!r} {example.answer!r}")
-    for n in range(len(taught)):
-        print(*Printer(examples, n, config).lines(), sep="\n")
-
-
-def record(config: Config, row: int) -> Example:
     if config.data:
         examples = read_folder(config.data, config.outside_images)
     else:
         examples = make_world(config.regime, "train", row + 1, config.world_seed)
-    if 0 <= row < len(examples):
-        return examples[row]
-    last = f" to {len(examples) - 1}" if examples else ""
-    raise ValueError(f"--row {row} is not there: rows are counted from 0{last}")
+    if not 0 <= row < len(examples):
+        last = f" to {len(examples) - 1}" if examples else ""
+        raise ValueError(f"--row {row} is not there: rows are counted from 0{last}")
+    taught = variants.as_taught([examples[row]], config)  # with --method both there are two
+    found = Examples([examples[row]], taught, load_family(config.model), sys.maxsize,
+                     replace(config, max_tokens=sys.maxsize))
+    if config.method == "recon":
+        reconstruction.add_views(found, taught, config)
+    sys.stdout.reconfigure(errors="backslashreplace")  # tokens may hold any character
+    print(f"{examples[row].id}: {examples[row].question!r} {examples[row].answer!r}")
+    for n in range(len(taught)):
+        print(*Printer(found, n, config).lines(), sep="\n")
 
 
 class Printer:
@@ -85,16 +78,16 @@ class Printer:
 
     def __init__(self, examples: Examples, row: int, config: Config):
         self.store, self.config, self.family = examples.store, config, examples.serializer.family
-        self.tokenizer = self.family.tokenizer
-        self.image_id: int = self.family.lm.config.image_token_id
+        self.tokenizer, self.image_id = self.family.tokenizer, self.family.lm.config.image_token_id
         full, asked, target = examples.views[row]
-        full = examples.latent_views[row] if config.method == "recon" else full
+        if config.method == "recon":
+            full = examples.latent_views[row]
         self.views = dict(full=full._replace(embed_at=-1))  # no loss reads that state
         if config.method == "pearl":  # nor the labels of the target view
             self.views |= dict(input=asked, target=target._replace(labels=[-100] * len(target.ids)))
         # a tokenizer may drop a blank that begins a text, so each token is decoded behind a letter
         self.letter = self.tokenizer("a", add_special_tokens=False).input_ids
-        self.colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+        self.green = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
 
     def lines(self) -> Iterator[str]:
         for name, view in self.views.items():
@@ -106,25 +99,23 @@ class Printer:
 
     def tokens(self, name: str, view: View) -> Iterator[str]:
         """Runs of tokens with which the same is done: image tokens and injected ones in a line."""
-        texts = [self.store.image_texts[i] for i in view.images]
-        counts = [self.tokenizer(text, add_special_tokens=False).input_ids.count(self.image_id)
-                  for text in texts]
-        images = iter([i for i, count in zip(view.images, counts) for _ in range(count)])
-        kinds = [(next(images) if id == self.image_id else None, n in view.inject_at,
+        texts = [self.tokenizer(self.store.image_texts[i], add_special_tokens=False).input_ids
+                 for i in view.images]
+        shown = iter([i for i, ids in zip(view.images, texts) for id in ids if id == self.image_id])
+        kinds = [(next(shown) if id == self.image_id else None, n in view.inject_at,
                   view.labels[n] != -100, n == view.embed_at) for n, id in enumerate(view.ids)]
-        for (image, given, supervised, embedding), run in groupby(range(len(kinds)),
-                                                                  kinds.__getitem__):
-            first, *more = run
-            words = " ".join(self.word(view.ids[n]) for n in (first, *more))
+        for kind, run in groupby(range(len(kinds)), kinds.__getitem__):
+            first, (image, given, supervised, embedding) = next(run), kind
+            words = " ".join(self.word(view.ids[n]) for n in (first, *run))
             lines = textwrap.wrap(words, 85, break_long_words=False, break_on_hyphens=False)
-            sizes = [len(line.split()) for line in lines]
             if given or image is not None:
-                lines, sizes = [self.folded(view, image, first, sum(sizes))], [sum(sizes)]
-            for line, size in zip(lines, sizes):
+                lines = [self.folded(view, image, first, len(words.split()))]
+            for line in lines:
+                size = len((line if len(lines) > 1 else words).split())
                 place = f"{first}-{first + size - 1}" if size > 1 else f"{first}"
                 line = f"{'s' if supervised else ' '} {place:>9}  {line}"
                 line += {"input": "  <- h^_R", "target": "  <- h_R"}[name] if embedding else ""
-                yield f"{GREEN}{line}{PLAIN}" if self.colour and supervised else line
+                yield f"\033[32m{line}\033[0m" if self.green and supervised else line
                 first += size
 
     def folded(self, view: View, image: int | None, first: int, count: int) -> str:
@@ -135,9 +126,8 @@ class Printer:
             what += f", {grid[1]} x {grid[2]} patches" if grid else ""
         batch, grids = collate([view], 0), [self.store.grids[i] for i in view.images]
         positions = self.family.positions(batch.ids, batch.mask, grids)[:, 0, first:first + count]
-        rows = [f"{row[0]}-{row[-1]}" for row in positions.tolist()]  # (A, count)
-        rows = rows[:1] if len(set(rows)) == 1 else rows
-        return f"{count} x {what}, positions {' / '.join(rows)}"
+        rows = [f"{row[0]}-{row[-1]}" for row in positions.tolist()]  # A of them
+        return f"{count} x {what}, positions {' / '.join(rows if len(set(rows)) > 1 else rows[:1])}"
 
     def word(self, id: int) -> str:
         """A token as text without blanks; where it is no whole text, as the vocabulary has it."""
