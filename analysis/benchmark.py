@@ -125,7 +125,7 @@ class LiveTensors(TorchDispatchMode):
 
 
 def release_losses(vlm: VLM, predictor: Predictor, examples, rows: list[int],
-                   config) -> train.Losses:
+                   config) -> losses.Losses:
     """Pearl's terms with the work that the authors' release does: one batch of three views padded
     to one length, gradient and head at every position, and the token term, which scores each
     forecast state against the token that the latent predictor was told."""
@@ -145,7 +145,7 @@ def release_losses(vlm: VLM, predictor: Predictor, examples, rows: list[int],
                      for forecast, at in forecasts) / config.horizon
     total, parts = losses.pearl_loss(vlm_term, jepa_term, losses.nextlat_loss(full, forecasts),
                                      config.lambda_latent)
-    return train.Losses(total + config.lambda_latent * token_term,
+    return losses.Losses(total + config.lambda_latent * token_term,
                         parts | dict(token=token_term.detach()))
 
 
@@ -194,7 +194,7 @@ def benchmark(config: train.Config) -> dict[str, float]:
                                  test_per_family=1, steps=WARMUP + config.steps)
     run = train.build(cached)
     run.step.vlm.train()
-    modules, order = variants(run, cached), train.step_rows(run.step.examples, cached)
+    modules, order = variants(run, cached), run.step.examples.steps(cached)
     times, memory, tokens = {name: [] for name in modules}, dict.fromkeys(modules, 0.0), []
     for step in range(cached.steps):
         rows, names = next(order), list(modules)

@@ -121,7 +121,7 @@ def embeddings(run: Path | None, config: train.Config,
     # the views of the trajectories, whatever the run itself was taught
     config = dataclasses.replace(config, method="sft",
                                  pred_tokens=0 if injected is None else len(injected))
-    examples, pairs = train.Examples(world, vlm, config), []
+    examples, pairs = train.prepared(world, vlm, config), []
     for start in range(0, len(world), 64):
         views = examples.views[start:start + 64]
         images = examples.store.encoded([i for v in views for i in v.full.images])

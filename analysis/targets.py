@@ -58,7 +58,7 @@ def shares(h: Tensor, world: list[Example]) -> dict[str, float]:
 def report(config: train.Config) -> str:
     world = load_examples(config)[0][:config.train_examples]
     vlm = VLM(config.model, getattr(torch, config.dtype)).to(config.device).eval()
-    examples, rows = train.Examples(world, vlm, config), list(range(len(world)))
+    examples, rows = train.prepared(world, vlm, config), list(range(len(world)))
     train.cache_targets(vlm, examples, rows, config)
     targets = torch.stack([examples.targets[row] for row in rows])
     found, gauges = shares(targets, world), losses.collapse_gauges(targets, targets)

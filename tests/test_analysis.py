@@ -37,7 +37,7 @@ def step_of(vlm, examples, config):
     predictor = Predictor(vlm.dim, config.pred_tokens, torch.randn(vlm.dim))
     torch.nn.init.normal_(predictor.latent.mlp[-1].weight, std=0.02)
     vlm.double(), predictor.double()
-    return predictor, train.Examples(examples, vlm, config)
+    return predictor, train.prepared(examples, vlm, config)
 
 
 def test_pearson_separation_and_probe_by_hand():
