@@ -3,18 +3,18 @@ import sys
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing in the tests may reach for the network
-os.environ.setdefault("OMP_NUM_THREADS", "2")  # here and in the runs that tests start: bit for bit holds for one number of threads
+# here and in the runs that tests start: bit for bit holds for one number of threads
+os.environ.setdefault("OMP_NUM_THREADS", "2")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
 from model import VLM  # noqa: E402
-from train import Config  # noqa: E402
+from support.options import TINY, Config  # noqa: E402
 from world import scenes  # noqa: E402
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-TINY = str(Path(__file__).resolve().parent.parent / "tiny-vlm")
 
 
 @pytest.fixture
@@ -22,6 +22,12 @@ def vlm64():
     """The shipped model in float64, fresh for each test."""
     torch.manual_seed(0)
     return VLM(TINY, dtype=torch.float64)
+
+
+@pytest.fixture(scope="session")
+def shipped():
+    """The shipped model as it comes, for tests that change nothing of it."""
+    return VLM(TINY).eval()
 
 
 @pytest.fixture(scope="session")
@@ -33,5 +39,6 @@ def mixed():
 @pytest.fixture
 def config(tmp_path):
     """A run small enough for a test, with the paper's target: h_R of the current model."""
-    return Config(target_encoder="current", device="cpu", out=str(tmp_path / "run"), steps=4, batch=4, train_examples=12,
-                  valid_examples=5, test_per_family=2, eval_every=2, log_every=1, lora_rank=4, lora_alpha=8.0)
+    return Config(target_encoder="current", device="cpu", out=str(tmp_path / "run"), steps=4,
+                  batch=4, train_examples=12, valid_examples=5, test_per_family=2, eval_every=2,
+                  log_every=1, lora_rank=4, lora_alpha=8.0)
