@@ -120,9 +120,10 @@ class Answerer:
         out = self.generate(prompts, longest, option_tokens)
         # decoding was confined to the options, so what was made begins with just one of them
         for example, options, said in zip(self.examples, option_tokens, out):
-            said["option"] = next(n for n, option in enumerate(options)
-                                  if said["ids"][:len(option)] == option)
-            said["text"] = example.options[said["option"]]
+            # None: a model that has broken down (NaN) writes outside what it is confined to
+            said["option"] = next((n for n, option in enumerate(options)
+                                   if said["ids"][:len(option)] == option), None)
+            said["text"] = "" if said["option"] is None else example.options[said["option"]]
         return out
 
     def free(self, tokens: int = 0) -> list[dict]:
