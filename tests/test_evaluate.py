@@ -28,7 +28,8 @@ def test_wilson_interval_by_hand():
 
 @pytest.mark.parametrize("text, prefix, answer", [
     ("The digit is seven. Answer: seven", "Answer:", "seven"),
-    ("Answer: seven.", "Answer:", "seven"), (" seven ", "Answer:", "seven"), ("Answer: six Answer: two", "Answer:", "two"),
+    ("Answer: seven.", "Answer:", "seven"), (" seven ", "Answer:", "seven"),
+    ("Answer: six Answer: two", "Answer:", "two"),
     ("two, I think. Answer: three", "Answer:", None), ("Zoom in on", "Answer:", "Zoom in on"),
     ("B", "", "B")])
 def test_a_reply_is_the_option_that_it_states_last(text, prefix, answer):

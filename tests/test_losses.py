@@ -171,3 +171,4 @@ def test_gauges_of_a_collapse():
     flat = losses.collapse_gauges(target, torch.ones(2, 2))
     assert flat["spread_target"] == pytest.approx(0, abs=1e-6)
     assert flat["mean_cosine"] == pytest.approx(1) and flat["effective_rank"] < 1.01
+    assert losses.collapse_gauges(target[:1], target[:1]) == {}  # one row alone tells nothing

@@ -1,5 +1,5 @@
-"""Claims: our explicit forward equals transformers' own; padding changes nothing; LoRA starts at the
-base model, merges exactly, can be taken off for a while and survives the disk in PEFT's layout.
+"""Claims: our explicit forward equals transformers' own; padding changes nothing; LoRA starts at
+the base model, merges exactly, can be taken off and survives the disk in PEFT's layout.
 Other families: test_families.py."""
 
 import json
@@ -79,7 +79,8 @@ def test_pred_tokens_fill_their_positions_and_leave_the_prompt_alone(vlm64, mixe
     batch, encoded = run(vlm64, store, asked, rows)
     _, other = run(vlm64, store, asked, rows + 1)
     _, swapped = run(vlm64, store, asked, rows.flip(0))
-    assert torch.equal(encoded.inputs[batch.inject_at], rows.repeat(3, 1))  # one row's, for every row
+    # rows of one example serve for every example
+    assert torch.equal(encoded.inputs[batch.inject_at], rows.repeat(3, 1))
     _, each = run(vlm64, store, asked, torch.cat([rows, rows + 1, rows]))
     assert torch.equal(each.inputs[batch.inject_at], torch.cat([rows, rows + 1, rows]))
     for changed in (other, swapped):
