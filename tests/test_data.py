@@ -356,7 +356,7 @@ def test_latent_view_is_one_turn_with_a_run_for_each_tool_image(serialised):
     numbers, texts = store.add(ex)
     token = vlm.tokenizer.convert_tokens_to_ids
     for latents, count in ((0, texts[1].count("<|image_pad|>")), (3, 3)):
-        view, = reconstruction.latent_views(serializer, [ex], [(numbers, texts)], latents)
+        view = reconstruction.latent_view(serializer, ex, numbers, texts, latents)
         first, last = view.inject_at[0], view.inject_at[-1]
         assert view.inject_at == tuple(range(first, first + count))
         assert view.images == numbers[:1]
