@@ -31,7 +31,7 @@ OLD = {
     *(f"world/{name}.py" for name in ("scenes", "tools")),
     *(f"analysis/{name}.py" for name in ("compare_runs", "tables")),
     *(f"published/{name}.py" for name in ("benchmarks", "trajectories")),
-    *(f"tests/{name}.py" for name in ("mutations", "test_published", "test_robust")),
+    *(f"tests/{name}.py" for name in ("test_published", "test_robust")),
 }
 
 
