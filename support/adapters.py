@@ -80,7 +80,8 @@ def save_adapter(lm: torch.nn.Module, layers: dict[str, torch.nn.Module], path: 
         weights[f"base_model.model.{name}.lora_A.weight"] = layer.lora_A
         weights[f"base_model.model.{name}.lora_B.weight"] = layer.lora_B
     write_tensors(weights, folder / "adapter_model.safetensors", dict(format="pt"))
-    first = next(iter(layers.values()))
+    first, base = next(iter(layers.values())), Path(path).expanduser()
+    path = str(base.resolve()) if base.is_dir() else path  # to be found from anywhere
     config = dict(peft_type="LORA", task_type="CAUSAL_LM", base_model_name_or_path=path,
                   r=len(first.lora_A), lora_alpha=first.scaling * len(first.lora_A),
                   lora_dropout=first.dropout.p, bias="none", target_modules=sorted(layers),

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor
 
-from model import VLM
+from model import VLM, merge_lora
 from support.adapters import load_adapter, resolve, save_merged
 from support.families import load_checkpoint
 
@@ -64,6 +64,22 @@ def changed(lm, base, times=1):
 def test_an_adapter_as_peft_saves_it(base, tmp_path, names):
     folder = adapter(tmp_path / "adapter", base, names, rank_pattern={}, use_rslora=False)
     assert changed(load_checkpoint(str(folder), torch.float64)[0], base)
+
+
+def test_a_saved_adapter_names_its_base_from_anywhere(base, tmp_path, monkeypatch):
+    monkeypatch.chdir(base.parent)
+    vlm = VLM(base.name, torch.float64)
+    vlm.set_trainable(4, 8.0, 0.0, ["q_proj"], vision=True)
+    with torch.no_grad():
+        for name, p in vlm.lm.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(p)
+    (tmp_path / "adapter").mkdir()
+    vlm.save_adapter(tmp_path / "adapter")
+    monkeypatch.chdir(tmp_path)
+    again, _ = load_checkpoint("adapter", torch.float64)
+    merge_lora(vlm.lm)
+    torch.testing.assert_close(dict(again.state_dict()), dict(vlm.lm.state_dict()))
 
 
 def test_the_same_as_peft_itself(base, tmp_path):
