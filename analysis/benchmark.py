@@ -7,8 +7,9 @@
 
 packed: full and input view in one pass, the target by the current model in another, without
 gradient. packed_cached: the target from the cache, no pass for it (the default). packed_trajectory:
-NextLat on the target view, so with gradient there. plain: one pass a view. release: three views
-padded to one length in one batch, gradient and head at every position of all three, the token term.
+NextLat on the target view, so with gradient there. plain: one pass a view. release: one batch of
+three views padded to one length, with gradient in all; latent predictor at every position, the head
+at every position of all three and once more on the forecasts, for the token term.
 
 The variants take turns on the same batches of one model in one process, so that whatever else the
 machine does hits all of them; a row of the table is the median over --steps rounds after two to
@@ -32,17 +33,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # before any other `analysis`
 
 import torch
-import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import (AutoConfig, AutoImageProcessor, AutoModelForImageTextToText,
                           AutoTokenizer, PreTrainedConfig)
 
-import data
-import losses
 import train
-from model import VLM
-from predictor import Predictor
+from baselines.release import padded_losses
 from support.options import TINY
 from support.run_folder import refuse_used_folder
 
@@ -124,31 +121,6 @@ class LiveTensors(TorchDispatchMode):
         return made
 
 
-def release_losses(vlm: VLM, predictor: Predictor, examples, rows: list[int],
-                   config) -> losses.Losses:
-    """Pearl's terms with the work that the authors' release does: one batch of three views padded
-    to one length, gradient and head at every position, and the token term, which scores each
-    forecast state against the token that the latent predictor was told."""
-    views, count = [examples.views[row] for row in rows], len(rows)
-    images = examples.store.encoded([i for v in views for i in v.full.images])
-    batch = data.collate([getattr(v, name) for name in ("full", "input", "target") for v in views],
-                         vlm.pad_id).to(vlm.device)
-    states, inputs, embedding = vlm(batch, images, predictor.pred_tokens.repeat(count, 1))
-    labels = torch.cat([batch.labels[:count], torch.full_like(batch.labels[count:], -100)])
-    logits = losses.at_least_float32(vlm.logits(states))  # (3B, T, V)
-    vlm_term = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
-    _, predicted, target = embedding.split(count)  # (B, D) each
-    jepa_term = losses.jepa_loss(predicted, target, config.distance)
-    full, labels, head = states[:count], labels[:count], vlm.lm.lm_head.weight.detach()
-    forecasts = predictor.latent.forecasts(full, inputs[:count], labels != -100, config.horizon)
-    token_term = sum(F.cross_entropy(losses.at_least_float32(F.linear(forecast, head)), labels[at])
-                     for forecast, at in forecasts) / config.horizon
-    total, parts = losses.pearl_loss(vlm_term, jepa_term, losses.nextlat_loss(full, forecasts),
-                                     config.lambda_latent)
-    return losses.Losses(total + config.lambda_latent * token_term,
-                        parts | dict(token=token_term.detach()))
-
-
 def variants(run: train.Run, cached: train.Config) -> dict[str, train.Step]:
     """Each variant's losses as a module, all of one model and on the same examples."""
     step, current = run.step, dataclasses.replace(cached, target_encoder="current")
@@ -162,7 +134,7 @@ def variants(run: train.Run, cached: train.Config) -> dict[str, train.Step]:
                  packed_cached=variant(step.predictor, cached),
                  packed_trajectory=variant(step.predictor, trajectory),
                  plain=variant(step.predictor, plain), release=variant(step.predictor, current))
-    found["release"].losses = release_losses
+    found["release"].losses = padded_losses
     return found
 
 

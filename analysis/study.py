@@ -44,7 +44,8 @@ ABLATIONS = {
     "pearl searched": "--lambda_latent 10",
     "pearl current target": "--target_encoder current --lambda_latent 1",
     "pearl as in the paper": "--recipe paper",
-    "pearl as released": "--recipe release",
+    # its own learning rate, 1e-5, is one for billions of parameters
+    "pearl as released": "--recipe release --lr 1e-3",
     "pearl without NextLat": "--nextlat_view none",
     "pearl without JEPA": "--jepa false",
     **{f"pearl K={k}": f"--pred_tokens {k}" for k in (0, 1, 2, 8)},
