@@ -150,7 +150,9 @@ def normalise(text: str) -> str:
     Case is kept. Three dots stay, and nothing is taken off that would leave nothing.
     """
     text = " ".join(unicodedata.normalize("NFC", text).split())
-    while (bare := _undressed(text)) != text:
+    for _ in range(20):  # nobody dresses deeper, and each layer goes over the whole text
+        if (bare := _undressed(text)) == text:
+            break
         text = bare
     return text
 
