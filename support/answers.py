@@ -228,8 +228,7 @@ def contains(text: str, answer: str) -> bool:
 
 def _index_by_letter(said: str, names: list[str]) -> int | None:
     parts, own = [_letter_and_rest(name) for name in names], _letter_and_rest(said)
-    letters = [letter for letter, _ in filter(None, parts)]
-    if len(set(letters)) != len(names):
+    if None in parts:
         return None
     if own is None:
         found = [i for i, (_, rest) in enumerate(parts) if rest and rest == said.casefold()]

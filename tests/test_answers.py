@@ -29,6 +29,8 @@ def nfd(text):
     ("It is. <answer>red</answer>", COLOURS, "<answer>", 0),
     ("It is. <answer> red </answer>.", COLOURS, "Answer:", 0),
     ("It is. \\boxed{red}", COLOURS, "\\boxed{", 0),
+    ("<answer>red</answer> That is all.", COLOURS, "<answer>", 0),
+    ("So \\boxed{\\text{red}} it is", COLOURS, "\\boxed{", 0),
     ("It is. $\\boxed{\\text{red}}$.", COLOURS, "Answer:", 0),
     ("\\boxed{1}, no: \\boxed{\\frac{1}{2}}", ["1", "\\frac{1}{2}"], "", 1),
     ("<answer>\\boxed{red}</answer>", COLOURS, "<answer>", 0),
@@ -117,7 +119,8 @@ def test_the_form_is_the_one_that_the_text_has(text, answer, prefix, form):
 
 @pytest.mark.parametrize("prefix, text", [
     ("Answer:", "Answer: x"), ("Answer: ", "Answer: x"), ("Réponse :", "Réponse : x"),
-    ("is", "is x"), ("답:", "답: x"), ("=>", "=> x"), ("", "x"), ("答案：", "答案：x"), ("答案:", "答案:x"),
+    ("is", "is x"), ("답:", "답: x"), ("=>", "=> x"), ("", "x"), ("答案：", "答案：x"), ("답：", "답：x"),
+    ("答案:", "答案:x"),
     ("答案是", "答案是x"), ("คำตอบ", "คำตอบx"), ("<answer>", "<answer>x</answer>"),
     ("\\boxed{", "\\boxed{x}"), ("<answer>\\boxed{", "<answer>\\boxed{x}</answer>"), ("(", "(x)"),
     ("**Answer:**", "**Answer:** x")])
@@ -139,6 +142,7 @@ def test_the_most_frequent_form_of_the_data_is_asked_for():
 def test_the_bare_answer_is_written_as_the_last_text_writes_it():
     for text in ("<answer>red</answer>", "So <answer>red</answer>"):
         assert examples(text)[0].answer_only("<answer>").trajectory == ["<answer>red</answer>"]
+    assert examples("So Answer: red.")[0].answer_only("Answer:").trajectory == ["Answer: red."]
     assert examples("It is red")[0].answer_only("Answer: ").trajectory == ["Answer: red"]
     assert examples("")[0].answer_only("").trajectory == ["red"]
 
@@ -148,7 +152,7 @@ def test_free_tokens_count_prefix_longest_option_and_end():
     assert free_tokens_needed(examples("", ""), form, len) == 1 + len("A: dark red.")
 
 
-@pytest.mark.parametrize("text", ["( " * 200_000, "x " * 500_000, "{" * 200_000 + "Answer: x",
+@pytest.mark.parametrize("text", ["( " * 200_000, "x " * 500_000, "{" * 200_000 + " Answer: x",
                                   "**" * 200_000, "\\boxed{" * 50_000, "<a>" * 100_000])
 def test_long_texts_take_no_time(text):
     start = time.perf_counter()
