@@ -75,10 +75,11 @@ class Answerer:
 
     def check_lengths(self) -> None:
         """Raises ValueError for a question that leaves no room for its answer: before training."""
-        for example, asked, (prompt, options) in zip(self.examples, self.prompts, self.begun):
+        for example, place, (prompt, options) in zip(self.examples, self.placed, self.begun):
             longest = prompt.ids + max(options, key=len)
-            self.serializer.check_length(prompt._replace(ids=longest), example)
-            self.serializer.check_length(asked, example)
+            told = self.serializer.conversation(self.serializer.turns(example), place[1]).ids
+            for ids in (longest, told):  # asked directly, and with the expert's tool
+                self.serializer.check_length(prompt._replace(ids=ids), example)
 
     def decode(self, ids: list[int]) -> str:
         return self.vlm.tokenizer.decode(ids, skip_special_tokens=True)
@@ -127,14 +128,16 @@ class Answerer:
         return out
 
     def free(self, tokens: int = 0) -> list[dict]:
-        """tokens 0: as many as the longest answer with its prefix needs, four (the paper's) at
-        least."""
-        return self.generate(self.prompts, tokens or max(4, self.longest_answer()))
+        """tokens 0: as many as the longest answer needs, four (the paper's) at least."""
+        if cut := sum(needed > tokens > 0 for needed in self.answer_tokens()):
+            print(f"free: {cut} of {len(self.examples)} questions have options that take more than "
+                  f"--free_tokens {tokens}; 0 gives them as many as they need")
+        return self.generate(self.prompts, tokens or max(4, *self.answer_tokens()))
 
-    def longest_answer(self) -> int:
-        """Tokens of the longest option, prefix included."""
-        return max(len(begun.ids) + len(option) - 1 - len(asked.ids) for asked, (begun, options)
-                   in zip(self.prompts, self.begun) for option in options)
+    def answer_tokens(self) -> list[int]:
+        """Of each question the tokens of its longest option, with prefix and end of turn."""
+        return [len(begun.ids) + max(map(len, options)) - len(asked.ids)
+                for asked, (begun, options) in zip(self.prompts, self.begun)]
 
     def tool(self) -> list[dict | None]:
         """None where the example has no tool image."""

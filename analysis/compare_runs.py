@@ -22,10 +22,11 @@ def read_run(run: Path, args) -> dict:
     vlm, config, scale = evaluate.load_run(run, args.device)
     outside = args.outside_images or config.get("outside_images", False)
     examples = test_examples(args.data or config["data"], config["regime"], args.per_family,
-                             config["world_seed"], outside=outside)
+                             config["world_seed"], outside=outside,
+                             answer_prefix=config["answer_prefix"])
     latents = config["decode_latents"] if args.latents is None else args.latents
-    return dict(config=config, **evaluate.ask(vlm, examples, config["answer_prefix"], args.call_limit, scale,
-                                     latents, args.free_tokens))
+    return dict(config=config, **evaluate.ask(vlm, examples, config["answer_prefix"],
+                                              args.call_limit, scale, latents, args.free_tokens))
 
 
 def run(parser: argparse.ArgumentParser) -> None:
@@ -34,6 +35,7 @@ def run(parser: argparse.ArgumentParser) -> None:
     for name, kind, default, meaning in (
             ("model", str, "", "also this checkpoint or hub id, untrained"),
             ("data", str, "", "a data folder; default: each run's own"),
+            ("answer_prefix", str, "Answer:", "with --model: what its answers begin with"),
             ("json", Path, None, "write tables and every answer there"),
             ("markdown", Path, None, "write the table over systems there"),
             ("per_family", int, 200, "with --again: test questions of each family of the world"),
@@ -51,10 +53,11 @@ def run(parser: argparse.ArgumentParser) -> None:
     columns = {name: summarise(run["answers"]) for name, run in found.items()}
     said = {name: run["answers"] for name, run in found.items()}
     if args.model:
-        examples = test_examples(args.data, "", args.per_family, 0, outside=args.outside_images)
+        examples = test_examples(args.data, "", args.per_family, 0, outside=args.outside_images,
+                                 answer_prefix=args.answer_prefix)
         vlm = VLM(args.model).to(args.device)
         said[args.model] = evaluate.answer_questions(
-            vlm, examples, free_tokens=args.free_tokens, call_limit=args.call_limit)
+            vlm, examples, args.answer_prefix, args.free_tokens, args.call_limit)
         columns = {args.model: summarise(said[args.model]), **columns}
     print(format_table(columns))
     systems = compare(found) if found else []

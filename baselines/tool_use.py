@@ -1,8 +1,12 @@
 """Explicit tool use: the model writes its own calls, each is really run, its image is appended."""
 
-from support.images import opened
-from world.tools import CALL, call_tool
+import re
 
+from support.images import opened
+from world.tools import CALL, TOOLS, call_tool
+
+# an answer may hold brackets: [3, 4, 10, 12]; only a tool's own name makes them a call
+CALL_BEGUN = re.compile(rf"\[\s*(?:{'|'.join(TOOLS)})\b", re.IGNORECASE)
 TURN_TOKENS = 56  # enough for any plan and call
 
 
@@ -32,7 +36,7 @@ def answer(asker, limit: int) -> list[dict]:
 
 def run_call(asker, talk: dict, text: str, limit: int) -> None:
     """Run the call in `text` and append its image; a text without one is the answer."""
-    if "[" not in text:
+    if not CALL_BEGUN.search(text):
         talk["text"] = text
     elif talk["calls"] == limit:
         talk.update(text="", failed="one call too many")

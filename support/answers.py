@@ -12,7 +12,7 @@ sides are normalised alike, and what counts is the index of the option, never th
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import NamedTuple
 
 STOPS = ".。．｡।۔։።"  # full stops of several scripts
@@ -81,15 +81,6 @@ def common_form(examples: Iterable, prefix: str) -> AnswerForm:
     forms = Counter(form for ex in examples if ex.texts
                     and (form := form_of(ex.texts[-1], ex.answer, prefix)))
     return forms.most_common(1)[0][0] if forms else default_form(prefix)
-
-
-def free_tokens_needed(examples: Iterable, form: AnswerForm, count: Callable[[str], int]) -> int:
-    """Tokens of the longest option as `form` writes it, and one that ends the turn.
-
-    count: the number of tokens of a text.
-    """
-    options = {option for ex in examples for option in ex.options}
-    return 1 + max((count(form.text(option)) for option in options), default=0)
 
 
 def _after_prefix(text: str, prefix: str) -> int | None:

@@ -109,7 +109,7 @@ class Config:
     test_per_family: int = option(120, "of a folder, at most so many", least=1)
     test_split: str = option("test", "validation, when settings are being chosen",
                              ("test", "validation"))
-    free_tokens: int = option(4, "most tokens of a free answer", least=1)
+    free_tokens: int = option(0, "most tokens of a free answer; 0: what the longest needs", least=0)
     call_limit: int = option(0, "also test explicit tool use, at most so many calls", least=0)
     track: int = option(0, "validation questions asked at each validation", least=0)
     world_seed: int = option(0, "of the scenes; a data set of its own for every value")

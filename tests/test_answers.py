@@ -6,8 +6,8 @@ import unicodedata
 
 import pytest
 
-from support.answers import (AnswerForm, common_form, contains, default_form, form_of,
-                             free_tokens_needed, normalise, option_index, parse_answer, says)
+from support.answers import (AnswerForm, common_form, contains, default_form, form_of, normalise,
+                             option_index, parse_answer, says)
 from support.records import Example
 
 COLOURS = ["red", "blue", "dark red"]
@@ -145,11 +145,6 @@ def test_the_bare_answer_is_written_as_the_last_text_writes_it():
     assert examples("So Answer: red.")[0].answer_only("Answer:").trajectory == ["Answer: red."]
     assert examples("It is red")[0].answer_only("Answer: ").trajectory == ["Answer: red"]
     assert examples("")[0].answer_only("").trajectory == ["red"]
-
-
-def test_free_tokens_count_prefix_longest_option_and_end():
-    form = AnswerForm("A:", " ", ".")
-    assert free_tokens_needed(examples("", ""), form, len) == 1 + len("A: dark red.")
 
 
 @pytest.mark.parametrize("text", ["( " * 200_000, "x " * 500_000, "{" * 200_000 + " Answer: x",

@@ -9,14 +9,27 @@ from world.scenes import HELD_OUT, REGIMES, make_example, make_world
 def load_examples(config) -> list[list[Example]]:
     """Training, validation and test examples, from the user's folder or drawn from the world.
 
-    Of a folder with more, as many validation and test examples are drawn as the world would give.
+    What is odd in a folder and yet used is printed.
     """
     if not config.data:
         regime, seed = config.regime, config.world_seed
         return [make_world(regime, "train", config.train_examples, seed),
                 make_world(regime, "validation", config.valid_examples, seed),
                 test_examples("", regime, config.test_per_family, seed, config.test_split)]
-    examples, found = read_folder(config.data, config.outside_images), []
+    notes: list[str] = []
+    examples = read_folder(config.data, config.outside_images, notes=notes,
+                           answer_prefix=config.answer_prefix)
+    for note in notes:
+        print(f"note: {note}")
+    return drawn(examples, config)
+
+
+def drawn(examples: list[Example], config) -> list[list[Example]]:
+    """A folder's training examples, and as many others as the world would give.
+
+    Raises ValueError where a split has too few.
+    """
+    found = []
     for split, least in (("train", 2), ("validation", 2), (config.test_split, 1)):
         found.append([ex for ex in examples if ex.split == split])
         if len(found[-1]) < least:
@@ -35,11 +48,12 @@ def load_examples(config) -> list[list[Example]]:
 
 
 def test_examples(folder: str, regime: str, per_family: int, seed: int, split: str = "test",
-                  outside: bool = False) -> list[Example]:
+                  outside: bool = False, answer_prefix: str = "Answer:") -> list[Example]:
     """A split of a user's folder (outside: see read_folder), or of the world, then with the
     held-out family; regime "": every family of the world."""
     if folder:
-        examples = [ex for ex in read_folder(folder, outside) if ex.split == split]
+        examples = [ex for ex in read_folder(folder, outside, answer_prefix=answer_prefix)
+                    if ex.split == split]
         if not examples:
             raise ValueError(f"{folder} has no record in the {split} split; give some records "
                              f"\"split\": \"{split}\"")
