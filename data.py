@@ -242,8 +242,8 @@ class Serializer:
     def check_length(self, view: View, example: Example) -> None:
         if len(view.ids) > self.max_tokens:
             raise ValueError(f"example {example.id}: {len(view.ids)} tokens, the limit is "
-                             f"{self.max_tokens}; shorten its texts, shrink its images, or raise "
-                             "--max_tokens")
+                             f"{self.max_tokens} (--max_tokens, or the model's positions); shorten "
+                             "its texts or shrink its images")
 
     def prompt(self, turns: list[tuple[str, list]], images: list[int],
                image_texts: list[str]) -> View:
