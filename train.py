@@ -226,7 +226,9 @@ def build(config: Config, world: int = 1) -> Run:
     *splits, tests = load_examples(config)
     examples, valid_examples = (prepared(split, vlm, config) for split in splits)
     questions = evaluate.Answerer(vlm, tests, config.answer_prefix)
-    questions.check_lengths()  # what cannot be asked stops here, before training
+    tracked = evaluate.Answerer(vlm, splits[1][:config.track], config.answer_prefix)
+    for asker in questions, tracked:  # what cannot be asked stops here, before training
+        asker.check_lengths()
     vlm.set_trainable(config.lora_rank, config.lora_alpha, config.lora_dropout,
                       config.lora_targets.split(","), config.train_vision)
     if config.shard:

@@ -4,7 +4,7 @@
 
 Every rule that stops train.py stops here too, because train.py's own code is what runs: records,
 images and answers (support/records.py), splits with enough records (world/loader.py), views that
-fit (train.Examples), and questions that fit, asked directly and with the expert's tool
+fit (train.prepared), and questions that fit, asked directly and with the expert's tool
 (evaluate.Answerer). Where train.py stops at the first fault, this goes on and names them all.
 """
 
@@ -63,7 +63,7 @@ def serialised(example: Example, vlm: VLM, config: train.Config, common) -> Size
     """As the run will, by the record's split. Raises ValueError naming the record."""
     view = answer = 0
     if example.split in ("train", "validation"):
-        views = train.Examples([example], vlm, config).views
+        views = train.prepared([example], vlm, config).views
         view = max(len(view.ids) for three in views for view in three)
     if example.split == config.test_split or (example.split == "validation" and config.track):
         asker = evaluate.Answerer(vlm, [example], config.answer_prefix)

@@ -379,7 +379,7 @@ def test_views_refuse_what_they_cannot_serialise(serialised):
             serializer.views(marked, *place, 2, "trajectory")
     with pytest.raises(ValueError, match="without text"):
         serializer.views(replace(ex, trajectory=[]), *place, 2, "trajectory")
-    with pytest.raises(ValueError, match="limit is 20; .* raise --max_tokens"):
+    with pytest.raises(ValueError, match="limit is 20; .* its images"):
         data.Serializer(vlm.family, 20).views(ex, *place, 2, "trajectory")
     with pytest.raises(ValueError, match="image 0 .*rejected.*crop or drop it"):
         store.add(replace(ex, image=Image.new("RGB", (2000, 4))))
