@@ -7,19 +7,25 @@ Letters: P image tokens, D hidden size, S 1 + deepstack levels (Qwen3-VL).
 import hashlib
 import os
 import time
+import uuid
 import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image
 from torch import Tensor
 
 from support.files import read_tensors, write_tensors
 
 Picture = Image.Image | Path  # an image in memory, or its file, read when it is needed
+TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
+         4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
+         6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+         8: Image.Transpose.ROTATE_90}  # by EXIF orientation, so that the first pixel is top left
+SIZES: dict[tuple[Path, int, int], tuple[int, int]] = {}  # of files read so far, see image_size
 
 
 def opened(picture: Picture) -> Image.Image:
@@ -27,37 +33,83 @@ def opened(picture: Picture) -> Image.Image:
 
 
 def image_size(picture: Picture) -> tuple[int, int]:
-    """(width, height) in px as `opened` shows it, from the file's header alone."""
+    """(width, height) in px of the picture as `opened` shows it. No file is read a second time.
+
+    A header is never asked: whether it counts sides before or after turning, and what it makes of
+    an orientation that no standard knows, depends on the format.
+    """
     if not isinstance(picture, Path):
         return picture.size
-    with Image.open(picture) as image:
-        turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5  # these four swap the sides
-        return image.size[::-1] if turned else image.size
+    return SIZES.get(_version(picture)) or opened(picture).size
 
-def open_image(file, where: str) -> Image.Image:
-    """Read an image (a path or an open file) as RGB, wholly, so that a truncated one fails here and not in the middle of a run."""
+
+def _version(file: Path) -> tuple[Path, int, int]:
+    """The file as it is now: another content under the same name is another version."""
+    found = file.stat()
+    return file, found.st_mtime_ns, found.st_size
+
+
+def picture_digest(picture: Picture) -> str:
+    """Hash of the file's bytes, or of the pixels of an image in memory."""
+    if isinstance(picture, Path):
+        return hashlib.sha256(picture.read_bytes()).hexdigest()
+    head = f"{picture.mode} {picture.size}".encode()
+    return hashlib.sha256(head + picture.tobytes()).hexdigest()
+
+
+def open_image(file: Path | BinaryIO, where: str) -> Image.Image:
+    """A picture as RGB, turned upright, read wholly, so that one cut short fails here and not
+    in the middle of a run. Raises ValueError or FileNotFoundError with `where`, file and mend."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(file) as image:
-                return as_rgb(ImageOps.exif_transpose(image))
+        if not isinstance(file, Path):
+            return _decoded(file)
+        version = _version(file)
+        # not by its name: Pillow then maps uncompressed TIFF files with their sides swapped
+        with open(file, "rb") as content:
+            image = _decoded(content)
+        SIZES[version] = image.size
+        return image
     except FileNotFoundError:
-        raise FileNotFoundError(f"{where}: image {file} not found; paths are relative to the data folder") from None
+        raise FileNotFoundError(f"{where}: image {file} not found; paths are relative to the "
+                                "data folder") from None
     except Exception as error:  # a decoder may fail in any way on foreign bytes
-        raise ValueError(f"{where}: image {file} cannot be read ({error}); replace it or drop the record") from None
+        raise ValueError(f"{where}: image {file} cannot be read ({error}); replace it or drop the "
+                         "record") from None
+
+
+def _decoded(content: BinaryIO) -> Image.Image:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        with Image.open(content) as image:
+            return as_rgb(upright(image))
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """Turned as its metadata say; what they say unreadably, or in no known value, turns nothing.
+
+    Not Pillow's exif_transpose, which also writes the metadata anew and fails where it cannot.
+    """
+    image.load()  # some metadata stand behind the pixels, and TIFF files are turned here already
+    try:
+        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    except Exception:  # foreign bytes: viewers show such a picture as it is stored
+        turn = None
+    return image if turn is None else image.transpose(turn)
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
-    """As a person sees it: 16 bits scaled to 8, transparency on white. Raises ValueError where white is not defined."""
+    """As a person sees it: 16 bits scaled to 8, transparency on white. Raises ValueError where
+    white is not defined."""
     if image.mode == "F":
         raise ValueError("floating-point pixels: save it with 8 or 16 bits")
     if image.mode.startswith("I"):  # convert() would clip all above 255 to white
-        image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
+        values, clear = np.asarray(image), image.info.get("transparency")  # the grey that is clear
+        grey = (values / 257).clip(0, 255).astype(np.uint8)
+        image = Image.fromarray(grey if clear is None else np.where(values == clear, 255, grey))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
-
 
 
 class EncodedImage(NamedTuple):
@@ -66,14 +118,14 @@ class EncodedImage(NamedTuple):
 
 
 class ImageStore:
-    """Every image of a data set by number: what stands for it in the text, its pixels, its features.
+    """Every image of a data set by number: what stands for it in the text, its pixels, features.
 
     `image_texts[i]` is what stands for image i in the text (a run of image tokens) and `grids[i]`
     its patches (t, h, w), where the family counts in three rows; both depend on its size alone, so
-    no pixel is read to know them. `inputs(i)` is what the vision tower takes, `encoded(...)` what it makes of it: once
-    for all views of a step, and, while the tower is frozen, once for the whole run (as much as fits
-    into `keep_gb`) or, with a folder, for all runs. Pixels take a hundred times an image file's
-    room, so none are kept.
+    none is decoded anew to know them. `inputs(i)` is what the vision tower takes, `encoded(...)`
+    what it makes of it: once for all views of a step, and, while the tower is frozen, once for the
+    whole run (as much as fits into `keep_gb`) or, with a folder, for all runs. Pixels take a
+    hundred times an image file's room, so none are kept.
     """
 
     def __init__(self, family, workers: int = 0, keep_gb: float = 0.0, folder: str = "",
@@ -84,6 +136,7 @@ class ImageStore:
         self.coming: dict[int, Future] = {}
         self.waited = 0.0  # seconds that `inputs` took, waiting included
         self.pictures: list[Picture] = []
+        self.sizes: list[tuple[int, int]] = []  # (width, height) in px, which the texts count on
         self.image_texts: list[str] = []
         self.grids: list[tuple[int, int, int] | None] = []
         self.by_size: dict[tuple[int, int], tuple] = {}
@@ -110,6 +163,7 @@ class ImageStore:
                                  f"processor: {error}; crop or drop it") from None
         image_text, grid = self.by_size[size]
         self.pictures.append(picture)
+        self.sizes.append(size)
         self.image_texts.append(image_text)
         self.grids.append(grid)
         return len(self.pictures) - 1
@@ -122,7 +176,12 @@ class ImageStore:
         return found
 
     def _prepare(self, index: int) -> dict[str, Tensor]:
-        return self.family.inputs(opened(self.pictures[index]))
+        picture = self.pictures[index]
+        image = opened(picture)
+        if image.size != self.sizes[index]:
+            raise ValueError(f"image {picture} had {self.sizes[index]} px at the start and has "
+                             f"{image.size} now: leave the data alone while they are in use")
+        return self.family.inputs(image)
 
     def prefetch(self, indices: list[int]) -> None:
         """Prepare these in the background, and forget what was begun and never asked for."""
@@ -152,13 +211,13 @@ class ImageStore:
         return {i: EncodedImage(features, self.grids[i]) for i, features in (found | new).items()}
 
     def _file(self, index: int) -> Path:
-        """Named by pixels and all else that features depend on: no other image or model gets them."""
+        """Named by the pixels and all else that features depend on, so no other image gets them."""
         image = opened(self.pictures[index])
         key = f"{self.fingerprint} {image.size}".encode() + image.tobytes()
         return self.folder / f"{hashlib.sha256(key).hexdigest()}.safetensors"
 
     def _write(self, index: int, features: Tensor) -> None:
         file = self._file(index)
-        own = file.with_name(f"{os.getpid()}-{file.name}")  # several runs may fill one folder
+        own = file.with_name(f"{uuid.uuid4().hex}-{file.name}")  # several runs may fill one folder
         write_tensors(dict(features=features.cpu()), own)
         os.replace(own, file)
