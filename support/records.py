@@ -14,6 +14,7 @@ from pathlib import Path
 
 from support.answers import (contains, default_form, form_of, has_prefix, normalise, option_index,
                              stated_answer)
+from support.files import new_folder, on_disk
 from support.images import Picture, open_image, opened
 
 
@@ -71,23 +72,19 @@ SPLITS = ("train", "validation", "test")
 
 def write_folder(out: Path, examples: list[Example]) -> None:
     """Write `examples` as out/trajectories.jsonl and out/images/*.png. `out` must not exist yet."""
-    out = Path(out)
-    if out.exists():
-        raise FileExistsError(f"{out} exists already: choose a new folder, nothing is overwritten")
     ids = [ex.id for ex in examples]
     if len(set(ids)) < len(ids):
         raise ValueError(f"two of the examples for {out} have one id; ids must be unique")
-    partial = out.with_name(out.name + ".partial")
-    (partial / "images").mkdir(parents=True)
-    with open(partial / FILE, "w", encoding="utf-8") as file:
-        for row, ex in enumerate(examples):
-            # an id may hold what no file name can, or differ from another in case alone
-            stem = ex.id if re.fullmatch(r"[a-z0-9_+-]{1,99}", ex.id) else f"record.{row}"
-            names = [f"images/{stem}-{n}.png" for n in range(len(ex.images))]
-            for name, image in zip(names, ex.images):
-                opened(image).save(partial / name)
-            file.write(record_line(ex, names))
-    partial.rename(out)
+    with new_folder(Path(out)) as folder:
+        (folder / "images").mkdir()
+        with open(folder / FILE, "w", encoding="utf-8") as file:
+            for row, ex in enumerate(examples):
+                # an id may hold what no file name can, or differ from another in case alone
+                stem = ex.id if re.fullmatch(r"[a-z0-9_+-]{1,99}", ex.id) else f"record.{row}"
+                names = [f"images/{stem}-{n}.png" for n in range(len(ex.images))]
+                for name, image in zip(names, ex.images):
+                    opened(image).save(folder / on_disk(name))
+                file.write(record_line(ex, names))
 
 
 def record_line(ex: Example, names: list[str]) -> str:
@@ -304,7 +301,7 @@ def _fields(pairs: list[tuple]) -> dict:
 
 def inside(folder: Path, name: str, outside: bool = False) -> Path:
     """folder / name. Raises ValueError if that, links followed, leaves the folder and must not."""
-    path = folder / name
+    path = folder / on_disk(name)
     if not outside and not path.resolve().is_relative_to(folder.resolve()):
         raise ValueError(f"image {name} leaves the data folder; copy it there, or allow it with "
                          "--outside_images")
