@@ -28,6 +28,7 @@ def run_program(main: Callable[[], None], stopped: str = "stopped") -> None:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         print(stopped, file=sys.stderr)
+        SIGNALS.number = SIGNALS.number or signal.SIGINT
     end_as_signalled()
 
 
@@ -121,7 +122,7 @@ def on_signal(number: int, frame) -> None:
 
 @contextmanager
 def finishing_steps() -> Iterator[None]:
-    """While the context lasts a signal is waited for (asked_to_stop), since a step would be lost."""
+    """While the context lasts a signal waits for asked_to_stop, since a step would be lost."""
     SIGNALS.in_loop = True
     try:
         yield

@@ -31,6 +31,7 @@ from support.images import picture_digest
 from support.records import Example
 
 LOCK = "lock"  # there while a process has the folder
+SPLITS = ("train", "validation", "test")
 LEFTOVER = re.compile(r"(checkpoint-\d+|\w+\.(json|jsonl|safetensors))\.partial")
 STATE_VERSION = "1"
 PACKAGES = ("torch", "transformers", "safetensors", "pillow", "numpy")
@@ -114,13 +115,12 @@ def remove_leftovers(out: Path) -> None:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def start_folder(config, inputs: dict | None = None) -> None:
-    """inputs: see inputs_of. config.json is last: where it is, the rest is."""
+def start_folder(config, splits: list[list[Example]]) -> None:
+    """splits: the examples of each of SPLITS. config.json is last: where it is, the rest is."""
     out = Path(config.out)
     refuse_used_folder(out)
     out.mkdir(parents=True, exist_ok=True)
-    if inputs is not None:
-        write_json(out / "inputs.json", inputs)
+    write_json(out / "inputs.json", inputs_of(config, splits))
     write_json(out / "environment.json", environment())
     write_json(out / "config.json", dataclasses.asdict(config))
 
@@ -128,11 +128,11 @@ def start_folder(config, inputs: dict | None = None) -> None:
 # ---- what a run began with ----
 
 
-def inputs_of(config, splits: dict[str, list[Example]]) -> dict:
+def inputs_of(config, splits: list[list[Example]]) -> dict:
     """Digests of the base's files and of every example that the run uses, by split and in order."""
     return dict(model=base_digests(config.model),
-                data={split: [example_digest(ex) for ex in examples]
-                      for split, examples in splits.items()})
+                data={name: [example_digest(ex) for ex in split]
+                      for name, split in zip(SPLITS, splits, strict=True)})
 
 
 def example_digest(example: Example) -> str:
@@ -147,6 +147,8 @@ def example_digest(example: Example) -> str:
 def base_digests(path: str) -> dict[str, str]:
     """Of each file that a checkpoint folder is loaded from; of one from the hub, its revision."""
     if not Path(path).is_dir():
+        if Path(path).is_absolute():
+            raise FileNotFoundError(f"{path} not found: the run began with this model; restore it")
         return dict(revision=Path(cached_file(path, "config.json")).parent.name)
     kinds = (".json", ".jinja", ".safetensors", ".model", ".txt")
     return {file.name: _file_digest(file) for file in sorted(Path(path).iterdir())
@@ -166,23 +168,25 @@ def _file_digest(file: Path, pieces: int = 64, piece: int = 1 << 20) -> str:
     return digest.hexdigest()[:16]
 
 
-def refuse_other_inputs(out: Path, inputs: dict, splits: dict[str, list[Example]]) -> None:
-    """Raises ValueError if `inputs` (of now) are not those that the run in `out` began with."""
+def refuse_other_inputs(config, splits: list[list[Example]]) -> None:
+    """Raises ValueError if model and data are not those that the run in config.out began with."""
+    out, now = Path(config.out), inputs_of(config, splits)
     if not (out / "inputs.json").is_file():
         print(f"{out} does not say what it began with; it goes on with the model and data of now")
         return
-    noted = read_json(out / "inputs.json")
-    model, data = noted.get("model", {}), noted.get("data", {})
-    changed = [name for name in sorted(model.keys() | inputs["model"].keys())
-               if model.get(name) != inputs["model"].get(name)]
-    found = f"{', '.join(changed)} of the model that it names" if changed else ""
-    for split, now in inputs["data"].items():
-        before = data.get(split, [])
-        if not found and len(before) != len(now):
-            found = f"the {split} split ({len(before)} records then, {len(now)} now)"
-        elif not found and before != now:
-            row = next(n for n in range(len(now)) if before[n] != now[n])
-            found = f"record {splits[split][row].id!r} of the {split} split"
+    began = read_json(out / "inputs.json")
+    model, data, found = began.get("model", {}), began.get("data", {}), ""
+    changed = [name for name in sorted(model.keys() | now["model"].keys())
+               if model.get(name) != now["model"].get(name)]
+    if changed:
+        found = f"{', '.join(changed)} of the model {config.model}"
+    for name, split in zip(SPLITS, splits):
+        before, digests = data.get(name, []), now["data"][name]
+        if not found and len(before) != len(digests):
+            found = f"the {name} split ({len(before)} records then, {len(digests)} now)"
+        elif not found and before != digests:
+            row = next(n for n in range(len(digests)) if before[n] != digests[n])
+            found = f"record {split[row].id!r} of the {name} split"
     if found:
         raise ValueError(f"{out} began with something else than it finds now, {found}: restore it, "
                          "or begin a new run with another --out")

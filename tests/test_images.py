@@ -163,10 +163,10 @@ def test_a_file_is_decoded_once_to_know_its_size_and_anew_when_it_changes(tmp_pa
 
 
 class SizeFamily:
-    """A family that counts on sizes: one token a pixel."""
+    """A family that counts on sizes: one letter a pixel."""
 
-    def tokens_for(self, width, height):
-        return [0] * (width * height), None
+    def image_text(self, width, height):
+        return "x" * (width * height), None
 
     def inputs(self, image):
         return image.size
@@ -175,7 +175,7 @@ class SizeFamily:
 def test_a_picture_that_changes_during_a_run_says_so(tmp_path):
     file = written(tmp_path / "a.png", WELL_FORMED[1])
     store = images.ImageStore(SizeFamily())
-    assert len(store.image_tokens[store.add_image(file, "here")]) == 32 * 48
+    assert len(store.image_texts[store.add_image(file, "here")]) == 32 * 48
     assert store.inputs(0) == (48, 32)
     written(file, WELL_FORMED[6])
     with pytest.raises(ValueError, match=r"had \(48, 32\) px at the start and has \(32, 48\)"):

@@ -23,7 +23,7 @@ from support.files import Lock, new_folder, write_json, write_text
 from support.processes import asked_to_stop, finishing_steps, run_program
 from support.records import Example, read_folder, write_folder
 from support.run_folder import (absolute_paths, base_digests, collapse_hint, example_digest, held,
-                                inputs_of, refuse_other_inputs, refuse_used_folder, start_folder)
+                                refuse_other_inputs, refuse_used_folder, start_folder)
 
 ROOT = Path(run_folder.__file__).resolve().parent.parent
 
@@ -189,7 +189,7 @@ def examples(tmp_path):
     Image.new("RGB", (4, 4), "red").save(tmp_path / "a.png")
     rows = [Example(str(n), "f", tmp_path / "a.png", "Which?", ["x", "y"], "x",
                     ["Look.", Image.new("RGB", (2, 2)), "x"]) for n in range(3)]
-    return dict(train=rows[:2], validation=rows[2:], test=[])
+    return [rows[:2], rows[2:], []]
 
 
 def test_other_data_or_another_base_than_a_run_began_with_are_named(tmp_path):
@@ -198,36 +198,38 @@ def test_other_data_or_another_base_than_a_run_began_with_are_named(tmp_path):
     (base / "config.json").write_text("{}", encoding="utf-8")
     (base / "model.safetensors").write_bytes(bytes(1000))
     (base / "notes.md").touch()
-    config, splits = Settings(str(base), out=str(out)), examples(tmp_path)
-    start_folder(config, inputs_of(config, splits))
+    config, (train, valid, test) = Settings(str(base), out=str(out)), examples(tmp_path)
+    start_folder(config, [train, valid, test])
 
-    def complaint(**changed) -> str:
-        splits_now = {**splits, **changed}
+    def complaint(*splits) -> str:
         with pytest.raises(ValueError, match="restore it, or begin a new run") as caught:
-            refuse_other_inputs(out, inputs_of(config, splits_now), splits_now)
+            refuse_other_inputs(config, splits or [train, valid, test])
         return str(caught.value)
 
-    refuse_other_inputs(out, inputs_of(config, splits), splits)
-    other = dataclasses.replace(splits["train"][1], question="What?")
-    assert "record '1' of the train split" in complaint(train=[splits["train"][0], other])
-    assert "the test split (0 records then, 1 now)" in complaint(test=splits["validation"])
-    assert "record '1' of the train split" in complaint(train=splits["train"][::-1])
+    refuse_other_inputs(config, [train, valid, test])
+    other = dataclasses.replace(train[1], question="What?")
+    assert "record '1' of the train split" in complaint([train[0], other], valid, test)
+    assert "the test split (0 records then, 1 now)" in complaint(train, valid, valid)
+    assert "record '1' of the train split" in complaint(train[::-1], valid, test)
     Image.new("RGB", (4, 4), "blue").save(tmp_path / "a.png")  # the same name, another picture
     assert "record '0' of the train split" in complaint()
     Image.new("RGB", (4, 4), "red").save(tmp_path / "a.png")
     (base / "notes.md").write_text("no matter", encoding="utf-8")
-    refuse_other_inputs(out, inputs_of(config, splits), splits)
+    refuse_other_inputs(config, [train, valid, test])
     (base / "chat_template.jinja").touch()
-    assert "chat_template.jinja of the model" in complaint()
+    assert f"chat_template.jinja of the model {base}" in complaint()
     (base / "chat_template.jinja").unlink()
     (base / "model.safetensors").write_bytes(bytes(999) + b"\1")
     assert "model.safetensors of the model" in complaint()
     (base / "model.safetensors").unlink()
     assert "model.safetensors of the model" in complaint()
+    base.rename(tmp_path / "elsewhere")
+    with pytest.raises(FileNotFoundError, match="base not found: the run began with this model"):
+        refuse_other_inputs(config, [train, valid, test])
 
 
 def test_a_run_of_an_earlier_version_says_that_it_cannot_compare(tmp_path, capsys):
-    refuse_other_inputs(tmp_path, dict(model={}, data={}), {})
+    refuse_other_inputs(Settings(str(tmp_path), out=str(tmp_path)), [[], [], []])
     assert "does not say what it began with" in capsys.readouterr().out
 
 
@@ -236,7 +238,7 @@ def test_a_run_of_an_earlier_version_says_that_it_cannot_compare(tmp_path, capsy
     ("split", "test"), ("image", Image.new("RGB", (4, 4))), ("trajectory", ["x"]),
     ("trajectory", ["Look.", Image.new("RGB", (2, 2), "red"), "x"])])
 def test_a_digest_covers_every_part_of_an_example_and_no_place(tmp_path, field, value):
-    example = examples(tmp_path)["train"][0]
+    example = examples(tmp_path)[0][0]
     (tmp_path / "moved").mkdir()
     (tmp_path / "a.png").replace(tmp_path / "moved" / "b.png")
     moved = dataclasses.replace(example, image=tmp_path / "moved" / "b.png")
