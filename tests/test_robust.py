@@ -165,7 +165,7 @@ def test_check_data_reports_every_problem_at_once_and_what_is_there(tmp_path, ca
             {**RECORD, "id": "4", "question": "<|im_end|>"}]
     folder = folder_of(tmp_path, *rows)
     done = subprocess.run([sys.executable, train.__file__, "--check-data", "--data", str(folder), "--out", str(tmp_path / "run")],
-                          capture_output=True, text=True)
+                          capture_output=True, encoding="utf-8")
     assert done.returncode == 1 and "Traceback" not in done.stderr and not (tmp_path / "run").exists()
     for message in ("3 records cannot be used", "line 3: answer 'z'", "example 2: 6", "example 4: the text contains"):
         assert message in done.stderr, message
@@ -242,9 +242,9 @@ def test_weights_as_pickle_and_code_in_a_checkpoint_are_not_read(tmp_path):
     torch.save(Bomb(tmp_path / "mark"), tmp_path / "base" / "pytorch_model.bin")
     with pytest.raises(OSError, match="safetensors"):
         VLM(tmp_path / "base")
-    config = json.loads((tmp_path / "base" / "config.json").read_text())
-    (tmp_path / "base" / "config.json").write_text(json.dumps(config | dict(model_type="mine", auto_map=dict(AutoConfig="code.Config"))))
-    (tmp_path / "base" / "code.py").write_text(f"open({str(tmp_path / 'mark')!r}, 'w')")
+    config = json.loads((tmp_path / "base" / "config.json").read_text(encoding="utf-8"))
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config | dict(model_type="mine", auto_map=dict(AutoConfig="code.Config"))), encoding="utf-8")
+    (tmp_path / "base" / "code.py").write_text(f"open({str(tmp_path / 'mark')!r}, 'w')", encoding="utf-8")
     with pytest.raises(ValueError):
         VLM(tmp_path / "base")
     assert not (tmp_path / "mark").exists()
@@ -259,7 +259,7 @@ def test_weights_as_pickle_and_code_in_a_checkpoint_are_not_read(tmp_path):
      "do not agree on model.no_such")])
 def test_spoilt_json_says_so(tmp_path, run, file, content, message):
     shutil.copytree(run, tmp_path / "run")
-    (tmp_path / "run" / file).write_text(content)
+    (tmp_path / "run" / file).write_text(content, encoding="utf-8")
     with pytest.raises(ValueError, match=message):
         evaluate.load_run(tmp_path / "run", "cpu")
 
@@ -303,7 +303,7 @@ def test_a_full_disk_leaves_the_last_good_state(tmp_path, config, monkeypatch):
 def test_a_signal_outside_the_loop_or_a_second_one_ends_at_once(tmp_path, monkeypatch):
     """While the base is still being asked nothing is to be saved: the program ends with one line."""
     process = subprocess.Popen([sys.executable, train.__file__, "--device", "cpu", "--train_examples", "4", "--valid_examples", "4",
-                                "--out", str(tmp_path / "run")], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+                                "--out", str(tmp_path / "run")], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8")
     while "run folder" not in process.stdout.readline():
         pass
     process.send_signal(signal.SIGINT)
@@ -325,8 +325,8 @@ COMMAND = re.compile(r"(?:python|torchrun --nproc-per-node=\w+) ([\w/-]+\.py)((?
 
 
 def test_documented_commands_are_understood():
-    common = re.search(r'COMMON="(.*?)"', DOCUMENTS[0].read_text(), re.DOTALL)[1].replace("\\\n", " ")
-    found = [match.groups() for document in DOCUMENTS if "tests" not in document.parts for match in COMMAND.finditer(document.read_text())]
+    common = re.search(r'COMMON="(.*?)"', DOCUMENTS[0].read_text(encoding="utf-8"), re.DOTALL)[1].replace("\\\n", " ")
+    found = [match.groups() for document in DOCUMENTS if "tests" not in document.parts for match in COMMAND.finditer(document.read_text(encoding="utf-8"))]
     assert len(found) > 40
     for script, rest in found:
         rest = rest.replace("$COMMON", common).replace("M*N", "2").replace("...", "").replace("[", "").replace("]", "")
@@ -335,14 +335,14 @@ def test_documented_commands_are_understood():
         if script in ("train.py", "analysis/targets.py") and not {"--resume", "--merge"} & set(words):
             train.parse_config(words)  # leaves the program where it does not know a word
         elif script != "train.py":
-            source = (ROOT / script).read_text()
+            source = (ROOT / script).read_text(encoding="utf-8")
             assert all(f'"{word}"' in source for word in words if word.startswith("--") and word != "--"), f"{script} {rest}"
         train.parse_config(passed_on.split())
 
 
 def test_documented_options_exist():
     fields = {f"--{field.name}" for field in dataclasses.fields(train.Config)}
-    sources = " ".join(path.read_text() for path in DOCUMENTS if path.suffix == ".py")
+    sources = " ".join(path.read_text(encoding="utf-8") for path in DOCUMENTS if path.suffix == ".py")
     for document in DOCUMENTS[:2]:
-        for flag in set(re.findall(r"(?<![\w-])--[a-z]\w+", document.read_text())):
+        for flag in set(re.findall(r"(?<![\w-])--[a-z]\w+", document.read_text(encoding="utf-8"))):
             assert flag in fields or f'"{flag}"' in sources or flag == "--nproc", f"{document.name}: {flag}"

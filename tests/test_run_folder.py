@@ -1,6 +1,6 @@
 """Claims: a run's folder is made and used by one process at a time, however others end; a run goes
-on only with the data and the model that it began with; a signal ends it as it ends any program; files
-and places mean the same in every locale and from every folder."""
+on only with the data and the model that it began with; a signal ends it as it ends any program;
+files and places mean the same in every locale and from every folder."""
 
 import ast
 import dataclasses
@@ -338,14 +338,16 @@ def names_an_encoding(call: ast.Call) -> bool:
         return bool(call.args)
     if name == "write_text":  # Path.write_text(text), or ours: write_text(file, text)
         return len(call.args) > 1
-    return not {"text", "universal_newlines"} & given.keys()
+    as_text = (given.get("text"), given.get("universal_newlines"))
+    return not any(isinstance(value, ast.Constant) and value.value is True for value in as_text)
 
 
 @pytest.mark.parametrize("code, fine", [
     ("open(f)", False), ("open(f, 'w')", False), ("open(f, 'rb')", True), ("f.open()", False),
     ("open(f, mode='ab')", True), ("open(f, encoding='utf-8')", True), ("Image.open(f)", True),
     ("f.read_text()", False), ("f.write_text('b')", False), ("write_text(f, text)", True),
-    ("subprocess.run(x, text=True)", False), ("subprocess.run(x, capture_output=True)", True)])
+    ("subprocess.run(x, text=True)", False), ("dict(text='a')", True),
+    ("subprocess.run(x, capture_output=True)", True)])
 def test_the_check_of_encodings_sees(code, fine):
     assert names_an_encoding(ast.parse(code, mode="eval").body) == fine
 
