@@ -1,8 +1,10 @@
-"""Tables: from the single answers of runs (evaluate.answer_questions) to accuracies, intervals, and a comparison over seeds."""
+"""Tables: from the single answers of runs (evaluate.answer_questions) to accuracies, intervals, and
+a comparison over seeds, of runs that can be compared."""
 
 import json
 import math
 import statistics
+from pathlib import Path
 
 from world.scenes import HELD_OUT
 
@@ -16,13 +18,15 @@ def wilson(right: int, n: int, z: float = 1.96) -> tuple[float, float]:
 
 
 def summarise(records: list[dict]) -> dict[str, dict]:
-    """Accuracy per family, and over all but the held-out family ("all"). Each number is [share, low, high]."""
-    groups = {family: [r for r in records if r["family"] == family] for family in dict.fromkeys(r["family"] for r in records)}
+    """Accuracy by family, and over all but the held-out family ("all"); each [share, low, high]."""
+    groups = {family: [r for r in records if r["family"] == family]
+              for family in dict.fromkeys(r["family"] for r in records)}
     if len(groups) > 1:
         groups["all"] = [r for r in records if r["family"] != HELD_OUT]
     table = {}
     for family, rows in groups.items():
-        table[family] = dict(n=len(rows), chance=sum(1 / len(r["options"]) for r in rows) / len(rows))
+        chance = sum(1 / len(r["options"]) for r in rows) / len(rows)
+        table[family] = dict(n=len(rows), chance=chance)
         for way in WAYS:
             scored = [r[f"{way}_right"] for r in rows if f"{way}_right" in r]
             if scored:
@@ -31,29 +35,35 @@ def summarise(records: list[dict]) -> dict[str, dict]:
 
 
 def format_table(columns: dict[str, dict[str, dict]]) -> str:
-    """Families down, models across: direct [95% interval] and the other ways that were asked, all in %."""
+    """Families down, models across: direct [95% interval] and the other ways asked, all in %."""
     families = list(dict.fromkeys(family for table in columns.values() for family in table))
-    ways = {name: [w for w in WAYS[1:] if any(w in row for row in table.values())] for name, table in columns.items()}
+    ways = {name: [w for w in WAYS[1:] if any(w in row for row in table.values())]
+            for name, table in columns.items()}
     width = {name: max(21 + 8 * len(ways[name]), len(name) + 2) for name in columns}
+    asked = {name: "direct [95%]".ljust(19) + "".join(w.rjust(8) for w in ways[name])
+             for name in columns}
     lines = [f"{'family':18s}   n chance " + "".join(name.ljust(width[name]) for name in columns),
-             " " * 30 + "".join(("direct [95%]".ljust(19) + "".join(w.rjust(8) for w in ways[name])).ljust(width[name])
-                                for name in columns)]
+             " " * 30 + "".join(asked[name].ljust(width[name]) for name in columns)]
     for family in families:
         first = next(table[family] for table in columns.values() if family in table)
         label = f"{family} (held out)" if family == HELD_OUT else family
         cells = []
         for name, table in columns.items():
             row = table.get(family, {})
-            direct = "{:5.1f} [{:4.1f}-{:5.1f}]".format(*(100 * v for v in row["direct"])) if "direct" in row else ""
-            rest = "".join(f"{100 * row[w][0]:8.1f}" if w in row else "       -" for w in ways[name])
+            direct = ""
+            if "direct" in row:
+                direct = "{:5.1f} [{:4.1f}-{:5.1f}]".format(*(100 * v for v in row["direct"]))
+            rest = "".join(f"{100 * row[w][0]:8.1f}" if w in row else "       -"
+                           for w in ways[name])
             cells.append((direct.ljust(19) + rest).ljust(width[name]))
         lines.append(f"{label:18s}{first['n']:4d} {100 * first['chance']:5.0f}  " + "".join(cells))
     return "\n".join(line.rstrip() for line in lines)
 
 
-# ---- comparison over runs and seeds -----------------------------------------------------------------------------------
+# ---- comparison over runs and seeds -------------------------------------------------------------
 
-T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)  # Student's t, two-sided 95%, by degrees of freedom
+# Student's t, two-sided 95%, by degrees of freedom
+T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)
 
 
 def mean_std(values: list[float]) -> str:
@@ -62,7 +72,8 @@ def mean_std(values: list[float]) -> str:
 
 
 def paired_difference(ours: list[float], theirs: list[float]) -> tuple[float, float] | None:
-    """Mean of the differences and the half width of its 95% interval (t over seeds); None below two pairs."""
+    """Mean of the differences and the half width of its 95% interval (t over seeds); None below two
+    pairs."""
     gaps = [a - b for a, b in zip(ours, theirs, strict=True)]
     if len(gaps) < 2:
         return None
@@ -71,59 +82,124 @@ def paired_difference(ours: list[float], theirs: list[float]) -> tuple[float, fl
 
 
 def arms(configs: dict[str, dict]) -> dict[str, str]:
-    """Run -> the name of its arm: its method, and the settings in which the compared runs of that method differ."""
-    ignored = {"seed", "out", "method", "device", "recipe"}
+    """Run -> the name of its arm: its method, and the settings in which the compared runs of that
+    method differ."""
+    ignored = {"seed", "out", "method", "device", "recipe", "model", "data", "workers",
+               "feature_cache", "feature_cache_gb", "log_every", "save_every"}  # of no effect here
     names = {}
     for run, config in configs.items():
         peers = [c for c in configs.values() if c["method"] == config["method"]]
-        differing = [k for k in config if k not in ignored and len({json.dumps(c.get(k)) for c in peers}) > 1]
+        differing = [k for k in config
+                     if k not in ignored and len({json.dumps(c.get(k)) for c in peers}) > 1]
         names[run] = " ".join([config["method"], *(f"{k}={config[k]}" for k in differing)])
     return names
 
 
-def compare(runs: dict[str, dict], reference: str = "sft", names: dict[str, str] | None = None) -> list[dict]:
-    """One row a system from runs {name: dict(config, answers, before)}: accuracies over seeds, paired differences, cost.
+def setting(run: dict) -> dict:
+    """What runs must share to be compared: base, training data and the questions answered."""
+    config = run["config"]
+    asked = sorted((r["id"], r["family"], r["options"], r.get("answer")) for r in run["answers"])
+    data = config.get("data") or [config.get("regime"), config.get("world_seed")]
+    # a base is known by its folder's name: a copy elsewhere is the same base
+    return dict(base=Path(config.get("model", "")).name, data=data, questions=asked)
 
-    `own` is the accuracy of the system's own inference: direct; latent for recon; call for explicit tool use, which is a
-    row of its own beside the reference arm. Differences are to the reference arm, direct, paired by seed, in points.
-    names: the arm of each run; default: see `arms`. A reconstruction arm within 10 points of guessing is not compared.
-    """
-    names = names or arms({run: r["config"] for run, r in runs.items()})
+
+def comparable(runs: dict[str, dict]) -> list[dict[str, dict]]:
+    """The runs in groups of one setting, each {name: run} as given."""
+    groups: dict[str, dict[str, dict]] = {}
+    for name, run in runs.items():
+        groups.setdefault(json.dumps(setting(run)), {})[name] = run
+    return list(groups.values())
+
+
+def comparison(runs: dict[str, dict]) -> tuple[list[dict], str]:
+    """Rows of `compare` and the tables as text: one table a setting, with a sentence about it."""
+    groups = comparable(runs)
+    rows = [compare(group) for group in groups]
+    if len(groups) == 1:
+        return rows[0], markdown(rows[0])
+    first, *others = (setting(next(iter(group.values()))) for group in groups)
+    unlike = [name for name in first if any(other[name] != first[name] for other in others)]
+    texts = [f"{', '.join(group)}:\n\n{markdown(part)}" for group, part in zip(groups, rows)]
+    said = (f"These runs differ in {' and '.join(unlike)}: only those within one table are "
+            "compared with each other.")
+    return sum(rows, []), "\n\n".join([said, *texts])
+
+
+def by_seed(runs: dict[str, dict], names: dict[str, str]) -> dict[str, dict[int, dict]]:
+    """Arm -> seed -> run. A second run of one arm and seed is no further seed: it is a row of its
+    own, which names it."""
     groups: dict[str, dict[int, dict]] = {}
-    for run, record in runs.items():
-        groups.setdefault(names[run], {})[record["config"]["seed"]] = record
-    first = next(iter(runs.values()))
-    systems = [("no fine-tuning", "direct", {0: dict(answers=first["before"])})] if first.get("before") else []
+    for name, run in runs.items():
+        seeds, seed = groups.setdefault(names[name], {}), run["config"]["seed"]
+        if seed in seeds:
+            groups[f"{names[name]} again ({name})"] = {seed: run}
+        else:
+            seeds[seed] = run
+    return groups
+
+
+def compare(runs: dict[str, dict], reference: str = "sft",
+            names: dict[str, str] | None = None) -> list[dict]:
+    """One row a system from runs {name: dict(config, answers, before)}: accuracies over seeds,
+    paired differences, cost.
+
+    `own` is the accuracy of the system's own inference: direct; latent for recon; call for explicit
+    tool use, which is a row of its own beside the reference arm. Differences are to the reference
+    arm, direct, paired by seed, in points. names: the arm of each run; default: see `arms`. A
+    reconstruction arm within 10 points of guessing is not compared. Raises ValueError for runs of
+    several settings (see `comparable`).
+    """
+    if len(kinds := comparable(runs)) > 1:
+        one, other = (next(iter(kind)) for kind in kinds[:2])
+        raise ValueError(f"{one} and {other} differ in base, data or questions: no mean and no "
+                         "difference can be taken over both")
+    groups = by_seed(runs, names or arms({run: r["config"] for run, r in runs.items()}))
+    first, rows = next(iter(runs.values())), []
+    if first.get("before"):
+        rows.append(row_of("no fine-tuning", "direct", {0: dict(answers=first["before"])}, {}))
     for name, seeds in groups.items():
         own = "latent" if name.split()[0] == "recon" else "direct"
-        systems.append((name, own, seeds))
-        if name == reference and any("call_right" in r for run in seeds.values() for r in run["answers"]):
-            systems.append((f"{name} + tools", "call", seeds))
-    rows = []
-    for name, own, seeds in systems:
-        tables = {seed: summarise(run["answers"]) for seed, run in seeds.items()}
-        total = "all" if "all" in next(iter(tables.values())) else next(iter(next(iter(tables.values()))))
-        pick = lambda family, way: [100 * t[family][way][0] for t in tables.values() if way in t.get(family, {})]
-        row = dict(system=name, own_way=own, seeds=len(seeds), direct=pick(total, "direct"), tool=pick(total, "tool"),
-                   own=pick(total, own), families={f: pick(f, own) for f in next(iter(tables.values())) if f != total})
-        row["chance"] = 100 * next(iter(tables.values()))[total]["chance"]
-        row["compared"] = own != "latent" or statistics.mean(row["own"]) > row["chance"] + 10  # who only guesses is no opponent
-        both = sorted(seeds.keys() & groups.get(reference, {}).keys())
-        if name in groups and name != reference and both and row["compared"]:
-            against = [100 * summarise(groups[reference][s]["answers"])[total]["direct"][0] for s in both]
-            row["difference"] = paired_difference([100 * tables[s][total][own][0] for s in both], against)
-        costs = [r["cost"][own] for run in seeds.values() for r in run["answers"] if own in r["cost"]]
-        row["cost"] = {k: statistics.mean(c[k] for c in costs) for k in ("tokens", "images", "passes")}
-        row["cost"]["failed"] = sum("failed" in c for c in costs) / len(costs)
-        row["cost"]["ms"] = [run["ms"][own] for run in seeds.values() if own in run.get("ms", {})]
-        rows.append(row)
+        against = groups.get(reference, {}) if name != reference else {}
+        rows.append(row_of(name, own, seeds, against))
+        called = any("call_right" in r for run in seeds.values() for r in run["answers"])
+        if name == reference and called:
+            rows.append(row_of(f"{name} + tools", "call", seeds, {}))
     return rows
+
+
+def row_of(name: str, own: str, seeds: dict[int, dict], against: dict[int, dict]) -> dict:
+    """A system's row, from its runs by seed and those of the arm that it is compared with."""
+    tables = {seed: summarise(run["answers"]) for seed, run in seeds.items()}
+    one = next(iter(tables.values()))
+    total = "all" if "all" in one else next(iter(one))
+
+    def percent(family: str, way: str) -> list[float]:
+        return [100 * t[family][way][0] for t in tables.values() if way in t.get(family, {})]
+
+    row = dict(system=name, own_way=own, seeds=len(seeds), direct=percent(total, "direct"),
+               tool=percent(total, "tool"), own=percent(total, own),
+               chance=100 * one[total]["chance"],
+               families={family: percent(family, own) for family in one if family != total})
+    # who only guesses is no opponent
+    row["compared"] = own != "latent" or statistics.mean(row["own"]) > row["chance"] + 10
+    both = sorted(seeds.keys() & against.keys())
+    if both and row["compared"]:
+        theirs = [summarise(against[seed]["answers"])[total]["direct"][0] for seed in both]
+        row["difference"] = paired_difference([100 * tables[seed][total][own][0] for seed in both],
+                                              [100 * share for share in theirs])
+    costs = [r["cost"][own] for run in seeds.values() for r in run["answers"] if own in r["cost"]]
+    row["cost"] = {k: statistics.mean(c[k] for c in costs) for k in ("tokens", "images", "passes")}
+    row["cost"]["failed"] = sum("failed" in c for c in costs) / len(costs)
+    row["cost"]["ms"] = [run["ms"][own] for run in seeds.values() if own in run.get("ms", {})]
+    return row
 
 
 def markdown(rows: list[dict], reference: str = "sft") -> str:
     families = list(dict.fromkeys(f for row in rows for f in row["families"]))
-    head = ["system", "seeds", *(f"`{f}`" + (" (held out)" if f == HELD_OUT else "") for f in families), "all",
-            f"all - {reference} [95%]", "with the expert's tool", "tokens", "images", "passes", "ms"]
+    head = ["system", "seeds", *(f"`{f}`" + (" (held out)" if f == HELD_OUT else "")
+                                 for f in families), "all", f"all - {reference} [95%]",
+            "with the expert's tool", "tokens", "images", "passes", "ms"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for row in rows:
         gap = row.get("difference")
@@ -131,9 +207,11 @@ def markdown(rows: list[dict], reference: str = "sft") -> str:
         difference = "-" if row["compared"] else "guesses"
         if gap:
             difference = f"{gap[0]:+.1f} [{gap[0] - gap[1]:+.1f}, {gap[0] + gap[1]:+.1f}]"
-        per_family = [mean_std(row["families"][f]) if row["families"].get(f) else "-" for f in families]
+        per_family = [mean_std(row["families"][f]) if row["families"].get(f) else "-"
+                      for f in families]
         cells = [row["system"], str(row["seeds"]), *per_family, mean_std(row["own"]), difference,
-                 mean_std(row["tool"]) if row["tool"] else "-", *(f"{cost[k]:.1f}" for k in ("tokens", "images", "passes")),
+                 mean_std(row["tool"]) if row["tool"] else "-",
+                 *(f"{cost[k]:.1f}" for k in ("tokens", "images", "passes")),
                  f"{statistics.median(cost['ms']):.0f}" if cost["ms"] else "-"]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
