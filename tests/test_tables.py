@@ -1,5 +1,5 @@
-"""Claims: only runs of one base, one training set and one set of questions are averaged or subtracted;
-no run is lost from a table, and two of one arm and seed are told apart by name."""
+"""Claims: only runs of one base, training set and set of questions are averaged or subtracted; no
+run is lost from a table, and two of one arm and seed are told apart by name."""
 
 import pytest
 
