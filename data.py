@@ -18,7 +18,6 @@ Left out on purpose: reading folders and images (support/), the world's scenes a
 
 import argparse
 import dataclasses
-import sys
 from dataclasses import dataclass
 from typing import Iterator, NamedTuple
 
@@ -27,6 +26,7 @@ import torch
 from support.answers import AnswerForm
 from support.images import ImageStore, opened
 from support.options import Config
+from support.processes import run_program
 from support.records import Example
 
 TARGET_VIEWS = ("trajectory", "trajectory_with_image")
@@ -357,7 +357,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    run_program(main)

@@ -20,7 +20,6 @@ so that methods can be compared at equal skill.
 import argparse
 import json
 import statistics
-import sys
 import time
 from functools import cached_property
 from pathlib import Path
@@ -34,6 +33,7 @@ from model import VLM
 from support import adapters, answers, run_folder
 from support.files import write_json
 from support.images import ImageStore
+from support.processes import run_program
 from support.records import Example
 
 
@@ -279,7 +279,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    run_program(main)

@@ -218,12 +218,12 @@ class Run(NamedTuple):
     questions: evaluate.Answerer
 
 
-def build(config: Config, world: int = 1) -> Run:
+def build(config: Config, world: int = 1, loaded: list[list[Example]] | None = None) -> Run:
     """Model, data, what the method adds, optimiser: all that a run has before its first step."""
     vlm = VLM(config.model, dtype=getattr(torch, config.dtype))
     # a family with attention of its own gets a pass a view
     config.packed = config.packed and vlm.family.packs
-    *splits, tests = load_examples(config)
+    *splits, tests = loaded or load_examples(config)
     examples, valid_examples = (prepared(split, vlm, config) for split in splits)
     questions = evaluate.Answerer(vlm, tests, config.answer_prefix)
     tracked = evaluate.Answerer(vlm, splits[1][:config.track], config.answer_prefix)
@@ -264,31 +264,37 @@ def build(config: Config, world: int = 1) -> Run:
 
 def train(config: Config, resume: bool = False) -> Path:
     """The whole run. resume: go on from the last state in config.out, to the same end."""
+    config = run_folder.absolute_paths(config)
     rank, world = processes.start_processes(config)
     out = Path(config.out)
-    # before anything that takes time
-    if rank == 0 and not resume:
-        run_folder.refuse_used_folder(out)
-    torch.manual_seed(config.seed)
-    # a function of its own, so that its model is gone when the checkpoint is loaded to be tested
-    trained = fit(config, resume, rank, world)
-    if trained and rank == 0 and config.shard:
-        print(f"everything is in {out}; where the whole model fits, python evaluate.py {out} "
-              "--again asks the test questions")
-    elif trained and rank == 0:
-        evaluate.report(out, config, *trained)
+    # before anything that takes time; until the end no other process can have the folder
+    with run_folder.held(out, resume) if rank == 0 else nullcontext():
+        torch.manual_seed(config.seed)
+        # a function of its own, so that its model is gone when the checkpoint is tested
+        trained = fit(config, resume, rank, world)
+        if trained and rank == 0 and config.shard:
+            print(f"everything is in {out}; where the whole model fits, python evaluate.py {out} "
+                  "--again asks the test questions")
+        elif trained and rank == 0:
+            evaluate.report(out, config, *trained)
     return out
 
 
 def fit(config: Config, resume: bool, rank: int, world: int) -> tuple | None:
     """The training loop. Returns (test examples, answers before, seconds); None: a signal came."""
-    run, out = build(config, world), Path(config.out)
+    out, loaded = Path(config.out), load_examples(config)
+    if resume:
+        run_folder.refuse_other_inputs(config, loaded)
+    run = build(config, world, loaded)
     examples, vlm = run.step.examples, run.step.vlm
     state = run.module, run.optimizer, run.schedule  # what is saved, and loaded to go on
     step, best = run_folder.load_state(out, *state) if resume else (0, math.inf)
     # one process alone writes
     if rank == 0:
-        run_folder.forget_later(out, step) if resume else run_folder.start_folder(config)
+        if resume:
+            run_folder.forget_later(out, step)
+        else:
+            run_folder.start_folder(config, loaded)
         progress.announce(config, len(examples.views), run.optimizer, world)
     # shares of a model run in all processes or in none: they are not asked questions here
     alone = rank == 0 and not config.shard
@@ -344,4 +350,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    processes.run_program(main)
+    processes.run_program(main, stopped="stopped; if the run folder holds config.json, python "
+                          "train.py --resume RUN goes on from its last state")

@@ -41,6 +41,7 @@ from transformers import (AutoConfig, AutoImageProcessor, AutoModelForImageTextT
 import train
 from baselines.release import padded_losses
 from support.options import TINY
+from support.processes import run_program
 from support.run_folder import refuse_used_folder
 
 SIZES = {  # of Qwen2.5-VL's language models; their vision towers are alike
@@ -219,7 +220,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    run_program(main)

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 import evaluate
-from analysis.tables import compare, format_table, markdown, summarise
+from analysis.tables import comparison, format_table, summarise
 from model import VLM
 from support.files import read_json, write_json, write_text
 from world.loader import test_examples
@@ -60,11 +60,11 @@ def run(parser: argparse.ArgumentParser) -> None:
             vlm, examples, args.answer_prefix, args.free_tokens, args.call_limit)
         columns = {args.model: summarise(said[args.model]), **columns}
     print(format_table(columns))
-    systems = compare(found) if found else []
+    systems, table = comparison(found) if found else ([], "")
     if len(found) > 1:
-        print("\n" + markdown(systems))
+        print("\n" + table)
     if args.json:
         tables = {name: dict(table=columns[name], answers=said[name]) for name in columns}
         write_json(args.json, dict(tables, systems=systems) if systems else tables)
     if args.markdown:
-        write_text(args.markdown, markdown(systems) + "\n")
+        write_text(args.markdown, table + "\n")

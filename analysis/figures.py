@@ -44,6 +44,7 @@ from predictor import Predictor
 from support import answers, run_folder
 from support.files import read_json, read_tensors, write_json
 from support.images import ImageStore
+from support.processes import run_program
 from support.records import Example, read_folder
 from world import scenes, tools
 
@@ -448,7 +449,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    run_program(main)

@@ -23,6 +23,7 @@ sys.path.insert(0, str(ROOT))  # before any other `analysis`
 
 from analysis.tables import compare, markdown
 from support.files import read_json, write_json, write_text
+from support.processes import run_program
 from world.scenes import REGIMES
 
 RECON = "--method recon --latents 4 --decode_latents 4"
@@ -159,7 +160,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    run_program(main)

@@ -22,6 +22,7 @@ from torch import Tensor
 import losses
 import train
 from model import VLM
+from support.processes import run_program
 from support.records import Example
 from world.loader import load_examples
 
@@ -73,8 +74,9 @@ def report(config: train.Config) -> str:
             f"{gauges['effective_rank']:.1f}")
 
 
+def main() -> None:
+    print(report(train.parse_config()))
+
+
 if __name__ == "__main__":
-    try:
-        print(report(train.parse_config()))
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    run_program(main)

@@ -10,7 +10,7 @@ import torch
 from huggingface_hub import snapshot_download
 from torch import Tensor
 
-from support.files import read_json, read_tensors, write_text, write_tensors
+from support.files import new_folder, read_json, read_tensors, write_text, write_tensors
 from support.run_folder import best_checkpoint
 
 # ---- what a path given as --model stands for -----------------------------------------------------
@@ -169,20 +169,17 @@ def save_merged(vlm, out: Path) -> None:
     Raises FileExistsError: `out` must not exist.
     """
     lm, base = vlm.lm, vlm.family.path
-    if out.exists():
-        raise FileExistsError(f"{out} exists already: choose a new folder, nothing is overwritten")
-    partial = out.with_name(out.name + ".partial")
-    lm.save_pretrained(partial)
-    (partial / "generation_config.json").unlink(missing_ok=True)  # how we ask; theirs is copied
-    source = Path(base)
-    if not source.is_dir():
-        source = Path(snapshot_download(base, allow_patterns=list(BESIDE)))
-    for file in sorted({file for pattern in BESIDE for file in source.glob(pattern)}):
-        if file.is_file() and not any(file.match(pattern) for pattern in OWN):
-            copy = partial / file.relative_to(source)
-            copy.parent.mkdir(exist_ok=True)
-            shutil.copyfile(file, copy)
-    partial.rename(out)
+    with new_folder(out) as partial:
+        lm.save_pretrained(partial)
+        (partial / "generation_config.json").unlink(missing_ok=True)  # how we ask; theirs is copied
+        source = Path(base)
+        if not source.is_dir():
+            source = Path(snapshot_download(base, allow_patterns=list(BESIDE)))
+        for file in sorted({file for pattern in BESIDE for file in source.glob(pattern)}):
+            if file.is_file() and not any(file.match(pattern) for pattern in OWN):
+                copy = partial / file.relative_to(source)
+                copy.parent.mkdir(exist_ok=True)
+                shutil.copyfile(file, copy)
     said = f"{out} loads with transformers' AutoModelForImageTextToText and AutoProcessor"
     if lm.config.model_type.startswith("qwen"):
         said += ("; whoever prepares inputs without AutoProcessor must pass mm_token_type_ids too "

@@ -58,7 +58,8 @@ def keep_best(config, module, step: int, valid: dict[str, float], best: float) -
     run_folder.log(out, "valid", dict(step=step, **valid))
     shown = " ".join(f"{name} {valid[name]:.3f}" for name in SHOWN if name in valid)
     print(f"      validation: {shown}", flush=True)
-    if hint := run_folder.collapse_hint(valid, config.target_encoder, config.valid_examples):
+    count = round(1 / valid.get("retrieval_chance", 1))  # examples that the gauges are over
+    if hint := run_folder.collapse_hint(valid, config.target_encoder, count, config.targets):
         print(f"      {hint}", flush=True)
     if valid["loss"] < best:
         run_folder.save_best(out, module.vlm, module.predictor, step, valid)
