@@ -218,17 +218,10 @@ class Run(NamedTuple):
     questions: evaluate.Answerer
 
 
-def build(config: Config, world: int = 1, loaded: list[list[Example]] | None = None) -> Run:
-    """Model, data, what the method adds, optimiser: all that a run has before its first step."""
-    vlm = VLM(config.model, dtype=getattr(torch, config.dtype))
+def trainable(vlm: VLM, examples: data.Examples, config: Config, world: int = 1) -> Step:
+    """The VLM with LoRA and what the method adds to it, on config.device."""
     # a family with attention of its own gets a pass a view
     config.packed = config.packed and vlm.family.packs
-    *splits, tests = loaded or load_examples(config)
-    examples, valid_examples = (prepared(split, vlm, config) for split in splits)
-    questions = evaluate.Answerer(vlm, tests, config.answer_prefix)
-    tracked = evaluate.Answerer(vlm, splits[1][:config.track], config.answer_prefix)
-    for asker in questions, tracked:  # what cannot be asked stops here, before training
-        asker.check_lengths()
     vlm.set_trainable(config.lora_rank, config.lora_alpha, config.lora_dropout,
                       config.lora_targets.split(","), config.train_vision)
     if config.shard:
@@ -243,14 +236,26 @@ def build(config: Config, world: int = 1, loaded: list[list[Example]] | None = N
         start = vlm.lm.get_input_embeddings().weight[examples.serializer.end_id]
         predictor = Predictor(vlm.dim, config.pred_tokens, start, config.nextlat_sees_next)
         release.leave_random(predictor, config)  # by an option alone
-    if config.method == "pearl" and predictor is not None and config.target_encoder == "frozen":
+    return Step(vlm, predictor, examples, config).to(config.device)
+
+
+def build(config: Config, world: int = 1, loaded: list[list[Example]] | None = None) -> Run:
+    """Model, data, what the method adds, optimiser: all that a run has before its first step."""
+    vlm = VLM(config.model, dtype=getattr(torch, config.dtype))
+    *splits, tests = loaded or load_examples(config)
+    examples, valid_examples = (prepared(split, vlm, config) for split in splits)
+    questions = evaluate.Answerer(vlm, tests, config.answer_prefix)
+    tracked = evaluate.Answerer(vlm, splits[1][:config.track], config.answer_prefix)
+    for asker in questions, tracked:  # what cannot be asked stops here, before training
+        asker.check_lengths()
+    step = module = trainable(vlm, examples, config, world)
+    if isinstance(step.predictor, Predictor) and config.target_encoder == "frozen":
         # now, while the model is as it comes; of a large data set only what the steps will see
         seen = islice(examples.steps(config), config.steps)
         cache_targets(vlm, examples, sorted({row for rows in seen for row in rows}), config)
         cache_targets(vlm, valid_examples, list(range(len(valid_examples.views))), config)
         for part in (examples, valid_examples):
             variants.average_targets(part, config.targets)
-    step = module = Step(vlm, predictor, examples, config).to(config.device)
     parameters = [p for p in step.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
     schedule = get_cosine_schedule_with_warmup(
