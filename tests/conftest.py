@@ -1,4 +1,6 @@
 import os
+import runpy
+import signal
 import sys
 from pathlib import Path
 
@@ -42,3 +44,16 @@ def config(tmp_path):
     return Config(target_encoder="current", device="cpu", out=str(tmp_path / "run"), steps=4,
                   batch=4, train_examples=12, valid_examples=5, test_per_family=2, eval_every=2,
                   log_every=1, lora_rank=4, lora_alpha=8.0)
+
+
+@pytest.fixture
+def as_program(monkeypatch):
+    """`python FILE ARGS` without a process of its own; SystemExit has what it ends with."""
+    def run(file, *args):
+        monkeypatch.setattr(sys, "argv", [str(file), *map(str, args)])
+        runpy.run_path(str(file), run_name="__main__")
+
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield run
+    for number, handler in handlers.items():
+        signal.signal(number, handler)

@@ -3,9 +3,8 @@ picture, reveals the answer; a folder survives the round trip; every kind of bad
 with file, line and mend; the views' tokens, labels and positions are those of one rendering of the
 whole conversation."""
 
+import copy
 import json
-import runpy
-import sys
 import zlib
 from dataclasses import replace
 from pathlib import Path
@@ -297,6 +296,24 @@ def test_worked_example_of_the_docstring(serialised):
     assert words[-1] == "<|im_end|>"
 
 
+def test_a_blank_that_the_template_puts_before_an_answer_has_to_be_said(serialised):
+    """The generation prompt ends before it, so the model must write it; here it is a token of its
+    own."""
+    vlm, _, store = serialised
+    family = copy.copy(vlm.family)
+    family.template = vlm.family.template.replace("'\\n' -}}", "':' -}}").replace(
+        "{{- part['text']", "{{- (' ' if message['role'] == 'assistant' else '') + part['text']"
+    ).replace("assistant\\n", "assistant:")
+    ex = scenes.make_example("crop", "train", 1, 0)
+    view = data.Serializer(family, 2048).views(ex, *store.add(ex), 1, "trajectory")
+    text = vlm.tokenizer.decode(view.full.ids)
+    assert text.count("<|im_start|>assistant: ") == 2
+    said = [label for label in view.full.labels if label != -100]
+    assert vlm.tokenizer.convert_ids_to_tokens(said[:2]) == ["\u0120", "Zoom"]
+    assert vlm.tokenizer.decode(said) == "".join(f" {part}<|im_end|>" for part in ex.texts)
+    assert vlm.tokenizer.decode(view.input.ids[:-1]).endswith("<|im_start|>assistant:")
+
+
 def test_target_with_image_keeps_i0_and_drops_the_question(serialised):
     vlm, serializer, store = serialised
     ex = scenes.make_example("crop", "train", 0, 0)
@@ -379,7 +396,7 @@ def test_views_refuse_what_they_cannot_serialise(serialised):
             serializer.views(marked, *place, 2, "trajectory")
     with pytest.raises(ValueError, match="without text"):
         serializer.views(replace(ex, trajectory=[]), *place, 2, "trajectory")
-    with pytest.raises(ValueError, match="limit is 20; .* its images"):
+    with pytest.raises(ValueError, match="limit is 20 .*--max_tokens.* its images"):
         data.Serializer(vlm.family, 20).views(ex, *place, 2, "trajectory")
     with pytest.raises(ValueError, match="image 0 .*rejected.*crop or drop it"):
         store.add(replace(ex, image=Image.new("RGB", (2000, 4))))
@@ -401,13 +418,11 @@ def test_collate_pads_and_points():
     assert data.collate([long, short], pad_id=0, width=6).ids.tolist()[0] == [1, 2, 3, 4, 0, 0]
 
 
-def test_command_line_writes_a_folder_that_reads_back(tmp_path, monkeypatch):
+def test_command_line_writes_a_folder_that_reads_back(tmp_path, as_program):
     out = tmp_path / "set"
-    monkeypatch.setattr(sys, "argv", ["data.py", "--out", str(out), "--regime", "all",
-                                      "--count", "8"])
-    runpy.run_path(data.__file__, run_name="__main__")
+    as_program(data.__file__, "--out", out, "--regime", "all", "--count", 8)
     assert Image.open(out / "contact_sheet.png").width > 1000
     splits = [ex.split for ex in records.read_folder(out)]
     assert {split: splits.count(split) for split in splits} == dict(train=8, validation=2, test=2)
     with pytest.raises(SystemExit, match="error: .*nothing is overwritten"):  # no traceback
-        runpy.run_path(data.__file__, run_name="__main__")
+        as_program(data.__file__, "--out", out, "--regime", "all", "--count", 8)

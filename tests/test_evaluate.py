@@ -3,7 +3,6 @@ the likeliest option; answers are parsed as said; the tool executor runs good ca
 and stops at its limit; the latent loop on the KV cache equals a loop that encodes all anew."""
 
 import json
-import runpy
 import sys
 
 import pytest
@@ -77,25 +76,34 @@ def test_direct_answer_is_the_likeliest_option(shipped):
         assert record["direct_right"] == (likeliest == ex.answer)
 
 
-def test_options_of_several_tokens_and_of_one_prefix(shipped):
+def test_options_of_several_tokens_and_of_one_prefix(shipped, capsys):
     ex = scenes.make_example("crop", "test", 0, 0)
     ex.options, ex.answer = ["red disc", "red disc two", "a strange word"], "red disc two"
     assert evaluate.answer_questions(shipped, [ex])[0]["direct"] in ex.options
     asker = evaluate.Answerer(shipped, [ex])
-    written = shipped.tokenizer("Answer: a strange word", add_special_tokens=False).input_ids
-    assert asker.longest_answer() == len(written) > 4
+    written = shipped.tokenizer("Answer: a strange word<|im_end|>", add_special_tokens=False)
+    assert asker.answer_tokens() == [len(written.input_ids)] and len(written.input_ids) > 5
+    assert asker.free()[0]["tokens"] <= len(written.input_ids)
+    assert "1 of 1 questions" not in capsys.readouterr().out
+    asker.free(4)
+    assert "1 of 1 questions have options that take more than" in capsys.readouterr().out
 
 
 def test_a_question_without_room_for_its_answer_stops_before_training(shipped):
-    ex = scenes.make_example("crop", "test", 0, 0)
-    asker = evaluate.Answerer(shipped, [ex])
-    prompt, options = asker.begun[0]
-    longest = len(prompt.ids) + max(map(len, options))
-    asker.serializer.max_tokens = longest
-    asker.check_lengths()
-    asker.serializer.max_tokens = longest - 1
-    with pytest.raises(ValueError, match=f"{longest} tokens, the limit is {longest - 1}"):
+    """Neither the answer asked for directly nor the one behind the expert's tool is too long."""
+    for ex in (scenes.make_example("crop", "test", 0, 0),
+               scenes.make_example(scenes.HELD_OUT, "test", 0, 0)):
+        asker = evaluate.Answerer(shipped, [ex])
+        prompt, options = asker.begun[0]
+        turns, texts = asker.serializer.turns(ex), asker.placed[0][1]
+        told = len(asker.serializer.conversation(turns, texts).ids)
+        longest = max(told, len(prompt.ids) + max(map(len, options)))
+        assert (longest == told) == (len(ex.images) > 1)
+        asker.serializer.max_tokens = longest
         asker.check_lengths()
+        asker.serializer.max_tokens = longest - 1
+        with pytest.raises(ValueError, match=f"{longest} tokens, the limit is {longest - 1}"):
+            asker.check_lengths()
 
 
 # ---- explicit tool use ----
@@ -141,7 +149,7 @@ def test_an_answer_that_is_none_of_the_options_is_wrong(shipped, monkeypatch):
 
 @pytest.mark.parametrize("said, why", [
     ("Zoom in. [crop 10 20]", "wrong number of arguments"),
-    ("Zoom in. [zoom 1 2 3 4]", "no tool call"), ("Zoom in. [crop 50 50 40 60]", "is empty"),
+    ("Zoom in. [Crop 1 2 3 4]", "no tool call"), ("Zoom in. [crop 50 50 40 60]", "is empty"),
     ("Zoom [crop 1 2 3", "no tool call")])
 def test_malformed_calls_are_counted_and_answered_directly(shipped, monkeypatch, said, why):
     ex = scenes.make_example("crop", "test", 0, 0)
@@ -266,14 +274,13 @@ def test_arms_are_named_by_what_differs():
         "d": "sft"}
 
 
-def test_command_line_needs_something_to_evaluate(tmp_path, monkeypatch, capsys):
+def test_command_line_needs_something_to_evaluate(tmp_path, monkeypatch, capsys, as_program):
     def call(*args):
         monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, args)])
         evaluate.main()
 
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", str(tmp_path)])
     with pytest.raises(SystemExit, match="error: .*results.json not found"):  # no traceback
-        runpy.run_path(evaluate.__file__, run_name="__main__")
+        as_program(evaluate.__file__, tmp_path)
     with pytest.raises(FileNotFoundError, match="config.json not found"):
         call(tmp_path, "--again")
     with pytest.raises(SystemExit):
