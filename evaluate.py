@@ -242,8 +242,7 @@ def merge(*folders: str) -> None:
     """RUN DIR: the run's best checkpoint as an ordinary folder, which needs none of our code."""
     if len(folders) != 2:
         raise ValueError("--merge takes two: python train.py --merge RUN DIR")
-    vlm, _, _ = load_run(Path(folders[0]), "cpu")
-    print(adapters.write_merged(vlm.lm, vlm.family.path, Path(folders[1])))
+    adapters.save_merged(load_run(Path(folders[0]), "cpu")[0], Path(folders[1]))
 
 
 def answers_before(out: Path, asker: Answerer, config) -> list[dict]:
