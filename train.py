@@ -1,24 +1,20 @@
 """Train a VLM with Pearl, or with what it is compared with, on expert tool-use trajectories.
 
     python train.py                         # Pearl on the shipped VLM: a minute or two on two cores
-    python train.py --method sft            # the same words, no latent terms, no second pass
-    python train.py --method direct         # the control: question and answer, no trajectory
-    python train.py --method both --batch 64    # trajectories and bare answers, half and half
+    python train.py --method sft            # the same words, no latent terms; direct, both: answers
     python train.py --method recon          # reconstruction-based latent reasoning (LVR, Mirage)
     python train.py --recipe release        # the authors' code; --recipe paper: the paper's text
     python train.py --model Qwen/Qwen2.5-VL-3B-Instruct --data DIR --dtype bfloat16 --lr 1e-5
+    python train.py --resume RUN            # goes on after an interruption, to the same end
+    python train.py --merge RUN DIR         # the result as an ordinary transformers checkpoint
+    torchrun --nproc-per-node=2 train.py --accumulate 2    # several processes share a step's passes
 
 One step of Pearl (section 3 of arXiv:2604.08065) encodes three views and goes back once:
   1. full view <I0, Q, R>           -> L_VLM (Eq. 3), and states for L_NextLat (Eq. 2)
   2. input view <I0, Q>, K [PRED]   -> h^_R, the state of the last [PRED]
   3. target view R                  -> h_R, the state of its last token   -> L_JEPA (Eq. 1)
-SFT is the first alone. `compute_losses` is that step, `train_step` what is done with it.
-
-    python train.py --resume RUN            # goes on after an interruption, to the same end
-    python train.py --merge RUN DIR         # the result as an ordinary transformers checkpoint
-    torchrun --nproc-per-node=2 train.py --accumulate 2    # several processes share a step's passes
-
-Left out on purpose: the run's folder, processes and signals (support/), the rival and the variants
+SFT is the first alone. `compute_losses` is that step, `train_step` what is done with it. Left out
+on purpose: options, the run's folder, processes and signals (support/), the rival and the variants
 (baselines/), how questions are asked (evaluate.py).
 """
 
@@ -296,10 +292,7 @@ def fit(config: Config, resume: bool, rank: int, world: int) -> tuple | None:
     step, best = run_folder.load_state(out, *state) if resume else (0, math.inf)
     # one process alone writes
     if rank == 0:
-        if resume:
-            run_folder.forget_later(out, step)
-        else:
-            run_folder.start_folder(config, loaded)
+        run_folder.forget_later(out, step) if resume else run_folder.start_folder(config, loaded)
         progress.announce(config, len(examples.views), run.optimizer, world)
     # shares of a model run in all processes or in none: they are not asked questions here
     alone = rank == 0 and not config.shard
@@ -355,5 +348,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    processes.run_program(main, stopped="stopped; if the run folder holds config.json, python "
-                          "train.py --resume RUN goes on from its last state")
+    processes.run_program(main, stopped=run_folder.STOPPED)

@@ -40,6 +40,10 @@ PACKAGES = ("torch", "transformers", "safetensors", "pillow", "numpy")
 # ---- whose it is ----
 
 
+STOPPED = ("stopped; if the run folder holds config.json, python train.py --resume RUN goes on from "
+           "its last state")
+
+
 def absolute_paths(config):
     """The config with every path absolute, so that it means the same from any folder. A model that
     is no folder here stays: the name of one on the hub."""
