@@ -102,6 +102,15 @@ def test_the_processors_template_wins(checkpoint, family):
     assert family.placeholder in family.render(conversation(0)[0])
 
 
+@pytest.mark.parametrize("name", ["llava", "idefics3", "gemma3", "qwen3_vl_new"])
+def test_a_template_of_the_tokenizers_own_counts_only_without_another(folders, tmp_path, name):
+    folder = copied(folders(name), tmp_path)
+    before = load_checkpoint(str(folder), torch.float32)[1]
+    write(folder / "tokenizer_config.json", chat_template="{{ 'for text only' }}")
+    after = load_checkpoint(str(folder), torch.float32)[1]
+    assert (after.template, after.template_source) == (before.template, before.template_source)
+
+
 @pytest.mark.parametrize("tool_images, image_first, prompt", [
     (0, False, False), (0, False, True), (1, False, False), (1, False, True), (2, False, False),
     (2, True, False)])
