@@ -73,11 +73,18 @@ class Answerer:
             found.append(self.serializer.answer_prompt(example, *place, form))
         return found
 
+    def shown_with_tools(self, example: Example) -> bool:
+        """Whether it has tool images, and the model may be shown more than one image."""
+        return len(example.images) > 1 and not self.vlm.family.alone_only
+
     def check_lengths(self) -> None:
         """Raises ValueError for a question that leaves no room for its answer: before training."""
         for example, place, (prompt, options) in zip(self.examples, self.placed, self.begun):
             longest = prompt.ids + max(options, key=len)
-            told = self.serializer.conversation(self.serializer.turns(example), place[1]).ids
+            turns = self.serializer.turns(example)
+            if len(example.images) > 1 and not self.shown_with_tools(example):
+                turns = turns[:1]
+            told = self.serializer.conversation(turns, place[1]).ids
             for ids in (longest, told):  # asked directly, and with the expert's tool
                 self.serializer.check_length(prompt._replace(ids=ids), example)
 
@@ -140,8 +147,8 @@ class Answerer:
                 for asked, (begun, options) in zip(self.prompts, self.begun)]
 
     def tool(self) -> list[dict | None]:
-        """None where the example has no tool image."""
-        rows = [i for i, example in enumerate(self.examples) if len(example.images) > 1]
+        """None where the example has no tool image that can be shown."""
+        rows = [i for i, example in enumerate(self.examples) if self.shown_with_tools(example)]
         views, longest = [], 0
         for example, place in ((self.examples[i], self.placed[i]) for i in rows):
             turns = self.serializer.turns(example)

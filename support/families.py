@@ -62,7 +62,8 @@ class Family:
         if shown > 1 and self.alone_only:
             raise ValueError(f"a {self.lm.config.model_type} model is shown an image otherwise "
                              "when others are with it (one tile, not several): an example's views "
-                             "would not show it alike; use --method direct, or another model")
+                             "would not show it alike; train on bare answers (--method direct), or "
+                             "take another model")
         try:
             return self.tokenizer.apply_chat_template(
                 [self._formed(message) for message in messages], chat_template=self.template,

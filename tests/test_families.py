@@ -524,6 +524,14 @@ def test_trained_merged_and_answered(small, tmp_path, capsys):
         assert ours["direct"] in ours["options"]
 
 
+def test_a_family_that_takes_one_image_alone_learns_bare_answers(folders, config):
+    run = train.train(dataclasses.replace(config, model=str(folders("llava_onevision")), steps=1,
+                                          method="direct", train_examples=4, valid_examples=2,
+                                          test_per_family=1, max_tokens=4096))
+    records = json.loads((run / "results.json").read_text(encoding="utf-8"))["answers"]
+    assert all(r["direct"] in r["options"] and "tool" not in r for r in records)
+
+
 def test_what_cannot_work_is_refused_in_one_sentence(folders, config):
     for name, change, message in (
             ("gemma3", dict(order="image_first"), "refuses the conversation: .*roles must alt"),
