@@ -21,7 +21,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Iterator
 
-from baselines import reconstruction, variants
+from baselines import reconstruction, release, variants
 from data import Examples, View, collate
 from support.families import load_family
 from support.options import RECIPES, Config, add_field, given_options
@@ -30,7 +30,8 @@ from world.scenes import REGIMES, make_world, write_sample
 
 # of a training run: what decides which tokens there are, and which loss reads them
 OPTIONS = ("recipe", "method", "model", "data", "outside_images", "regime", "answer_prefix",
-           "order", "pred_tokens", "jepa", "target_view", "nextlat_view", "latents", "max_tokens")
+           "order", "pred_tokens", "jepa", "target_view", "nextlat_view", "latents", "max_tokens",
+           "pred_position", "supervise_layout", "supervise_turns", "strip_calls", "nextlat_token")
 
 
 def run(parser: ArgumentParser) -> None:
@@ -65,6 +66,7 @@ def show(config: Config, row: int) -> None:
     taught = variants.as_taught([examples[row]], config)  # with --method both there are two
     found = Examples([examples[row]], taught, load_family(config.model), sys.maxsize,
                      replace(config, max_tokens=sys.maxsize))
+    release.adapt_views(found, taught, config)
     if config.method == "recon":
         reconstruction.add_views(found, taught, config)
     sys.stdout.reconfigure(errors="backslashreplace")  # tokens may hold any character
@@ -150,3 +152,6 @@ class Printer:
         if "input" in self.views and self.config.nextlat_view != "none":
             along = f"the {words}" if self.config.nextlat_view == "full" else "the target view"
             yield f"L_NextLat (Eq. 2): the states of {along}, each from the one before it"
+            if self.config.nextlat_token != "none":
+                which = dict(fed="itself", next="behind it")[self.config.nextlat_token]
+                yield f"L_NextLat, token term: of each such state the token {which}, if marked s"

@@ -133,13 +133,23 @@ def test_the_world_s_rows_are_the_training_examples(shown):
 
 
 def test_other_target_view_and_no_pred_tokens(shown, folder):
-    lines = shown("--data", folder, "--recipe", "release", "--pred_tokens", 0)
+    lines = shown("--data", folder, "--target_view", "trajectory_with_image", "--pred_tokens", 0)
     assert view_of(lines, "input")[-1] == "         33  \\n  <- h^_R"
     assert sum(", image 0, " in line for line in view_of(lines, "target")) == 1
     assert "Which" not in " ".join(view_of(lines, "target"))
     paper = shown("--data", folder, "--recipe", "paper")
     assert paper[-1] == ("L_NextLat (Eq. 2): the states of the target view, each from the one "
                          "before it")
+
+
+def test_the_views_of_the_release(shown, folder):
+    lines = shown("--data", folder, "--recipe", "release", "--strip_calls")
+    assert view_of(lines, "input")[-2:] == ["      29-32  4 x [PRED], positions 17-20",
+                                            "         33  <|im_end|>  <- h^_R"]
+    assert [line for line in lines if line.startswith("s")] == [
+        "s     34-42  Zoom ·in ·on ·the ·red ·disc . <|im_end|> \\n",
+        "s     57-66  The ·digit ·is ·seven . ·Answer : ·seven <|im_end|> \\n"]
+    assert lines[-1] == "L_NextLat, token term: of each such state the token itself, if marked s"
 
 
 def test_the_latent_view(shown, folder):
