@@ -14,6 +14,8 @@ from torch import nn
 
 import train
 from baselines import release, variants
+from checkpoints import build
+from model import VLM
 from predictor import Predictor
 from support import options, run_folder
 from support.files import read_tensors
@@ -166,15 +168,19 @@ def rows():
     return [world[0], world[2], world[5]]
 
 
-@pytest.fixture
-def adapted64(vlm64):
-    """The shipped model with LoRA on every linear layer, off its zero start."""
-    vlm64.set_trainable(4, 8.0, 0.0, ["all-linear"], True)
-    vlm64.lm.double()
-    for name, p in vlm64.lm.named_parameters():
+def adapted(vlm):
+    """The model with LoRA on every linear layer, off its zero start, in float64."""
+    vlm.set_trainable(4, 8.0, 0.0, ["all-linear"], True)
+    vlm.lm.double()
+    for name, p in vlm.lm.named_parameters():
         if name.endswith("lora_B"):
             nn.init.normal_(p, std=0.05)
-    return vlm64
+    return vlm
+
+
+@pytest.fixture
+def adapted64(vlm64):
+    return adapted(vlm64)
 
 
 def released(*options):
@@ -226,6 +232,13 @@ def test_every_term_and_gradient_is_the_releases(adapted64, rows, packed, turns)
         assert size > 0
         # transformers' norms compute in float32, so two orders of summing differ by its rounding
         torch.testing.assert_close(one, other, rtol=0, atol=1e-6 * size)
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+def test_so_they_are_with_every_generation_of_qwen_vl(name, rows, tmp_path):
+    """With a template that begins with a system turn, or features that enter between layers."""
+    vlm = VLM(build(name, tmp_path / name), dtype=torch.float64)
+    test_every_term_and_gradient_is_the_releases(adapted(vlm), rows, "true", "all")
 
 
 @pytest.mark.parametrize("option, value, changed", [
