@@ -319,7 +319,7 @@ OPEN_TURNS = """
 
 
 def test_pred_in_the_user_turn_needs_a_turn_that_ends(vlm64, rows):
-    vlm64.tokenizer.chat_template = OPEN_TURNS
+    vlm64.family.template = OPEN_TURNS
     train.prepared(rows, vlm64, released("--pred_position", "prompt"))
     with pytest.raises(ValueError, match="--pred_position prompt"):
         train.prepared(rows, vlm64, released())
