@@ -392,7 +392,7 @@ REGIMES: dict[str, list[str]] = {
     "multi": ["zoom"],  # one type, one to three calls
     "all": ["highlight+crop", "path+crop", "zoom"],  # several types, several calls
 }
-HELD_OUT = "tallest"  # no trajectory covers it: shows what fine-tuning forgets
+HELD_OUT = "tallest"  # no trajectory covers it; its bars keep the dots of highlight
 BUCKETS = dict(test=range(0, 2), validation=range(2, 4), train=range(4, 10), pretrain=range(10, 16))  # of 16, by hash
 
 
