@@ -3,15 +3,17 @@
     python analysis/study.py --out runs/study --seeds 0 1 2 --jobs 2    # then analysis/figures.py
     python analysis/study.py --out runs/study --arms sft pearl --regimes mixed -- --steps 100
     python analysis/study.py --out runs/study --base other=DIR --arms sft pearl    # a second base
+    python analysis/study.py --out runs/record --record --regimes single --arms sft pearl \\
+        --seeds 0 1 2 -- --steps 200 --call_limit 0    # what train.py sets beside its own
 
-What follows `--` goes to every train.py. A run whose results.json exists is not repeated; the
+What follows `--` goes to every train.py, whose steps are 300 without it. A run whose results.json exists is not repeated; the
 remains of one that was interrupted are renamed, never deleted. At the end OUT/BASE/REGIME.md holds
-the table of systems, REGIME.json its numbers.
+the table of systems, REGIME.json its numbers; --record writes analysis/recorded.json besides.
 """
 
 import argparse
-import json
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -21,7 +23,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # before any other `analysis`
 
-from analysis.tables import compare, markdown
+from analysis.tables import compare, markdown, summarise
+from support import recorded
 from support.files import read_json, write_json, write_text
 from support.processes import run_program
 from world.scenes import REGIMES
@@ -64,6 +67,7 @@ ABLATIONS = {
 }
 ARMS = SYSTEMS | ABLATIONS
 FIRST = "mixed"  # the regime in which the ablations run
+STEPS = 300  # of every run, whatever train.py's default is: RESULTS.md's tables are of so many
 
 
 def plan(args) -> list[tuple[Path, list[str]]]:
@@ -78,7 +82,8 @@ def plan(args) -> list[tuple[Path, list[str]]]:
                 for arm in (arm for arm in arms if not args.arms or arm in args.arms):
                     out = args.out / name / regime / f"{arm.replace(' ', '_')}-seed{seed}"
                     options = [*arms[arm].split(), "--regime", regime, "--seed", str(seed),
-                               "--out", str(out), *(["--model", model] if model else [])]
+                               "--out", str(out), "--steps", str(STEPS)]
+                    options += ["--model", model] if model else []
                     jobs.append((out, options + args.rest))
     return jobs
 
@@ -126,6 +131,55 @@ def tables(folder: Path) -> None:
             print(f"\n{folder.name}, {regime.name}\n{markdown(rows)}")
 
 
+# ---- numbers that train.py sets beside its own --------------------------------------------------
+
+
+def percentages(tables: list[dict]) -> dict[str, dict]:
+    """Tables of several seeds (analysis/tables.py) as one: of each family n, chance, and of each
+    way to answer one accuracy in % a seed."""
+    first = tables[0]
+    return {family: dict(n=row["n"], chance=100 * row["chance"],
+                         **{way: [round(100 * table[family][way][0], 2) for table in tables]
+                            for way in ("direct", "free", "tool") if way in row})
+            for family, row in first.items()}
+
+
+def record_of(runs: dict[str, Path], command: str) -> dict:
+    """One arm's runs of several seeds as a record (support/recorded.py). ValueError unless all were
+    made with one set of settings, by one commit and nothing beside it."""
+    configs = [read_json(run / "config.json") for run in runs.values()]
+    made_by = [read_json(run / "environment.json") for run in runs.values()]
+    settings = [recorded.settings_of(config) for config in configs]
+    names = ", ".join(map(str, runs.values()))
+    if any(other != settings[0] for other in settings):
+        raise ValueError(f"{names} have different settings: record them apart")
+    commits = {environment["commit"] for environment in made_by}
+    if len(commits) > 1 or None in commits or any(e["changed_files"] for e in made_by):
+        raise ValueError(f"{names} were not all made by one commit without changes: run them anew "
+                         "from a clean checkout, so that the record can name it")
+    results = [read_json(run / "results.json") for run in runs.values()]
+    return dict(method=configs[0]["method"], seeds=[config["seed"] for config in configs],
+                command=command, commit=commits.pop(), settings=settings[0],
+                before=percentages([summarise(results[0]["before"])]),
+                table=percentages([summarise(result["answers"]) for result in results]))
+
+
+def record(folders: list[Path], command: str) -> None:
+    """analysis/recorded.json with the sft and pearl runs below these regimes' folders; records of
+    other settings that are in it stay."""
+    file = recorded.FILE
+    kept = read_json(file)["records"] if file.is_file() else []
+    for folder in folders:
+        for arm in ("sft", "pearl"):
+            runs = {run: folder / run for run in finished_runs(folder) if arm_of(run) == arm}
+            if runs:
+                new = record_of(runs, command)
+                kept = [old for old in kept if (old["method"], old["settings"])
+                        != (new["method"], new["settings"])] + [new]
+    write_json(file, dict(written_by="analysis/study.py --record", records=kept))
+    print(f"recorded in {file}")
+
+
 def parse_args(argv: list[str]) -> argparse.Namespace:
     """The options before `--`; `rest` is what follows it."""
     parser = argparse.ArgumentParser(description=__doc__,
@@ -139,6 +193,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
                         help="the systems run in all of these, the ablations in the first")
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side")
+    parser.add_argument("--record", action="store_true",
+                        help="write analysis/recorded.json from the sft and pearl runs")
     cut = argv.index("--") if "--" in argv else len(argv)
     args = parser.parse_args(argv[:cut])
     args.rest = argv[cut + 1:]
@@ -154,9 +210,13 @@ def main() -> None:
         for n, ((out, _), result) in enumerate(zip(jobs, results), start=1):
             failed += result.startswith("FAILED")
             print(f"{n}/{len(jobs)} {out}: {result}", flush=True)
-    tables(args.out / args.base.partition("=")[0])
+    folder = args.out / args.base.partition("=")[0]
+    tables(folder)
     if failed:
         sys.exit(f"{failed} runs failed; the same command repeats only them")
+    if args.record:
+        command = shlex.join(["python", "analysis/study.py", *sys.argv[1:]])
+        record([folder / regime for regime in args.regimes], command)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from transformers import AutoModelForImageTextToText
 import train
 from analysis import benchmark, figures, probes, study, targets
 from predictor import Predictor
-from support import records
+from support import recorded, records
 from world import scenes
 
 ROOT = Path(train.__file__).parent
@@ -292,9 +292,66 @@ def test_the_plan_has_every_system_in_every_regime_and_refuses_unknown_arms(tmp_
         config = train.parse_config(given)
         assert Path(config.out) == out and config.steps == 3
         assert config.regime == out.parent.name
+    assert train.parse_config(study.plan(study.parse_args(["--out", "x"]))[0][1]).steps == 300
     args.arms = ["best"]
     with pytest.raises(ValueError, match="unknown arm 'best'"):
         study.plan(args)
+
+
+def finished_run(folder: Path, right: list[int], **changes) -> Path:
+    """A run folder as train.py leaves it, of two families; right: of four questions each."""
+    config = dataclasses.asdict(train.Config(regime="single", steps=200)) | changes
+    answers = [dict(family=family, options=["a", "b", "c", "d"], direct_right=n < count,
+                    free_right=False) for family, count in zip(("crop", "tallest"), right)
+               for n in range(4)]
+    folder.mkdir(parents=True)
+    for name, content in dict(config=config, results=dict(answers=answers, before=answers),
+                              environment=dict(commit="c0ffee", changed_files="")).items():
+        (folder / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
+    return folder
+
+
+def test_what_a_study_recorded_is_found_by_a_run_with_the_same_settings(tmp_path, monkeypatch):
+    monkeypatch.setattr(recorded, "FILE", tmp_path / "recorded.json")
+    mine = train.Config(regime="single", steps=200)
+    assert recorded.recorded(mine) is None  # nothing recorded yet
+    for seed, right in enumerate(([1, 4], [2, 3])):
+        finished_run(tmp_path / "single" / f"sft-seed{seed}", right, method="sft", seed=seed,
+                     call_limit=3, model=f"{ROOT}/world/../tiny-vlm")
+    finished_run(tmp_path / "single" / "pearl-seed0", [3, 2])
+    finished_run(tmp_path / "mixed" / "sft-seed0", [0, 0], method="sft", regime="mixed")
+    study.record([tmp_path / "single"], "python analysis/study.py --record")
+    study.record([tmp_path / "mixed"], "another")  # what was recorded before stays
+
+    found = recorded.recorded(dataclasses.replace(mine, seed=7, out="elsewhere", device="cuda",
+                                                  lambda_latent=9.0, pred_tokens=1))
+    assert found["table"]["crop"]["direct"] == [25, 50] and found["seeds"] == [0, 1]
+    assert found["table"]["tallest"]["direct"] == [100, 75]
+    assert found["table"]["crop"]["chance"] == 25 and found["table"]["crop"]["n"] == 4
+    assert found["command"] == "python analysis/study.py --record" and found["commit"] == "c0ffee"
+    assert found["before"]["crop"]["direct"] == [25] and found["settings"]["model"] == "tiny-vlm"
+    assert recorded.recorded(mine, "pearl")["table"]["crop"]["direct"] == [75]
+    mixed = recorded.recorded(dataclasses.replace(mine, regime="mixed"))
+    assert mixed["table"]["crop"]["direct"] == [0]
+    for other in (dict(steps=300), dict(lr=1e-4), dict(regime="all"), dict(test_per_family=5),
+                  dict(data="mine"), dict(model="other/model"), dict(lora_dropout=0.1)):
+        assert recorded.recorded(dataclasses.replace(mine, **other)) is None, other
+
+
+def test_a_record_needs_one_commit_and_one_set_of_settings(tmp_path, monkeypatch):
+    monkeypatch.setattr(recorded, "FILE", tmp_path / "recorded.json")
+    finished_run(tmp_path / "a" / "sft-seed0", [1, 1], method="sft", seed=0)
+    second = finished_run(tmp_path / "a" / "sft-seed1", [1, 1], method="sft", seed=1, steps=100)
+    with pytest.raises(ValueError, match="have different settings"):
+        study.record([tmp_path / "a"], "")
+    shutil.rmtree(second)
+    finished_run(second, [1, 1], method="sft", seed=1)
+    for environment in (dict(commit="beef", changed_files=""), dict(commit=None, changed_files=""),
+                        dict(commit="c0ffee", changed_files=" M train.py")):
+        (second / "environment.json").write_text(json.dumps(environment), encoding="utf-8")
+        with pytest.raises(ValueError, match="not all made by one commit without changes"):
+            study.record([tmp_path / "a"], "")
+    assert not (tmp_path / "recorded.json").exists()
 
 
 def test_the_picture_of_the_views(tmp_path):
