@@ -105,7 +105,7 @@ class ViewsPicture:
 
     def __init__(self, example: Example):
         self.font, self.bold = ImageFont.load_default(15), ImageFont.load_default(19)
-        self.sheet = Image.new("RGB", (1190, 770), "white")
+        self.sheet = Image.new("RGB", (1190, 745), "white")
         self.draw = ImageDraw.Draw(self.sheet)
         plan, call = example.texts[0].split(" [")
         reading, said = example.texts[-1].split(" Answer")
@@ -113,7 +113,7 @@ class ViewsPicture:
             I0=opened(example.image), I1=opened(example.images[1]),
             Q="\n".join(textwrap.wrap(example.question, 16)),
             T1=f"{plan}\n[{call}\n<|im_end|>", T2=f"{reading}\nAnswer{said}\n<|im_end|>")
-        self.answer = f"Answer{said}"
+        self.answer = example.answer
 
     def block(self, column: str, y: int, content, fill=GREY) -> None:
         x = LEFTS[column]
@@ -150,7 +150,7 @@ class ViewsPicture:
         self.draw.text((20, 545), "L = L_VLM + lambda (L_JEPA + L_NextLat)   (Eq. 4)",
                        fill="black", font=self.bold)
         self.row(630, "inference <I0, Q>: plain decoding; no tool, no [PRED], nothing but the VLM",
-                 "I0 Q", GREY, f"decoded next:\n\n{self.answer}")
+                 "I0 Q", GREY, f'the prefix "Answer:" is given,\n\nthen decoded: {self.answer}')
         return self.sheet
 
 
