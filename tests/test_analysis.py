@@ -213,6 +213,18 @@ def as_trained_on(runs: dict[str, Path], out: Path, **fields) -> dict[str, Path]
     return copies
 
 
+def test_runs_are_named_and_of_an_arm_the_lowest_seed_is_drawn(tmp_path):
+    for folder, method in (("study/pearl-seed10", "pearl"), ("study/pearl-seed9", "pearl"),
+                           ("study/pearl_K=8-seed3", "pearl"), ("a", "sft"), ("b", "sft")):
+        finished_run(tmp_path / folder, [1, 1], method=method)
+    runs = figures.named_runs([tmp_path / name for name in ("study", "a", "b")])
+    assert {name: run.relative_to(tmp_path).as_posix() for name, run in runs.items()} == {
+        "pearl": "study/pearl-seed9", "pearl K=8": "study/pearl_K=8-seed3", "sft seed 0": "a",
+        str(tmp_path / "b"): "b"}  # one method and one seed: both are there
+    with pytest.raises(FileNotFoundError, match="holds no finished run"):
+        figures.named_runs([tmp_path])
+
+
 @pytest.mark.parametrize("regime", [*(set(scenes.REGIMES) - {"mixed"})])
 def test_figures_of_every_regime(small_study, tmp_path, regime):
     runs = as_trained_on(figures.named_runs([small_study[0]]), tmp_path, regime=regime)
