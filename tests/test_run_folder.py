@@ -76,8 +76,10 @@ def test_a_folder_in_use_is_refused_and_free_again_when_its_process_is_killed(
 
 def test_without_system_locks_another_computers_file_is_not_guessed_at(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "fcntl", None)
-    (tmp_path / "lock").write_text("elsewhere 1\n", encoding="utf-8")
-    with pytest.raises(ValueError, match="process 1 on elsewhere: if that is gone, delete .*lock"):
+    dead = forked(tmp_path / "said", lambda: None)
+    os.waitpid(dead, 0)
+    (tmp_path / "lock").write_text(f"elsewhere {dead}\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=f"process {dead} on elsewhere: if that is gone, delete"):
         Lock(tmp_path / "lock", "it")
     (tmp_path / "lock").write_text(f"{socket.gethostname()} {os.getpid()}\n", encoding="utf-8")
     with pytest.raises(ValueError, match=f"process {os.getpid()} on"):
