@@ -205,8 +205,7 @@ def validate(step: Step, examples: data.Examples, config: Config) -> dict[str, f
 
 
 class Run(NamedTuple):
-    # the Step, or DistributedDataParallel around it
-    module: torch.nn.Module
+    module: torch.nn.Module  # the Step, or DistributedDataParallel around it
     step: Step
     optimizer: torch.optim.Optimizer
     schedule: torch.optim.lr_scheduler.LRScheduler
