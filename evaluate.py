@@ -26,7 +26,6 @@ from pathlib import Path
 
 import torch
 
-from analysis.tables import format_table, summarise
 from baselines import reconstruction, tool_use, variants
 from data import Serializer, View
 from model import VLM
@@ -35,6 +34,7 @@ from support.files import write_json
 from support.images import ImageStore
 from support.processes import run_program
 from support.records import Example
+from support.tables import format_table, summarise
 
 
 class Answerer:

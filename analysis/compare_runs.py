@@ -6,9 +6,10 @@ from pathlib import Path
 import torch
 
 import evaluate
-from analysis.tables import comparison, format_table, summarise
+from analysis.tables import comparison
 from model import VLM
 from support.files import read_json, write_json, write_text
+from support.tables import format_table, summarise
 from world.loader import test_examples
 
 

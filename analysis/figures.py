@@ -36,7 +36,6 @@ import losses
 import train
 from analysis.charts import Chart, beside, ink_of, views_picture
 from analysis.probes import classes, pearson, probe, separation, tsne
-from analysis.tables import summarise
 from analysis.targets import shares
 from baselines import reconstruction
 from model import VLM
@@ -46,6 +45,7 @@ from support.files import read_json, read_tensors, write_json
 from support.images import ImageStore
 from support.processes import run_program
 from support.records import Example, read_folder
+from support.tables import summarise
 from world import scenes, tools
 
 BASE = "no fine-tuning"

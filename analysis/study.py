@@ -24,10 +24,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # before any other `analysis`
 
-from analysis.tables import compare, markdown, summarise
+from analysis.tables import compare, markdown
 from support import recorded
 from support.files import read_json, write_json, write_text
 from support.processes import run_program
+from support.tables import summarise
 from world.scenes import REGIMES
 
 RECON = "--method recon --latents 4 --decode_latents 4"

@@ -260,11 +260,11 @@ FAULTS = [
     # ---- world, analysis ----
     Fault("world/tools.py", "TOOLS[match[1]](shown[number - 1]", "TOOLS[match[1]](shown[-1]",
           "data: a_call_works"),
-    Fault("analysis/tables.py", "(n + z * z), (centre + spread)", "n, (centre + spread)",
+    Fault("support/tables.py", "(n + z * z), (centre + spread)", "n, (centre + spread)",
           "evaluate: wilson"),
     Fault("analysis/tables.py", "t * statistics.stdev(gaps) / math.sqrt(len(gaps))",
           "t * statistics.stdev(gaps)", "evaluate: comparison"),
-    Fault("analysis/tables.py", "[r for r in records if r[\"family\"] != HELD_OUT]", "records",
+    Fault("support/tables.py", "[r for r in records if r[\"family\"] != HELD_OUT]", "records",
           "evaluate: summary"),
     Fault("analysis/targets.py", "for family in dict.fromkeys(families):",
           "for family in set(families):", "analysis: shares"),

@@ -10,10 +10,9 @@ import torch
 
 import data
 import evaluate
-from analysis import tables
 from baselines import reconstruction, tool_use
 from baselines.reconstruction import LatentScale
-from support import answers, images
+from support import tables, answers, images
 from world import scenes
 
 from conftest import TINY

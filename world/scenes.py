@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from support.images import opened
 from support.records import SPLITS, Example, write_folder
+from support.tables import HELD_OUT
 from world.tools import CALL, FRAME, HOLE, PIECES, RING, ROUTE_SHADE, call_tool
 
 SIZE = 128  # px; the shipped model is shown 64 x 64, so that a crop has more to see than the whole
@@ -392,7 +393,6 @@ REGIMES: dict[str, list[str]] = {
     "multi": ["zoom"],  # one type, one to three calls
     "all": ["highlight+crop", "path+crop", "zoom"],  # several types, several calls
 }
-HELD_OUT = "tallest"  # no trajectory covers it; its bars keep the dots of highlight
 BUCKETS = dict(test=range(0, 2), validation=range(2, 4), train=range(4, 10), pretrain=range(10, 16))  # of 16, by hash
 
 

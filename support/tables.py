@@ -1,0 +1,55 @@
+"""Accuracies from single answers (evaluate.answer_questions), with intervals, as a table."""
+
+import math
+
+HELD_OUT = "tallest"  # the world's family that no trajectory covers: what fine-tuning forgets
+WAYS = ("direct", "free", "tool", "call", "latent")  # evaluate.py explains them
+
+
+def wilson(right: int, n: int, z: float = 1.96) -> tuple[float, float]:
+    """95% confidence interval of a proportion."""
+    centre, spread = right + z * z / 2, z * math.sqrt(right * (n - right) / n + z * z / 4)
+    return (centre - spread) / (n + z * z), (centre + spread) / (n + z * z)
+
+
+def summarise(records: list[dict]) -> dict[str, dict]:
+    """Accuracy by family, and over all but the held-out family ("all"); each [share, low, high]."""
+    groups = {family: [r for r in records if r["family"] == family]
+              for family in dict.fromkeys(r["family"] for r in records)}
+    if len(groups) > 1:
+        groups["all"] = [r for r in records if r["family"] != HELD_OUT]
+    table = {}
+    for family, rows in groups.items():
+        chance = sum(1 / len(r["options"]) for r in rows) / len(rows)
+        table[family] = dict(n=len(rows), chance=chance)
+        for way in WAYS:
+            scored = [r[f"{way}_right"] for r in rows if f"{way}_right" in r]
+            if scored:
+                table[family][way] = [sum(scored) / len(scored), *wilson(sum(scored), len(scored))]
+    return table
+
+
+def format_table(columns: dict[str, dict[str, dict]]) -> str:
+    """Families down, models across: direct [95% interval] and the other ways asked, all in %."""
+    families = list(dict.fromkeys(family for table in columns.values() for family in table))
+    ways = {name: [w for w in WAYS[1:] if any(w in row for row in table.values())]
+            for name, table in columns.items()}
+    width = {name: max(21 + 8 * len(ways[name]), len(name) + 2) for name in columns}
+    asked = {name: "direct [95%]".ljust(19) + "".join(w.rjust(8) for w in ways[name])
+             for name in columns}
+    lines = [f"{'family':18s}   n chance " + "".join(name.ljust(width[name]) for name in columns),
+             " " * 30 + "".join(asked[name].ljust(width[name]) for name in columns)]
+    for family in families:
+        first = next(table[family] for table in columns.values() if family in table)
+        label = f"{family} (held out)" if family == HELD_OUT else family
+        cells = []
+        for name, table in columns.items():
+            row = table.get(family, {})
+            direct = ""
+            if "direct" in row:
+                direct = "{:5.1f} [{:4.1f}-{:5.1f}]".format(*(100 * v for v in row["direct"]))
+            rest = "".join(f"{100 * row[w][0]:8.1f}" if w in row else "       -"
+                           for w in ways[name])
+            cells.append((direct.ljust(19) + rest).ljust(width[name]))
+        lines.append(f"{label:18s}{first['n']:4d} {100 * first['chance']:5.0f}  " + "".join(cells))
+    return "\n".join(line.rstrip() for line in lines)
