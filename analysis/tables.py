@@ -5,7 +5,7 @@ import math
 import statistics
 from pathlib import Path
 
-from support.tables import HELD_OUT, format_table, summarise
+from support.tables import HELD_OUT, summarise
 
 # Student's t, two-sided 95%, by degrees of freedom
 T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)

@@ -10,9 +10,10 @@ import torch
 
 import data
 import evaluate
+from analysis import tables as comparisons
 from baselines import reconstruction, tool_use
 from baselines.reconstruction import LatentScale
-from support import tables, answers, images
+from support import answers, images, tables
 from world import scenes
 
 from conftest import TINY
@@ -250,7 +251,7 @@ def test_comparison_by_hand():
     runs = {"a": a_run("sft", 0, [1, 0, 0, 0]), "b": a_run("sft", 1, [1, 1, 0, 0]),
             "c": a_run("pearl", 0, [1, 1, 1, 0]), "d": a_run("pearl", 1, [1, 1, 1, 0]),
             "e": a_run("recon", 0, [0, 0, 0, 1], way="latent")}
-    rows = {row["system"]: row for row in tables.compare(runs)}
+    rows = {row["system"]: row for row in comparisons.compare(runs)}
     sft, pearl, recon = (rows[name] for name in ("sft", "pearl", "recon"))
     assert sft["own"] == [25.0, 50.0] and pearl["own"] == [75.0, 75.0]
     # differences by seed 50 and 25: mean 37.5, std 17.678, t(1) = 12.71,
@@ -259,7 +260,7 @@ def test_comparison_by_hand():
     assert recon["own_way"] == "latent"
     assert "difference" not in recon and not recon["compared"]  # 25%: it guesses
     assert pearl["cost"]["tokens"] == 2 and pearl["cost"]["ms"] == [10.0, 11.0]
-    text = tables.markdown(list(rows.values()))
+    text = comparisons.markdown(list(rows.values()))
     for cells in ("| recon | 1 | 25.0 | guesses |", "| sft | 2 | 37.5 +/- 17.7 |",
                   "+37.5 [-121.4, +196.4]"):
         assert cells in text
@@ -268,7 +269,7 @@ def test_comparison_by_hand():
 def test_arms_are_named_by_what_differs():
     runs = {"a": a_run("pearl", 0, [1], pred_tokens=4), "b": a_run("pearl", 1, [1], pred_tokens=4),
             "c": a_run("pearl", 0, [1], pred_tokens=0), "d": a_run("sft", 0, [1], pred_tokens=4)}
-    assert tables.arms({name: run["config"] for name, run in runs.items()}) == {
+    assert comparisons.arms({name: run["config"] for name, run in runs.items()}) == {
         "a": "pearl pred_tokens=4", "b": "pearl pred_tokens=4", "c": "pearl pred_tokens=0",
         "d": "sft"}
 
