@@ -80,12 +80,12 @@ class Answerer:
     def check_lengths(self) -> None:
         """Raises ValueError for a question that leaves no room for its answer: before training."""
         for example, place, (prompt, options) in zip(self.examples, self.placed, self.begun):
-            longest = prompt.ids + max(options, key=len)
-            turns = self.serializer.turns(example)
-            if len(example.images) > 1 and not self.shown_with_tools(example):
-                turns = turns[:1]
-            told = self.serializer.conversation(turns, place[1]).ids
-            for ids in (longest, told):  # asked directly, and with the expert's tool
+            asked = [prompt.ids + max(options, key=len)]  # directly
+            if len(example.images) > 1 and self.shown_with_tools(example):
+                # and with the expert's tool, up to the end of its answer
+                told = self.serializer.conversation(self.serializer.turns(example), place[1])
+                asked.append(told.until_last_label().ids)
+            for ids in asked:
                 self.serializer.check_length(prompt._replace(ids=ids), example)
 
     def decode(self, ids: list[int]) -> str:

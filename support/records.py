@@ -4,7 +4,6 @@ A data folder holds trajectories.jsonl, one record a line, and the images that t
 (README, "Your own data").
 """
 
-import hashlib
 import itertools
 import json
 import re
@@ -15,7 +14,7 @@ from pathlib import Path
 from support.answers import (contains, default_form, form_of, has_prefix, normalise, option_index,
                              stated_answer)
 from support.files import new_folder, on_disk
-from support.images import Picture, open_image, opened
+from support.images import Picture, open_image, opened, picture_digest
 
 
 @dataclass
@@ -141,7 +140,7 @@ class _Reader:
         self.folder, self.outside, self.prefix = folder, outside, answer_prefix
         self.lines: dict[str, int] = {}  # by id
         self.sound: dict[str, Path] = {}  # by name: images that were read, each once
-        self.digests: dict[Path, bytes] = {}  # of the files of the questions' images
+        self.digests: dict[Path, str] = {}  # of the files of the questions' images
         self.without_prefix: list[int] = []  # lines
         self.other_words: list[int] = []  # lines
 
@@ -168,8 +167,7 @@ class _Reader:
         self._check_last_text(steps[-1], options, answer, number, where)
         self.lines[name] = number
         if image not in self.digests:
-            with open(image, "rb") as file:
-                self.digests[image] = hashlib.file_digest(file, "sha256").digest()
+            self.digests[image] = picture_digest(image)
         return Example(name, family, image, question, options, answer, steps, split or "")
 
     def _image(self, name: str, where: str) -> Path:
@@ -211,13 +209,13 @@ class _Reader:
 
     def assign_splits(self, examples: list[Example]) -> None:
         """In place, by the digest of the image, where a record names none."""
-        named: dict[bytes, set[str]] = {}
+        named: dict[str, set[str]] = {}
         for ex in examples:
             if ex.split:
                 named.setdefault(self.digests[ex.image], set()).add(ex.split)
         for ex in examples:
             digest = self.digests[ex.image]
-            by_hash = {0: "test", 1: "validation"}.get(int.from_bytes(digest[:4]) % 10, "train")
+            by_hash = {0: "test", 1: "validation"}.get(int(digest[:8], 16) % 10, "train")
             splits = named.get(digest, set())
             ex.split = ex.split or (next(iter(splits)) if len(splits) == 1 else by_hash)
 

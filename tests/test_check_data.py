@@ -66,7 +66,7 @@ FAULTS = {
     "a long validation question": (spoilt("validation", question=LONG), (), "example 8: .* tok"),
     "a long test question": (spoilt("test", question=LONG), (), "example 9: .* the limit is 2048"),
     "a long test trajectory": (spoilt("test", trajectory=CALLS, answer="red"), (), "example 9: "),
-    "a long option in test": (spoilt("test", options=["red", "blue", "green", LONG]), (), "example 9"),
+    "a long option in test": (spoilt("test", options=[*COLOURS, LONG]), (), "example 9: "),
     "a long view": (rows(), ("--max_tokens", "40"), "example 0: .* the limit is 40"),
     "a special token in test": (spoilt("test", question="<|im_end|>"), (), "example 9: .*special"),
     "another answer": (spoilt("train", answer="blue"), (), "line 1: the last text says 'red'"),
@@ -140,7 +140,8 @@ def test_what_is_there_is_counted(tmp_path, capsys):
                  "images: 24, from (32, 32) to (64, 64) px",
                  "tokens of the longest option, with prefix and end of turn: 4",
                  "1 of 12 last texts (line 1 is the first) have no 'Answer:'",
-                 "1 of 2 validation images are also in train", "2 questions have options that take"):
+                 "1 of 2 validation images are also in train",
+                 "2 questions have options that take"):
         assert part in said, part
 
 

@@ -95,8 +95,10 @@ def test_a_question_without_room_for_its_answer_stops_before_training(shipped):
                scenes.make_example(scenes.HELD_OUT, "test", 0, 0)):
         asker = evaluate.Answerer(shipped, [ex])
         prompt, options = asker.begun[0]
-        turns, texts = asker.serializer.turns(ex), asker.placed[0][1]
-        told = len(asker.serializer.conversation(turns, texts).ids)
+        told = 0
+        if ex.trajectory:
+            view = asker.serializer.views(ex, *asker.placed[0], 0, "trajectory").full
+            told = len(view.ids)
         longest = max(told, len(prompt.ids) + max(map(len, options)))
         assert (longest == told) == (len(ex.images) > 1)
         asker.serializer.max_tokens = longest
