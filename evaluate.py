@@ -81,7 +81,7 @@ class Answerer:
         """Raises ValueError for a question that leaves no room for its answer: before training."""
         for example, place, (prompt, options) in zip(self.examples, self.placed, self.begun):
             asked = [prompt.ids + max(options, key=len)]  # directly
-            if len(example.images) > 1 and self.shown_with_tools(example):
+            if self.shown_with_tools(example):
                 # and with the expert's tool, up to the end of its answer
                 told = self.serializer.conversation(self.serializer.turns(example), place[1])
                 asked.append(told.until_last_label().ids)
