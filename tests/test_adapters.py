@@ -4,8 +4,10 @@ tensors name, as PEFT does; a merged checkpoint has every processor file of its 
 
 import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
-import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -168,10 +170,10 @@ def test_a_merged_checkpoint_has_the_bases_own_files(tmp_path, name, capsys):
     more = base / "chat_templates" / "tools.jinja"
     if name == "qwen3_vl_new":  # beside chat_template.json transformers allows no such folder
         more.parent.mkdir()
-        more.write_text("{{ 'tools' }}")
+        more.write_text("{{ 'tools' }}", encoding="utf-8")
     for extra in ("merges.txt", "tokenizer.model", "special_tokens_map.json"):
-        (base / extra).write_text("{}")
-    (base / "model.safetensors.index.json").write_text("{}")
+        (base / extra).write_text("{}", encoding="utf-8")
+    (base / "model.safetensors.index.json").write_text("{}", encoding="utf-8")
     if name == "idefics3":  # how we ask is no setting of the model's
         (base / "generation_config.json").unlink()
     before = {file.name: file.read_bytes() for file in base.iterdir() if file.is_file()}
@@ -202,15 +204,23 @@ def test_a_merged_checkpoint_has_the_bases_own_files(tmp_path, name, capsys):
     assert not [file for file in os.listdir(tmp_path) if file.endswith(".partial")]
 
 
-def test_a_model_of_the_hubs_cache_needs_no_network(base, tmp_path, monkeypatch, capsys):
+def test_a_model_of_the_hubs_cache_needs_no_network(base, tmp_path):
     """Loaded, its template's file found, and merged, by its name alone."""
-    stored, commit = tmp_path / "hub" / "models--some--tiny", "0123456789" * 4
+    stored = tmp_path / "hub" / "models--some--tiny"
+    commit = "0123456789abcdef0123456789abcdef01234567"
     shutil.copytree(base, stored / "snapshots" / commit)
     (stored / "refs").mkdir()
-    (stored / "refs" / "main").write_text(commit)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    vlm = VLM("some/tiny")
-    assert (vlm.family.template_source, vlm.family.path) == ("chat_template.json", "some/tiny")
-    save_merged(vlm, tmp_path / "merged")
+    (stored / "refs" / "main").write_text(commit, encoding="utf-8")
+    program = (
+        "import sys; from pathlib import Path; from model import VLM\n"
+        "from support.adapters import save_merged\n"
+        "vlm = VLM('some/tiny')\n"
+        "print(vlm.family.template_source, vlm.family.path)\n"
+        "save_merged(vlm, Path(sys.argv[1]))\n")
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path / "merged")], capture_output=True, encoding="utf-8",
+        cwd=Path(__file__).parent.parent, env=os.environ | dict(
+            HF_HUB_CACHE=str(tmp_path / "hub"), HF_HUB_OFFLINE="1", PYTHONIOENCODING="utf-8"))
+    assert done.stdout.startswith("chat_template.json some/tiny\n"), done.stderr
     for name in ("chat_template.json", "tokenizer_config.json", "video_preprocessor_config.json"):
         assert (tmp_path / "merged" / name).read_bytes() == (base / name).read_bytes()

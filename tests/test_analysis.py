@@ -102,7 +102,7 @@ def test_tsne_keeps_clusters_together():
 def test_the_benchmark_prints_one_json_line(tmp_path):
     done = subprocess.run([sys.executable, str(ROOT / "analysis" / "benchmark.py"), "steps",
                            "--device", "cpu", "--steps", "1", "--batch", "2", "--train_examples",
-                           "4"], capture_output=True, text=True, cwd=tmp_path)
+                           "4"], capture_output=True, encoding="utf-8", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     numbers = json.loads(done.stdout.splitlines()[-1])
     variants = ("sft", "packed", "packed_cached", "packed_trajectory", "plain", "release")
@@ -162,7 +162,7 @@ PICTURES = {"latents-per-example", "latents-decoded", "embeddings", "skill", "cu
 
 def run_script(name: str, *arguments) -> str:
     done = subprocess.run([sys.executable, str(ROOT / "analysis" / f"{name}.py"),
-                           *map(str, arguments)], capture_output=True, text=True)
+                           *map(str, arguments)], capture_output=True, encoding="utf-8")
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

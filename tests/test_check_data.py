@@ -121,7 +121,7 @@ def test_every_fault_is_named_at_once_and_nothing_is_written(tmp_path):
     folder = folder_of(tmp_path, found)
     before = sorted(tmp_path.iterdir())
     done = subprocess.run([sys.executable, check_data.__file__, "--data", str(folder)],
-                          capture_output=True, text=True)
+                          capture_output=True, encoding="utf-8")
     assert done.returncode == 1 and "Traceback" not in done.stderr
     for message in ("error: 3 records cannot be used", "line 1: the last text", "example 1: ",
                     "example 9: the text contains"):

@@ -22,6 +22,7 @@ import train
 from model import VLM
 from support import records
 from support.families import QwenFamily, load_checkpoint
+from support.files import read_json
 from support.images import ImageStore
 from world import scenes
 
@@ -220,7 +221,7 @@ def test_views_are_the_familys_own_tokens(checkpoint, family, mixed, tool_images
 def test_named_templates_and_templates_for_strings(folders, tmp_path):
     folder = copied(folders("qwen2_5_vl"), tmp_path)
     whole = load_checkpoint(str(folder), torch.float32)[1].render(conversation(1)[0])
-    template = json.loads((folder / "chat_template.json").read_text())["chat_template"]
+    template = read_json(folder / "chat_template.json")["chat_template"]
     (folder / "chat_template.json").unlink()
     family = load_checkpoint(str(folder), torch.float32)[1]  # left with the template for text only
     assert family.form == "strings" and family.template_source == "tokenizer_config.json"

@@ -302,7 +302,7 @@ run_program(main)
 def test_files_and_names_are_utf8_in_a_locale_that_is_not(tmp_path):
     """Written there and read here, and the other way round; what is printed is spelt out."""
     picture = Image.new("RGB", (4, 4), "red")
-    row = Example("é", "f", picture, "ما هو الرقم؟", ["x", "y"], "x", ["Schön: x"])
+    row = Example("é", "f", picture, "ما هو الرقم؟", ["x", "y"], "x", ["Schön. Answer: x"])
     write_folder(tmp_path / "here-ü", [row])
     done = subprocess.run([sys.executable, "-c", THERE, str(ROOT), tmp_path / "there",
                            tmp_path / "here-ü"], capture_output=True, encoding="utf-8",
@@ -310,7 +310,7 @@ def test_files_and_names_are_utf8_in_a_locale_that_is_not(tmp_path):
     assert (done.stdout, done.stderr) == ("\\u0645\\u0627 \\udcbc\n", "error: \\xe9\n")
     (again,) = read_folder(tmp_path / "there")
     assert (again.id, again.question, again.texts) == (row.id, row.question, row.texts)
-    assert again.image.name == "é-0.png" and again.image.is_file()
+    assert again.image.is_file()
     config = json.loads((tmp_path / "there" / "config.json").read_text(encoding="utf-8"))
     assert config["text"] == row.question
     assert os.fsencode(config["data"]) == os.fsencode(tmp_path / "here-ü")
