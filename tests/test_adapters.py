@@ -218,7 +218,8 @@ def test_a_model_of_the_hubs_cache_needs_no_network(base, tmp_path):
         "print(vlm.family.template_source, vlm.family.path)\n"
         "save_merged(vlm, Path(sys.argv[1]))\n")
     done = subprocess.run(
-        [sys.executable, "-c", program, str(tmp_path / "merged")], capture_output=True, encoding="utf-8",
+        [sys.executable, "-c", program, str(tmp_path / "merged")], capture_output=True,
+        encoding="utf-8",
         cwd=Path(__file__).parent.parent, env=os.environ | dict(
             HF_HUB_CACHE=str(tmp_path / "hub"), HF_HUB_OFFLINE="1", PYTHONIOENCODING="utf-8"))
     assert done.stdout.startswith("chat_template.json some/tiny\n"), done.stderr
