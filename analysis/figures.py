@@ -41,7 +41,7 @@ from baselines import reconstruction
 from model import VLM
 from predictor import Predictor
 from support import answers, run_folder
-from support.files import read_json, read_tensors, write_json
+from support.files import new_folder, read_json, read_tensors, write_json
 from support.images import ImageStore
 from support.processes import run_program
 from support.records import Example, read_folder
@@ -385,28 +385,26 @@ def all_figures(runs: dict[str, Path], out: Path, per_family: int, count: int) -
     if len({(config.data, config.data or config.regime) for config in configs.values()}) > 1:
         raise ValueError(f"{', '.join(map(str, runs.values()))} were trained on several data sets "
                          "or regimes: draw those of one at a time (--curves draws any)")
-    partial = out.with_name(out.name + ".partial")
-    partial.mkdir(parents=True, exist_ok=True)
     first = {config.method: name for name, config in reversed(configs.items())}
     decoded = configs[first.get("recon", next(iter(runs)))].decode_latents
     numbers = {}
-    image, numbers["latents per example"] = figure_latents_per_example(
-        next(iter(configs.values())), decoded)
-    image.save(partial / "latents-per-example.png")
-    figure_curves(runs, ("valid",)).save(partial / "curves.png")
-    if image := figure_skill(runs):
-        image.save(partial / "skill.png")
-    if "recon" in first:
-        pearl = None
-        if "pearl" in first:
-            results = read_json(runs[first["pearl"]] / "results.json")
-            pearl = 100 * overall(results["answers"])["direct"][0]
-        image, numbers["latents decoded"] = figure_latents_decoded(runs[first["recon"]], pearl,
-                                                                   per_family)
-        image.save(partial / "latents-decoded.png")
-    numbers |= embedding_figures(runs, count, partial)
-    write_json(partial / "analyses.json", numbers)
-    partial.rename(out)
+    with new_folder(out) as partial:
+        image, numbers["latents per example"] = figure_latents_per_example(
+            next(iter(configs.values())), decoded)
+        image.save(partial / "latents-per-example.png")
+        figure_curves(runs, ("valid",)).save(partial / "curves.png")
+        if image := figure_skill(runs):
+            image.save(partial / "skill.png")
+        if "recon" in first:
+            pearl = None
+            if "pearl" in first:
+                results = read_json(runs[first["pearl"]] / "results.json")
+                pearl = 100 * overall(results["answers"])["direct"][0]
+            image, numbers["latents decoded"] = figure_latents_decoded(runs[first["recon"]], pearl,
+                                                                       per_family)
+            image.save(partial / "latents-decoded.png")
+        numbers |= embedding_figures(runs, count, partial)
+        write_json(partial / "analyses.json", numbers)
     print(json.dumps(numbers, indent=1))
     print(f"pictures and analyses.json are in {out}")
 

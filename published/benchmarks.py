@@ -34,6 +34,7 @@ from model import VLM  # noqa: E402
 from published.common import clean, digest, parquet_rows, parse, read_text  # noqa: E402
 from support.files import write_text  # noqa: E402
 from support.images import ImageStore, Picture, open_image  # noqa: E402
+from support.processes import run_program  # noqa: E402
 from support.records import checked  # noqa: E402
 
 INSTRUCTION = "Answer with the option's letter from the given choices directly."
@@ -354,7 +355,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}")
+    run_program(main)

@@ -31,6 +31,7 @@ from published.common import (GIVEN, alike, clean, digest, parquet_rows,  # noqa
                               parse, read_text, split_answer)
 from support import records  # noqa: E402
 from support.images import Picture, open_image, opened  # noqa: E402
+from support.processes import run_program  # noqa: E402
 from support.records import Example  # noqa: E402
 from world import tools  # noqa: E402
 
@@ -586,7 +587,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}")
+    run_program(main)
