@@ -6,8 +6,8 @@
     python analysis/study.py --out runs/record --record --regimes single --arms sft pearl \\
         --seeds 0 1 2 -- --steps 200 --call_limit 0    # what train.py sets beside its own
 
-What follows `--` goes to every train.py (--steps is 300 without it). A run whose results.json exists
-is not repeated; the remains of one that was interrupted are renamed, never deleted. At the end
+What follows `--` goes to every train.py (--steps is 300 without it). A run with results.json is
+not repeated; the remains of one that was interrupted are renamed, never deleted. At the end
 OUT/BASE/REGIME.md holds the table of systems, REGIME.json its numbers; --record writes
 analysis/recorded.json besides.
 """

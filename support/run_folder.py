@@ -40,8 +40,8 @@ PACKAGES = ("torch", "transformers", "safetensors", "pillow", "numpy")
 # ---- whose it is ----
 
 
-STOPPED = ("stopped; if the run folder holds config.json, python train.py --resume RUN goes on from "
-           "its last state")
+STOPPED = ("stopped; if the run folder holds config.json, python train.py --resume RUN goes on "
+           "from its last state")
 
 
 def absolute_paths(config):

@@ -3,8 +3,8 @@ and runs the tests that must fail.
 
     python tests/mutations.py [--jobs 2] [--only 3 17]
 
-A fault that no test notices is printed as MISSED, one whose line is not in the code any more, or
-whose tests are not there, as ERROR; either makes the exit status 1.
+A fault that no test notices is printed as MISSED; as ERROR one whose line is not in the code any
+more, or whose tests are not there or fail without it. Either makes the exit status 1.
 """
 
 import argparse
@@ -13,7 +13,7 @@ import shutil
 import sys
 import tempfile
 from pathlib import Path
-from typing import NamedTuple
+from typing import Iterable, Iterator, NamedTuple
 
 import pytest
 import torch.distributed.fsdp  # noqa: F401  here, once: to import it takes longer than most tests
@@ -276,12 +276,19 @@ def begin(fault: Fault, folder: Path) -> int:
     os._exit(status)
 
 
-def verdict(fault: Fault, status: int, folder: Path) -> str:
-    """caught, MISSED or ERROR, with the tests' last word."""
-    said = (folder / "said").read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    word = {0: "MISSED", 1: "caught"}.get(os.waitstatus_to_exitcode(status), "ERROR")
-    shown = next(piece for piece in fault.line.splitlines() if piece.strip()).strip()[:60]
-    return f"{word}  {fault.file}: {shown} | {(said or ['?'])[-1]}"
+def tried(faults: Iterable[Fault], jobs: int) -> Iterator[tuple[Fault, str, str]]:
+    """(fault, caught or MISSED or ERROR, the tests' last word), as they end."""
+    waiting, running = list(faults), {}
+    while waiting or running:
+        while waiting and len(running) < jobs:
+            folder = tempfile.TemporaryDirectory()
+            running[begin(waiting[0], Path(folder.name))] = waiting.pop(0), folder
+        child, status = os.wait()
+        fault, folder = running.pop(child)
+        said = Path(folder.name, "said").read_text(encoding="utf-8", errors="replace")
+        word = {0: "MISSED", 1: "caught"}.get(os.waitstatus_to_exitcode(status), "ERROR")
+        yield fault, word, (said.strip().splitlines() or ["?"])[-1]
+        folder.cleanup()
 
 
 def main() -> None:
@@ -292,21 +299,20 @@ def main() -> None:
     args = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
     waiting = list(args.only if args.only is not None else range(len(FAULTS)))
-    count, caught, running = len(waiting), 0, {}
+    count, caught = len(waiting), 0
     for number in list(waiting):
         if why := problem(FAULTS[number]):
-            print(f"{number:2d} ERROR   {FAULTS[number].file}: {FAULTS[number].line!r:.60} | {why}")
+            print(f"{number:3d} ERROR  {FAULTS[number].file}: {FAULTS[number].line!r:.60} | {why}")
             waiting.remove(number)
-    while waiting or running:
-        while waiting and len(running) < args.jobs:
-            number, folder = waiting.pop(0), tempfile.TemporaryDirectory()
-            running[begin(FAULTS[number], Path(folder.name))] = number, folder
-        child, status = os.wait()
-        number, folder = running.pop(child)
-        said = verdict(FAULTS[number], status, Path(folder.name))
-        caught += said.startswith("caught")
-        print(f"{number:2d} {said}", flush=True)
-        folder.cleanup()
+    # a test that fails without any fault notices nothing
+    sound = {FAULTS[n].noticed: FAULTS[n]._replace(becomes=FAULTS[n].line) for n in waiting}
+    failing = {fault.noticed for fault, word, _ in tried(sound.values(), args.jobs)
+               if word != "MISSED"}
+    for fault, word, said in tried([FAULTS[n] for n in waiting], args.jobs):
+        word = "ERROR" if fault.noticed in failing else word
+        caught += word == "caught"
+        shown = next(piece for piece in fault.line.splitlines() if piece.strip()).strip()[:60]
+        print(f"{FAULTS.index(fault):3d} {word}  {fault.file}: {shown} | {said}", flush=True)
     print(f"{caught} of {count} faults caught")
     sys.exit(caught < count)
 
