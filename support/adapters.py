@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 from huggingface_hub import snapshot_download
 from torch import Tensor
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 from support.files import new_folder, read_json, read_tensors, write_text, write_tensors
 from support.run_folder import best_checkpoint
@@ -92,7 +94,8 @@ def save_adapter(lm: torch.nn.Module, layers: dict[str, torch.nn.Module], path: 
 @torch.no_grad()
 def load_adapter(lm: torch.nn.Module, path: str, folder: Path) -> None:
     """Put a saved adapter into the weights of the model that was loaded from `path`: afterwards it
-    is a plain model. Ours, or PEFT's own: which layers it is for is read from its tensors."""
+    is a plain model. Ours, or PEFT's own: which layers it is for is read from its tensors, whose
+    names may be those of an older transformers."""
     own = dict(lm.named_parameters())
     if (folder / "model.safetensors").is_file():
         file = folder / "model.safetensors"
@@ -106,7 +109,7 @@ def load_adapter(lm: torch.nn.Module, path: str, folder: Path) -> None:
     if not file.is_file():
         raise FileNotFoundError(f"{file} not found: {folder} is not a trained checkpoint")
     scaling, rank = _scaling(folder / "adapter_config.json")
-    pairs = _pairs(file, lm.device)
+    pairs = _names_of_today(lm, _pairs(file, lm.device))
     for name, (low, high) in pairs.items():
         layer = own.get(f"{name}.weight")
         if layer is None or layer.shape != (high.shape[0], low.shape[1]):
@@ -134,6 +137,21 @@ def _pairs(file: Path, device) -> dict[str, tuple[Tensor, Tensor]]:
     if not found:
         raise ValueError(f"{file} holds no LoRA weights")
     return {name: (pair["A"], pair["B"]) for name, pair in found.items()}
+
+
+def _names_of_today(lm: torch.nn.Module, pairs: dict) -> dict:
+    """The same by the names that the layers have now, as transformers renames a checkpoint's."""
+    known = lm.state_dict()
+    renamings = [step for step in get_model_conversion_mapping(lm)
+                 if isinstance(step, WeightRenaming)]
+    found = {}
+    for name, pair in pairs.items():
+        if f"{name}.weight" not in known:
+            today, _ = rename_source_key(f"{name}.weight", renamings, [], lm.base_model_prefix,
+                                         known)
+            name = today.removesuffix(".weight") if today in known else name
+        found[name] = pair
+    return found
 
 
 UNSUPPORTED = ("rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "fan_in_fan_out",

@@ -67,6 +67,29 @@ def test_an_adapter_as_peft_saves_it(base, tmp_path, names):
     assert changed(load_checkpoint(str(folder), torch.float64)[0], base)
 
 
+@pytest.mark.parametrize("name, old, today", [
+    ("qwen2_5_vl", "model.layers.1.", "model.language_model.layers.1."),
+    ("qwen2_5_vl", "visual.blocks.", "model.visual.blocks."),
+    ("llava_next", "language_model.model.layers.1.", "model.language_model.layers.1."),
+    ("llava_next", "vision_tower.vision_model.encoder.", "model.vision_tower.encoder.")])
+def test_an_adapter_by_the_names_of_an_older_transformers(tmp_path, name, old, today):
+    base = build(name, tmp_path / "base")
+    vlm = VLM(base, torch.float64)
+    vlm.set_trainable(4, 8.0, 0.0, ["q_proj", "qkv"], vision=True)
+    for parameter, p in vlm.lm.named_parameters():
+        if "lora_B" in parameter and parameter.startswith(today):
+            torch.nn.init.normal_(p)
+    vlm.save_adapter(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    named = {key.replace(f"base_model.model.{today}", f"base_model.model.{old}"): tensor
+             for key, tensor in load_file(file).items()}
+    assert sum(f"model.{old}" in key for key in named) >= 2
+    save_file(named, file)
+    again, _ = load_checkpoint(str(tmp_path), torch.float64)
+    merge_lora(vlm.lm)
+    torch.testing.assert_close(dict(again.state_dict()), dict(vlm.lm.state_dict()))
+
+
 def test_a_saved_adapter_names_its_base_from_anywhere(base, tmp_path, monkeypatch):
     monkeypatch.chdir(base.parent)
     vlm = VLM(base.name, torch.float64)
