@@ -14,8 +14,9 @@ FILE = Path(__file__).resolve().parent.parent / "analysis" / "recorded.json"
 IGNORED = {
     "method", "recipe", "seed", "out", "device", "outside_images", "packed", "workers", "shard",
     "gradient_checkpointing", "feature_cache", "feature_cache_gb", "log_every", "save_every",
-    "track", "call_limit", "lambda_latent", "pred_tokens", "distance", "jepa", "target_encoder",
-    "target_view", "targets", "horizon", "latents", "decode_latents",
+    "track", "call_limit", "lambda_latent", "pred_tokens", "pred_position", "predictor_weights",
+    "distance", "jepa", "target_encoder", "target_view", "targets", "horizon", "latents",
+    "decode_latents",
     *(field.name for field in dataclasses.fields(Config) if field.name.startswith("nextlat_")),
 }
 
@@ -33,7 +34,7 @@ def recorded(config: Config, method: str = "sft") -> dict | None:
     """What `method` came to with this config's settings, whatever its own method and seed; None
     where nothing was recorded. Keys: method, seeds, command, commit, table and before; a table has
     for each family n, chance, and of each way to answer one accuracy in % a seed."""
-    if config.data or not FILE.is_file():
+    if not FILE.is_file():
         return None
     # a field that is younger than the record had its default then
     defaults = settings_of(dataclasses.asdict(Config()))

@@ -2,7 +2,7 @@
 
 import math
 
-HELD_OUT = "tallest"  # the world's family that no trajectory covers: what fine-tuning forgets
+HELD_OUT = "tallest"  # the world's family that no trajectory covers; its bars have highlight's dots
 WAYS = ("direct", "free", "tool", "call", "latent")  # evaluate.py explains them
 
 

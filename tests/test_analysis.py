@@ -231,8 +231,11 @@ def test_figures_of_every_regime(small_study, tmp_path, regime):
     figures.all_figures(runs, tmp_path / "figures", 2, 12)
     assert {file.stem for file in (tmp_path / "figures").glob("*.png")} == PICTURES
     text = (tmp_path / "figures" / "analyses.json").read_text(encoding="utf-8")
-    probed = json.loads(text)["what the embedding knows"]["pearl"]["probed"]
-    assert set(probed["families"]) <= set(scenes.REGIMES[regime]) and "NaN" not in text
+    known = json.loads(text)["what the embedding knows"]["pearl"]
+    families = set(scenes.REGIMES[regime])
+    assert set(known["probed"]["families"]) <= families and "NaN" not in text
+    # of one family the kind of tool is no question, and clusters are those of its answers
+    assert ("family" in known["h_R"]) == (len(families) > 1) and known["h_R"]["separation"] != 0
 
 
 @pytest.fixture(scope="module")
@@ -261,6 +264,7 @@ def test_figures_of_a_run_on_a_data_folder_show_its_records(small_study, folder,
     assert numbers["latents per example"]["mine"]["median"] == 16
     known = numbers["what the embedding knows"]["pearl"]
     assert known["probed"] == dict(examples=4, families=["own 0"])
+    assert set(known["h_R"]) == {"family", "separation"}  # four are too few to probe for answers
 
 
 def test_figures_refuse_runs_of_several_data_and_too_few_records(small_study, folder, tmp_path):
@@ -280,6 +284,8 @@ def test_curves_draw_every_logged_name_of_any_runs(small_study, tmp_path, monkey
         log = tmp_path / f"{n}" / "log.jsonl"
         log.parent.mkdir()
         log.write_text(line + "\n", encoding="utf-8")
+    assert figures.logged(tmp_path / "0") == {"valid: gauge": [(1, -2.5)]}
+    assert figures.logged(tmp_path / "1") == {}  # not a number
     made = figures.Chart
     monkeypatch.setattr(figures, "Chart", lambda title, *more: titles.append(title)
                         or made(title, *more))
@@ -304,7 +310,8 @@ def test_the_plan_has_every_system_in_every_regime_and_refuses_unknown_arms(tmp_
         config = train.parse_config(given)
         assert Path(config.out) == out and config.steps == 3
         assert config.regime == out.parent.name
-    assert train.parse_config(study.plan(study.parse_args(["--out", "x"]))[0][1]).steps == 300
+    _, given = study.plan(study.parse_args(["--out", "x"]))[0]  # RESULTS.md's number of steps
+    assert given[given.index("--steps") + 1] == "300"
     args.arms = ["best"]
     with pytest.raises(ValueError, match="unknown arm 'best'"):
         study.plan(args)
