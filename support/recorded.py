@@ -3,6 +3,7 @@ analysis/recorded.json, which `python analysis/study.py --record` wrote from fin
 """
 
 import dataclasses
+import statistics
 from pathlib import Path
 
 from support.files import read_json
@@ -44,3 +45,16 @@ def recorded(config: Config, method: str = "sft") -> dict | None:
         if record["method"] == method and then == wanted:
             return record
     return None
+
+
+def as_text(record: dict) -> str:
+    """A record in two lines: means over its seeds by family, and where the numbers come from."""
+    rows = []
+    for family, row in record["table"].items():
+        ways = [f"{way} {statistics.mean(row[way]):.1f}" for way in ("direct", "free", "tool")
+                if way in row]
+        rows.append(f"{family} {', '.join(ways)}")
+    seeds = ", ".join(map(str, record["seeds"]))
+    return (f"{record['method']} with the same settings, mean of seeds {seeds}: {'; '.join(rows)}\n"
+            f"({FILE.parent.name}/{FILE.name}: {record['command']}, commit "
+            f"{record['commit'][:10]})")

@@ -349,6 +349,10 @@ def test_what_a_study_recorded_is_found_by_a_run_with_the_same_settings(tmp_path
     assert found["table"]["crop"]["chance"] == 25 and found["table"]["crop"]["n"] == 4
     assert found["command"] == "python analysis/study.py --record" and found["commit"] == "c0ffee"
     assert found["before"]["crop"]["direct"] == [25] and found["settings"]["model"] == "tiny-vlm"
+    assert recorded.as_text(found).splitlines() == [
+        "sft with the same settings, mean of seeds 0, 1: crop direct 37.5, free 0.0; "
+        "tallest direct 87.5, free 0.0; all direct 37.5, free 0.0",
+        f"({tmp_path.name}/recorded.json: python analysis/study.py --record, commit c0ffee)"]
     assert recorded.recorded(mine, "pearl")["table"]["crop"]["direct"] == [75]
     mixed = recorded.recorded(dataclasses.replace(mine, regime="mixed"))
     assert mixed["table"]["crop"]["direct"] == [0]
