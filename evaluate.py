@@ -29,7 +29,7 @@ import torch
 from baselines import reconstruction, tool_use, variants
 from data import Serializer, View
 from model import VLM
-from support import adapters, answers, run_folder
+from support import adapters, answers, progress, run_folder
 from support.files import write_json
 from support.images import ImageStore
 from support.processes import run_program
@@ -273,7 +273,8 @@ def report(out: Path, config, tests: list[Example], before: list[dict], seconds:
     write_json(out / "results.json", dict(best=best, train_seconds=seconds, **asked, before=before))
     print(f"\ntest accuracy in %, before and after {config.steps} steps ({seconds / 60:.1f} "
           f"minutes); best checkpoint: step {best['step']}")
-    print(format_table(dict(before=summarise(before), after=summarise(asked["answers"]))))
+    tables = dict(before=summarise(before), after=summarise(asked["answers"]))
+    print(f"{format_table(tables)}\n{progress.conclusion(config, **tables)}")
     print(f"everything is in {out}")
 
 

@@ -5,7 +5,7 @@ import math
 import time
 from pathlib import Path
 
-from support import run_folder
+from support import recorded, run_folder
 
 
 class Clock:
@@ -75,3 +75,24 @@ def count_bad_steps(norm, step: int, bad: int, out: Path) -> int:
         raise ValueError("five steps in a row without a finite gradient: lower --lr or "
                          f"--lambda_latent; {out} has the last good state")
     return bad + 1
+
+
+def conclusion(config, before: dict, after: dict) -> str:
+    """What the last table shows, in words, and what to run next (tables: see support/tables.py)."""
+    total = "all" if "all" in after else next(iter(after))
+    was, now = (100 * table[total]["direct"][0] for table in (before, after))
+    lines = [f"In words: from image and question alone (direct) {was:.1f}% were right before and "
+             f"{now:.1f}% are now."]
+    if "tool" in after[total]:
+        skill = 100 * after[total]["tool"][0]
+        lines.append(f"Given the expert's tool (tool) {skill:.1f}%: how well the trajectories were "
+                     "learned. \"free\" is low where the model begins with a plan.")
+    record = recorded.recorded(config) if config.method != "sft" else None
+    if record:
+        lines.append("Beside it, recorded: " + recorded.as_text(record))
+        lines.append("Trajectories alone teach the tool and cost direct answering; compare what "
+                     "each method keeps of it, at the same tool skill.")
+    other = "sft" if config.method != "sft" else "pearl"
+    lines.append(f"Next: python train.py --method {other}, then python evaluate.py RUN RUN; "
+                 "python data.py --show; docs/walkthrough.md")
+    return "\n".join(lines)
