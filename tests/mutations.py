@@ -413,8 +413,8 @@ def tried(faults: Iterable[Fault], jobs: int) -> Iterator[tuple[Fault, str, str]
     waiting, running = list(faults), {}
     while waiting or running:
         while waiting and len(running) < jobs:
-            folder = tempfile.TemporaryDirectory()
-            running[begin(waiting[0], Path(folder.name))] = waiting.pop(0), folder
+            fault, folder = waiting.pop(0), tempfile.TemporaryDirectory()
+            running[begin(fault, Path(folder.name))] = fault, folder
         child, status = os.wait()
         fault, folder = running.pop(child)
         said = Path(folder.name, "said").read_text(encoding="utf-8", errors="replace")
