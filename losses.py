@@ -39,14 +39,17 @@ def at_least_float32(logits: Tensor) -> Tensor:
     return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
 
 
-def distance(prediction: Tensor, target: Tensor, kind: str) -> Tensor:
+def distance(prediction: Tensor, target: Tensor, kind: str | Callable) -> Tensor:
     """D(prediction, target) over the last dimension: (..., D), (..., D) -> (...).
 
     cosine    1 - cos; blind to length, so it cannot be lowered by shrinking the target
     smoothl1  mean over D of Huber's function with its corner at 1
     mse       mean over D of the squared difference
     l2        Euclidean norm of the difference
+    or a function of both that is one of the batch (InfoNCE: baselines/cures.py)
     """
+    if callable(kind):
+        return kind(prediction, target)
     if kind == "cosine":
         return 1 - F.cosine_similarity(prediction, target, dim=-1)
     if kind == "smoothl1":
@@ -58,7 +61,7 @@ def distance(prediction: Tensor, target: Tensor, kind: str) -> Tensor:
     raise ValueError(f"unknown distance {kind!r}: choose one of {', '.join(DISTANCES)}")
 
 
-def jepa_loss(predicted: Tensor, target: Tensor, kind: str = "cosine") -> Tensor:
+def jepa_loss(predicted: Tensor, target: Tensor, kind: str | Callable = "cosine") -> Tensor:
     """Eq. 1: L_JEPA = mean over the batch of D(h^_R, sg[h_R]).
 
     predicted (B, D): h^_R, the state of the last [PRED] token after <I0, Q>. target (B, D): h_R,

@@ -74,3 +74,4 @@ class Predictor(nn.Module):
         noise = 0.1 * size * torch.randn(pred_tokens, dim, device=start.device)
         self.pred_tokens = nn.Parameter(start.repeat(pred_tokens, 1) + noise)  # (K, D)
         self.latent = LatentPredictor(dim, sees_next)
+        self.cures = nn.ModuleDict()  # nothing, but by options (baselines/cures.py)

@@ -34,7 +34,7 @@ from transformers import get_cosine_schedule_with_warmup
 import data
 import evaluate
 import losses
-from baselines import reconstruction, release, variants
+from baselines import cures, reconstruction, release, variants
 from losses import Losses, average
 from model import VLM
 from predictor import Predictor
@@ -87,11 +87,11 @@ def compute_losses(vlm: VLM, predictor: Predictor | None, examples: data.Example
 
     # 3. Target view R, without <I0, Q>: in a pass of its own, so that nothing leaks.
     along, along_inputs, labels, forecastable = states, inputs, full.labels, full.labels != -100
-    if config.target_encoder == "current" or config.nextlat_view == "trajectory":
+    if config.target_encoder != "frozen" or config.nextlat_view == "trajectory":
         alone = data.collate([v.target for v in views], vlm.pad_id).to(vlm.device)
         # Eq. 1 needs no gradient here, its target is a constant; Eq. 2 along R does
-        with nullcontext() if config.nextlat_view == "trajectory" else torch.no_grad():
-            told, told_inputs, target = vlm(alone, images)
+        with nullcontext() if cures.through_target(config) else torch.no_grad():
+            told, told_inputs, target = cures.encode(vlm, alone, images, config, predictor)
         # every state of R, as in the paper's text, and not the full view's supervised ones
         if config.nextlat_view == "trajectory":
             along, along_inputs, labels, forecastable = told, told_inputs, alone.labels, alone.mask
@@ -101,17 +101,17 @@ def compute_losses(vlm: VLM, predictor: Predictor | None, examples: data.Example
         target = torch.stack([examples.targets[row] for row in rows]).to(vlm.device)  # (B, D) h_R
 
     jepa_term = nextlat_term = vlm_term.new_zeros(())
-    if config.jepa:
-        # h_R itself, unless a control puts something in its place
-        aim = variants.control_targets(target, rows, config)
-        jepa_term = losses.jepa_loss(predicted, aim, config.distance)  # Eq. 1
+    # these, unless an option puts a head behind h^_R, or a control something in h_R's place
+    predicted, target, aim = cures.pairs(predictor, predicted, target, rows, examples, config)
+    if config.jepa and len(aim):
+        jepa_term = losses.jepa_loss(predicted, aim, cures.kind(examples, rows, config))  # Eq. 1
     if config.nextlat_view != "none":
         forecasts = predictor.latent.forecasts(along, along_inputs, forecastable, config.horizon)
         nextlat_term = losses.nextlat_loss(along, forecasts)  # Eq. 2
         # the same, unless an option wants the release's mean, or its token term besides
         nextlat_term = release.nextlat_term(nextlat_term, along, forecasts, labels, vlm, config)
     total, parts = losses.pearl_loss(vlm_term, jepa_term, nextlat_term, config.lambda_latent)  # 4
-    return Losses(total, parts, (predicted.detach(), target.detach()))
+    return cures.regularised(total, parts, predicted, target, predictor, config)
 
 
 @torch.no_grad()
@@ -131,7 +131,7 @@ def cache_targets(vlm: VLM, examples: data.Examples, rows: list[int], config: Co
         images = examples.store.encoded([i for view in views for i in view.images])
         with vlm.starting_model():
             batch = data.collate(views, vlm.pad_id).to(vlm.device)
-            examples.targets |= zip(part, vlm(batch, images).embedding.cpu())
+            examples.targets |= zip(part, cures.encode(vlm, batch, images, config).embedding.cpu())
 
 
 class Step(torch.nn.Module):
@@ -175,9 +175,9 @@ def train_step(module: torch.nn.Module, optimizer: torch.optim.Optimizer, rows: 
             (result.total * len(part) * world / len(rows)).backward()
         results.append(result._replace(total=None))  # its graph is not needed any more
     norm = torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], config.clip)
-    # one bad batch must not spoil the weights for good
-    if torch.isfinite(norm):
+    if torch.isfinite(norm):  # one bad batch must not spoil the weights for good
         optimizer.step()
+        cures.after_step(module, config)
     mine = sum(map(len, passes))
     return average(results, [len(part) / mine for part in passes]), norm
 
@@ -215,8 +215,7 @@ class Run(NamedTuple):
 
 def trainable(vlm: VLM, examples: data.Examples, config: Config, world: int = 1) -> Step:
     """The VLM with LoRA and what the method adds to it, on config.device."""
-    # a family with attention of its own gets a pass a view
-    config.packed = config.packed and vlm.family.packs
+    config.packed &= vlm.family.packs  # a family with attention of its own gets a pass a view
     vlm.set_trainable(config.lora_rank, config.lora_alpha, config.lora_dropout,
                       config.lora_targets.split(","), config.train_vision)
     if config.shard:
@@ -230,7 +229,8 @@ def trainable(vlm: VLM, examples: data.Examples, config: Config, world: int = 1)
     elif config.method == "pearl" and config.lambda_latent > 0:
         start = vlm.lm.get_input_embeddings().weight[examples.serializer.end_id]
         predictor = Predictor(vlm.dim, config.pred_tokens, start, config.nextlat_sees_next)
-        release.leave_random(predictor, config)  # by an option alone
+        release.leave_random(predictor, config)  # by an option alone, and so what cures add
+        cures.equip(predictor, vlm, config)
     return Step(vlm, predictor, examples, config).to(config.device)
 
 

@@ -16,6 +16,8 @@ def as_taught(examples: list[Example], config) -> list[Example]:
             if config.method in ("direct", "both")]
     if config.method == "direct":
         return bare
+    if config.target_position == "image":
+        refuse_without_image(examples)
     return [*as_shown(examples, config), *bare]
 
 
@@ -26,6 +28,19 @@ def as_shown(examples: list[Example], config) -> list[Example]:
     if config.order == "image_first":
         examples = [example.image_first() for example in examples]
     return examples
+
+
+def with_trajectory(examples, rows: list[int]) -> list[int]:
+    """Those of the rows that are a trajectory: bare answers stand behind all of them."""
+    return [row for row in rows if row < len(examples.examples)]
+
+
+def refuse_without_image(examples: list[Example]) -> None:
+    for example in examples:
+        if len(example.images) < 2:
+            raise ValueError(f"example {example.id} has no tool image, whose states "
+                             "--target_position image would predict: choose another, or leave the "
+                             "example out")
 
 
 def without_calls(example: Example) -> Example:

@@ -54,10 +54,24 @@ class Config:
     # the method
     lambda_latent: float = option(5.0, "Eq. 4 (paper 0.2); of recon: its loss's weight", least=0)
     pred_tokens: int = option(4, "K; 0: h^_R is the state of the last prompt token", least=0)
-    distance: str = option("cosine", "D of Eq. 1", ("cosine", "smoothl1", "mse", "l2"))
+    distance: str = option("cosine", "D of Eq. 1",
+                           ("cosine", "smoothl1", "mse", "l2", "infonce"))
+    infonce_masked: bool = option(True, "no negatives of the same family and answer")
     jepa: bool = option(True, "false: L = L_VLM + lambda L_NextLat, an ablation")
-    target_encoder: str = option("frozen", "whose Enc gives h_R: the starting model's, or current",
-                                 ("frozen", "current"))
+    target_encoder: str = option("frozen", "whose Enc gives h_R: the starting model's, the current "
+                                 "one's, or a moving average's", ("frozen", "current", "ema"))
+    ema: float = option(0.996, "m of that average", least=0)
+    ema_rises: bool = option(False, "m rises to 1 at the last step, in a straight line (I-JEPA)")
+    target_layer: int = option(-1, "h_R is a state that enters this layer, counted from 0; -1: the "
+                               "last, after the norm", least=-1)
+    target_position: str = option("end", "of h_R in R: its last token, its last word, the mean "
+                                  "over words, or over the tokens of tool images",
+                                  ("end", "word", "words", "image"))
+    pred_head: str = option("none", "between h^_R and L_JEPA", ("none", "bias", "mlp"))
+    vicreg: float = option(0.0, "weight of VICReg's terms on h_R, beside L_JEPA", least=0)
+    vicreg_terms: str = option("both", "variance and covariance, or the first alone",
+                               ("both", "std"))
+    sigreg: float = option(0.0, "weight of SIGReg (LeJEPA) on h_R, beside L_JEPA", least=0)
     target_view: str = option("trajectory", "what h_R sees: R alone, or I0 too",
                               ("trajectory", "trajectory_with_image"))
     targets: str = option("own", "of L_JEPA; the others are controls",
@@ -146,6 +160,18 @@ def impossible(config: Config) -> str:
     if config.targets in ("family", "answer") and config.target_encoder != "frozen":
         return (f"--targets {config.targets} is a mean over the data set, which only "
                 "--target_encoder frozen has at hand")
+    if config.distance == "infonce" and config.batch < 2:
+        return "--distance infonce needs --batch 2 or more: the others of a pass are its negatives"
+    if config.target_encoder == "ema" and config.nextlat_view == "trajectory":
+        return ("--nextlat_view trajectory runs along the current model's states of R, which "
+                "--target_encoder ema does not make: use --nextlat_view full or none")
+    if config.ema > 1:
+        return f"--ema is at most 1, not {config.ema}"
+    if (config.vicreg or config.sigreg) and config.target_encoder != "current":
+        return ("--vicreg and --sigreg move the h_R that they act on, which only --target_encoder "
+                "current does with the model that learns")
+    if config.target_position == "image" and config.target_view != "trajectory":
+        return "--target_position image needs --target_view trajectory: I0 is no tool image"
     if config.predictor_weights == "lora" and not config.lora_rank:
         return "--predictor_weights lora needs --lora_rank above 0"
     return ""
