@@ -1,6 +1,6 @@
 """Every option of a run: its default, its meaning, its values; and the recipes, which set several.
 
-    steps: int = option(300, "optimiser steps", least=1)
+    steps: int = option(200, "optimiser steps", least=1)
 
 makes --steps; a field's help, its choices and its least value stand beside its default.
 """
@@ -40,7 +40,7 @@ class Config:
                          ("ours", "paper", "release"))
     model: str = option(TINY, "checkpoint folder or hub id")
     data: str = option("", "a data folder; empty: the procedural world")
-    regime: str = option("mixed", "the world's trajectories (world/README.md)")
+    regime: str = option("single", "the world's trajectories (world/README.md)")
     outside_images: bool = option(False, "image paths and links may leave the data folder")
     answer_prefix: str = option("Answer:", "what a final text puts before the answer")
     order: str = option("text_first", "call, then image; image_first: the paper's R",
@@ -99,7 +99,7 @@ class Config:
     decode_latents: int = option(8, "recon: latents decoded at inference", least=0)
 
     # optimisation
-    steps: int = option(300, "optimiser steps", least=1)
+    steps: int = option(200, "optimiser steps", least=1)
     batch: int = option(32, "examples in one forward pass", least=1)
     accumulate: int = option(1, "forward passes in one optimiser step", least=1)
     lr: float = option(1e-3, "peak; linear warm-up, then cosine to zero", least=0)

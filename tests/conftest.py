@@ -41,9 +41,9 @@ def mixed():
 @pytest.fixture
 def config(tmp_path):
     """A run small enough for a test, with the paper's target: h_R of the current model."""
-    return Config(target_encoder="current", device="cpu", out=str(tmp_path / "run"), steps=4,
-                  batch=4, train_examples=12, valid_examples=5, test_per_family=2, eval_every=2,
-                  log_every=1, lora_rank=4, lora_alpha=8.0)
+    return Config(regime="mixed", target_encoder="current", device="cpu", steps=4, batch=4,
+                  out=str(tmp_path / "run"), train_examples=12, valid_examples=5,
+                  test_per_family=2, eval_every=2, log_every=1, lora_rank=4, lora_alpha=8.0)
 
 
 @pytest.fixture
