@@ -126,7 +126,8 @@ class Family:
     def _end_of(self, text: str, said: str) -> str | None:
         """The first special token after `said`, which ends `text`."""
         tail = text[text.rindex(said):]
-        return min((t for t in self.reserved if t in tail), key=tail.index, default=None)
+        found = [token for token in self.reserved if token in tail]
+        return min(found, key=lambda token: (tail.index(token), -len(token)), default=None)
 
     # ---- checks and settings ----
 
