@@ -2,6 +2,7 @@
 of a data folder, of the world, of other model families and of other methods is what their runs
 read; weights are not needed; colour is for terminals; what is not there is one sentence."""
 
+import io
 import re
 import sys
 
@@ -126,7 +127,25 @@ def test_options_are_checked_as_in_training(shown, capsys):
 
 def test_the_world_s_rows_are_the_training_examples(shown):
     want = make_example("zoom", "train", 2, 5)
-    assert shown("--regime", "multi", "--seed", 5, "--row", 2)[0].startswith(f"{want.id}: ")
+    lines = shown("--regime", "multi", "--seed", 5, "--row", 2)
+    assert lines[0] == f"{want.id}: {want.question!r} {want.answer!r}"
+
+
+def test_a_wide_picture_and_its_rows_of_positions(shown, tmp_path):
+    wide = Image.new("RGB", (96, 48), "grey")  # px
+    write_folder(tmp_path / "wide", [Example("0003", "wide", wide, "Is it?", ["yes"], "yes",
+                                             ["Answer: yes"])])
+    assert view_of(shown("--data", tmp_path / "wide"), "full")[1] == (
+        "       4-13  10 x <|image_pad|>, image 0, 4 x 10 patches, positions 4-4 / 4-5 / 4-8")
+
+
+def test_letters_that_the_terminal_does_not_have(folder, monkeypatch):
+    ascii_only = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "argv", ["data.py", "--show", "--data", str(folder), "--row", "1"])
+    monkeypatch.setattr(sys, "stdout", ascii_only)
+    data.main()
+    ascii_only.flush()
+    assert rb"s     24-27  Answer : \xb7two <|im_end|>" in ascii_only.buffer.getvalue()
 
 
 # ---- methods ----

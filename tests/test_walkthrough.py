@@ -161,7 +161,7 @@ def of_the_answer(step, example, taken):
     """Asked after the step, so `taken` comes first."""
     questions = Answerer(step.vlm.eval(), [example])
     [direct], [(begun, options)], [asked] = questions.direct(), questions.begun, questions.prompts
-    assert f'"{direct["text"]}"' in PAGE and direct["text"] == example.answer
+    assert f'says "{direct["text"]}"' in TEXT and direct["text"] == example.answer
     full, question, _ = step.examples.views[0]
     assert asked.ids == question.ids[:-len(question.inject_at)] == full.ids[:len(asked.ids)]
     [ends] = {len(option) for option in options}
