@@ -25,7 +25,7 @@ from baselines import reconstruction, release, variants
 from data import Examples, View, collate
 from support.families import load_family
 from support.options import RECIPES, Config, add_field, given_options
-from support.records import read_folder
+from support.records import read_record
 from world.scenes import REGIMES, make_world, write_sample
 
 # of a training run: what decides which tokens there are, and which loss reads them
@@ -57,20 +57,19 @@ def run(parser: ArgumentParser) -> None:
 
 def show(config: Config, row: int) -> None:
     if config.data:
-        examples = read_folder(config.data, config.outside_images)
+        example = read_record(config.data, row, config.outside_images, config.answer_prefix)
+    elif row >= 0:
+        example = make_world(config.regime, "train", row + 1, config.world_seed)[-1]
     else:
-        examples = make_world(config.regime, "train", row + 1, config.world_seed)
-    if not 0 <= row < len(examples):
-        last = f" to {len(examples) - 1}" if examples else ""
-        raise ValueError(f"--row {row} is not there: rows are counted from 0{last}")
-    taught = variants.as_taught([examples[row]], config)  # with --method both there are two
-    found = Examples([examples[row]], taught, load_family(config.model), sys.maxsize,
+        raise ValueError(f"--row {row} is not there: rows are counted from 0")
+    taught = variants.as_taught([example], config)  # with --method both there are two
+    found = Examples([example], taught, load_family(config.model), sys.maxsize,
                      replace(config, max_tokens=sys.maxsize))
     release.adapt_views(found, taught, config)
     if config.method == "recon":
         reconstruction.add_views(found, taught, config)
     sys.stdout.reconfigure(errors="backslashreplace")  # tokens may hold any character
-    print(f"{examples[row].id}: {examples[row].question!r} {examples[row].answer!r}")
+    print(f"{example.id}: {example.question!r} {example.answer!r}")
     for n in range(len(taught)):
         print(*Printer(found, n, config).lines(), sep="\n")
 

@@ -10,6 +10,7 @@ import re
 import warnings
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Iterator
 
 from support.answers import (contains, default_form, form_of, has_prefix, normalise, option_index,
                              stated_answer)
@@ -107,23 +108,16 @@ def read_folder(folder: str | Path, outside: bool = False, problems: list[str] |
     A record without "split" gets the split that other records give its image, else one by the hash
     of the image's bytes (8 : 1 : 1): two questions on one image never fall on two sides.
     """
-    path = Path(folder) / FILE
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} not found: a data folder holds {FILE} and its images "
-                                "(see README, data format)")
     reader, examples = _Reader(Path(folder), outside, answer_prefix), []
-    with open(path, "rb") as file:  # a line ends at a line feed and nowhere else
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                examples.append(reader.example(line, number))
-            except (ValueError, FileNotFoundError) as error:
-                if problems is None:
-                    raise
-                problems.append(str(error))
+    for number, line in _lines(reader.folder):
+        try:
+            examples.append(reader.example(line, number))
+        except (ValueError, FileNotFoundError) as error:
+            if problems is None:
+                raise
+            problems.append(str(error))
     if not examples and not problems:
-        raise ValueError(f"{path} holds no record")
+        raise ValueError(f"{reader.folder / FILE} holds no record")
     reader.assign_splits(examples)
     for note in reader.notes(examples):
         if notes is None:
@@ -131,6 +125,32 @@ def read_folder(folder: str | Path, outside: bool = False, problems: list[str] |
         else:
             notes.append(note)
     return examples
+
+
+def read_record(folder: str | Path, row: int, outside: bool = False,
+                answer_prefix: str = "Answer:") -> Example:
+    """One record, by its number from 0, checked as `read_folder` does; no other image is read.
+
+    Its split is "" where it names none. Raises ValueError also for a row that is not there.
+    """
+    reader, rows = _Reader(Path(folder), outside, answer_prefix), list(_lines(Path(folder)))
+    if not 0 <= row < len(rows):
+        raise ValueError(f"{reader.folder / FILE} has no row {row}: it has {len(rows)}, counted "
+                         "from 0")
+    number, line = rows[row]
+    return reader.example(line, number)
+
+
+def _lines(folder: Path) -> Iterator[tuple[int, bytes]]:
+    """The lines that hold something, with their numbers from 1."""
+    path = folder / FILE
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} not found: a data folder holds {FILE} and its images "
+                                "(see README, data format)")
+    with open(path, "rb") as file:  # a line ends at a line feed and nowhere else
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                yield number, line
 
 
 class _Reader:

@@ -28,7 +28,6 @@ LATER = {("data.py", "analysis"), ("evaluate.py", "analysis")}
 OLD = {
     *(f"support/{name}.py" for name in ("options", "packing", "progress")),
     *(f"world/{name}.py" for name in ("scenes", "tools")),
-    *(f"tests/test_{name}.py" for name in ("token_view",)),
 }
 
 
