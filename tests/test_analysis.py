@@ -361,6 +361,18 @@ def test_what_a_study_recorded_is_found_by_a_run_with_the_same_settings(tmp_path
         assert recorded.recorded(dataclasses.replace(mine, **other)) is None, other
 
 
+def test_the_first_run_finds_the_numbers_of_sft():
+    """analysis/recorded.json as it is here, with the settings of the first run."""
+    first = train.Config(regime="single", steps=200)
+    sft, pearl = (recorded.recorded(first, method) for method in ("sft", "pearl"))
+    for record in (sft, pearl):
+        assert len(record["seeds"]) == 3 == len(record["table"]["crop"]["direct"])
+        assert re.fullmatch("[0-9a-f]{40}", record["commit"]) and "/tmp" not in record["command"]
+    # what it is there to show: at equal tool skill SFT loses more of direct answering
+    assert max(sft["table"]["crop"]["direct"]) < min(pearl["table"]["crop"]["direct"])
+    assert sft["table"]["crop"]["tool"] == pearl["table"]["crop"]["tool"] == [100, 100, 100]
+
+
 def test_a_record_needs_one_commit_and_one_set_of_settings(tmp_path, monkeypatch):
     monkeypatch.setattr(recorded, "FILE", tmp_path / "recorded.json")
     finished_run(tmp_path / "a" / "sft-seed0", [1, 1], method="sft", seed=0)
