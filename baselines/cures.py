@@ -151,7 +151,7 @@ def kind(examples: Examples, rows: list[int], config) -> str | Callable:
     if config.distance != "infonce":
         return config.distance
     asked = [examples.examples[row] for row in variants.with_trajectory(examples, rows)]
-    groups = [(ex.family, ex.answer) for ex in asked] if config.infonce_masked else asked
+    groups = [(ex.family, ex.answer) if config.infonce_masked else None for ex in asked]
     return partial(infonce, groups=groups)
 
 
@@ -159,7 +159,7 @@ def infonce(prediction: Tensor, target: Tensor, groups: list) -> Tensor:
     """-log( exp(s_ii / tau) / sum over j of exp(s_ij / tau) ), s_ij = cos(h^_R i, h_R j): (B).
 
     prediction, target (B, D). j runs over i itself and over the rows of other groups: two with the
-    same family and answer may well have the same h_R (--infonce_masked false: over all).
+    same family and answer may well have the same h_R. A row of group None has no mates.
     Source: CPC (1807.03748); tau 0.07. Negatives come from the pass alone: --batch is how many.
     Gradient: to every target too, unless the caller stops it (losses.jepa_loss does).
     """
@@ -223,7 +223,7 @@ class SIGReg(nn.Module):
 
     phi_a(t) = mean over the batch of exp(i t a.z), the characteristic function of what is seen
     along a; g(t) = exp(-t^2 / 2) that of a standard Gaussian (the test of Epps and Pulley);
-    z (B, P) a small projection of h_R; a of length 1. By the trapezoid rule on 17 knots of [0, 3], doubled.
+    z (B, P) a small projection of h_R; a of length 1. Trapezoid rule: 17 knots of [0, 3], doubled.
     Source: LeJEPA (2511.08544). The projection (two layers) because the final norm fixes h_R's
     scale; it can also spread what h_R hardly tells apart, so look at the gauges of h_R itself.
     Slices are drawn from seed and step: resumed, or in several processes, they are the same.

@@ -138,7 +138,7 @@ def test_sigreg_equals_a_loop_of_complex_numbers():
     real, imaginary = sum(math.cos(t * v) for v in column), sum(math.sin(t * v) for v in column)
     assert abs(phi - (real + 1j * imaginary) / B) < 1e-12
     torch.manual_seed(0)
-    module, h = cures.SIGReg(D).double(), rand(3, D)
+    module, h = cures.SIGReg(D).double(), rand(2, D)
     same(module(h, 5), naive_sigreg(module, h, 5), h, *module.parameters())
 
 
@@ -224,7 +224,8 @@ def naive_target(vlm, predictor, examples, rows, config):
 
 
 def naive_terms(vlm, predictor, examples, rows, config):
-    """lambda times everything beside L_VLM, one example at a time."""
+    """lambda times everything beside L_VLM, one example at a time; the terms on h_R as above, equal
+    to loops that take too long at the model's D."""
     target = naive_target(vlm, predictor, examples, rows, config)
     predicted = torch.cat([alone(vlm, predictor, examples, row, "input").embedding for row in rows])
     if "head" in predictor.cures:
@@ -237,10 +238,9 @@ def naive_terms(vlm, predictor, examples, rows, config):
         jepa = jepa / len(rows)
     parts = dict(jepa=jepa)
     if config.vicreg:
-        parts["vicreg"] = config.vicreg * naive_vicreg(target, config.vicreg_terms)
+        parts["vicreg"] = config.vicreg * cures.vicreg(target, config.vicreg_terms)
     if config.sigreg:
-        parts["sigreg"] = config.sigreg * naive_sigreg(predictor.cures["sigreg"], target,
-                                                       config.seed)
+        parts["sigreg"] = config.sigreg * predictor.cures["sigreg"](target, config.seed)
     return config.lambda_latent * sum(parts.values()), parts
 
 
