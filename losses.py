@@ -28,8 +28,9 @@ def vlm_loss(states: Tensor, labels: Tensor, head: Callable[[Tensor], Tensor]) -
     elsewhere; head maps states (n, D) to logits (n, V).
     Gradient: flows to every state that a supervised word was predicted from, and before it.
     """
+    # a state says the next word: labels are read one position further on than the states
     following = labels[:, 1:]  # (B, T-1) the token after each position
-    keep = following != -100
+    keep = following != -100  # (B, T-1) True: that token is supervised
     # the head is by far the widest layer: it is applied where a word is predicted, nowhere else
     return F.cross_entropy(at_least_float32(head(states[:, :-1][keep])), following[keep])
 
@@ -40,22 +41,19 @@ def at_least_float32(logits: Tensor) -> Tensor:
 
 
 def distance(prediction: Tensor, target: Tensor, kind: str | Callable) -> Tensor:
-    """D(prediction, target) over the last dimension: (..., D), (..., D) -> (...).
-
-    cosine    1 - cos; blind to length, so it cannot be lowered by shrinking the target
-    smoothl1  mean over D of Huber's function with its corner at 1
-    mse       mean over D of the squared difference
-    l2        Euclidean norm of the difference
-    or a function of both that is one of the batch (InfoNCE: baselines/cures.py)
-    """
+    """D(prediction, target) over the last dimension: (..., D), (..., D) -> (...)."""
+    # what needs the whole batch, (B, D), (B, D) -> (B), is handed in: InfoNCE, baselines/cures.py
     if callable(kind):
         return kind(prediction, target)
+    # blind to length, so it cannot be lowered by shrinking the target
     if kind == "cosine":
         return 1 - F.cosine_similarity(prediction, target, dim=-1)
+    # Huber's function, its corner at 1; means over D, so that they do not grow with the model
     if kind == "smoothl1":
         return F.smooth_l1_loss(prediction, target, reduction="none").mean(dim=-1)
     if kind == "mse":
         return (prediction - target).square().mean(dim=-1)
+    # the Euclidean norm: no mean over D, so it does grow
     if kind == "l2":
         return torch.linalg.vector_norm(prediction - target, dim=-1)
     raise ValueError(f"unknown distance {kind!r}: choose one of {', '.join(DISTANCES)}")
@@ -91,7 +89,8 @@ def nextlat_loss(states: Tensor, forecasts: list[tuple[Tensor, Tensor]]) -> Tens
         # the next state must be foreseen, not made easy to foresee
         target = states[at].detach()
         # Deviation: the paper writes one mean. Here it is taken for each i, over the t from which
-        # all of t+1..t+i may be forecast; others count otherwise at d > 1 (docs/differences.md)
+        # all of t+1..t+i may be forecast; at d > 1 others average otherwise (docs/differences.md)
+        # a text shorter than i has no such t, and a mean of nothing would be NaN
         if len(forecast):
             total = total + distance(forecast, target, "smoothl1").mean()
     return total / max(1, len(forecasts))
@@ -99,12 +98,10 @@ def nextlat_loss(states: Tensor, forecasts: list[tuple[Tensor, Tensor]]) -> Tens
 
 def pearl_loss(vlm: Tensor, jepa: Tensor, nextlat: Tensor,
                lambda_latent: float) -> tuple[Tensor, dict[str, Tensor]]:
-    """Eq. 4: L_PEARL = L_VLM + lambda * (L_JEPA + L_NextLat).
-
-    Returns the total and, for the log, its detached parts (tensors: .item() would wait for a GPU).
-    """
+    """Eq. 4: L_PEARL = L_VLM + lambda * (L_JEPA + L_NextLat), and for the log detached parts."""
     # one lambda for both latent terms
     total = vlm + lambda_latent * (jepa + nextlat)
+    # tensors, and not numbers yet: .item() would make every step wait for the GPU
     parts = dict(loss=total, vlm=vlm, jepa=jepa, nextlat=nextlat)
     return total, {name: value.detach() for name, value in parts.items()}
 
@@ -115,12 +112,14 @@ def reconstruction_loss(predicted: Tensor, target: Tensor, kind: str = "mse") ->
     predicted, target (n, D), one row a latent; target: visual embeddings of the tool image.
     Gradient: flows to `predicted`, stops at `target`.
     """
+    # Eq. 1's two lines, kept apart from it: the rival may change without Pearl
     target = target.detach()
     return distance(predicted, target, kind).mean()
 
 
 class Losses(NamedTuple):
-    total: Tensor
+    # with its graph, for backward(); None once that is done
+    total: Tensor | None
     # detached, for the log
     parts: dict[str, Tensor]
     # (h^_R, h_R), each (B, D), detached, for the gauges
@@ -129,6 +128,7 @@ class Losses(NamedTuple):
 
 def average(results: list[Losses], shares: list[float]) -> Losses:
     """Of several passes: weighted mean parts, and all pairs one after another; no total."""
+    # pairs are joined, not averaged: whether a prediction finds its own target needs all the others
     parts = {name: sum(share * result.parts[name] for result, share in zip(results, shares))
              for name in results[0].parts}
     pairs = [result.pair for result in results if result.pair]
@@ -139,24 +139,21 @@ def average(results: list[Losses], shares: list[float]) -> Losses:
 def collapse_gauges(predicted: Tensor, target: Tensor) -> dict[str, float]:
     """What a low L_JEPA hides: does h^_R (predicted) tell which h_R (target) it belongs to?
 
-    predicted, target (B, D); one row alone tells nothing: {}. All but `rms` on rows of unit length,
-    which is what the cosine sees; `rms_*` shows the shrinking that SmoothL1 permits.
-      r2              1 - |h_R - h^_R|^2 / |h_R - mean h_R|^2; 1 perfect, 0 no better than the mean
-      spread_pred     std over the batch / RMS of h^_R; near 0: the prediction ignores its input
-      spread_target   the same of h_R; near 0: all trajectories look alike, the target collapsed
-      effective_rank  exp(entropy of the eigenvalues of h_R's covariance), 1 to min(B - 1, D)
-      mean_cosine     mean cosine between two different h_R
-      retrieval       how often the h_R nearest to h^_R is its own; retrieval_chance = 1 / B
+    predicted, target (B, D); {} for one row alone. docs/logged.md has the names as a table.
     """
-    # a low L_JEPA alone is also reached by making all targets alike: read it beside these
+    # a low L_JEPA alone is also reached by making all targets alike, and of one row all are alike
     if (batch := len(target)) < 2:
         return {}
     raw = [x.float() for x in (predicted, target)]
+    # rows of unit length, which is what the cosine sees
     pred, true = (F.normalize(x, dim=-1) for x in raw)
     centred = true - true.mean(dim=0)
+    # targets that are all alike have none, and nothing may be divided by it
     variance = centred.square().sum().clamp_min(1e-12)
+    # standard deviation over the batch / root mean square
     spread = [((x - x.mean(dim=0)).square().mean() / x.square().mean().clamp_min(1e-12)).sqrt()
               for x in (pred, true)]
+    # the covariance's eigenvalues, without making that (D, D) matrix; as shares of their sum
     share = torch.linalg.svdvals(centred).square()
     share = share / share.sum().clamp_min(1e-12)
     cosines = true @ true.T  # (B, B)
@@ -164,10 +161,15 @@ def collapse_gauges(predicted: Tensor, target: Tensor) -> dict[str, float]:
     nearest = (pred @ true.T).argmax(dim=1)
     own = torch.arange(batch, device=nearest.device)
     gauges = dict(
+        # 1: perfect; 0: no better than to say the mean of all h_R each time
         r2=1 - (true - pred).square().sum() / variance,
+        # near 0: the prediction ignores its input; all trajectories look alike, a collapse
         spread_pred=spread[0], spread_target=spread[1],
+        # exp(entropy): how many directions the targets use, from 1 to min(B - 1, D)
         effective_rank=torch.exp(-(share * share.clamp_min(1e-12).log()).sum()),
+        # of two different h_R, so without the diagonal
         mean_cosine=(cosines.sum() - cosines.trace()) / max(1, batch * (batch - 1)),
         retrieval=(nearest == own).float().mean(),
+        # lengths as they are: the shrinking that SmoothL1 permits
         rms_pred=raw[0].square().mean().sqrt(), rms_target=raw[1].square().mean().sqrt())
     return {name: float(value) for name, value in gauges.items()} | dict(retrieval_chance=1 / batch)

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 class LatentPredictor(nn.Module):
     """f(h_t, e_{t+1}) = h_t + MLP(LayerNorm([h_t ; e_{t+1}])): one step ahead, (n, D) -> (n, D).
 
-    e_{t+1} is the next token's input embedding; with sees_next=False the step is made from h_t
-    alone.
+    e_{t+1}: the next token's input embedding; sees_next=False: the step is made from h_t alone.
     """
 
     def __init__(self, dim: int, sees_next: bool = True):
@@ -32,6 +31,7 @@ class LatentPredictor(nn.Module):
         nn.init.zeros_(self.mlp[-1].bias)
 
     def forward(self, state: Tensor, next_embedding: Tensor) -> Tensor:
+        # the step is added to the state: what has to be learned is the change
         parts = [state, next_embedding.to(state.dtype)] if self.sees_next else [state]
         return state + self.mlp(torch.cat(parts, dim=-1))
 
@@ -40,17 +40,21 @@ class LatentPredictor(nn.Module):
         """h^_{t+1} .. h^_{t+d} from every h_t, each step from the forecast before it.
 
         states, embeddings (B, T, D); targets (B, T), True where the state of a position may be
-        forecast; a forecast goes on while it stays on targets. Returns for i = 1..d the states
-        (n, D) and the mask (B, T) of the positions t+i they stand for.
+        forecast. Returns for i = 1..d the states (n, D) and the mask (B, T) of the positions t+i
+        they stand for. Targets 0 0 1 1 0, d = 2: i = 1 stands at 2 and 3, i = 2 at 3 (from 1).
         Gradient: flows to states and through the steps; not to the token embeddings.
         """
-        # the next token is told, not learned from here
+        # which token comes next is an input here; the vocabulary is not to be bent to ease Eq. 2
         embeddings = embeddings.detach()
-        latest, at = states.flatten(0, 1), torch.ones_like(targets)  # h_t itself, at every t
+        # forecasts as rows, and where they stand: before the first step h_t itself, at every t
+        latest, at = states.flatten(0, 1), torch.ones_like(targets)  # (B T, D), (B, T)
         steps = []
         for _ in range(horizon):
-            following = targets & F.pad(at[:, :-1], (1, 0))  # (B, T) one position to the right
-            goes_on = F.pad(following[:, 1:], (0, 1))[at]  # (n) which rows of `latest` have one
+            # one position to the right, and dropped where that is no target (or behind the end)
+            following = targets & F.pad(at[:, :-1], (1, 0))  # (B, T)
+            # the same seen from where the rows stand now: which of them go on
+            goes_on = F.pad(following[:, 1:], (0, 1))[at]  # (n)
+            # a row's next embedding is the one at the position that it comes to
             latest, at = self(latest[goes_on], embeddings[following]), following
             steps.append((latest, at))
         return steps
@@ -69,9 +73,12 @@ class Predictor(nn.Module):
         # Parameters of their own and not rows of the vocabulary: under LoRA the embedding matrix is
         # frozen, and rows added to it would keep their initial value (as they do in the release).
         # They start at the token whose state they must predict, with noise to tell them apart.
+        # In float32, whatever the model's weights are: small steps would be lost in bfloat16.
         start = start.detach().float()
+        # noise by the embedding's own scale, which differs from model to model
         size = start.square().mean().sqrt()
         noise = 0.1 * size * torch.randn(pred_tokens, dim, device=start.device)
         self.pred_tokens = nn.Parameter(start.repeat(pred_tokens, 1) + noise)  # (K, D)
         self.latent = LatentPredictor(dim, sees_next)
-        self.cures = nn.ModuleDict()  # nothing, but by options (baselines/cures.py)
+        # empty, but for options against a collapse (baselines/cures.py)
+        self.cures = nn.ModuleDict()
