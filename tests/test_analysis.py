@@ -362,8 +362,8 @@ def test_what_a_study_recorded_is_found_by_a_run_with_the_same_settings(tmp_path
 
 
 def test_the_first_run_finds_the_numbers_of_sft():
-    """analysis/recorded.json as it is here, with the settings of the first run."""
-    first = train.Config(regime="single", steps=200)
+    """analysis/recorded.json as it is here, for `python train.py` without options."""
+    first = train.Config()
     sft, pearl = (recorded.recorded(first, method) for method in ("sft", "pearl"))
     for record in (sft, pearl):
         assert len(record["seeds"]) == 3 == len(record["table"]["crop"]["direct"])
