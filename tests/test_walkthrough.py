@@ -10,7 +10,6 @@ import torch
 
 import train
 from analysis.token_view import Printer
-from conftest import TINY
 from evaluate import Answerer
 from support import packing
 from support.options import Config
@@ -47,12 +46,12 @@ def test_code_stands_in_its_file(block):
 
 @pytest.fixture(scope="module")
 def config():
-    return Config(regime="single", model=TINY, device="cpu")
+    return Config(device="cpu")
 
 
 @pytest.fixture(scope="module")
-def example():
-    return make_world("single", "train", 1)[0]
+def example(config):
+    return make_world(config.regime, "train", 1, config.world_seed)[0]
 
 
 def test_the_record(example, tmp_path):
