@@ -114,6 +114,7 @@ class Serializer:
     def __init__(self, family, max_tokens: int):
         """family: tokenizer, template and placeholder of a model (support/families.py)."""
         self.family, self.tokenizer, self.max_tokens = family, family.tokenizer, max_tokens
+        # a template is a program: what it puts around words is seen by giving it words that we know
         asked = [("user", ["Q"])]
         question = self._render(asked)
         self.header = self._render(asked, add_generation_prompt=True)[len(question):]
@@ -138,8 +139,9 @@ class Serializer:
         return self.family.render(self.messages(turns), **kwargs)
 
     def conversation(self, turns: list[tuple[str, list]], image_texts: list[str],
-                      prompt: bool = False) -> Conversation:
+                     prompt: bool = False) -> Conversation:
         """(role, parts) turns, with the generation prompt behind them if `prompt`, as tokens."""
+        # `rendered` is the template's text, with one placeholder an image; `text` has them expanded
         rendered, text, starts, said, waiting = "", "", [], [], iter(image_texts)
         # Labels must be right by construction, not by searching for words in decoded text, where
         # the first match may be another. So the conversation is rendered with one turn more each
@@ -163,6 +165,7 @@ class Serializer:
 
     def _said(self, turn: str, words: str, start: int) -> Said:
         """Where an assistant's turn, which begins at `start`, has its words and its end."""
+        # counted from the end, which is always the same; a template may pad the beginning
         first = len(turn) - len(self.ending) - len(words)
         opening = turn[:max(0, first)]
         if opening + words + self.ending != turn or opening.strip() != self.header.strip():
@@ -170,6 +173,7 @@ class Serializer:
                              f"to {turn!r}")
         # a blank before the first word belongs to the words: the model has to write it
         begins = len(self.header) if opening.startswith(self.header) else first
+        # and so does one behind the last word: the end-of-turn token begins after it
         blanks = len(self.ending) - len(self.ending.lstrip())
         return Said(start + begins, start + first, start + first + len(words) + blanks)
 
@@ -216,9 +220,11 @@ class Serializer:
         if target_view == "trajectory":
             # the same tokens from the first turn of R on: no leakage of I0 and Q into the target
             first, bos = told.first_behind(told.turns[1]), self.tokenizer.bos_token_id
+            # texts that all open with bos do so here too; its label: the -100 of what it replaces
             opening = [bos] if told.ids[0] == bos and told.ids[first] != bos else []
             ids, labels = opening + told.ids[first:], told.labels[first - len(opening):]
             target = View(ids, labels, images[1:], len(ids) - 1)
+        # the release: I0 as well, in a turn of its own without Q
         elif target_view == "trajectory_with_image":
             shown = self.conversation([("user", [example.image]), *turns[1:]], image_texts)
             shown = shown.until_last_label()
@@ -263,6 +269,7 @@ class Serializer:
         # the prompt is what all options share, up to the end of the prefix
         first = answers[0]
         begun = first.first_behind(first.said[0].text + len(form.prefix))
+        # a tokenizer may join the prefix's last letters with an option's first ones
         while any(answer.ids[:begun] != first.ids[:begun] for answer in answers):
             begun -= 1
         prompt = View(first.ids[:begun], [-100] * begun, images[:1], begun - 1)
@@ -279,13 +286,15 @@ class Examples:
         self.serializer = Serializer(family, min(config.max_tokens, max_positions))
         self.store = ImageStore(family, config.workers, config.feature_cache_gb,
                                 config.feature_cache, frozen=not config.train_vision)
+        # of each example the numbers of its images (I0 first), and what stands for them in the text
         self.placed = [self.store.add(example) for example in taught]
         self.views = [self.serializer.views(example, *place, config.pred_tokens, config.target_view)
                       for example, place in zip(taught, self.placed)]
         # one record is enough to see a template or tokenizer that we read in another way
         if taught:
             self.serializer.check_ids(taught[0], self.placed[0][1])
-        self.targets: dict[int, torch.Tensor] = {}  # by row (D): h_R, where it was cached
+        # by row (D): h_R, where it was cached (train.py, cache_targets)
+        self.targets: dict[int, torch.Tensor] = {}
 
     def steps(self, config: Config) -> Iterator[list[int]]:
         """The rows of one optimiser step after another, each once an epoch, for ever."""
@@ -293,6 +302,7 @@ class Examples:
         # a generator of its own: the order is the seed's alone, whatever else draws numbers
         generator = torch.Generator().manual_seed(config.seed)
         while True:
+            # a step may end one epoch and begin the next: none is smaller than the others
             while len(order) < size:
                 order += torch.randperm(len(self.views), generator=generator).tolist()
             rows, order = order[:size], order[size:]
@@ -330,9 +340,9 @@ class Batch:
             if isinstance(value, torch.Tensor)})
 
 
-def collate(views: list[View], pad_id: int, left: bool = False, width: int = 0) -> Batch:
-    """Pad on the right (training) or on the left (generation), to the longest view or `width`."""
-    width = width or max(len(view.ids) for view in views)
+def collate(views: list[View], pad_id: int, left: bool = False) -> Batch:
+    """Pad on the right (training) or on the left (generation), to the longest view."""
+    width = max(len(view.ids) for view in views)
     shift = [width - len(view.ids) if left else 0 for view in views]
 
     def padded(rows: list[list], value) -> torch.Tensor:
@@ -342,6 +352,7 @@ def collate(views: list[View], pad_id: int, left: bool = False, width: int = 0) 
     return Batch(
         ids=padded([view.ids for view in views], pad_id),
         mask=padded([[True] * len(view.ids) for view in views], False),
+        # -100: cross-entropy's own mark for what does not count
         labels=padded([view.labels for view in views], -100),
         inject_at=padded([[n in view.inject_at for n in range(len(view.ids))] for view in views],
                          False),

@@ -12,9 +12,8 @@ The ways to answer, each with its 95% interval (Wilson) per question family:
   tool    the expert's calls and their images are given; the model reads them and answers
   call    explicit tool use: the model's own calls, really run (baselines/tool_use.py)
   latent  the rival's own inference: latents for tool images (baselines/reconstruction.py)
-`direct` and `free` are Pearl's inference: no tool, no [PRED], no latent predictor (a run's
-predictor file is not even opened). `tool` says how well the trajectories themselves were learned,
-so that methods can be compared at equal skill.
+`direct` and `free` are Pearl's inference: no tool, no [PRED], no latent predictor. `tool` says how
+well the trajectories themselves were learned, so that methods can be compared at equal skill.
 """
 
 import argparse
@@ -45,7 +44,8 @@ class Answerer:
         self.vlm, self.examples, self.prefix, self.batch = vlm, examples, prefix, batch
         self.serializer = Serializer(vlm.family, vlm.max_positions)
         self.store = ImageStore(vlm.family)
-        self.placed = [self.store.add(example) for example in examples]  # (numbers, image texts)
+        # of each example (numbers of its images, what stands for them in the text)
+        self.placed = [self.store.add(example) for example in examples]
         for example in examples:
             self.serializer.check(example)
         # how the data write an answer, for questions whose trajectory does not tell
@@ -53,8 +53,7 @@ class Answerer:
 
     @cached_property
     def prompts(self) -> list[View]:
-        return [self.prompt(example, place, 1)
-                for example, place in zip(self.examples, self.placed)]
+        return [self.prompt(*asked, 1) for asked in zip(self.examples, self.placed)]
 
     def prompt(self, example: Example, place, turns: int) -> View:
         """The first turns of the trajectory's conversation, and the generation prompt."""
@@ -156,6 +155,7 @@ class Answerer:
             while turns[-1][0] == "assistant":
                 turns.pop()
             views.append(self.prompt(example, place, len(turns)))
+            # room for the expert's last words, and a few more: the model may put it otherwise
             last = self.vlm.tokenizer(example.texts[-1], add_special_tokens=False).input_ids
             longest = max(longest, len(last))
         found = dict(zip(rows, self.generate(views, longest + 8)))
@@ -168,13 +168,13 @@ def answer_questions(vlm: VLM, examples: list[Example], answer_prefix: str = "An
                      asker: Answerer | None = None) -> list[dict]:
     """One record an example: of each way what was said, whether it was right and what it cost.
 
-    `call` is asked where call_limit > 0, `latent` where a scale is given. asker: of these examples,
-    if there is one already.
+    asker: of these examples, if there is one already.
     """
     was_training = vlm.training
     vlm.eval()
     asker = asker or Answerer(vlm, examples, answer_prefix)
     said = dict(direct=asker.direct(), free=asker.free(free_tokens), tool=asker.tool())
+    # 0: nobody has asked for calls; and only the rival has a scale, whose latents need one
     if call_limit:
         said["call"] = tool_use.answer(asker, call_limit)
     if scale is not None:
@@ -184,8 +184,7 @@ def answer_questions(vlm: VLM, examples: list[Example], answer_prefix: str = "An
         right = example.options.index(example.answer)
         record = dict(id=example.id, family=example.family, options=example.options,
                       answer=example.answer, cost={})
-        for way in (way for way in said if said[way][i] is not None):
-            answer = said[way][i]
+        for way, answer in ((way, all_of[i]) for way, all_of in said.items() if all_of[i]):
             record[way] = answer["text"]
             option = answer.get("option")
             # who failed to call a tool has no answer: what counts is the direct one
@@ -214,6 +213,7 @@ def ask(vlm: VLM, examples: list[Example], prefix: str, call_limit: int = 0, sca
         latents: int = 8, free_tokens: int = 0, timed: int = 9) -> dict:
     """answers, and for each way the median milliseconds of one answer, one question at a time."""
     found = answer_questions(vlm, examples, prefix, free_tokens, call_limit, scale, latents)
+    # free and tool take as long as direct, word for word; these two do something else
     ways = dict(direct=Answerer.direct)
     if call_limit:
         ways["call"] = lambda asker: tool_use.answer(asker, call_limit)
@@ -224,6 +224,7 @@ def ask(vlm: VLM, examples: list[Example], prefix: str, call_limit: int = 0, sca
         for way, answer in ways.items():
             asker, start = Answerer(vlm, [example], prefix, batch=1), time.perf_counter()
             answer(asker)
+            # a GPU answers later than Python goes on
             if vlm.device.type == "cuda":
                 torch.cuda.synchronize()
             times[way].append((time.perf_counter() - start) * 1000)
@@ -239,7 +240,7 @@ def load_run(run: Path, device: str) -> tuple[VLM, dict, torch.nn.Module | None]
     """A run's best checkpoint, merged, its config, and of a recon run its scale."""
     config, checkpoint = run_folder.finished(run)
     vlm = VLM(config["model"], dtype=getattr(torch, config["dtype"])).to(device)
-    # merged into the weights: what answers is a plain model, with nothing of the training around it
+    # merged into the weights: what answers is a plain model; a predictor's file is not even opened
     vlm.load_adapter(checkpoint)
     scale = reconstruction.load_scale(checkpoint, vlm) if config["method"] == "recon" else None
     return vlm.eval(), config, scale

@@ -32,6 +32,7 @@ class LoRALinear(nn.Module):
         super().__init__()
         self.base, self.scaling, self.active = base, alpha / rank, True
         self.dropout = nn.Dropout(dropout)
+        # on W's device and not in its type: in bfloat16 small steps would be lost
         device = base.weight.device
         self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, device=device))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, device=device))
@@ -102,6 +103,7 @@ class VLM(nn.Module):
     def __init__(self, path: str | Path, dtype: torch.dtype = torch.float32):
         super().__init__()
         self.path = str(path)
+        # lm: all of transformers' model, vision tower and head included; family: what is special
         self.lm, self.family = families.load_checkpoint(self.path, dtype)
         self.tokenizer = self.family.tokenizer
         self.pad_id: int = self.lm.generation_config.pad_token_id
@@ -141,7 +143,8 @@ class VLM(nn.Module):
 
     def recompute_activations(self) -> None:
         """Layers compute their activations again on the way back: less memory, more time."""
-        enable = getattr(self.lm, "activation_checkpointing_enable",  # the newer name first
+        # the newer name first
+        enable = getattr(self.lm, "activation_checkpointing_enable",
                          self.lm.gradient_checkpointing_enable)
         enable(dict(use_reentrant=False))
 
@@ -156,6 +159,7 @@ class VLM(nn.Module):
         is_image = batch.ids == self.lm.config.image_token_id  # (B, T)
         # placeholders too get some word's embedding here; it is replaced below
         embeds = self.lm.get_input_embeddings()(batch.ids)  # (B, T, D)
+        # features of lower layers of the tower (Qwen3-VL), (S - 1, all P, D): as yet none, (0, D)
         levels = embeds[:0, 0]
         if batch.images:
             features = torch.cat([images[i].features for i in batch.images], dim=1).to(embeds.dtype)
@@ -164,6 +168,7 @@ class VLM(nn.Module):
             embeds, levels = embeds.masked_scatter(is_image[..., None], features[0]), features[1:]
         # [PRED] rows and latents are no words: their embeddings come from outside
         if injected is not None:
+            # (K, D): the same [PRED] rows behind every question, so here (B K, D)
             if len(injected) < int(batch.inject_at.sum()):
                 injected = injected.repeat(len(batch.ids), 1)
             assert int(batch.inject_at.sum()) == len(injected), "injected embeddings do not fit"
@@ -190,6 +195,7 @@ class VLM(nn.Module):
 
     def logits(self, states: Tensor) -> Tensor:
         """(n, D) -> (n, V)"""
+        # apart from `forward`, so that only what is supervised becomes as wide as the vocabulary
         return self.lm.lm_head(states)
 
     @torch.no_grad()
@@ -206,6 +212,7 @@ class VLM(nn.Module):
         start = batch.ids.shape[1] if "input_ids" in prompt else 0
         constraint = None
         if allowed is not None:
+            # transformers hands over the prompt too, where it was given as ids
             def constraint(row: int, ids: Tensor) -> list[int]:
                 return allowed(row, ids[start:].tolist())
         # greedy, whatever the checkpoint's own generation_config says (families.greedy)
