@@ -54,7 +54,6 @@ class LatentPredictor(nn.Module):
             following = targets & F.pad(at[:, :-1], (1, 0))  # (B, T)
             # the same seen from where the rows stand now: which of them go on
             goes_on = F.pad(following[:, 1:], (0, 1))[at]  # (n)
-            # a row's next embedding is the one at the position that it comes to
             latest, at = self(latest[goes_on], embeddings[following]), following
             steps.append((latest, at))
         return steps

@@ -86,6 +86,7 @@ def compute_losses(vlm: VLM, predictor: Predictor | None, examples: data.Example
         predicted = vlm(asked, images, predictor.pred_tokens).embedding  # (B, D) h^_R
 
     # 3. Target view R, without <I0, Q>: in a pass of its own, so that nothing leaks.
+    # By default there is none here: h_R is looked up, and Eq. 2 runs along the full view.
     along, along_inputs, labels, forecastable = states, inputs, full.labels, full.labels != -100
     if config.target_encoder != "frozen" or config.nextlat_view == "trajectory":
         alone = data.collate([v.target for v in views], vlm.pad_id).to(vlm.device)
@@ -95,13 +96,11 @@ def compute_losses(vlm: VLM, predictor: Predictor | None, examples: data.Example
         # every state of R, as in the paper's text, and not the full view's supervised ones
         if config.nextlat_view == "trajectory":
             along, along_inputs, labels, forecastable = told, told_inputs, alone.labels, alone.mask
-    # by default the target is the starting model's, looked up
     if config.target_encoder == "frozen":
         cache_targets(vlm, examples, rows, config)
         target = torch.stack([examples.targets[row] for row in rows]).to(vlm.device)  # (B, D) h_R
-
     jepa_term = nextlat_term = vlm_term.new_zeros(())
-    # these, unless an option puts a head behind h^_R, or a control something in h_R's place
+    # the same, unless an option puts a head behind h^_R; aim: h_R, or what a control puts there
     predicted, target, aim = cures.pairs(predictor, predicted, target, rows, examples, config)
     if config.jepa and len(aim):
         jepa_term = losses.jepa_loss(predicted, aim, cures.kind(examples, rows, config))  # Eq. 1
@@ -110,7 +109,8 @@ def compute_losses(vlm: VLM, predictor: Predictor | None, examples: data.Example
         nextlat_term = losses.nextlat_loss(along, forecasts)  # Eq. 2
         # the same, unless an option wants the release's mean, or its token term besides
         nextlat_term = release.nextlat_term(nextlat_term, along, forecasts, labels, vlm, config)
-    total, parts = losses.pearl_loss(vlm_term, jepa_term, nextlat_term, config.lambda_latent)  # 4
+    # Eq. 4
+    total, parts = losses.pearl_loss(vlm_term, jepa_term, nextlat_term, config.lambda_latent)
     return cures.regularised(total, parts, predicted, target, predictor, config)
 
 
@@ -119,9 +119,9 @@ def cache_targets(vlm: VLM, examples: data.Examples, rows: list[int], config: Co
     """h_R of these examples by the starting model: made once, then looked up.
 
     Deviation: the paper encodes R with the current model, and its targets collapse here (losses.py
-    says why, README what it costs). Fixed targets cannot, and cost no pass after the first.
-    "Cached trajectory embeddings" are among the savings that the paper names.
+    says why, README what it costs). "Cached trajectory embeddings" are savings that it names.
     """
+    # fixed targets cannot collapse, and cost no pass after the first
     missing = [row for row in rows if row not in examples.targets]
     # the starting model is this one without its LoRA; trained in full, it is there only at first
     assert not missing or config.lora_rank or not examples.targets, "the starting model is gone"
@@ -156,10 +156,11 @@ def train_step(module: torch.nn.Module, optimizer: torch.optim.Optimizer, rows: 
                config: Config, rank=0, world=1, upcoming: list[int] = ()) -> tuple[Losses, Tensor]:
     """Forward, loss, backward, clip, step, over passes of config.batch examples.
 
-    Each of `world` processes takes every world-th pass, with the result of one making all.
     upcoming: the next step's rows. Returns what to log, and the gradient's norm before clipping.
     """
+    # each of `world` processes takes every world-th pass, with the result of one making all
     passes = processes.own_passes(rows, config.batch, rank, world)
+    # what each pass reads ahead: the one after it, at last the next step's first
     coming = [*passes[1:], *processes.own_passes(upcoming, config.batch, rank, world)[:1], []]
     results = []
     optimizer.zero_grad(set_to_none=True)
@@ -297,9 +298,8 @@ def fit(config: Config, resume: bool, rank: int, world: int) -> tuple | None:
     alone = rank == 0 and not config.shard
     before = evaluate.answers_before(out, run.questions, config) if alone else []
     vlm.train()
-    order = examples.steps(config)
-    for _ in range(step):
-        next(order)
+    # the order is the seed's alone: what was learned from before is passed over
+    order = islice(examples.steps(config), step, None)
     upcoming, stop, bad = next(order), False, 0
     start, clock = time.time(), progress.Clock(examples.store)
     # from here on a signal ends the loop after the step it is in, and not the program
