@@ -109,7 +109,7 @@ FAULTS = [
           "result.total.backward()", "train: accumulation"),
     Fault("train.py", "    optimizer.zero_grad(set_to_none=True)\n", "", "train: accumulation"),
     Fault("train.py", ", config.clip)", ", 1e9)", "train: clips"),
-    Fault("train.py", "    if torch.isfinite(norm):\n", "    if True:\n", "train: clips"),
+    Fault("train.py", "    if torch.isfinite(norm):", "    if True:", "train: clips"),
     Fault("train.py", "islice(examples.steps(config), step, None)", "examples.steps(config)",
           "train: interrupted"),
     Fault("train.py", "while step < config.steps and not stop:", "while step < config.steps:",
