@@ -365,8 +365,6 @@ FAULTS = [
     Fault("train.py", "        cures.equip(predictor, vlm, config)\n", "", "cures: average"),
     Fault("train.py", "cures.encode(vlm, batch, images, config).embedding",
           "vlm(batch, images).embedding", "cures: frozen_target"),
-    Fault("data.py", "begins = len(self.header) if opening.startswith(self.header) else first",
-          "begins = first", "families: own"),
     Fault("baselines/release.py", "ends[-2] + 1", "ends[-2]", "release: every_term"),
     Fault("baselines/release.py", "labels[n + 1:n + 1 + len(layout)] = layout\n", "pass\n",
           "release: line_break"),

@@ -1,6 +1,6 @@
-"""Claims: `python data.py --show` prints data.Serializer's worked example to the token; what it prints
-of a data folder, of the world, of other model families and of other methods is what their runs
-read; weights are not needed; colour is for terminals; what is not there is one sentence."""
+"""Claims: `python data.py --show` prints data.Serializer's worked example to the token; what it
+prints of a data folder, of the world, of other model families and of other methods is what their
+runs read; weights are not needed; colour is for terminals; what is not there is one sentence."""
 
 import io
 import re
