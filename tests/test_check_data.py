@@ -147,7 +147,7 @@ def test_what_is_there_is_counted(tmp_path, capsys):
 
 def test_the_small_world_is_checked_too(capsys):
     check_data.check_data(train.parse_config(["--train_examples", "5", "--valid_examples", "5",
-                                              "--test_per_family", "1"]))
+                                              "--test_per_family", "1", "--regime", "mixed"]))
     assert "16 records are well-formed; 5 train, 5 validation, 6 test" in capsys.readouterr().out
 
 

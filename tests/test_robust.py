@@ -424,8 +424,9 @@ FIELDS = {field.name for field in dataclasses.fields(Config)}
 def options_of(script: str) -> set[str]:
     """The names of its options, from its source, and train.py's where it takes them."""
     source = (ROOT / script).read_text(encoding="utf-8")
-    if script == "evaluate.py":
-        source += (ROOT / "analysis" / "compare_runs.py").read_text(encoding="utf-8")
+    hands_over = {"evaluate.py": "compare_runs.py", "data.py": "token_view.py"}
+    if script in hands_over:
+        source += (ROOT / "analysis" / hands_over[script]).read_text(encoding="utf-8")
     fields = FIELDS if "parse_config" in source or "given_options" in source else set()
     return fields | set(re.findall(r'"(?:--)?([a-z]\w+)"', source))
 

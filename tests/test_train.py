@@ -979,7 +979,7 @@ def test_recipes_set_defaults_and_options_win():
     assert mine.distance == "mse" and mine.nextlat_view == "trajectory"
     assert mine.train_vision is True
     assert train.parse_config(["--train-vision", "false"]).train_vision is False
-    assert train.parse_config(["--method", "sft", "--seed", "3"]).out == "runs/sft-mixed-seed3"
+    assert train.parse_config(["--method", "sft", "--seed", "3"]).out == "runs/sft-single-seed3"
     for fields in options.RECIPES.values():
         assert fields.keys() <= {f.name for f in dataclasses.fields(options.Config)}
 
