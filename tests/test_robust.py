@@ -434,9 +434,9 @@ def options_of(script: str) -> set[str]:
 def test_documented_commands_are_understood():
     found = []
     for path in (*PAGES, *PROGRAMS):
-        text = path.read_text(encoding="utf-8")
-        common = re.search(r'COMMON="(.*?)"', text, re.DOTALL)
-        common = common[1].replace("\\\n", " ") if common else ""
+        text = path.read_text(encoding="utf-8").replace("\\\n", " ")  # commands of several lines
+        common = re.search(r'COMMON="(.*?)"', text)
+        common = common[1] if common else ""
         found += [(path.name, script, rest.replace("$COMMON", common))
                   for script, rest in COMMAND.findall(text)]
     assert len(found) > 40
