@@ -93,6 +93,6 @@ def conclusion(config, before: dict, after: dict) -> str:
         lines.append("Trajectories alone teach the tool and cost direct answering; compare what "
                      "each method keeps of it, at the same tool skill.")
     other = "sft" if config.method != "sft" else "pearl"
-    lines.append(f"Next: python train.py --method {other}, then python evaluate.py RUN RUN; "
+    lines.append(f"Next: the same with --method {other}, then python evaluate.py RUN RUN; "
                  "python data.py --show; docs/walkthrough.md")
     return "\n".join(lines)
