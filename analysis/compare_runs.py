@@ -47,9 +47,16 @@ def run(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(f"--{name}", type=kind, default=default, help=meaning)
     parser.add_argument("--outside_images", action="store_true", help="--data may lead elsewhere")
     parser.add_argument("--again", action="store_true", help="ask anew, not from results.json")
+    parser.add_argument("--causal", action="store_true",
+                        help="what do answers depend on? Replace latents, images, tool images")
     args = parser.parse_args()
     if not args.runs and not args.model:
         parser.error("name at least one RUN folder, or --model")
+    if args.causal:
+        from analysis import causal  # here, and not above: it asks in ways of its own
+
+        causal.run(args)
+        return
     found = {str(run): read_run(run, args) for run in args.runs}
     columns = {name: summarise(run["answers"]) for name, run in found.items()}
     said = {name: run["answers"] for name, run in found.items()}

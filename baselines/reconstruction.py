@@ -11,6 +11,7 @@ marker is written for the model once the run is over, so it is not supervised.
 """
 
 from pathlib import Path
+from typing import Callable
 
 import torch
 from torch import Tensor, nn
@@ -149,12 +150,14 @@ def compute_losses(vlm: VLM, scale: LatentScale, examples: data.Examples, rows: 
 
 @torch.no_grad()
 def generate_latent(vlm: VLM, views: list[data.View], store, scale: LatentScale, latents: int,
-                    end_id: int, max_new_tokens: int) -> list[tuple[list[int], int]]:
+                    end_id: int, max_new_tokens: int,
+                    instead: Callable | None = None) -> list[tuple[list[int], int]]:
     """Greedy words, and after each start marker `latents` latents; (words, latents fed) of each.
 
     A latent is the last state, brought to the scale of an input and fed back in place of a word;
     after the last one the end marker is written. Every row is fed one position a step, a word or a
-    latent, so rows in and out of a run share one batch and one KV cache.
+    latent, so rows in and out of a run share one batch and one KV cache. instead(inputs (B, D),
+    latents fed so far, is a latent (B)) -> inputs: what a control feeds (analysis/causal.py).
     """
     markers = vlm.tokenizer.convert_tokens_to_ids([LATENT_START, LATENT_END])
     batch = data.collate(views, vlm.pad_id, left=True).to(vlm.device)
@@ -182,7 +185,10 @@ def generate_latent(vlm: VLM, views: list[data.View], store, scale: LatentScale,
                for n, w in zip(left, words)):
             return list(zip(words, fed))
         embeds = vlm.lm.get_input_embeddings()(torch.tensor(token, device=vlm.device))  # (B, D)
-        embeds = torch.where(latent[:, None], scale.input(state).to(embeds.dtype), embeds)
+        inputs_now = scale.input(state)
+        if instead is not None:
+            inputs_now = instead(inputs_now, fed, latent)
+        embeds = torch.where(latent[:, None], inputs_now.to(embeds.dtype), embeds)
         mask = torch.cat([mask, mask.new_ones(len(views), 1)], dim=1)
         rows = position.expand(len(inputs["position_ids"]), -1)[..., None]
         inputs |= dict(inputs_embeds=embeds[:, None], attention_mask=mask, position_ids=rows,

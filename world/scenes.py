@@ -31,6 +31,7 @@ GLYPHS = (  # 5 x 7 bitmaps, a row a group
     "01110 10001 10001 01110 10001 10001 01110", "01110 10001 10001 01111 00001 00001 01110")
 GLYPHS = [np.array([[int(bit) * 255 for bit in row] for row in g.split()], dtype=np.uint8) for g in GLYPHS]
 Spec = dict
+NO_DOTS = f"{HELD_OUT} without dots"
 
 
 class Family(NamedTuple):
@@ -201,11 +202,11 @@ def sample_tallest(rng: np.random.Generator) -> Spec:
                 options=_options(rng, tallest, [bar[2] for bar in bars]))
 
 
-def draw_bars(spec: Spec) -> Image.Image:
+def draw_bars(spec: Spec, dots: bool = True) -> Image.Image:
     image, draw = _canvas(spec)
     for x, height, colour, dotted, digit in spec["bars"]:
         draw.rectangle((x, 110 - height, x + 14, 110), fill=COLOURS[colour])
-        if dotted:
+        if dotted and dots:
             draw.ellipse((x + 4, 100, x + 10, 106), fill=(250, 250, 250))
         if spec["family"] == "highlight+crop":
             _glyph(image, digit, x + 7, 119, 12, (235, 235, 235))
@@ -410,6 +411,14 @@ def make_example(family: str, split: str, index: int, seed: int) -> Example:
     image = FAMILIES[family].draw(spec)
     return Example(f"{family}-{split}-{index:05d}", family, image, spec["question"], spec["options"], spec["answer"],
                    FAMILIES[family].tell(spec, image), split)
+
+
+def tallest_without_dots(split: str, index: int, seed: int) -> Example:
+    """`tallest`'s scene of that index, pixel for pixel but for its dots: nothing in it can be taken for `highlight`'s
+    question. No family of its own, so that no scene, split or corpus changes by it."""
+    spec = make_spec(HELD_OUT, split, index, seed)
+    return Example(f"{NO_DOTS}-{split}-{index:05d}".replace(" ", "-"), NO_DOTS, draw_bars(spec, dots=False),
+                   spec["question"], spec["options"], spec["answer"], [], split)
 
 
 def make_world(regime: str, split: str, count: int, seed: int = 0) -> list[Example]:
