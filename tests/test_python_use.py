@@ -1,4 +1,4 @@
-"""Claims: the lines of docs/python.md run as they stand there, are at most twenty, compute the
+"""Claims: the lines of README.md run as they stand there, are at most twenty, compute the
 losses of the three views, move what trains and nothing else, and answer the question."""
 
 import re
@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "python.md"
+PAGE = Path(__file__).resolve().parent.parent / "README.md"
 [CODE] = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
 
 
