@@ -167,7 +167,6 @@ def test_other_target_view_and_no_pred_tokens(shown, folder):
     assert view_of(lines, "input")[-1] == "         33  \\n  <- h^_R"
     assert sum(", image 0, " in line for line in view_of(lines, "target")) == 1
     assert "Which" not in " ".join(view_of(lines, "target"))
-    assert lines[-1].startswith("L_NextLat, token term: ")
     paper = shown("--data", folder, "--recipe", "paper")
     assert paper[-1] == ("L_NextLat (Eq. 2): the states of the target view, each from the one "
                          "before it")
