@@ -411,6 +411,7 @@ def test_what_the_dots_alone_do_is_told_scene_by_scene():
     assert causal_report.by_dots(two, base, *keys) == (mean, half)
     base = system(causal_report.BASE, [1, 1, 1, 0], [1, 1, 1, 1])  # it too has 25 less with dots
     assert causal_report.by_dots(two, base, *keys) == (mean + 25, half)
+    assert causal_report.by_dots(run, base, *keys)[0] == 0  # of -100, 0, 0, 100
 
 
 # ---- the command ----
