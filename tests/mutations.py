@@ -500,7 +500,8 @@ FAULTS = [
     Fault("analysis/token_view.py", "[*self.letter, id]", "[id]", "token_view: worked"),
     Fault("analysis/token_view.py", "first:first + count]", "first:first + count - 1]",
           "token_view: worked"),
-    Fault("analysis/token_view.py", "{grid[1]} x {grid[2]} patches", "{grid[2]} x {grid[1]} patches",
+    Fault("analysis/token_view.py", "{grid[1]} x {grid[2]} patches",
+          "{grid[2]} x {grid[1]} patches",
           "token_view: wide"),
     Fault("analysis/token_view.py", 'c.encode("unicode_escape").decode()', "c",
           "token_view: folder_by_its_row"),
@@ -518,8 +519,10 @@ FAULTS = [
     Fault("support/families.py", 'with torch.device("meta"):  # a device of shapes alone\n'
           "        lm = AutoModelForImageTextToText.from_config(config)",
           "lm = AutoModelForImageTextToText.from_pretrained(base)", "token_view: families"),
-    Fault("docs/walkthrough.md", "positions 22 to 25", "positions 22 to 26", "walkthrough: numbers"),
-    Fault("docs/walkthrough.md", "target = target.detach()", "target = target", "walkthrough: code"),
+    Fault("docs/walkthrough.md", "positions 22 to 25", "positions 22 to 26",
+          "walkthrough: numbers"),
+    Fault("docs/walkthrough.md", "target = target.detach()", "target = target",
+          "walkthrough: code"),
     Fault("docs/walkthrough.md", "[crop 70 5 96 31]", "[crop 70 5 96 32]", "walkthrough: record"),
     Fault("README.md", "losses.total.backward()\n", "", "python_use"),
 ]
