@@ -19,7 +19,8 @@ from transformers import (AutoConfig, AutoImageProcessor, AutoModelForImageTextT
                           AutoProcessor, AutoTokenizer, GenerationConfig, PreTrainedModel,
                           ProcessorMixin)
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (Qwen2VLImageProcessorPil,
+                                                                        smart_resize)
 
 from support.adapters import load_adapter, resolve
 from support.files import check_finite, read_json
@@ -245,7 +246,13 @@ class QwenFamily(Family):
     markup = "<|vision_start|><|image_pad|><|vision_end|>"
 
     def __init__(self, path: str, lm: PreTrainedModel):
-        processor = built(AutoImageProcessor, path)
+        try:
+            processor = built(AutoImageProcessor, path)
+        except ValueError as error:
+            if "torchvision" not in str(error):
+                raise
+            # transformers before 5.23 wants it for the automatic choice, though not for this kind
+            processor = built(Qwen2VLImageProcessorPil, path)
         tokenizer = built(AutoTokenizer, path)
         placeholder = tokenizer.convert_ids_to_tokens(lm.config.image_token_id)
         super().__init__(path, lm, processor, tokenizer, placeholder)
