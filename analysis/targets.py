@@ -2,6 +2,10 @@
 
     python analysis/targets.py                               # shipped model: half a minute
     python analysis/targets.py --model MODEL --data DIR      # yours; takes the options of train.py
+    python analysis/targets.py --layers                      # every layer and position of R, as a
+                                 table, and which to predict: the rule is in analysis/states.py
+      --figure PNG               the same as a picture, in a new file
+      --text_model smollm2       R's words read by a real language model (analysis/text_model.py)
 
 Pearl predicts h_R from image and question. What of it depends on the answer can teach answering;
 what is common to all trajectories, or to all of a family, cannot. RESULTS.md ("What h_R tells")
@@ -15,45 +19,18 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # before any other `analysis`
 
+import argparse
+
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 import losses
 import train
+from analysis import states, text_model
+from analysis.states import shares
 from model import VLM
+from support import options
 from support.processes import run_program
-from support.records import Example
-from world.loader import load_examples
-
-
-def shares(h: Tensor, world: list[Example]) -> dict[str, float]:
-    """What h (n, D) is made of: of the squared length of rows brought to length 1, the share of the
-    vector common to all, of what each family adds to it, of what each answer adds within its
-    family, and of the rest. The four add up to 1.
-
-    answer_by_chance: the third with the answers dealt anew within each family; small groups always
-    explain a little.
-    """
-    h = F.normalize(h.double(), dim=1)
-    families = [ex.family for ex in world]
-    generator, dealt = torch.Generator().manual_seed(0), [""] * len(world)
-    for family in dict.fromkeys(families):  # in the data's order: the same draw in every run
-        rows = [i for i, f in enumerate(families) if f == family]
-        for i, j in zip(rows, torch.randperm(len(rows), generator=generator).tolist()):
-            dealt[i] = world[rows[j]].answer
-
-    def left(groups: list) -> float:
-        """Mean squared distance from the mean of one's group."""
-        number = {group: n for n, group in enumerate(dict.fromkeys(groups))}
-        member = F.one_hot(torch.tensor([number[group] for group in groups])).double()
-        mean = member.T @ h / member.sum(0)[:, None]  # (groups, D)
-        return float((h - member @ mean).square().sum(1).mean())
-
-    common, family = left([0] * len(world)), left(families)
-    answer = left([(ex.family, ex.answer) for ex in world])
-    return dict(common=1 - common, family=common - family, answer=family - answer, rest=answer,
-                answer_by_chance=family - left(list(zip(families, dealt))))
+from world.loader import REGIMES, load_examples
 
 
 def report(config: train.Config) -> str:
@@ -74,8 +51,30 @@ def report(config: train.Config) -> str:
             f"{gauges['effective_rank']:.1f}")
 
 
+def layers_report(config: train.Config, name: str, figure: Path | None) -> str:
+    """The table of states and what is recommended. name: a language model's, or empty."""
+    if figure:
+        states.free_name(figure)
+    world = load_examples(config)[0][:config.train_examples]
+    found = (text_model.of_words(name, world, config.batch) if name
+             else states.of_model(config, world))
+    rows = states.measured(found, world)
+    who = f"the words read by {name}" if name else f"of {config.model}"
+    if figure:
+        states.picture(rows, Path(name or config.model).name).save(figure)
+    return states.said(rows, f"{who}, {len(world)} trajectories of {config.data or config.regime}")
+
+
 def main() -> None:
-    print(report(train.parse_config()))
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--layers", action="store_true")
+    parser.add_argument("--text_model", default="")
+    parser.add_argument("--figure", type=Path)
+    own, rest = parser.parse_known_args([options.underscored(word) for word in sys.argv[1:]])
+    config = options.parse_config(rest, __doc__, regime=tuple(REGIMES))
+    if not own.layers and (own.text_model or own.figure):
+        raise ValueError("--text_model and --figure belong to --layers: write --layers too")
+    print(layers_report(config, own.text_model, own.figure) if own.layers else report(config))
 
 
 if __name__ == "__main__":
