@@ -1,6 +1,8 @@
 """Variants of Pearl that are no part of it: orders of a trajectory, controls of the target."""
 
+import math
 from dataclasses import replace
+from itertools import cycle, islice
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +20,26 @@ def as_taught(examples: list[Example], config) -> list[Example]:
         return bare
     if config.target_position == "image":
         refuse_without_image(examples)
-    return [*as_shown(examples, config), *bare]
+    return [*as_shown(examples, config), *bare, *some_answers(examples, config)]
+
+
+def some_answers(examples: list[Example], config) -> list[Example]:
+    """--with_answers SHARE: that share of the questions, drawn by the seed, as bare answers too.
+
+    Repeated until they are as many as the trajectories, so that half of what is learned is answers,
+    however few there are; with SHARE 1 this is --method both. Validation has all of them: the best
+    checkpoint must not hang on one or two.
+    """
+    count = math.ceil(config.with_answers * len(examples))
+    if not count:
+        return []
+    if any(example.split == "train" for example in examples):
+        generator = torch.Generator().manual_seed(config.seed)
+        drawn = sorted(torch.randperm(len(examples), generator=generator)[:count].tolist())
+    else:
+        drawn = range(len(examples))
+    bare = [examples[n].answer_only(config.answer_prefix) for n in drawn]
+    return list(islice(cycle(bare), len(examples)))
 
 
 def as_shown(examples: list[Example], config) -> list[Example]:
@@ -74,7 +95,7 @@ def average_targets(examples, by: str) -> None:
     if by not in ("family", "answer"):
         return
     groups: dict[tuple[str, str], list[int]] = {}
-    for row in examples.targets:
+    for row in with_trajectory(examples, list(examples.targets)):
         example = examples.examples[row]
         key = (example.family, example.answer if by == "answer" else "")
         groups.setdefault(key, []).append(row)

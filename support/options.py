@@ -72,6 +72,8 @@ class Config:
     vicreg_terms: str = option("both", "variance and covariance, or the first alone",
                                ("both", "std"))
     sigreg: float = option(0.0, "weight of SIGReg (LeJEPA) on h_R, beside L_JEPA", least=0)
+    with_answers: float = option(0.0, "share of the questions that are learned as bare answers too",
+                                 least=0)
     target_view: str = option("trajectory", "what h_R sees: R alone, or I0 too",
                               ("trajectory", "trajectory_with_image"))
     targets: str = option("own", "of L_JEPA; the others are controls",
@@ -160,6 +162,10 @@ def impossible(config: Config) -> str:
     if config.targets in ("family", "answer") and config.target_encoder != "frozen":
         return (f"--targets {config.targets} is a mean over the data set, which only "
                 "--target_encoder frozen has at hand")
+    if config.with_answers > 1:
+        return f"--with_answers is a share, at most 1, not {config.with_answers}"
+    if config.with_answers and config.method not in ("pearl", "sft"):
+        return f"--with_answers needs --method pearl or sft, not {config.method}"
     if config.distance == "infonce" and config.batch < 2:
         return "--distance infonce needs --batch 2 or more: the others of a pass are its negatives"
     if config.target_encoder == "ema" and config.nextlat_view == "trajectory":

@@ -431,6 +431,73 @@ def test_nothing_is_added_by_default(shipped, config):
     assert not list(predictor.buffers())
 
 
+# ---- Pearl on top of the answers ----
+
+
+def test_pearl_on_all_answers_without_lambda_is_both(shipped, mixed, config):
+    both = dataclasses.replace(config, method="both")
+    found = []
+    for run in (both, *(dataclasses.replace(config, method=method, with_answers=1.0,
+                                            lambda_latent=0.0) for method in ("pearl", "sft"))):
+        examples = train.prepared(mixed[:5], shipped, run)
+        assert len(examples.views) == 10
+        step = train.trainable(VLM(TINY), examples, run)
+        assert step.predictor is None
+        found.append((examples.views, step([0, 7, 3, 9]).parts))
+    for views, parts in found[1:]:
+        assert views == found[0][0]
+        assert all(torch.equal(value, parts[name]) for name, value in found[0][1].items())
+
+
+def test_few_answers_are_drawn_by_the_seed_and_repeated(config):
+    world = scenes.make_world("mixed", "train", 20)
+    drawn = []
+    for seed, share, count in ((0, 0.15, 3), (1, 0.15, 3), (0, 0.01, 1), (0, 1.0, 20)):
+        run = dataclasses.replace(config, with_answers=share, seed=seed)
+        taught = variants.as_taught(world, run)
+        assert taught[:20] == world and len(taught) == 40
+        bare = [ex.id for ex in taught[20:]]
+        assert len(set(bare)) == count and bare == (bare[:count] * 20)[:20]
+        assert all(ex.texts == [f"{run.answer_prefix} {ex.answer}"] for ex in taught[20:])
+        drawn.append(set(bare))
+    assert drawn[0] != drawn[1] and drawn[2] <= drawn[0] | drawn[1] | drawn[3]
+    valid = scenes.make_world("mixed", "validation", 6)
+    taught = variants.as_taught(valid, dataclasses.replace(config, with_answers=0.01))
+    assert [ex.id for ex in taught[6:]] == [ex.id for ex in valid]
+    assert variants.as_taught(world, config) == world
+
+
+@pytest.mark.parametrize("fields", [
+    dict(), dict(target_encoder="frozen"), dict(distance="infonce", pred_head="mlp"),
+    dict(vicreg=0.5), dict(target_encoder="frozen", targets="family"),
+    dict(targets="random"), dict(target_position="image")])
+def test_only_trajectories_are_predicted(vlm64, mixed, config, fields):
+    """L_JEPA, its terms and gauges are those of the trajectories among the rows; a pass of bare
+    answers alone has none."""
+    config = dataclasses.replace(config, with_answers=1.0, nextlat_view="none", **fields)
+    predictor, examples = equipped(vlm64, mixed[:3], config)
+    if config.target_encoder == "frozen":
+        train.cache_targets(vlm64, examples, list(range(6)), config)
+        variants.average_targets(examples, config.targets)
+    mingled = train.compute_losses(vlm64, predictor, examples, [4, 2, 5, 0, 3], config)
+    pure = train.compute_losses(vlm64, predictor, examples, [2, 0], config)
+    for name in pure.parts.keys() - {"loss", "vlm"}:
+        torch.testing.assert_close(mingled.parts[name], pure.parts[name], rtol=1e-5, atol=1e-7)
+    for one, other in zip(mingled.pair, pure.pair):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+    bare = train.compute_losses(vlm64, predictor, examples, [5, 3], config)
+    assert bare.parts["jepa"] == 0 and len(bare.pair[0]) == 0
+    torch.testing.assert_close(bare.total.detach(), bare.parts["vlm"])
+    assert not losses.collapse_gauges(*bare.pair)
+
+
+def test_a_run_with_answers_goes_to_its_end(config):
+    config = dataclasses.replace(config, target_encoder="frozen", with_answers=0.1, steps=2,
+                                 batch=1, eval_every=1, targets="answer")
+    train.train(config)
+    assert (Path(config.out) / "results.json").is_file()
+
+
 # ---- what cannot be ----
 
 
@@ -440,6 +507,8 @@ def test_nothing_is_added_by_default(shipped, config):
     (["--vicreg", "1"], "only --target_encoder current"),
     (["--sigreg", "1", "--target_encoder", "ema"], "only --target_encoder current"),
     (["--target_encoder", "ema", "--ema", "1.5"], "--ema is at most 1"),
+    (["--with_answers", "1.5"], "at most 1"),
+    (["--with_answers", "0.1", "--method", "direct"], "--method pearl or sft"),
     (["--target_position", "image", "--target_view", "trajectory_with_image"],
      "I0 is no tool image")])
 def test_options_that_do_not_go_together_are_refused(argv, message, capsys):
