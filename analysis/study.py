@@ -67,6 +67,29 @@ ABLATIONS = {
     "pearl image first": "--order image_first",
     "recon image first": f"{RECON} --lambda_latent 1 --order image_first",
 }
+CURRENT = "--target_encoder current --lambda_latent 1"  # as the arm without a cure
+ABLATIONS |= {
+    # cures for a collapsing target (baselines/cures.py), each beside "pearl current target"
+    "pearl current, bias head": f"{CURRENT} --pred_head bias",
+    "pearl current, MLP head": f"{CURRENT} --pred_head mlp",
+    "pearl current, InfoNCE": f"{CURRENT} --distance infonce",
+    "pearl current, InfoNCE with mates": f"{CURRENT} --distance infonce --infonce_masked false",
+    "pearl current, VICReg": f"{CURRENT} --vicreg 1",
+    "pearl current, std alone": f"{CURRENT} --vicreg 1 --vicreg_terms std",
+    "pearl current, SIGReg": f"{CURRENT} --sigreg 0.05",
+    "pearl EMA": "--target_encoder ema --ema 0.99 --lambda_latent 1",
+    "pearl EMA rising": "--target_encoder ema --ema 0.996 --ema_rises --lambda_latent 1",
+    "pearl EMA, MLP head": "--target_encoder ema --ema 0.99 --pred_head mlp --lambda_latent 1",
+    # another state of R, by the frozen model; which, analysis/targets.py --layers recommends
+    **{f"pearl target {place}": f"--target_position {place}" for place in
+       ("word", "words", "image")},
+    **{f"pearl target {place} of layer 2": f"--target_position {place} --target_layer 2"
+       for place in ("end", "word", "words", "image")},
+    # a share of the questions as bare answers too, as many a step as trajectories
+    **{f"{name} and {share:.0%} answers":
+       f"--method {name} --with_answers {share} --batch 64 --lambda_latent 1"
+       for share in (0.01, 0.1, 1.0) for name in ("sft", "pearl")},
+}
 ARMS = SYSTEMS | ABLATIONS
 FIRST = "mixed"  # the regime in which the ablations run
 STEPS = 300  # of every run, whatever train.py's default is: RESULTS.md's tables are of so many
