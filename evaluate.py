@@ -20,7 +20,7 @@ import argparse
 import json
 import statistics
 import time
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -216,9 +216,9 @@ def ask(vlm: VLM, examples: list[Example], prefix: str, call_limit: int = 0, sca
     # free and tool take as long as direct, word for word; these two do something else
     ways = dict(direct=Answerer.direct)
     if call_limit:
-        ways["call"] = lambda asker: tool_use.answer(asker, call_limit)
+        ways["call"] = partial(tool_use.answer, limit=call_limit)
     if scale is not None:
-        ways["latent"] = lambda asker: reconstruction.answer(asker, scale, latents)
+        ways["latent"] = partial(reconstruction.answer, scale=scale, latents=latents)
     times: dict[str, list[float]] = {way: [] for way in ways}
     for example in examples[::max(1, len(examples) // timed)][:timed] if timed > 1 else ():
         for way, answer in ways.items():
