@@ -35,7 +35,8 @@ class Config:
     """One run: every field an option, defaults the run that README reports."""
 
     # what is trained, on what
-    method: str = option("pearl", "sft: L_VLM alone; direct: answers alone; both; recon", ("pearl", "sft", "direct", "both", "recon"))
+    method: str = option("pearl", "sft: L_VLM alone; direct: answers alone; both; recon",
+                         ("pearl", "sft", "direct", "both", "recon"))
     recipe: str = option("ours", "sets the fields of RECIPES; options beside it win",
                          ("ours", "paper", "release"))
     model: str = option(TINY, "checkpoint folder or hub id")
@@ -249,7 +250,7 @@ def _with_underscores(name: re.Match) -> str:
 
 def given_options(parser: argparse.ArgumentParser, config_class, argv: list[str],
                   moved: dict[str, str] | None = None) -> dict:
-    """The options that were given, each checked by itself. moved: old spelling -> what to write now."""
+    """The options that were given, each checked by itself. moved: old spelling -> what is now."""
     argv = [underscored(argument) for argument in argv]
     for argument in argv:
         name = argument.split("=")[0]

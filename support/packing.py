@@ -1,5 +1,5 @@
-"""Two views of an example in one forward pass: the full view, and behind it what the input view does
-not share with it.
+"""Two views of an example in one forward pass: the full view, and behind it what the input view
+does not share with it.
 
 A saving, not part of the method: `--packed false` makes one pass a view, with the same numbers.
 Letters: B batch, T sequence, A rows of positions.
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def shared_tokens(full_ids: list[int], input_ids: list[int], inject_at: tuple[int, ...]) -> int:
-    """How many first tokens of the input view, before anything injected, are the full view's too."""
+    """How many first tokens of the input view, before any injected one, are the full view's."""
     end = min(inject_at, default=len(input_ids))
     same = [a == b for a, b in zip(full_ids, input_ids[:end])]
     return (same + [False]).index(False)
@@ -63,7 +63,7 @@ def branch_inputs(batch, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor,
     steps = torch.arange(1, batch.branch + 1, device=device)
     positions = torch.cat([positions, last[..., None] + steps], dim=-1)
     index = torch.arange(batch.ids.shape[1], device=device)
-    sees = (index[:, None] >= index) & batch.mask[:, None]  # (B, T, T) query, key: causal, no padding
+    sees = (index[:, None] >= index) & batch.mask[:, None]  # (B, T, T) causal, no padding
     in_branch = index >= width
     foreign = in_branch[:, None] & ~in_branch & (index >= batch.shared[:, None, None])  # R
     # a large negative number and not -inf: a row of padding that sees nothing would become NaN

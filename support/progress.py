@@ -45,7 +45,8 @@ def log_step(config, step: int, parts: dict, gauges: dict[str, float], said: dic
                  f"rank {gauges['effective_rank']:.1f}")
     terms = " ".join(f"{name} {value:.4f}" for name, value in parts.items())
     left = int((config.steps - step) * timing["ms"] / 1000)
-    print(f"{step:5d}/{config.steps} {terms}{shown} | lr {said['lr']:.1e} grad {said['grad_norm']:.2f} "
+    print(f"{step:5d}/{config.steps} {terms}{shown} | "
+          f"lr {said['lr']:.1e} grad {said['grad_norm']:.2f} "
           f"{timing['ms']:.0f} ms/step, {left // 60}:{left % 60:02d} left", flush=True)
 
 

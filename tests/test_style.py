@@ -25,10 +25,7 @@ ALLOWED = {
 # Here, inside a function, a part may reach what it may not when it is loaded.
 LATER = {("data.py", "analysis"), ("evaluate.py", "analysis")}
 # Files from before these rules: the list may only become shorter.
-OLD = {
-    *(f"support/{name}.py" for name in ("options", "packing", "progress")),
-    *(f"world/{name}.py" for name in ("scenes", "tools")),
-}
+OLD = {f"world/{name}.py" for name in ("scenes", "tools")}
 
 
 def files(*rooms):
