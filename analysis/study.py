@@ -24,7 +24,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # before any other `analysis`
 
-from analysis.tables import compare, markdown
+from analysis.tables import compare, corrected, markdown
 from support import recorded
 from support.files import read_json, write_json, write_text
 from support.processes import run_program
@@ -146,14 +146,16 @@ def finished_runs(folder: Path) -> dict[str, dict]:
             for file in files}
 
 
-def tables(folder: Path) -> None:
-    """REGIME.md and REGIME.json of every regime below a base's folder, from all runs there."""
+def tables(folder: Path, against: str) -> None:
+    """REGIME.md and REGIME.json of every regime below a base's folder, from all runs there, each
+    arm compared with `against`."""
     for regime in sorted(p for p in folder.iterdir() if p.is_dir()):
         if runs := finished_runs(regime):
-            rows = compare(runs, names={run: arm_of(run) for run in runs})
+            rows = compare(runs, against, names={run: arm_of(run) for run in runs})
+            text = f"{markdown(rows, against)}\n\n{corrected(rows, against)}"
             write_json(folder / f"{regime.name}.json", rows)
-            write_text(folder / f"{regime.name}.md", markdown(rows) + "\n")
-            print(f"\n{folder.name}, {regime.name}\n{markdown(rows)}")
+            write_text(folder / f"{regime.name}.md", text + "\n")
+            print(f"\n{folder.name}, {regime.name}\n{text}")
 
 
 # ---- numbers that train.py sets beside its own --------------------------------------------------
@@ -217,6 +219,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
                         default=[FIRST, *(name for name in REGIMES if name != FIRST)],
                         help="the systems run in all of these, the ablations in the first")
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2, 3, 4])
+    parser.add_argument("--against", default="sft", choices=list(ARMS), metavar="ARM",
+                        help="the arm that the tables compare the others with")
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side")
     parser.add_argument("--record", action="store_true",
                         help="write analysis/recorded.json from the sft and pearl runs")
@@ -236,7 +240,7 @@ def main() -> None:
             failed += result.startswith("FAILED")
             print(f"{n}/{len(jobs)} {out}: {result}", flush=True)
     folder = args.out / args.base.partition("=")[0]
-    tables(folder)
+    tables(folder, args.against)
     if failed:
         sys.exit(f"{failed} runs failed; the same command repeats only them")
     if args.record:

@@ -26,6 +26,36 @@ def paired_difference(ours: list[float], theirs: list[float]) -> tuple[float, fl
     return statistics.mean(gaps), t * statistics.stdev(gaps) / math.sqrt(len(gaps))
 
 
+def p_value(ours: list[float], theirs: list[float]) -> float:
+    """Two-sided, of the paired t-test that `paired_difference` is the interval of; 1 below two
+    pairs, and for differences that are all 0."""
+    gaps = [a - b for a, b in zip(ours, theirs, strict=True)]
+    if len(gaps) < 2 or not any(gaps):
+        return 1.0
+    spread, df = statistics.stdev(gaps), len(gaps) - 1
+    if spread == 0:
+        return 0.0
+    # Student's distribution in closed form for whole degrees of freedom (Abramowitz and Stegun,
+    # 26.7.3 and 26.7.4): a sum of powers of cos, each a ratio times the one before
+    angle = math.atan(abs(statistics.mean(gaps)) / spread * math.sqrt(len(gaps) / df))
+    odd = df % 2
+    term = math.sin(angle) * (math.cos(angle) if odd else 1)
+    total = 0.0
+    for k in range(1 + odd, df, 2):
+        total, term = total + term, term * math.cos(angle) ** 2 * k / (k + 1)
+    return 1 - (2 / math.pi * (angle + total) if odd else total)
+
+
+def holm(values: dict[str, float]) -> dict[str, float]:
+    """p-values of several comparisons, each enlarged for how many there are (Holm 1979): below 0.05
+    for one of them, with a chance of 5% at most, where none of them differs."""
+    enlarged, least = {}, 0.0
+    for place, name in enumerate(sorted(values, key=values.get)):
+        least = max(least, min(1.0, values[name] * (len(values) - place)))
+        enlarged[name] = least
+    return {name: enlarged[name] for name in values}
+
+
 def arms(configs: dict[str, dict]) -> dict[str, str]:
     """Run -> the name of its arm: its method, and the settings in which the compared runs of that
     method differ."""
@@ -131,13 +161,22 @@ def row_of(name: str, own: str, seeds: dict[int, dict], against: dict[int, dict]
     both = sorted(seeds.keys() & against.keys())
     if both and row["compared"]:
         theirs = [summarise(against[seed]["answers"])[total]["direct"][0] for seed in both]
-        row["difference"] = paired_difference([100 * tables[seed][total][own][0] for seed in both],
-                                              [100 * share for share in theirs])
+        pairs = ([100 * tables[seed][total][own][0] for seed in both],
+                 [100 * share for share in theirs])
+        row["difference"], row["p"] = paired_difference(*pairs), p_value(*pairs)
     costs = [r["cost"][own] for run in seeds.values() for r in run["answers"] if own in r["cost"]]
     row["cost"] = {k: statistics.mean(c[k] for c in costs) for k in ("tokens", "images", "passes")}
     row["cost"]["failed"] = sum("failed" in c for c in costs) / len(costs)
     row["cost"]["ms"] = [run["ms"][own] for run in seeds.values() if own in run.get("ms", {})]
     return row
+
+
+def corrected(rows: list[dict], reference: str = "sft") -> str:
+    """One sentence: the p-values of all differences to the reference, for how many they are."""
+    values = holm({row["system"]: row["p"] for row in rows if row.get("difference")})
+    told = ", ".join(f"{name} {p:.3f}" for name, p in values.items())
+    return (f"p of the differences to {reference} (paired t over seeds, enlarged for "
+            f"{len(values)} comparisons by Holm's rule): {told or 'none to compare'}")
 
 
 def markdown(rows: list[dict], reference: str = "sft") -> str:

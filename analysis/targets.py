@@ -6,6 +6,8 @@
                                  table, and which to predict: the rule is in analysis/states.py
       --figure PNG               the same as a picture, in a new file
       --text_model smollm2       R's words read by a real language model (analysis/text_model.py)
+    python analysis/targets.py --runs RUN [RUN ...]          # what training has made of it, an arm
+                                 a line: of the validation trajectories, by the model that was kept
 
 Pearl predicts h_R from image and question. What of it depends on the answer can teach answering;
 what is common to all trajectories, or to all of a family, cannot. RESULTS.md ("What h_R tells")
@@ -20,15 +22,19 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # before any other `analysis`
 
 import argparse
+import statistics
 
 import torch
 
+import evaluate
 import losses
 import train
-from analysis import states, text_model
+from analysis import states, study, text_model
 from analysis.states import shares
+from analysis.tables import arms
 from model import VLM
-from support import options
+from support import options, run_folder
+from support.files import read_json
 from support.processes import run_program
 from world.loader import REGIMES, load_examples
 
@@ -65,15 +71,56 @@ def layers_report(config: train.Config, name: str, figure: Path | None) -> str:
     return states.said(rows, f"{who}, {len(world)} trajectories of {config.data or config.regime}")
 
 
+@torch.no_grad()
+def of_run(run: Path, device: str) -> dict[str, float]:
+    """h_R by a finished run's own model: shares, gauges, and the ms of a step with all it waits
+    for."""
+    vlm, settings, _ = evaluate.load_run(run, device)
+    config = train.Config(**settings)
+    world = load_examples(config)[1]
+    # LoRA is merged into the weights, so what was the starting model is now the trained one
+    examples = train.prepared(world, vlm, config)
+    train.cache_targets(vlm, examples, list(range(len(world))), config)
+    h = torch.stack([examples.targets[row] for row in range(len(world))])
+    ms = 1000 * read_json(run / "results.json")["train_seconds"] / config.steps
+    return shares(h, world) | losses.collapse_gauges(h, h) | dict(ms=ms)
+
+
+def runs_report(runs: list[Path], device: str) -> str:
+    """Mean +/- std over the seeds of each arm. A study's folder names its arms."""
+    configs = {str(run): run_folder.finished(run)[0] for run in runs}
+    named = {run: study.arm_of(Path(run).name) if "-seed" in Path(run).name else arm
+             for run, arm in arms(configs).items()}
+    columns = dict(mean_cosine="mean cosine", effective_rank="effective rank", common="common",
+                   family="family", answer="answer", answer_by_chance="by chance", ms="ms a step")
+    lines = [f"| arm | seeds | {' | '.join(columns.values())} |", "|---" * 9 + "|"]
+    found: dict[str, list[dict]] = {}
+    for run in configs:
+        found.setdefault(named[run], []).append(of_run(Path(run), device))
+    for arm, seeds in found.items():
+        cells = []
+        for name in columns:
+            values = [seed[name] for seed in seeds]
+            digits = 0 if name == "ms" else 1 if name == "effective_rank" else 3
+            spread = f" +/- {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+            cells.append(f"{statistics.mean(values):.{digits}f}{spread}")
+        lines.append(f"| {arm} | {len(seeds)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--layers", action="store_true")
     parser.add_argument("--text_model", default="")
     parser.add_argument("--figure", type=Path)
+    parser.add_argument("--runs", type=Path, nargs="+")
     own, rest = parser.parse_known_args([options.underscored(word) for word in sys.argv[1:]])
     config = options.parse_config(rest, __doc__, regime=tuple(REGIMES))
     if not own.layers and (own.text_model or own.figure):
         raise ValueError("--text_model and --figure belong to --layers: write --layers too")
+    if own.runs:
+        print(runs_report(own.runs, config.device))
+        return
     print(layers_report(config, own.text_model, own.figure) if own.layers else report(config))
 
 
