@@ -80,6 +80,7 @@ class Conversation(NamedTuple):
 
     def until_last_label(self) -> "Conversation":
         """Without the layout that a template writes after the last end-of-turn token."""
+        # a turn's line break is the template's, not the model's; and h_R stands at the end token
         stop = max(n for n, label in enumerate(self.labels) if label != -100) + 1
         return self._replace(ids=self.ids[:stop], labels=self.labels[:stop], ends=self.ends[:stop])
 
@@ -105,10 +106,6 @@ class Serializer:
         target view (h_R, Eq. 1: state of the last <|im_end|>)
           - the full view from its first "<|im_start|>assistant" on, so without I0 and Q
 
-    Deviation: the paper embeds a view at its last token. We end every view at the token that ends
-    the turn (as the release does) and put [PRED] after the generation prompt, where decoding would
-    start; the release puts them inside the user turn. The release's target view keeps I0:
-    target_view="trajectory_with_image".
     """
 
     def __init__(self, family, max_tokens: int):
@@ -178,7 +175,7 @@ class Serializer:
         return Said(start + begins, start + first, start + first + len(words) + blanks)
 
     def _tokenise(self, text: str, starts: list[int], said: list[Said]) -> Conversation:
-        # once and as a whole: many tokenizers treat a piece that stands alone differently (a word
+        # Once and as a whole: many tokenizers treat a piece that stands alone differently (a word
         # mark in front of it, line breaks that merge), and a model has seen wholes only
         ids, places = self.family.encode(text)
         # from an answer's first word on, up to the end-of-turn token, which is learned too
@@ -196,8 +193,10 @@ class Serializer:
 
     @staticmethod
     def turns(example: Example) -> list[tuple[str, list]]:
+        # a tool's output comes from outside, like a question: the model never learns to write one
         steps = [("assistant" if isinstance(step, str) else "user", [step])
                  for step in example.trajectory]
+        # the image first, as in the families' own examples
         return [("user", [example.image, example.question]), *steps]
 
     def views(self, example: Example, images: list[int], image_texts: list[str],
@@ -208,9 +207,13 @@ class Serializer:
                              "learn from")
         self.check(example)
         turns = self.turns(example)
+        # Deviation: the paper embeds a view at its last token. Full and target view end at the
+        # token that ends the turn, as in the release: its state can sum up what was said
         told = self.conversation(turns, image_texts).until_last_label()
         full = View(told.ids, told.labels, images, len(told.ids) - 1)
 
+        # Deviation: the paper appends [PRED] to <I0, Q>. Here they stand after the generation
+        # prompt, where decoding would start; the release puts them inside the user's turn
         asked = self.prompt(turns[:1], images[:1], image_texts[:1])
         # [PRED] have no ids of their own: model.py puts their rows where `inject_at` says
         ids = asked.ids + [self.end_id] * pred_tokens
@@ -238,6 +241,7 @@ class Serializer:
 
     def check_ids(self, example: Example, image_texts: list[str]) -> None:
         """Raises ValueError where the family's own processor makes other ids of a conversation."""
+        # the reference that everybody else's code uses, and none of it made by ours
         turns = self.turns(example)
         theirs = self.family.own_ids(self.messages(turns), [opened(i) for i in example.images])
         if self.conversation(turns, image_texts).ids != theirs:
@@ -246,6 +250,7 @@ class Serializer:
                              "tokenizer is not served")
 
     def check_length(self, view: View, example: Example) -> None:
+        # cut off, a view would lose its last token, which is the one that counts
         if len(view.ids) > self.max_tokens:
             raise ValueError(f"example {example.id}: {len(view.ids)} tokens, the limit is "
                              f"{self.max_tokens} (--max_tokens, or the model's positions); shorten "
@@ -254,6 +259,7 @@ class Serializer:
     def prompt(self, turns: list[tuple[str, list]], images: list[int],
                image_texts: list[str]) -> View:
         """A conversation so far and the generation prompt: of <I0, Q>, all that inference sees."""
+        # here the model would begin to speak, so nothing is supervised
         ids = self.conversation(turns, image_texts, prompt=True).ids
         return View(ids, [-100] * len(ids), images, len(ids) - 1)
 
@@ -288,6 +294,7 @@ class Examples:
                                 config.feature_cache, frozen=not config.train_vision)
         # of each example the numbers of its images (I0 first), and what stands for them in the text
         self.placed = [self.store.add(example) for example in taught]
+        # made once and kept, ids only: pixels are read when a step needs them
         self.views = [self.serializer.views(example, *place, config.pred_tokens, config.target_view)
                       for example, place in zip(taught, self.placed)]
         # one record is enough to see a template or tokenizer that we read in another way
@@ -342,6 +349,7 @@ class Batch:
 
 def collate(views: list[View], pad_id: int, left: bool = False) -> Batch:
     """Pad on the right (training) or on the left (generation), to the longest view."""
+    # on the right a causal model never sees it; on the left all rows end, and go on, together
     width = max(len(view.ids) for view in views)
     shift = [width - len(view.ids) if left else 0 for view in views]
 

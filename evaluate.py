@@ -18,8 +18,6 @@ well the trajectories themselves were learned, so that methods can be compared a
 
 import argparse
 import json
-import statistics
-import time
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -67,6 +65,7 @@ class Answerer:
         """Of each example the prompt with the answer begun, and each option's tokens."""
         found = []
         for example, place in zip(self.examples, self.placed):
+            # begun as this record's expert words an answer, or else as most of them do
             last = example.texts[-1] if example.texts else ""
             form = answers.form_of(last, example.answer, self.prefix) or self.common
             found.append(self.serializer.answer_prompt(example, *place, form))
@@ -79,7 +78,8 @@ class Answerer:
     def check_lengths(self) -> None:
         """Raises ValueError for a question that leaves no room for its answer: before training."""
         for example, place, (prompt, options) in zip(self.examples, self.placed, self.begun):
-            asked = [prompt.ids + max(options, key=len)]  # directly
+            # directly: the longest answer has to fit, whichever the model will give
+            asked = [prompt.ids + max(options, key=len)]
             if self.shown_with_tools(example):
                 # and with the expert's tool, up to the end of its answer
                 told = self.serializer.conversation(self.serializer.turns(example), place[1])
@@ -108,6 +108,7 @@ class Answerer:
 
         def decode(part: list[View], rows: list[int]) -> list[dict]:
             def allowed(row: int, made: list[int]) -> list[int]:
+                # the next token of every option that what was made so far begins
                 options = option_tokens[rows[row]]
                 goes_on = [o[len(made)] for o in options
                            if len(o) > len(made) and o[:len(made)] == made]
@@ -115,6 +116,7 @@ class Answerer:
                 return goes_on or [end]
 
             made = self.vlm.generate(part, self.store, tokens, allowed if option_tokens else None)
+            # a row that is done is padded until the longest of its batch is
             made = [ids[:ids.index(end) + 1] if end in ids else ids for ids in made]
             return [dict(ids=ids, text=self.decode(ids), tokens=len(ids), images=len(view.images),
                          passes=len(ids)) for ids, view in zip(made, part)]
@@ -122,6 +124,8 @@ class Answerer:
         return self.in_batches(views, decode)
 
     def direct(self) -> list[dict]:
+        # Confined, because a model that was taught trajectories begins with a plan: what it knows
+        # would not be seen (that is `free`). The prefix is given for the same reason.
         prompts, option_tokens = [b[0] for b in self.begun], [b[1] for b in self.begun]
         longest = max(len(option) for options in option_tokens for option in options)
         out = self.generate(prompts, longest, option_tokens)
@@ -147,6 +151,7 @@ class Answerer:
 
     def tool(self) -> list[dict | None]:
         """None where the example has no tool image that can be shown."""
+        # nothing is called here: calls and images are the record's own, so a miss is a misreading
         rows = [i for i, example in enumerate(self.examples) if self.shown_with_tools(example)]
         views, longest = [], 0
         for example, place in ((self.examples[i], self.placed[i]) for i in rows):
@@ -171,8 +176,10 @@ def answer_questions(vlm: VLM, examples: list[Example], answer_prefix: str = "An
     asker: of these examples, if there is one already.
     """
     was_training = vlm.training
+    # without dropout; what the model was doing it goes on with afterwards
     vlm.eval()
     asker = asker or Answerer(vlm, examples, answer_prefix)
+    # every model is asked in these three ways, so that any two can be compared
     said = dict(direct=asker.direct(), free=asker.free(free_tokens), tool=asker.tool())
     # 0: nobody has asked for calls; and only the rival has a scale, whose latents need one
     if call_limit:
@@ -203,6 +210,7 @@ def answer_questions(vlm: VLM, examples: list[Example], answer_prefix: str = "An
 
 def tracked(vlm: VLM, examples: list[Example], prefix: str) -> dict[str, float]:
     """Direct accuracy, and accuracy with the expert's tool, of the model as it is."""
+    # the two that matter together: `direct` that falls is forgetting only where `tool` has risen
     records = answer_questions(vlm, examples, prefix)
     rights = {way: [r[f"{way}_right"] for r in records if f"{way}_right" in r]
               for way in ("direct", "tool")}
@@ -219,17 +227,13 @@ def ask(vlm: VLM, examples: list[Example], prefix: str, call_limit: int = 0, sca
         ways["call"] = partial(tool_use.answer, limit=call_limit)
     if scale is not None:
         ways["latent"] = partial(reconstruction.answer, scale=scale, latents=latents)
-    times: dict[str, list[float]] = {way: [] for way in ways}
-    for example in examples[::max(1, len(examples) // timed)][:timed] if timed > 1 else ():
-        for way, answer in ways.items():
-            asker, start = Answerer(vlm, [example], prefix, batch=1), time.perf_counter()
-            answer(asker)
-            # a GPU answers later than Python goes on
-            if vlm.device.type == "cuda":
-                torch.cuda.synchronize()
-            times[way].append((time.perf_counter() - start) * 1000)
-    # the first one warms up
-    ms = {way: statistics.median(taken[1:]) for way, taken in times.items() if len(taken) > 1}
+    # from all over the list, so of every family
+    chosen = examples[::max(1, len(examples) // timed)][:timed] if timed > 1 else []
+    ms = {}
+    for way, answer in ways.items() if len(chosen) > 1 else ():
+        # each way with askers of its own: what one has encoded, the next would find done
+        askers = (Answerer(vlm, [example], prefix, batch=1) for example in chosen)
+        ms[way] = progress.milliseconds(answer, askers, vlm.device)
     return dict(answers=found, ms=ms)
 
 

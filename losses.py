@@ -64,9 +64,9 @@ def jepa_loss(predicted: Tensor, target: Tensor, kind: str | Callable = "cosine"
 
     predicted (B, D): h^_R, the state of the last [PRED] token after <I0, Q>. target (B, D): h_R,
     the state of the trajectory's last token. Gradient: flows to `predicted`, stops at `target`.
-    Deviation: the paper's text has D = SmoothL1; its authors' release has, and says that the
-    reported numbers used, 1 - cos. Ours is the cosine; kind="smoothl1" is the text.
     """
+    # Deviation: the paper's text has D = SmoothL1; its authors' release has, and says that the
+    # reported numbers used, 1 - cos. Ours is the cosine; kind="smoothl1" is the text.
     # The stop keeps the gradient from pulling h_R towards h^_R. It does not keep h_R in place: the
     # same layers compute both, so every step that moves one moves the other, and nothing here holds
     # two targets apart. SimSiam, BYOL and I-JEPA put a predictor of its own between the two ends;
@@ -74,6 +74,7 @@ def jepa_loss(predicted: Tensor, target: Tensor, kind: str | Callable = "cosine"
     # By default they come from the frozen starting model (train.py, cache_targets): there is then
     # nothing to stop, and this line only says so again.
     target = target.detach()
+    # a mean and no sum, so that lambda means the same at every batch size
     return distance(predicted, target, kind).mean()
 
 
@@ -112,9 +113,8 @@ def reconstruction_loss(predicted: Tensor, target: Tensor, kind: str = "mse") ->
     predicted, target (n, D), one row a latent; target: visual embeddings of the tool image.
     Gradient: flows to `predicted`, stops at `target`.
     """
-    # Eq. 1's two lines, kept apart from it: the rival may change without Pearl
-    target = target.detach()
-    return distance(predicted, target, kind).mean()
+    # Eq. 1's line, kept apart from it: the rival may change without Pearl
+    return distance(predicted, target.detach(), kind).mean()
 
 
 class Losses(NamedTuple):

@@ -40,6 +40,7 @@ class LoRALinear(nn.Module):
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
 
     def forward(self, x: Tensor) -> Tensor:
+        # two thin products instead of one wide: B A itself is never made while it trains
         y = self.base(x)
         if not self.active:
             return y
@@ -48,25 +49,17 @@ class LoRALinear(nn.Module):
         high = (self.scaling * self.lora_B).to(low.dtype)
         return y + nn.functional.linear(low, high).to(y.dtype)
 
-    @torch.no_grad()
-    def merged(self) -> nn.Linear:
-        self.base.weight += (self.scaling * self.lora_B @ self.lora_A).to(self.base.weight.dtype)
-        return self.base
-
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
     return {name: module for name, module in model.named_modules()
             if isinstance(module, LoRALinear)}
 
 
-def _replace(model: nn.Module, name: str, layer: nn.Module) -> None:
-    parent, _, last = name.rpartition(".")
-    setattr(model.get_submodule(parent), last, layer)
-
-
 def add_lora(model: nn.Module, rank: int, alpha: float, dropout: float, targets: list[str]) -> None:
     """Freeze `model`, then wrap each nn.Linear named in `targets`. Raises ValueError if none is."""
+    # frozen first: what is wrapped below brings its own trained parameters
     model.requires_grad_(False)
+    # by the last part of the name, as PEFT's target_modules
     found = {name: module for name, module in model.named_modules()
              if isinstance(module, nn.Linear)
              and ("all-linear" in targets or name.split(".")[-1] in targets)}
@@ -74,13 +67,9 @@ def add_lora(model: nn.Module, rank: int, alpha: float, dropout: float, targets:
         raise ValueError(f"no linear layer is named {' or '.join(targets)}; set --lora_targets to "
                          "names of this model's layers")
     for name, layer in found.items():
-        _replace(model, name, LoRALinear(layer, rank, alpha, dropout))
-
-
-def merge_lora(model: nn.Module) -> None:
-    """Fold every LoRA layer into its base weight and put the plain layer back."""
-    for name, layer in lora_layers(model).items():
-        _replace(model, name, layer.merged())
+        # in its parent's place: everything that calls the layer by its name now calls the sum
+        parent, _, last = name.rpartition(".")
+        setattr(model.get_submodule(parent), last, LoRALinear(layer, rank, alpha, dropout))
 
 
 # ---- the VLM ------------------------------------------------------------------------------------
@@ -117,6 +106,7 @@ class VLM(nn.Module):
     def set_trainable(self, rank: int, alpha: float, dropout: float, targets: list[str],
                       vision: bool) -> None:
         """LoRA on the language model (rank 0: all its weights), on the vision tower if asked."""
+        # embeddings, head and tower stay: words and pixels keep their meaning
         self.lm.requires_grad_(False)
         parts = [(self.lm.get_decoder(), targets)]
         # the tower's attention layers have names of their own in Qwen-VL
@@ -133,6 +123,7 @@ class VLM(nn.Module):
         """The model as it was before LoRA, for as long as the context lasts."""
         # LoRA is all that training changes here, so without it nothing has been changed
         layers = lora_layers(self.lm).values()
+        # switched off and not taken out: nothing is copied
         for layer in layers:
             layer.active = False
         try:
@@ -187,6 +178,7 @@ class VLM(nn.Module):
     def forward(self, batch: Batch, images: dict[int, EncodedImage],
                 injected: Tensor | None = None) -> Encoded:
         """Enc of a batch of views (see `embed`)."""
+        # the decoder without its head, and no cache: nothing is decoded here
         inputs = self.embed(batch, images, injected)
         states = self.family.states(**inputs, use_cache=False).last_hidden_state  # (B, T, D)
         # one known position of each view is its embedding: by number, never by searching
@@ -221,6 +213,7 @@ class VLM(nn.Module):
         return out[:, start:].tolist()
 
     def save_adapter(self, folder: Path) -> None:
+        # in PEFT's layout, so that others can load it
         adapters.save_adapter(self.lm, lora_layers(self.lm), self.path, folder)
 
     def load_adapter(self, folder: Path) -> None:

@@ -78,6 +78,6 @@ class Predictor(nn.Module):
         size = start.square().mean().sqrt()
         noise = 0.1 * size * torch.randn(pred_tokens, dim, device=start.device)
         self.pred_tokens = nn.Parameter(start.repeat(pred_tokens, 1) + noise)  # (K, D)
-        self.latent = LatentPredictor(dim, sees_next)
+        self.latent = LatentPredictor(dim, sees_next)  # Eq. 2 alone
         # empty, but for options against a collapse (baselines/cures.py)
         self.cures = nn.ModuleDict()

@@ -116,11 +116,9 @@ def compute_losses(vlm: VLM, predictor: Predictor | None, examples: data.Example
 
 @torch.no_grad()
 def cache_targets(vlm: VLM, examples: data.Examples, rows: list[int], config: Config) -> None:
-    """h_R of these examples by the starting model: made once, then looked up.
-
-    Deviation: the paper encodes R with the current model, and its targets collapse here (losses.py
-    says why, README what it costs). "Cached trajectory embeddings" are savings that it names.
-    """
+    """h_R of these examples by the starting model: made once, then looked up."""
+    # Deviation: the paper encodes R with the current model, and its targets collapse here (losses
+    # says why, README what it costs). "Cached trajectory embeddings" are savings that it names:
     # fixed targets cannot collapse, and cost no pass after the first
     missing = [row for row in rows if row not in examples.targets]
     # the starting model is this one without its LoRA; trained in full, it is there only at first

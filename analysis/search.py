@@ -15,6 +15,7 @@ import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # before any other `analysis`
@@ -47,8 +48,16 @@ GRIDS = {
 }
 
 
-def plan(out: Path, arms: list[str], rest: list[str]) -> list[tuple[str, str, Path, list[str]]]:
-    """(arm, setting, run folder, arguments of train.py) of every run."""
+class Try(NamedTuple):
+    """One run: its folder, and what train.py is called with."""
+
+    arm: str
+    setting: str
+    folder: Path
+    options: list[str]
+
+
+def plan(out: Path, arms: list[str], rest: list[str]) -> list[Try]:
     if unknown := set(arms) - GRIDS.keys():
         raise ValueError(f"unknown arm {sorted(unknown)[0]!r}: choose among {', '.join(GRIDS)}")
     jobs = []
@@ -56,7 +65,7 @@ def plan(out: Path, arms: list[str], rest: list[str]) -> list[tuple[str, str, Pa
         common, settings = GRIDS[arm]
         for setting in settings:
             folder = out / f"{arm} {setting}".replace("--", "").replace(" ", "_")
-            jobs.append((arm, setting, folder, [
+            jobs.append(Try(arm, setting, folder, [
                 "--method", "pearl", *common.split(), *setting.split(), "--regime", "single",
                 "--seed", "0", "--test_split", "validation", "--out", str(folder), *rest]))
     return jobs
@@ -90,14 +99,14 @@ def main() -> None:
     threads = max(1, (os.cpu_count() or 1) // args.jobs)
     failed = 0
     with ThreadPoolExecutor(args.jobs) as pool:
-        outcomes = pool.map(lambda job: run_one(job[2], job[3], threads), jobs)
-        for n, ((_, _, folder, _), outcome) in enumerate(zip(jobs, outcomes), start=1):
+        outcomes = pool.map(lambda job: run_one(job.folder, job.options, threads), jobs)
+        for n, (job, outcome) in enumerate(zip(jobs, outcomes), start=1):
             failed += outcome.startswith("FAILED")
-            print(f"{n}/{len(jobs)} {folder}: {outcome}", flush=True)
+            print(f"{n}/{len(jobs)} {job.folder}: {outcome}", flush=True)
     results: dict[str, dict] = {}
-    for arm, setting, folder, _ in jobs:
-        if (folder / "results.json").is_file():
-            results.setdefault(arm, {})[setting] = read_json(folder / "results.json")["answers"]
+    for job in jobs:
+        if (file := job.folder / "results.json").is_file():
+            results.setdefault(job.arm, {})[job.setting] = read_json(file)["answers"]
     write_text(args.out / "search.md", table(results) + "\n")
     print(table(results))
     if failed:

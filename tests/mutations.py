@@ -31,9 +31,7 @@ class Fault(NamedTuple):
 
 FAULTS = [
     # ---- losses ----
-    Fault("losses.py", "    target = target.detach()\n    return distance(predicted, target, kind)"
-          ".mean()\n\n\ndef nextlat", "    return distance(predicted, target, kind).mean()\n\n\n"
-          "def nextlat", "losses: eq1"),
+    Fault("losses.py", "    target = target.detach()\n    # a mean", "    # a mean", "losses: eq1"),
     Fault("losses.py", "1 - F.cosine_similarity(prediction", "F.cosine_similarity(prediction",
           "losses: eq1"),
     Fault("losses.py", "states[at].detach()", "states[at]", "losses: eq2"),
@@ -45,9 +43,8 @@ FAULTS = [
           "losses: eq4"),
     Fault("losses.py", "vlm + lambda_latent * (jepa + nextlat)",
           "vlm + lambda_latent * jepa + nextlat", "losses: eq4"),
-    Fault("losses.py", "    target = target.detach()\n    return distance(predicted, target, kind)"
-          ".mean()\n\n\nclass", "    return distance(predicted, target, kind).mean()\n\n\nclass",
-          "losses: reconstruction"),
+    Fault("losses.py", "distance(predicted, target.detach(), kind)",
+          "distance(predicted, target, kind)", "losses: reconstruction"),
     Fault("losses.py", "sum(share * result.parts[name]", "sum(result.parts[name]",
           "train: accumulation"),
     Fault("losses.py", "pred, true = (F.normalize(x, dim=-1) for x in raw)", "pred, true = raw",
@@ -87,8 +84,8 @@ FAULTS = [
 
     # ---- model ----
     Fault("model.py", "(self.scaling * self.lora_B).to", "self.lora_B.to", "model: lora"),
-    Fault("model.py", "self.base.weight += (self.scaling * self.lora_B",
-          "self.base.weight += (self.lora_B", "model: lora"),
+    Fault("support/adapters.py", "layer += (scaling * high @ low)", "layer += (high @ low)",
+          "model: lora"),
     Fault("model.py", "layer.active = False", "layer.active = True", "model: starting"),
     Fault("model.py", "                layer.active = True", "                pass",
           "model: starting"),

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 import data
-from model import VLM, LoRALinear, add_lora, lora_layers, merge_lora
+from model import VLM, LoRALinear, add_lora, lora_layers
 from support import images
 
 from conftest import TINY
@@ -90,7 +90,7 @@ def test_pred_tokens_fill_their_positions_and_leave_the_prompt_alone(vlm64, mixe
         torch.testing.assert_close(encoded.states[row, :prompt], other.states[row, :prompt])
 
 
-def test_lora_starts_at_the_base_and_merges_exactly(vlm64, mixed):
+def test_lora_starts_at_the_base_and_merges_exactly(vlm64, mixed, tmp_path):
     views, store = views_of(vlm64, mixed[:2])
     full = [v.full for v in views]
     before = states_of(vlm64, store, full)
@@ -103,9 +103,11 @@ def test_lora_starts_at_the_base_and_merges_exactly(vlm64, mixed):
     stir_lora(vlm64)
     tuned = states_of(vlm64, store, full)
     assert not torch.allclose(tuned, before)
-    merge_lora(vlm64.lm)
-    assert not any(isinstance(m, LoRALinear) for m in vlm64.modules())
-    torch.testing.assert_close(states_of(vlm64, store, full), tuned)
+    vlm64.save_adapter(tmp_path)
+    merged = VLM(TINY, dtype=torch.float64)
+    merged.load_adapter(tmp_path)
+    assert not any(isinstance(m, LoRALinear) for m in merged.modules())
+    torch.testing.assert_close(states_of(merged, store, full), tuned)
 
 
 def test_the_starting_model_is_the_model_before_training_bit_for_bit(mixed):
