@@ -17,7 +17,8 @@ IGNORED = {
     "gradient_checkpointing", "feature_cache", "feature_cache_gb", "log_every", "save_every",
     "track", "call_limit", "lambda_latent", "pred_tokens", "pred_position", "predictor_weights",
     "distance", "jepa", "target_encoder", "target_view", "targets", "horizon", "latents",
-    "decode_latents",
+    "decode_latents", "ema", "ema_rises", "target_layer", "target_position", "pred_head",
+    "infonce_masked", "vicreg", "vicreg_terms", "sigreg",
     *(field.name for field in dataclasses.fields(Config) if field.name.startswith("nextlat_")),
 }
 

@@ -16,8 +16,11 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText
 
+import evaluate
+import losses
 import train
 from analysis import benchmark, figures, probes, study, targets
+from data import collate
 from predictor import Predictor
 from support import recorded, records
 from world import scenes
@@ -343,7 +346,8 @@ def test_what_a_study_recorded_is_found_by_a_run_with_the_same_settings(tmp_path
     study.record([tmp_path / "mixed"], "another")  # what was recorded before stays
 
     found = recorded.recorded(dataclasses.replace(mine, seed=7, out="elsewhere", device="cuda",
-                                                  lambda_latent=9.0, pred_tokens=1))
+                                                  lambda_latent=9.0, pred_tokens=1,
+                                                  pred_head="mlp", sigreg=0.1))
     assert found["table"]["crop"]["direct"] == [25, 50] and found["seeds"] == [0, 1]
     assert found["table"]["tallest"]["direct"] == [100, 75]
     assert found["table"]["crop"]["chance"] == 25 and found["table"]["crop"]["n"] == 4
@@ -392,3 +396,20 @@ def test_a_record_needs_one_commit_and_one_set_of_settings(tmp_path, monkeypatch
 def test_the_picture_of_the_views(tmp_path):
     run_script("figures", "--views", tmp_path / "views.png")
     assert Image.open(tmp_path / "views.png").width > 1000
+
+
+@torch.no_grad()
+def test_what_a_run_made_of_its_targets_is_measured_by_its_own_model(small_study):
+    folder, _ = small_study
+    vlm, config, _ = evaluate.load_run(folder / "pearl-seed0", "cpu")
+    world = scenes.make_world("mixed", "validation", config["valid_examples"], 0)
+    examples = train.prepared(world, vlm, train.Config(**config))
+    batch = collate([views.target for views in examples.views], vlm.pad_id)
+    own = vlm(batch, examples.store.encoded(batch.images)).embedding
+    found = targets.of_run(folder / "pearl-seed0", "cpu")
+    gauges = losses.collapse_gauges(own, own)
+    assert {name: found[name] for name in gauges} == pytest.approx(gauges, rel=1e-4)
+    assert sum(found[name] for name in ("common", "family", "answer", "rest")) == pytest.approx(1)
+    lines = targets.runs_report([folder / f"{arm}-seed0" for arm in ("sft", "pearl")], "cpu")
+    assert [line.split(" | ")[0] for line in lines.splitlines()[2:]] == ["| sft", "| pearl"]
+    assert f"{found['mean_cosine']:.3f} | {found['effective_rank']:.1f} | " in lines

@@ -1,9 +1,15 @@
 """Claims: only runs of one base, training set and set of questions are averaged or subtracted; no
-run is lost from a table, and two of one arm and seed are told apart by name."""
+run is lost from a table, and two of one arm and seed are told apart by name; p-values are those of
+the paired t-test, enlarged by Holm's rule."""
+
+import math
+import statistics
+from pathlib import Path
 
 import pytest
 
-from analysis.tables import comparable, compare, comparison
+from analysis import search
+from analysis.tables import T95, comparable, compare, comparison, corrected, holm, p_value
 
 
 def a_run(method, seed, rights, family="crop", **settings):
@@ -50,3 +56,57 @@ def test_runs_of_one_setting_are_one_table_wherever_their_base_lies():
     assert len(comparable({"a": runs["a"], "b": other})) == 1
     other["answers"].pop()
     assert len(comparable({"a": runs["a"], "b": other})) == 2
+
+
+@pytest.mark.parametrize("pairs", range(2, 12))
+def test_p_is_5_in_100_where_the_interval_of_the_printed_table_ends(pairs):
+    gaps = [(-1.0) ** n for n in range(pairs)]
+    unit = [(gap - statistics.mean(gaps)) / statistics.stdev(gaps) for gap in gaps]
+    ends = [one + T95[pairs - 2] / math.sqrt(pairs) for one in unit]
+    # the table has three digits
+    assert p_value(ends, [0.0] * pairs) == pytest.approx(0.05, abs=4e-4)
+
+
+def test_p_of_a_worked_example_and_where_there_is_none():
+    # t = 3 with 2 degrees of freedom: 1 - 3 / sqrt(11); t = 1 with 1: 1/2
+    third = [1 - math.sqrt(1 / 3), 1.0, 1 + math.sqrt(1 / 3)]
+    assert p_value(third, [0.0] * 3) == pytest.approx(1 - 3 / math.sqrt(11))
+    assert p_value([2.0, 0.0], [0.0, 0.0]) == pytest.approx(0.5)
+    assert p_value([1.0], [0.0]) == p_value([3.0, 4.0], [3.0, 4.0]) == 1
+    assert p_value([3.0, 4.0], [2.0, 3.0]) == 0  # the same difference each time
+
+
+def test_holm_enlarges_and_keeps_the_order():
+    # the smallest three times, the next twice, the largest once, and never below one before it
+    assert holm(dict(a=0.01, b=0.04, c=0.03)) == pytest.approx(dict(a=0.03, b=0.06, c=0.06))
+    assert holm(dict(a=0.5, b=0.9)) == dict(a=1.0, b=1.0) and holm({}) == {}
+
+
+def test_all_arms_are_compared_with_the_one_that_is_named():
+    runs = {f"{arm}{seed}": a_run(arm, seed, rights) for arm, marks in dict(
+        sft=([1, 0, 0, 0], [1, 1, 0, 0]), pearl=([1, 1, 1, 0], [1, 1, 1, 1]),
+        direct=([0, 0, 0, 1], [0, 1, 0, 1])).items() for seed, rights in enumerate(marks)}
+    rows = {row["system"]: row for row in compare(runs, "pearl")}
+    assert rows["sft"]["difference"][0] == rows["direct"]["difference"][0] == -50
+    assert "difference" not in rows["pearl"] and rows["sft"]["p"] == 0
+    said = corrected(list(rows.values()), "pearl")
+    assert "differences to pearl" in said and "2 comparisons" in said
+    assert said.endswith("sft 0.000, direct 0.000")
+
+
+def test_every_arm_is_searched_with_as_many_settings_and_the_best_stands_out():
+    assert {len(settings) for _, settings in search.GRIDS.values()} == {4}
+    tries = search.plan(Path("found"), ["pearl EMA"], ["--test_per_family", "9"])
+    assert len({one.folder for one in tries}) == 4
+    for one in tries:
+        assert one.options[-2:] == ["--test_per_family", "9"]
+        assert "--test_split validation" in " ".join(one.options)
+        assert one.setting in " ".join(one.options)
+    with pytest.raises(ValueError, match="unknown arm 'nobody'"):
+        search.plan(Path("found"), ["nobody"], [])
+
+    def answered(*rights):
+        return [dict(family=family, options=["a", "b"], direct_right=right, tool_right=True)
+                for family, right in zip(("crop", "crop", "tallest"), rights)]
+    text = search.table({"arm": {"--x 1": answered(1, 0, 1), "--x 2": answered(1, 1, 0)}})
+    assert text.splitlines()[-1] == "| arm | `--x 1` 50.0 / 100.0, `--x 2` **100.0 / 100.0** |"
