@@ -1,8 +1,10 @@
-"""The small world: procedural scenes whose questions need a tool, drawn from a seed, with the expert's trajectory.
+"""The small world: procedural scenes whose questions need a tool, drawn from a seed, with the
+expert's trajectory.
 
-It stands in for the paper's three data sets, small enough that every system of the comparison trains in minutes. A family
-is three functions: sample a spec from a generator, draw it, tell its trajectory. A spec is a dict of plain ints and strings;
-its hash decides the split, so no two splits share a scene. `python data.py --out DIR` writes a folder of them to look at.
+It stands in for the paper's three data sets, small enough that every system of the comparison
+trains in minutes. A family is three functions: sample a spec from a generator, draw it, tell its
+trajectory. A spec is a dict of plain ints and strings; its hash decides the split, so no two splits
+share a scene. `python data.py --out DIR` writes a folder of them to look at.
 """
 
 import zlib
@@ -29,7 +31,8 @@ GLYPHS = (  # 5 x 7 bitmaps, a row a group
     "00010 00110 01010 10010 11111 00010 00010", "11111 10000 11110 00001 00001 10001 01110",
     "01110 10000 10000 11110 10001 10001 01110", "11111 00001 00010 00100 01000 01000 01000",
     "01110 10001 10001 01110 10001 10001 01110", "01110 10001 10001 01111 00001 00001 01110")
-GLYPHS = [np.array([[int(bit) * 255 for bit in row] for row in g.split()], dtype=np.uint8) for g in GLYPHS]
+GLYPHS = [np.array([[int(bit) * 255 for bit in row] for row in g.split()], dtype=np.uint8)
+          for g in GLYPHS]
 Spec = dict
 NO_DOTS = f"{HELD_OUT} without dots"
 
@@ -58,7 +61,8 @@ def _canvas(spec: Spec, low: int = 20, high: int = 60) -> tuple[Image.Image, Ima
 
 
 def _glyph(image: Image.Image, digit: int, x: int, y: int, height: int, ink: tuple) -> None:
-    mask = Image.fromarray(GLYPHS[digit]).resize((round(height * 5 / 7), height), Image.Resampling.NEAREST)
+    mask = Image.fromarray(GLYPHS[digit]).resize((round(height * 5 / 7), height),
+                                                 Image.Resampling.NEAREST)
     image.paste(ink, (x - mask.width // 2, y - mask.height // 2), mask)
 
 
@@ -84,7 +88,8 @@ def _call(name: str, *numbers: int) -> str:
 
 
 def tell_steps(image: Image.Image, texts: list[str]) -> list[str | Image.Image]:
-    """Interleave texts with the outputs of the calls they hold; each call acts on the previous image."""
+    """Texts, each followed by the output of the call that it holds, if it holds one; a call acts on
+    the previous image."""
     steps = []
     for text in texts:
         steps.append(text)
@@ -115,7 +120,8 @@ def _sample_objects(rng: np.random.Generator, count: int, r: tuple[int, int]) ->
 def sample_crop(rng: np.random.Generator) -> Spec:
     objects = _sample_objects(rng, 5, (15, 19))
     _, _, _, shape, colour, digit = objects[0]
-    return dict(family="crop", objects=objects, height=8, question=f"Which digit is on the {colour} {shape}?",
+    return dict(family="crop", objects=objects, height=8,
+                question=f"Which digit is on the {colour} {shape}?",
                 answer=DIGITS[digit], options=_options(rng, DIGITS[digit], DIGITS))
 
 
@@ -126,7 +132,8 @@ def sample_zoom(rng: np.random.Generator) -> Spec:
     objects = []
     for panel, colour in zip(_pick(rng, [0, 1, 2, 3], 4), _pick(rng, list(COLOURS), 4)):
         x, y = (int(v) for v in rng.integers(radius + 3, 61 - radius, 2))
-        objects.append((x + 64 * (panel % 2), y + 64 * (panel // 2), radius, SHAPES[int(rng.integers(4))], colour,
+        objects.append((x + 64 * (panel % 2), y + 64 * (panel // 2), radius,
+                        SHAPES[int(rng.integers(4))], colour,
                         int(rng.integers(10))))
     _, _, _, shape, colour, digit = objects[0]
     return dict(family="zoom", objects=objects, height=height, calls=calls,
@@ -141,7 +148,8 @@ def draw_objects(spec: Spec) -> Image.Image:
         draw.line((0, 64, SIZE, 64), fill=(120, 120, 120), width=2)
     for x, y, r, shape, colour, digit in spec["objects"]:
         _shape(draw, shape, x, y, r, COLOURS[colour])
-        _glyph(image, digit, x, y + (r // 4 if shape == "triangle" else 0), spec["height"], mark_ink(colour))
+        _glyph(image, digit, x, y + (r // 4 if shape == "triangle" else 0), spec["height"],
+               mark_ink(colour))
     return image
 
 
@@ -159,7 +167,8 @@ def _read(spec: Spec) -> str:
 
 def tell_crop(spec: Spec, image: Image.Image) -> list:
     x, y, r, shape, colour, _ = spec["objects"][0]
-    return tell_steps(image, [f"Zoom in on the {colour} {shape}. " + _call("crop", *box(x, y, r)), _read(spec)])
+    return tell_steps(image, [f"Zoom in on the {colour} {shape}. " + _call("crop", *box(x, y, r)),
+                              _read(spec)])
 
 
 def tell_zoom(spec: Spec, image: Image.Image) -> list:
@@ -167,7 +176,8 @@ def tell_zoom(spec: Spec, image: Image.Image) -> list:
     if spec["calls"] == 1:
         return tell_crop(spec, image)
     corner = (64 * (x >= 64), 64 * (y >= 64))
-    texts = [f"Zoom in on the {panel_name(x, y)} panel. " + _call("crop", *box(corner[0] + 32, corner[1] + 32, 32)),
+    texts = [f"Zoom in on the {panel_name(x, y)} panel. "
+             + _call("crop", *box(corner[0] + 32, corner[1] + 32, 32)),
              f"Zoom in on the {colour} {shape}. " + _call("crop", *box(x, y, r, corner, 64))]
     if spec["calls"] == 3:
         lower = r // 4 if shape == "triangle" else 0
@@ -175,17 +185,20 @@ def tell_zoom(spec: Spec, image: Image.Image) -> list:
     return tell_steps(image, texts + [_read(spec)])
 
 
-# highlight: which of the dotted bars is tallest; with +crop, the digit below it; tallest: of all bars (held out)
+# highlight: which of the dotted bars is tallest; with +crop, the digit below it;
+# tallest: of all bars (held out)
 
 
 def sample_highlight(rng: np.random.Generator, digits: bool = False) -> Spec:
     colours = _pick(rng, list(COLOURS), 6)
     heights = [int(v) for v in 18 + 3 * rng.permutation(28)[:6]]  # px, no two alike
     dotted = sorted(int(i) for i in rng.permutation(6)[:int(rng.integers(2, 4))])
-    bars = [(4 + 21 * i, heights[i], colours[i], i in dotted, int(rng.integers(10))) for i in range(6)]
+    bars = [(4 + 21 * i, heights[i], colours[i], i in dotted, int(rng.integers(10)))
+            for i in range(6)]
     tallest = max((bar for bar in bars if bar[3]), key=lambda bar: bar[1])
     if digits:
-        return dict(family="highlight+crop", bars=bars, question="Which digit is under the tallest dotted bar?",
+        return dict(family="highlight+crop", bars=bars,
+                    question="Which digit is under the tallest dotted bar?",
                     answer=DIGITS[tallest[4]], options=_options(rng, DIGITS[tallest[4]], DIGITS))
     return dict(family="highlight", bars=bars, question="Which dotted bar is the tallest?",
                 answer=tallest[2], options=_options(rng, tallest[2], colours))
@@ -214,16 +227,20 @@ def draw_bars(spec: Spec, dots: bool = True) -> Image.Image:
 
 
 def tell_highlight(spec: Spec, image: Image.Image) -> list:
-    """The call boxes the dotted bars (their digits too); reading names the tallest, or crops its digit."""
+    """The call boxes the dotted bars (their digits too); reading names the tallest, or crops its
+    digit."""
     percent = lambda v: int(min(100, round(100 * v / SIZE)))
     digits = spec["family"] == "highlight+crop"
     dotted = [bar for bar in spec["bars"] if bar[3]]
-    numbers = [n for x, h, *_ in dotted for n in (percent(x - 1), percent(108 - h), percent(x + 16), 100 if digits else 87)]
+    numbers = [n for x, h, *_ in dotted
+               for n in (percent(x - 1), percent(108 - h), percent(x + 16), 100 if digits else 87)]
     tallest = max(dotted, key=lambda bar: bar[1])
     texts = ["Highlight the dotted bars. " + _call("highlight", *numbers)]
     if digits:
-        texts.append(f"The {tallest[2]} bar is the tallest. " + _call("crop", *box(tallest[0] + 7, 118, 9)))
-    texts.append(_read(spec) if digits else final(f"The {spec['answer']} bar is the tallest.", spec["answer"]))
+        texts.append(f"The {tallest[2]} bar is the tallest. "
+                     + _call("crop", *box(tallest[0] + 7, 118, 9)))
+    texts.append(_read(spec) if digits else
+                 final(f"The {spec['answer']} bar is the tallest.", spec["answer"]))
     return tell_steps(image, texts)
 
 
@@ -232,17 +249,22 @@ def tell_highlight(spec: Spec, image: Image.Image) -> list:
 
 def sample_depth(rng: np.random.Generator) -> Spec:
     while True:
-        nearness = sorted(int(v) for v in rng.permutation(16)[:6])  # 0 far .. 15 near, painted in this order
-        balls = [tuple(int(v) for v in (*rng.integers(24, 105, 2), rng.integers(16, 24) + z // 3)) + (z,) for z in nearness]
-        visible = [i for i, (x, y, _, _) in enumerate(balls)  # the ball's centre, where the mark goes, is not covered
-                   if all((x - a) ** 2 + (y - b) ** 2 > (r + 6) ** 2 for a, b, r, _ in balls[i + 1:])]
+        # 0 far .. 15 near, painted in this order
+        nearness = sorted(int(v) for v in rng.permutation(16)[:6])
+        balls = [tuple(int(v) for v in (*rng.integers(24, 105, 2), rng.integers(16, 24) + z // 3))
+                 + (z,) for z in nearness]
+        # the ball's centre, where the mark goes, is not covered
+        visible = [i for i, (x, y, _, _) in enumerate(balls)
+                   if all((x - a) ** 2 + (y - b) ** 2 > (r + 6) ** 2
+                           for a, b, r, _ in balls[i + 1:])]
         marked = _pick(rng, visible, 2)
         if len(marked) == 2 and abs(balls[marked[0]][3] - balls[marked[1]][3]) >= 2:
             break
     names = _pick(rng, list(COLOURS), 2)
     nearer = names[0] if balls[marked[0]][3] > balls[marked[1]][3] else names[1]
     return dict(family="depth", balls=balls, marks=list(zip(marked, names)),
-                question=f"Which mark is nearer, {names[0]} or {names[1]}?", answer=nearer, options=names)
+                question=f"Which mark is nearer, {names[0]} or {names[1]}?", answer=nearer,
+                options=names)
 
 
 def draw_balls(spec: Spec) -> Image.Image:
@@ -251,7 +273,8 @@ def draw_balls(spec: Spec) -> Image.Image:
     for x, y, r, z in spec["balls"]:
         level = 60 + 11 * z
         draw.ellipse((x - r, y - r, x + r, y + r), fill=(level,) * 3, outline=(20, 20, 20))
-        for _ in range(10):  # dark and bright flecks that a direct look at one spot cannot tell from shading
+        # dark and bright flecks that a direct look at one spot cannot tell from shading
+        for _ in range(10):
             a, b = rng.integers(-r * 2 // 3, r * 2 // 3, 2)
             shade = int(np.clip(level + rng.choice([-60, 60]), 0, 255))
             draw.rectangle((x + a - 2, y + b - 2, x + a + 2, y + b + 2), fill=(shade,) * 3)
@@ -279,9 +302,11 @@ def _sample_picture(rng: np.random.Generator) -> tuple:
 
 def sample_jigsaw(rng: np.random.Generator) -> Spec:
     frames = _pick(rng, list(COLOURS), 4)
-    order = [int(v) for v in rng.permutation(4)]  # content of each place: 0 the right piece, 1 it turned by 180, 2 and 3 foreign
+    # content of each place: 0 the right piece, 1 it turned by 180, 2 and 3 foreign
+    order = [int(v) for v in rng.permutation(4)]
     answer = frames[order.index(0)]
-    return dict(family="jigsaw", pictures=[_sample_picture(rng) for _ in range(3)], hole=int(rng.integers(4)), order=order,
+    return dict(family="jigsaw", pictures=[_sample_picture(rng) for _ in range(3)],
+                hole=int(rng.integers(4)), order=order,
                 frames=frames, question="Which piece completes the picture?", answer=answer,
                 options=_pick(rng, frames, 4))
 
@@ -304,7 +329,8 @@ def draw_jigsaw(spec: Spec) -> Image.Image:
     image.paste(pictures[0], (5, 5))
     draw.rectangle((5 + hx, 5 + hy, 4 + hx + HOLE, 4 + hy + HOLE), fill=(0, 0, 0))
     for (x, y), frame, content in zip(PIECES, spec["frames"], spec["order"]):
-        draw.rectangle((x, y, x + HOLE + 2 * FRAME - 1, y + HOLE + 2 * FRAME - 1), fill=COLOURS[frame])
+        draw.rectangle((x, y, x + HOLE + 2 * FRAME - 1, y + HOLE + 2 * FRAME - 1),
+                       fill=COLOURS[frame])
         image.paste(contents[content], (x + FRAME, y + FRAME))
     return image
 
@@ -318,7 +344,8 @@ def tell_jigsaw(spec: Spec, image: Image.Image) -> list:
 
 
 def sample_path(rng: np.random.Generator, digits: bool = False) -> Spec:
-    """Four node-disjoint walks on a 5 x 5 lattice; the first starts at the ring, each ends in a coloured disc."""
+    """Four node-disjoint walks on a 5 x 5 lattice; the first starts at the ring, each ends in a
+    coloured disc."""
     while True:
         used, walks = set(), []
         for length in (int(rng.integers(3, 7)), *(int(v) for v in rng.integers(1, 5, 3))):
@@ -338,10 +365,12 @@ def sample_path(rng: np.random.Generator, digits: bool = False) -> Spec:
             break
     colours = _pick(rng, list(COLOURS), 4)
     ends = [int(v) for v in rng.integers(0, 10, 4)]
-    spec = dict(family="path", walks=walks, colours=colours, digits=ends, question="Where does the route from the ring end?",
+    spec = dict(family="path", walks=walks, colours=colours, digits=ends,
+                question="Where does the route from the ring end?",
                 answer=colours[0], options=_pick(rng, colours, 4))
     if digits:
-        spec |= dict(family="path+crop", question="Which digit is at the end of the route from the ring?",
+        spec |= dict(family="path+crop",
+                     question="Which digit is at the end of the route from the ring?",
                      answer=DIGITS[ends[0]], options=_options(rng, DIGITS[ends[0]], DIGITS))
     return spec
 
@@ -371,7 +400,8 @@ def tell_path(spec: Spec, image: Image.Image) -> list:
     start, end = (node_xy(spec["walks"][0][n]) for n in (0, -1))
     texts = ["Trace the route. " + _call("path", *(round(100 * v / SIZE) for v in start))]
     if spec["family"] == "path+crop":
-        texts += [f"It ends at the {spec['colours'][0]} disc. " + _call("crop", *box(*end, 11)), _read(spec)]
+        texts += [f"It ends at the {spec['colours'][0]} disc. " + _call("crop", *box(*end, 11)),
+                  _read(spec)]
     else:
         texts.append(final(f"It ends at the {spec['answer']} disc.", spec["answer"]))
     return tell_steps(image, texts)
@@ -384,7 +414,8 @@ FAMILIES: dict[str, Family] = {
     "jigsaw": Family(sample_jigsaw, draw_jigsaw, tell_jigsaw),
     "path": Family(sample_path, draw_routes, tell_path),
     "zoom": Family(sample_zoom, draw_objects, tell_zoom),
-    "highlight+crop": Family(lambda rng: sample_highlight(rng, digits=True), draw_bars, tell_highlight),
+    "highlight+crop": Family(lambda rng: sample_highlight(rng, digits=True), draw_bars,
+                             tell_highlight),
     "path+crop": Family(lambda rng: sample_path(rng, digits=True), draw_routes, tell_path),
     "tallest": Family(sample_tallest, draw_bars, lambda spec, image: []),
 }
@@ -394,12 +425,16 @@ REGIMES: dict[str, list[str]] = {
     "multi": ["zoom"],  # one type, one to three calls
     "all": ["highlight+crop", "path+crop", "zoom"],  # several types, several calls
 }
-BUCKETS = dict(test=range(0, 2), validation=range(2, 4), train=range(4, 10), pretrain=range(10, 16))  # of 16, by hash
+# of 16, by hash
+BUCKETS = dict(test=range(0, 2), validation=range(2, 4), train=range(4, 10),
+               pretrain=range(10, 16))
 
 
 def make_spec(family: str, split: str, index: int, seed: int) -> Spec:
-    """The index-th scene of a family and split. Scenes of two splits never coincide: the scene's hash names its split."""
-    rng = np.random.default_rng([seed, zlib.crc32(split.encode()), zlib.crc32(family.encode()), index])
+    """The index-th scene of a family and split. Scenes of two splits never coincide: the scene's
+    hash names its split."""
+    rng = np.random.default_rng([seed, zlib.crc32(split.encode()), zlib.crc32(family.encode()),
+                                 index])
     while True:
         spec = FAMILIES[family].sample(rng)
         if zlib.crc32(repr(spec).encode()) % 16 in BUCKETS[split]:
@@ -409,16 +444,19 @@ def make_spec(family: str, split: str, index: int, seed: int) -> Spec:
 def make_example(family: str, split: str, index: int, seed: int) -> Example:
     spec = make_spec(family, split, index, seed)
     image = FAMILIES[family].draw(spec)
-    return Example(f"{family}-{split}-{index:05d}", family, image, spec["question"], spec["options"], spec["answer"],
+    return Example(f"{family}-{split}-{index:05d}", family, image, spec["question"],
+                   spec["options"], spec["answer"],
                    FAMILIES[family].tell(spec, image), split)
 
 
 def tallest_without_dots(split: str, index: int, seed: int) -> Example:
-    """`tallest`'s scene of that index, pixel for pixel but for its dots: nothing in it can be taken for `highlight`'s
-    question. No family of its own, so that no scene, split or corpus changes by it."""
+    """`tallest`'s scene of that index, pixel for pixel but for its dots: nothing in it can be taken
+    for `highlight`'s question. No family of its own, so that no scene, split or corpus changes by
+    it."""
     spec = make_spec(HELD_OUT, split, index, seed)
-    return Example(f"{NO_DOTS}-{split}-{index:05d}".replace(" ", "-"), NO_DOTS, draw_bars(spec, dots=False),
-                   spec["question"], spec["options"], spec["answer"], [], split)
+    return Example(f"{NO_DOTS}-{split}-{index:05d}".replace(" ", "-"), NO_DOTS,
+                   draw_bars(spec, dots=False), spec["question"], spec["options"], spec["answer"],
+                   [], split)
 
 
 def make_world(regime: str, split: str, count: int, seed: int = 0) -> list[Example]:
@@ -426,7 +464,8 @@ def make_world(regime: str, split: str, count: int, seed: int = 0) -> list[Examp
     if regime not in REGIMES:
         raise ValueError(f"unknown regime {regime!r}: choose one of {', '.join(REGIMES)}")
     families = REGIMES[regime]
-    return [make_example(families[i % len(families)], split, i // len(families), seed) for i in range(count)]
+    return [make_example(families[i % len(families)], split, i // len(families), seed)
+            for i in range(count)]
 
 
 def contact_sheet(examples: list[Example], width: int = 1500, side: int = 132) -> Image.Image:
@@ -449,7 +488,9 @@ def contact_sheet(examples: list[Example], width: int = 1500, side: int = 132) -
     for row, ex in enumerate(examples):
         y = row * (side + 12)
         asked = f"{ex.family}: {ex.question} Options: {', '.join(ex.options)}."
-        for column, step in enumerate([opened(ex.image), asked, *(s if isinstance(s, str) else opened(s) for s in ex.trajectory)]):
+        for column, step in enumerate([
+                opened(ex.image), asked,
+                *(s if isinstance(s, str) else opened(s) for s in ex.trajectory)]):
             x = column * cell
             if isinstance(step, str):
                 write(x, y, step)
@@ -462,8 +503,10 @@ def contact_sheet(examples: list[Example], width: int = 1500, side: int = 132) -
 
 
 def write_sample(out: Path, regime: str, count: int, seed: int) -> None:
-    """A data folder to look at, and its contact sheet: `count` training examples, a quarter as many of the other splits."""
-    examples = [ex for split, share in zip(SPLITS, (1, 4, 4)) for ex in make_world(regime, split, max(1, count // share), seed)]
+    """A data folder to look at, and its contact sheet: `count` training examples, a quarter as many
+    of the other splits."""
+    examples = [ex for split, share in zip(SPLITS, (1, 4, 4))
+                for ex in make_world(regime, split, max(1, count // share), seed)]
     write_folder(out, examples)
     contact_sheet(examples[:10]).save(out / "contact_sheet.png")
     print(f"wrote {len(examples)} examples and contact_sheet.png to {out}")
