@@ -77,10 +77,16 @@ def _shape(draw: ImageDraw.ImageDraw, shape: str, x: int, y: int, r: int, colour
         draw.polygon(points, fill=colour)
 
 
-def box(x: float, y: float, r: float, origin=(0, 0), size: int = SIZE) -> tuple[int, int, int, int]:
-    """Square around (x, y) in hundredths of an image of `size` px whose corner is at `origin`."""
+def percent(pixels: float, size: int = SIZE) -> int:
+    """A place in hundredths of `size` px, as calls have it."""
+    return int(min(100, max(0, round(100 * pixels / size))))
+
+
+def box(x: float, y: float, r: float, origin=(0, 0), size: int = SIZE) -> tuple[int, ...]:
+    """Left, top, right, bottom of the square around (x, y), in hundredths of an image of `size` px
+    whose corner is at `origin`."""
     x, y = x - origin[0], y - origin[1]
-    return tuple(int(min(100, max(0, round(100 * v / size)))) for v in (x - r, y - r, x + r, y + r))
+    return tuple(percent(v, size) for v in (x - r, y - r, x + r, y + r))
 
 
 def _call(name: str, *numbers: int) -> str:
@@ -229,7 +235,6 @@ def draw_bars(spec: Spec, dots: bool = True) -> Image.Image:
 def tell_highlight(spec: Spec, image: Image.Image) -> list:
     """The call boxes the dotted bars (their digits too); reading names the tallest, or crops its
     digit."""
-    percent = lambda v: int(min(100, round(100 * v / SIZE)))
     digits = spec["family"] == "highlight+crop"
     dotted = [bar for bar in spec["bars"] if bar[3]]
     numbers = [n for x, h, *_ in dotted
