@@ -14,17 +14,25 @@ def answer(asker, limit: int) -> list[dict]:
     """One record an example (asker: evaluate.Answerer), in rounds: everyone still talking writes
     one turn, and the call in it is run.
 
-    A call that is malformed or does not fit its image ends the attempt, as does one call too many:
-    the record then says so in `failed` and has no text.
+    A call that is malformed or does not fit its image ends the attempt, as does one call too many,
+    or a conversation that has grown beyond the model's positions: the record then says so in
+    `failed` and has no text.
     """
     talks = [dict(turns=asker.serializer.turns(example)[:1], shown=[example.image],
                   indices=numbers[:1], calls=0, tokens=0, images=0, passes=0)
              for example, (numbers, _) in zip(asker.examples, asker.placed)]
     active = talks
     for _ in range(limit + 1):
-        views = [asker.serializer.prompt(
-            talk["turns"], talk["indices"], [asker.store.image_texts[i] for i in talk["indices"]])
-            for talk in active]
+        for talk in active:
+            talk["view"] = view = asker.serializer.prompt(
+                talk["turns"], talk["indices"],
+                [asker.store.image_texts[i] for i in talk["indices"]])
+            room = asker.serializer.max_tokens - len(view.ids)
+            # behind its last position a model goes on, and writes nonsense
+            if room < TURN_TOKENS:
+                talk.update(text="", failed=f"{room} tokens left, a turn may need {TURN_TOKENS}")
+        active = [talk for talk in active if "text" not in talk]
+        views = [talk["view"] for talk in active]
         for talk, said in zip(active, asker.generate(views, TURN_TOKENS) if views else []):
             for cost in ("tokens", "images", "passes"):
                 talk[cost] += said[cost]

@@ -353,6 +353,13 @@ FAULTS = [
           "call_tool(text, opened(talk[\"shown\"][0]))", "evaluate: tools_run"),
     Fault("baselines/tool_use.py", "elif talk[\"calls\"] == limit:", "elif False:",
           "evaluate: limit"),
+    Fault("baselines/tool_use.py", "if room < TURN_TOKENS:", "if False:", "tool_use: without_room"),
+    Fault("world/loader.py", "if os.environ.get(\"RANK\", \"0\") == \"0\":", "if True:",
+          "check_data: one_process"),
+    Fault("analysis/tables.py", "term * math.cos(angle) ** 2 * k / (k + 1)",
+          "term * math.cos(angle) ** 2", "tables: printed_table"),
+    Fault("analysis/tables.py", "values[name] * (len(values) - place)", "values[name] * len(values)",
+          "tables: holm"),
 
     # ---- world, analysis ----
     Fault("world/tools.py", "TOOLS[match[1]](shown[number - 1]", "TOOLS[match[1]](shown[-1]",

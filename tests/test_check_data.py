@@ -15,6 +15,7 @@ import train
 from analysis import check_data
 from model import VLM
 from support import records
+from world.loader import load_examples
 
 from conftest import TINY
 
@@ -113,6 +114,15 @@ def test_what_is_checked_is_trained_and_answered(tmp_path, capsys, name):
     assert len(results["answers"]) == sum(row["split"] == "test" for row in found)
     for answer in results["answers"]:
         assert answer["direct_right"] == (answer["direct"] == answer["answer"])
+
+
+def test_of_several_processes_one_process_says_what_is_odd(tmp_path, capsys, monkeypatch):
+    found, options = GOOD["boxed"]
+    config = config_of(folder_of(tmp_path, found), *options)
+    for rank, times in (("0", 1), ("1", 0)):
+        monkeypatch.setenv("RANK", rank)
+        load_examples(config)
+        assert capsys.readouterr().out.count("note: ") == times
 
 
 def test_every_fault_is_named_at_once_and_nothing_is_written(tmp_path):

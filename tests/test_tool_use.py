@@ -1,9 +1,10 @@
 """Claims: an answer that holds brackets is an answer; a call to a known tool that cannot be run
-fails the attempt."""
+fails the attempt, and so does a conversation that has outgrown the model's positions."""
 
 import pytest
 from PIL import Image
 
+import evaluate
 from baselines import tool_use
 
 
@@ -43,3 +44,14 @@ def test_a_call_behind_other_brackets_is_run():
     talk = talk_after("Box [1, 2]: [crop 0 0 50 50] and more")
     assert talk["calls"] == 1 and talk["shown"][-1].size == (32, 32)
     assert talk["turns"][0] == ("assistant", ["Box [1, 2]: [crop 0 0 50 50]"])
+
+
+def test_a_conversation_without_room_for_a_turn_is_not_asked(shipped, mixed):
+    asker = evaluate.Answerer(shipped, mixed[:2])
+    first, second = (len(prompt.ids) for prompt in asker.prompts)
+    assert first != second  # the shorter question just fits, the longer does not
+    asker.serializer.max_tokens = min(first, second) + tool_use.TURN_TOKENS
+    said = tool_use.answer(asker, limit=0)
+    failed = ["tokens left" in one.get("failed", "") for one in said]
+    assert failed == [first > second, second > first]
+    assert [one["tokens"] == 0 for one in said] == failed

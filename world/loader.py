@@ -1,5 +1,6 @@
 """The one door between the programs and their data: a user's folder, or the small world."""
 
+import os
 import random
 
 from support.records import Example, read_folder
@@ -19,8 +20,10 @@ def load_examples(config) -> list[list[Example]]:
     notes: list[str] = []
     examples = read_folder(config.data, config.outside_images, notes=notes,
                            answer_prefix=config.answer_prefix)
-    for note in notes:
-        print(f"note: {note}")
+    # of several processes, which all read the folder, one says so
+    if os.environ.get("RANK", "0") == "0":
+        for note in notes:
+            print(f"note: {note}")
     return drawn(examples, config)
 
 
