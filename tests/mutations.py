@@ -358,8 +358,8 @@ FAULTS = [
           "check_data: one_process"),
     Fault("analysis/tables.py", "term * math.cos(angle) ** 2 * k / (k + 1)",
           "term * math.cos(angle) ** 2", "tables: printed_table"),
-    Fault("analysis/tables.py", "values[name] * (len(values) - place)", "values[name] * len(values)",
-          "tables: holm"),
+    Fault("analysis/tables.py", "values[name] * (len(values) - place)",
+          "values[name] * len(values)", "tables: holm"),
 
     # ---- world, analysis ----
     Fault("world/tools.py", "TOOLS[match[1]](shown[number - 1]", "TOOLS[match[1]](shown[-1]",
