@@ -241,7 +241,6 @@ class QwenFamily(Family):
     torchvision for videos.
     """
 
-    KINDS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
     packs = True  # its attention is causal and may be given as a mask, so two views share a pass
     markup = "<|vision_start|><|image_pad|><|vision_end|>"
 
@@ -344,7 +343,7 @@ class ProcessorFamily(Family):
         placeholder = getattr(processor, "image_token", None)
         if hasattr(lm.model, "get_rope_index"):
             raise ValueError(f"{path} is a {kind} model, which counts positions in several rows: "
-                             f"of these only {', '.join(QwenFamily.KINDS)} are supported")
+                             f"of these only {', '.join(FAMILIES)} are supported")
         if tokenizer is None or placeholder is None or not hasattr(lm.model, "get_image_features"):
             raise ValueError(f"{path} is a {kind} model, which does not put its images among the "
                              "words: not supported")
@@ -420,6 +419,10 @@ class ProcessorFamily(Family):
         return dict(input_ids=batch.ids, attention_mask=batch.mask.long(), **pixels, **seen)
 
 
+# model types that need a class of their own; all others are served by their processor alone
+FAMILIES = dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl"), QwenFamily)
+
+
 # ---- loading -------------------------------------------------------------------------------------
 
 
@@ -442,7 +445,7 @@ def load_checkpoint(path: str, dtype: torch.dtype) -> tuple[PreTrainedModel, Fam
                          f"{str(error).strip().splitlines()[0]}") from None
     check_complete(report, base)
     check_finite(dict(lm.named_parameters()), base)
-    family = (QwenFamily if kind in QwenFamily.KINDS else ProcessorFamily)(base, lm)
+    family = FAMILIES.get(kind, ProcessorFamily)(base, lm)
     lm.generation_config = greedy(lm.generation_config, family)
     for folder in adapters:
         load_adapter(lm, base, folder)
@@ -459,7 +462,7 @@ def load_family(path: str) -> Family:
     config = AutoConfig.from_pretrained(base, trust_remote_code=False)
     with torch.device("meta"):  # a device of shapes alone
         lm = AutoModelForImageTextToText.from_config(config)
-    return (QwenFamily if kind in QwenFamily.KINDS else ProcessorFamily)(base, lm)
+    return FAMILIES.get(kind, ProcessorFamily)(base, lm)
 
 
 def kind_of(base: str, path: str) -> str:
