@@ -67,19 +67,25 @@ ABLATIONS = {
     "pearl image first": "--order image_first",
     "recon image first": f"{RECON} --lambda_latent 1 --order image_first",
 }
-CURRENT = "--target_encoder current --lambda_latent 1"  # as the arm without a cure
+CURRENT = "--target_encoder current"
 ABLATIONS |= {
-    # cures for a collapsing target (baselines/cures.py), each beside "pearl current target"
-    "pearl current, bias head": f"{CURRENT} --pred_head bias",
-    "pearl current, MLP head": f"{CURRENT} --pred_head mlp",
-    "pearl current, InfoNCE": f"{CURRENT} --distance infonce",
-    "pearl current, InfoNCE with mates": f"{CURRENT} --distance infonce --infonce_masked false",
-    "pearl current, VICReg": f"{CURRENT} --vicreg 1",
-    "pearl current, std alone": f"{CURRENT} --vicreg 1 --vicreg_terms std",
-    "pearl current, SIGReg": f"{CURRENT} --sigreg 0.05",
-    "pearl EMA": "--target_encoder ema --ema 0.99 --lambda_latent 1",
-    "pearl EMA rising": "--target_encoder ema --ema 0.996 --ema_rises --lambda_latent 1",
-    "pearl EMA, MLP head": "--target_encoder ema --ema 0.99 --pred_head mlp --lambda_latent 1",
+    # cures for a collapsing target (baselines/cures.py) in `single`, 200 steps, each with the best
+    # of four settings on validation (analysis/search.py; RESULTS.md)
+    "pearl, frozen target": "--lambda_latent 1",
+    "pearl, current target": f"{CURRENT} --lambda_latent 5",
+    "pearl, bias head": f"{CURRENT} --lambda_latent 5 --pred_head bias",
+    "pearl, MLP head": f"{CURRENT} --lambda_latent 1 --pred_head mlp",
+    "pearl, InfoNCE": f"{CURRENT} --lambda_latent 5 --distance infonce",
+    "pearl, VICReg": f"{CURRENT} --lambda_latent 1 --vicreg 1",
+    "pearl, SIGReg": f"{CURRENT} --lambda_latent 1 --sigreg 0.05",
+    "pearl, EMA": "--target_encoder ema --lambda_latent 1 --ema 0.999",
+    "pearl, EMA, MLP head": "--target_encoder ema --lambda_latent 1 --ema 0.999 --pred_head mlp",
+    # variants, with the setting of what they vary
+    "pearl, InfoNCE with mates": f"{CURRENT} --lambda_latent 5 --distance infonce "
+                                 "--infonce_masked false",
+    "pearl, InfoNCE, frozen target": "--lambda_latent 5 --distance infonce",
+    "pearl, std alone": f"{CURRENT} --lambda_latent 1 --vicreg 1 --vicreg_terms std",
+    "pearl, EMA rising": "--target_encoder ema --lambda_latent 1 --ema 0.99 --ema_rises",
     # another state of R, by the frozen model; which, analysis/targets.py --layers recommends
     **{f"pearl target {place}": f"--target_position {place}" for place in
        ("word", "words", "image")},
