@@ -29,7 +29,8 @@ from torch import Tensor
 import evaluate
 from analysis.causal_report import (BASE, FED, FOLLOWS, RIGHT, SAME, STAYS, Row, System,
                                     as_text, findings, table)
-from analysis.tables import arms, by_seed
+from analysis.study import named
+from analysis.tables import by_seed
 from baselines import reconstruction, variants
 from model import VLM
 from support import answers
@@ -375,7 +376,7 @@ def measured(args) -> tuple[list[System], dict[str, int]]:
         vlm = VLM(model, dtype=getattr(torch, dtype)).to(args.device)
         systems.append(System(name, [ask(vlm, plain)]))
     for name, seeds in by_seed({run: dict(config=configs[run], run=run) for run in runs},
-                               arms(configs)).items():
+                               named(configs)).items():
         rows = []
         for one in seeds.values():
             vlm, own, scale = evaluate.load_run(Path(one["run"]), args.device)

@@ -24,7 +24,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # before any other `analysis`
 
-from analysis.tables import compare, corrected, markdown
+from analysis.tables import arms, compare, corrected, markdown
 from support import recorded
 from support.files import read_json, write_json, write_text
 from support.processes import run_program
@@ -139,6 +139,12 @@ def run_one(out: Path, options: list[str], threads: int) -> str:
 def arm_of(run: str) -> str:
     """The arm of a run folder's name."""
     return run.rpartition("-seed")[0].replace("_", " ")
+
+
+def named(configs: dict[str, dict]) -> dict[str, str]:
+    """Run -> its arm: the name under which a study made it, or else as tables.arms names it."""
+    return {run: arm if (arm := arm_of(Path(run).name)) in ARMS else other
+            for run, other in arms(configs).items()}
 
 
 def finished_runs(folder: Path) -> dict[str, dict]:

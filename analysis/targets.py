@@ -29,9 +29,9 @@ import torch
 import evaluate
 import losses
 import train
-from analysis import states, study, text_model
+from analysis import states, text_model
 from analysis.states import shares
-from analysis.tables import arms
+from analysis.study import named
 from model import VLM
 from support import options, run_folder
 from support.files import read_json
@@ -89,14 +89,13 @@ def of_run(run: Path, device: str) -> dict[str, float]:
 def runs_report(runs: list[Path], device: str) -> str:
     """Mean +/- std over the seeds of each arm. A study's folder names its arms."""
     configs = {str(run): run_folder.finished(run)[0] for run in runs}
-    named = {run: study.arm_of(Path(run).name) if "-seed" in Path(run).name else arm
-             for run, arm in arms(configs).items()}
+    arm_of = named(configs)
     columns = dict(mean_cosine="mean cosine", effective_rank="effective rank", common="common",
                    family="family", answer="answer", answer_by_chance="by chance", ms="ms a step")
     lines = [f"| arm | seeds | {' | '.join(columns.values())} |", "|---" * 9 + "|"]
     found: dict[str, list[dict]] = {}
     for run in configs:
-        found.setdefault(named[run], []).append(of_run(Path(run), device))
+        found.setdefault(arm_of[run], []).append(of_run(Path(run), device))
     for arm, seeds in found.items():
         cells = []
         for name in columns:

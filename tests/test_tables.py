@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from analysis import search
+from analysis import search, study
 from analysis.tables import T95, comparable, compare, comparison, corrected, holm, p_value
 
 
@@ -110,3 +110,10 @@ def test_every_arm_is_searched_with_as_many_settings_and_the_best_stands_out():
                 for family, right in zip(("crop", "crop", "tallest"), rights)]
     text = search.table({"arm": {"--x 1": answered(1, 0, 1), "--x 2": answered(1, 1, 0)}})
     assert text.splitlines()[-1] == "| arm | `--x 1` 50.0 / 100.0, `--x 2` **100.0 / 100.0** |"
+
+
+def test_a_run_has_the_name_under_which_a_study_made_it():
+    config = dict(method="pearl", seed=0, lambda_latent=5.0)
+    names = study.named({"runs/mixed/pearl,_bias_head-seed1": config,
+                         "runs/pearl-mixed-seed0": config | dict(lambda_latent=1.0)})
+    assert list(names.values()) == ["pearl, bias head", "pearl lambda_latent=1.0"]
