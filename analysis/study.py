@@ -84,6 +84,8 @@ ABLATIONS |= {
     "pearl, InfoNCE with mates": f"{CURRENT} --lambda_latent 5 --distance infonce "
                                  "--infonce_masked false",
     "pearl, InfoNCE, frozen target": "--lambda_latent 5 --distance infonce",
+    "pearl, InfoNCE with mates, frozen target": "--lambda_latent 5 --distance infonce "
+                                                "--infonce_masked false",
     "pearl, std alone": f"{CURRENT} --lambda_latent 1 --vicreg 1 --vicreg_terms std",
     "pearl, EMA rising": "--target_encoder ema --lambda_latent 1 --ema 0.99 --ema_rises",
     # another state of R, by the frozen model; which, analysis/targets.py --layers recommends
@@ -91,10 +93,12 @@ ABLATIONS |= {
        ("word", "words", "image")},
     **{f"pearl target {place} of layer 2": f"--target_position {place} --target_layer 2"
        for place in ("end", "word", "words", "image")},
-    # a share of the questions as bare answers too, as many a step as trajectories
-    **{f"{name} and {share:.0%} answers":
-       f"--method {name} --with_answers {share} --batch 64 --lambda_latent 1"
-       for share in (0.01, 0.1, 1.0) for name in ("sft", "pearl")},
+    # a share of the questions as bare answers too, as many a step as trajectories; lambda: the
+    # best of four on validation, at a tenth of the questions (analysis/search.py)
+    **{f"{name} and {share:.0%} answers": f"{options} --with_answers {share} --batch 64"
+       for share in (0.01, 0.1, 1.0) for name, options in {
+           "sft": "--method sft", "pearl": "--lambda_latent 1",
+           "pearl, InfoNCE": "--lambda_latent 5 --distance infonce"}.items()},
 }
 ARMS = SYSTEMS | ABLATIONS
 FIRST = "mixed"  # the regime in which the ablations run
