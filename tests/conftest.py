@@ -1,3 +1,4 @@
+import copy
 import os
 import runpy
 import signal
@@ -5,8 +6,9 @@ import sys
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing in the tests may reach for the network
-# here and in the runs that tests start: bit for bit holds for one number of threads
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+# here and in the runs that tests start: bit for bit holds for one number of threads, and several
+# wait for each other longer than they compute on models as small as these
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import pytest  # noqa: E402
@@ -19,11 +21,16 @@ from world import scenes  # noqa: E402
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
-@pytest.fixture
-def vlm64():
-    """The shipped model in float64, fresh for each test."""
-    torch.manual_seed(0)
+@pytest.fixture(scope="session")
+def loaded64():
     return VLM(TINY, dtype=torch.float64)
+
+
+@pytest.fixture
+def vlm64(loaded64):
+    """The shipped model in float64, fresh for each test: to copy it takes less than to load it."""
+    torch.manual_seed(0)
+    return copy.deepcopy(loaded64)
 
 
 @pytest.fixture(scope="session")
@@ -53,7 +60,8 @@ def as_program(monkeypatch):
         monkeypatch.setattr(sys, "argv", [str(file), *map(str, args)])
         runpy.run_path(str(file), run_name="__main__")
 
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in (
+        signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)}
     yield run
     for number, handler in handlers.items():
         signal.signal(number, handler)

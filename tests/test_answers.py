@@ -150,9 +150,9 @@ def test_the_bare_answer_is_written_as_the_last_text_writes_it():
 @pytest.mark.parametrize("text", ["( " * 200_000, "x " * 500_000, "{" * 200_000 + " Answer: x",
                                   "**" * 200_000, "\\boxed{" * 50_000, "<a>" * 100_000])
 def test_long_texts_take_no_time(text):
-    start = time.perf_counter()
+    start = time.process_time()  # however busy the machine is
     for prefix in ("Answer:", ""):
         form_of(text, "x", prefix)
         says(text, ["x", "y"], prefix)
     contains(text, "y")
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5

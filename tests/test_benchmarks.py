@@ -4,9 +4,6 @@ nothing else; scores are those counted by hand."""
 
 import json
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +14,6 @@ from conftest import TINY
 from model import VLM
 from published import benchmarks
 
-ROOT = Path(__file__).resolve().parent.parent
 INSTRUCTION = "Answer with the option's letter from the given choices directly."
 
 
@@ -226,7 +222,7 @@ def test_predictions_that_something_else_made_are_refused(folders, tmp_path, mon
         assert out.read_text(encoding="utf-8") == text
 
 
-def test_another_model_is_refused_on_the_command_line(folders, tmp_path):
+def test_another_model_is_refused_on_the_command_line(folders, tmp_path, as_program, capsys):
     """And a token limit before the model is even loaded."""
     other, out = tmp_path / "other", tmp_path / "p.jsonl"
     shutil.copytree(TINY, other)
@@ -235,18 +231,20 @@ def test_another_model_is_refused_on_the_command_line(folders, tmp_path):
               metadata=dict(format="pt"))
 
     def run(model, *more):
-        command = [sys.executable, "published/benchmarks.py", "mmvp", str(folders[1]), "--model",
-                   str(model), "--out", str(out), "--device", "cpu", "--dtype", "float32", *more]
-        return subprocess.run(command, capture_output=True, text=True, encoding="utf-8", cwd=ROOT)
+        as_program(benchmarks.__file__, "mmvp", folders[1], "--model", model, "--out", out,
+                   "--device", "cpu", "--dtype", "float32", *more)
+        return capsys.readouterr().out
 
     first = run(TINY)
-    assert first.returncode == 0 and "pairs, labels corrected" in first.stdout, first.stderr
+    assert "pairs, labels corrected" in first
     made = out.read_bytes()
-    refused = run(other)
-    assert refused.returncode == 1 and "made with other weights (by" in refused.stderr
-    refused = run("no_such_model", "--tokens", "5")
-    assert refused.stderr.startswith(f"error: {out} holds predictions made with other tokens")
-    assert run(TINY).stdout == first.stdout[first.stdout.index("  " * 8):]
+    with pytest.raises(SystemExit, match=r"^error: .*made with other weights \(by"):
+        run(other)
+    with pytest.raises(SystemExit) as refused:
+        run("no_such_model", "--tokens", "5")
+    assert refused.value.code.startswith(f"error: {out} holds predictions made with other tokens")
+    capsys.readouterr()
+    assert run(TINY) == first[first.index("  " * 8):]
     assert out.read_bytes() == made
 
 

@@ -3,8 +3,6 @@ once and before anything is trained; what is odd is said; free answers get the t
 
 import json
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -125,18 +123,18 @@ def test_of_several_processes_one_process_says_what_is_odd(tmp_path, capsys, mon
         assert capsys.readouterr().out.count("note: ") == times
 
 
-def test_every_fault_is_named_at_once_and_nothing_is_written(tmp_path):
+def test_every_fault_is_named_at_once_and_nothing_is_written(tmp_path, as_program, capsys):
     found = rows()
     found[0]["answer"], found[1]["question"], found[9]["question"] = "blue", LONG, "<|im_end|>"
     folder = folder_of(tmp_path, found)
     before = sorted(tmp_path.iterdir())
-    done = subprocess.run([sys.executable, check_data.__file__, "--data", str(folder)],
-                          capture_output=True, encoding="utf-8")
-    assert done.returncode == 1 and "Traceback" not in done.stderr
+    with pytest.raises(SystemExit) as ended:  # no traceback
+        as_program(check_data.__file__, "--data", folder)
     for message in ("error: 3 records cannot be used", "line 1: the last text", "example 1: ",
                     "example 9: the text contains"):
-        assert message in done.stderr
-    assert "11 records are well-formed; 7 train, 2 validation, 2 test" in done.stdout
+        assert message in ended.value.code
+    said = capsys.readouterr().out
+    assert "11 records are well-formed; 7 train, 2 validation, 2 test" in said
     assert sorted(tmp_path.iterdir()) == before
 
 

@@ -20,9 +20,6 @@ from support.images import opened
 from support.records import FILE, Example, read_folder, write_folder
 from world import tools
 
-ROOT = Path(__file__).resolve().parent.parent
-
-
 @pytest.fixture
 def pictures(tmp_path):
     """A folder with one 200 x 100 px picture, its left half red, and a crop."""
@@ -451,29 +448,28 @@ def test_remarks_outlive_a_mixture(pictures, tmp_path):
     assert published.PUBLISHED_PICTURE in json.loads(line)["remarks"]
 
 
-def run(*arguments, **environment):
-    command = [sys.executable, str(ROOT / "published" / "trajectories.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, encoding="utf-8",
-                          env={**os.environ, **environment})
-
-
-def test_the_script_reads_files_of_windows_in_any_locale(pictures, tmp_path):
+def test_the_script_reads_files_of_windows_in_any_locale(pictures, tmp_path, as_program, capsys):
     """With a byte order mark, Windows line ends, words that are not ASCII, and several files."""
     talk = [{"value": "<image>\r\nWas heißt 犬?"}, {"value": "<answer>Hündin</answer>"}]
     files = [tmp_path / "a.json", tmp_path / "b.json"]
     for file in files:
         text = json.dumps([a_lvr_record(conversations=talk)], indent=1, ensure_ascii=False)
         file.write_bytes(b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode())
-    done = run("lvr", *files, "--images", pictures, "--out", tmp_path / "new" / "out", LC_ALL="C",
-               PYTHONUTF8="0")
+    done = subprocess.run(
+        [sys.executable, published.__file__, "lvr", *files, "--images", pictures, "--out",
+         tmp_path / "new" / "out"], capture_output=True, encoding="utf-8",
+        env={**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0"})
     assert done.returncode == 0 and "2 records kept, 0 left out" in done.stdout
     one, two = read_folder(tmp_path / "new" / "out")
     assert one.answer == two.answer == "Hündin" and one.question == "Was heißt 犬?"
     assert one.id != two.id
     assert b"\r" not in (tmp_path / "new" / "out" / FILE).read_bytes()
     files[0].write_bytes("[ä]".encode("latin-1"))
-    done = run("lvr", files[0], "--images", pictures, "--out", tmp_path / "again")
-    assert done.returncode == 1 and done.stderr.startswith(f"error: {files[0]}: not UTF-8")
-    done = run("mix", f"{tmp_path}=1", f"{tmp_path}/../{tmp_path.name}=2", "--out",
-               tmp_path / "again")
-    assert done.returncode == 2 and "named twice" in done.stderr
+    with pytest.raises(SystemExit) as ended:
+        as_program(published.__file__, "lvr", files[0], "--images", pictures, "--out",
+                   tmp_path / "again")
+    assert ended.value.code.startswith(f"error: {files[0]}: not UTF-8")
+    with pytest.raises(SystemExit) as ended:
+        as_program(published.__file__, "mix", f"{tmp_path}=1", f"{tmp_path}/../{tmp_path.name}=2",
+                   "--out", tmp_path / "again")
+    assert ended.value.code == 2 and "named twice" in capsys.readouterr().err

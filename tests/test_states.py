@@ -77,7 +77,8 @@ def test_the_rule(rows, best):
 def test_one_command_prints_a_table_and_draws_it(tmp_path, monkeypatch, capsys):
     figure = tmp_path / "layers.png"
     argv = ["targets.py", "--layers", "--figure", str(figure), "--device", "cpu",
-            "--train_examples", "30", "--regime", "mixed"]
+            "--train_examples", "30", "--valid_examples", "2", "--test_per_family", "1",
+            "--regime", "mixed"]
     monkeypatch.setattr(sys, "argv", argv)
     targets.main()
     said = capsys.readouterr().out

@@ -7,12 +7,10 @@ import dataclasses
 import gc
 import json
 import math
-import os
 import random
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from itertools import islice
@@ -937,15 +935,14 @@ def test_processes_that_share_frozen_weights_train_as_one(alone_trained, tmp_pat
     assert evaluate.answer_questions(vlm, scenes.make_world("mixed", "test", 2))
 
 
-def test_a_run_goes_on_with_another_number_of_processes(alone_trained):
+def test_a_run_goes_on_with_another_number_of_processes(alone_trained, as_program, monkeypatch):
     """Begun as one process, ended by two that torchrun starts: the weights of one uninterrupted."""
+    from torch.distributed import run as torchrun
     out, half = alone_trained
     assert read_tensors(half / "state.safetensors")[1]["step"] == "2"
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-         train.__file__, "--resume", str(half)], capture_output=True, text=True, encoding="utf-8",
-        env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    as_program(torchrun.__file__, "--standalone", "--nproc-per-node=2", train.__file__,
+               "--resume", half)
     assert_same_weights(out, half)
 
 
