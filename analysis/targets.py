@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # before any ot
 
 import argparse
 import statistics
+from dataclasses import replace
 
 import torch
 
@@ -36,11 +37,17 @@ from model import VLM
 from support import options, run_folder
 from support.files import read_json
 from support.processes import run_program
+from support.records import Example
 from world.loader import REGIMES, load_examples
 
 
+def training(config: train.Config) -> list[Example]:
+    """The training examples; hardly a test question is drawn for them."""
+    return load_examples(replace(config, test_per_family=1))[0][:config.train_examples]
+
+
 def report(config: train.Config) -> str:
-    world = load_examples(config)[0][:config.train_examples]
+    world = training(config)
     vlm = VLM(config.model, getattr(torch, config.dtype)).to(config.device).eval()
     examples, rows = train.prepared(world, vlm, config), list(range(len(world)))
     train.cache_targets(vlm, examples, rows, config)
@@ -61,7 +68,7 @@ def layers_report(config: train.Config, name: str, figure: Path | None) -> str:
     """The table of states and what is recommended. name: a language model's, or empty."""
     if figure:
         states.free_name(figure)
-    world = load_examples(config)[0][:config.train_examples]
+    world = training(config)
     found = (text_model.of_words(name, world, config.batch) if name
              else states.of_model(config, world))
     rows = states.measured(found, world)
