@@ -44,12 +44,17 @@ class System(NamedTuple):
     def gap(self, one: tuple, other: "System", key: tuple) -> tuple[float, float] | None:
         """Mean difference in points and the half width of its 95% interval: over seeds by t; of one
         seed over the questions that both were asked. other's only seed goes with each of ours."""
+        return self.gap_over([one], other, [key])
+
+    def gap_over(self, ones: list[tuple], other: "System",
+                 keys: list[tuple]) -> tuple[float, float] | None:
+        """The same over the questions of several tests together."""
         gaps = []  # of each seed, one a question
         for n, rows in enumerate(self.seeds):
-            mine, theirs = ({i: 100 * mark for row in found if row.key == wanted
+            mine, theirs = ({i: 100 * mark for row in found if row.key in wanted
                              for i, mark in row.marks.items()}
-                            for found, wanted in ((rows, one),
-                                                  (other.seeds[n % len(other.seeds)], key)))
+                            for found, wanted in ((rows, ones),
+                                                  (other.seeds[n % len(other.seeds)], keys)))
             gaps.append([mine[i] - theirs[i] for i in mine if i in theirs])
         if not all(gaps):
             return None
@@ -175,7 +180,9 @@ def of_untrained(system: System, base: System, apart: dict[str, int]) -> str:
     def listed(names: list[str]) -> str:
         return ", ".join(f"{name} {points(told[name])}" for name in names) or "none"
 
-    text = f"against {BASE}, questions with no near copy in training: {listed(far)}; "
+    whole = [keys[name] for name in far]
+    text = (f"against {BASE}, questions with no near copy in training: all together "
+            f"{points(system.gap_over(whole, base, whole))}, {listed(far)}; ")
     if NO_DOTS in told:
         change = points(by_dots(system, base, keys[HELD_OUT], keys[NO_DOTS]))
         text += f"the dots alone change it, on the same scenes, by {change}; "

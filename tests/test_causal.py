@@ -404,7 +404,9 @@ def test_what_the_dots_alone_do_is_told_scene_by_scene():
     keys = [row.key for row in run.seeds[0][:2]]
     assert causal_report.by_dots(run, base, *keys) == (-25, 1.96 * 25)  # of 0, -100, 0, 0
     told, = causal_report.findings([base, run], apart)
-    assert "near copy in training: tallest without dots -25.0 [-74.0, +24.0], path +0.0" in told
+    # together -100 and five times 0: std 40.825, its interval 1.96 * 40.825 / sqrt(6)
+    assert ("near copy in training: all together -16.7 [-49.3, +16.0], "
+            "tallest without dots -25.0 [-74.0, +24.0], path +0.0") in told
     assert "near copies (fewer than 2 words apart): tallest -50.0" in told and "zoom +0.0" in told
     two = system("pearl", [0, 0, 1, 1], [1, 0, 1, 1], ([1, 1, 1, 1], [1, 1, 1, 1]))
     mean, half = paired_difference([50, 100], [75, 100])
