@@ -97,7 +97,7 @@ ABLATIONS |= {
     # best of four on validation, at a tenth of the questions (analysis/search.py)
     **{f"{name} and {share:.0%} answers": f"{options} --with_answers {share} --batch 64"
        for share in (0.01, 0.1, 1.0) for name, options in {
-           "sft": "--method sft", "pearl": "--lambda_latent 1",
+           "sft": "--method sft", "pearl": "--lambda_latent 0.2",
            "pearl, InfoNCE": "--lambda_latent 5 --distance infonce"}.items()},
 }
 ARMS = SYSTEMS | ABLATIONS
