@@ -106,7 +106,7 @@ class VLM(nn.Module):
     def set_trainable(self, rank: int, alpha: float, dropout: float, targets: list[str],
                       vision: bool) -> None:
         """LoRA on the language model (rank 0: all its weights), on the vision tower if asked."""
-        # embeddings, head and tower stay: words and pixels keep their meaning
+        # everything is frozen first; what is to learn is said below
         self.lm.requires_grad_(False)
         parts = [(self.lm.get_decoder(), targets)]
         # the tower's attention layers have names of their own in Qwen-VL
