@@ -11,16 +11,14 @@ into analysis/study.py, whose runs ask test questions.
 """
 
 import argparse
-import os
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # before any other `analysis`
 
-from analysis.study import run_one
+from analysis.study import run_all
 from support.files import read_json, write_text
 from support.processes import run_program
 from support.tables import summarise
@@ -97,13 +95,7 @@ def main() -> None:
     cut = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     args = parser.parse_args(sys.argv[1:cut])
     jobs = plan(args.out, args.arms, sys.argv[cut + 1:])
-    threads = max(1, (os.cpu_count() or 1) // args.jobs)
-    failed = 0
-    with ThreadPoolExecutor(args.jobs) as pool:
-        outcomes = pool.map(lambda job: run_one(job.folder, job.options, threads), jobs)
-        for n, (job, outcome) in enumerate(zip(jobs, outcomes), start=1):
-            failed += outcome.startswith("FAILED")
-            print(f"{n}/{len(jobs)} {job.folder}: {outcome}", flush=True)
+    failed = run_all([(job.folder, job.options) for job in jobs], args.jobs)
     results: dict[str, dict] = {}
     for job in jobs:
         if (file := job.folder / "results.json").is_file():

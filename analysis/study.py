@@ -140,6 +140,17 @@ def run_one(out: Path, options: list[str], threads: int) -> str:
     return f"{(time.time() - start) / 60:.1f} minutes" if code == 0 else f"FAILED: see {log.name}"
 
 
+def run_all(jobs: list[tuple[Path, list[str]]], side_by_side: int) -> int:
+    """Every (run folder, arguments of train.py) that is not done; how many failed."""
+    threads, failed = max(1, (os.cpu_count() or 1) // side_by_side), 0
+    with ThreadPoolExecutor(side_by_side) as pool:
+        results = pool.map(lambda job: run_one(*job, threads), jobs)
+        for n, ((out, _), result) in enumerate(zip(jobs, results), start=1):
+            failed += result.startswith("FAILED")
+            print(f"{n}/{len(jobs)} {out}: {result}", flush=True)
+    return failed
+
+
 def arm_of(run: str) -> str:
     """The arm of a run folder's name."""
     return run.rpartition("-seed")[0].replace("_", " ")
@@ -248,13 +259,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args(sys.argv[1:])
-    jobs, threads = plan(args), max(1, (os.cpu_count() or 1) // args.jobs)
-    failed = 0
-    with ThreadPoolExecutor(args.jobs) as pool:
-        results = pool.map(lambda job: run_one(*job, threads), jobs)
-        for n, ((out, _), result) in enumerate(zip(jobs, results), start=1):
-            failed += result.startswith("FAILED")
-            print(f"{n}/{len(jobs)} {out}: {result}", flush=True)
+    failed = run_all(plan(args), args.jobs)
     folder = args.out / args.base.partition("=")[0]
     tables(folder, args.against)
     if failed:
