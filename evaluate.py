@@ -189,7 +189,7 @@ def answer_questions(vlm: VLM, examples: list[Example], answer_prefix: str = "An
     records = []
     for i, example in enumerate(examples):
         right = example.options.index(example.answer)
-        record = dict(id=example.id, family=example.family, options=example.options,
+        record = dict(id=example.id, task=example.task, options=example.options,
                       answer=example.answer, cost={})
         for way, answer in ((way, all_of[i]) for way, all_of in said.items() if all_of[i]):
             record[way] = answer["text"]

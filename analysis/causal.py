@@ -70,9 +70,9 @@ def partners(examples: list[Example], fits: Callable[[Example, Example], bool]) 
     Drawn with a fixed seed, and, as far as they fit, no question twice before all were taken.
     """
     found: list[int | None] = [None] * len(examples)
-    families = dict.fromkeys(ex.family for ex in examples)
+    families = dict.fromkeys(ex.task for ex in examples)
     for family in families:
-        order = [i for i, ex in enumerate(examples) if ex.family == family]
+        order = [i for i, ex in enumerate(examples) if ex.task == family]
         random.Random(0).shuffle(order)
         for place, i in enumerate(order):
             others = order[place + 1:] + order[:place]
@@ -281,10 +281,10 @@ def untrained(config: dict, per_family: int) -> dict[str, list[Example]]:
     if config["data"]:
         examples = read_folder(config["data"], config.get("outside_images", False),
                                answer_prefix=config["answer_prefix"])
-        trained = {ex.family for ex in examples if ex.split == "train"}
-        tests = [ex for ex in examples if ex.split == "test" and ex.family not in trained]
-        return {name: [ex for ex in tests if ex.family == name][:per_family]
-                for name in dict.fromkeys(ex.family for ex in tests)}
+        trained = {ex.task for ex in examples if ex.split == "train"}
+        tests = [ex for ex in examples if ex.split == "test" and ex.task not in trained]
+        return {name: [ex for ex in tests if ex.task == name][:per_family]
+                for name in dict.fromkeys(ex.task for ex in tests)}
     found = {family: [make_example(family, "test", i, seed) for i in range(per_family)]
              for family in FAMILIES if family not in REGIMES[config["regime"]]}
     found[NO_DOTS] = [tallest_without_dots("test", i, seed) for i in range(per_family)]
@@ -333,7 +333,7 @@ def tests_of(vlm: VLM, config: dict, args, questions: dict, scale=None) -> list[
                              outside=args.outside_images or config.get("outside_images", False),
                              answer_prefix=config["answer_prefix"])
     shown = Config(strip_calls=config.get("strip_calls", False), order=config["order"])
-    examples = variants.as_shown([ex for ex in examples if ex.family not in questions], shown)
+    examples = variants.as_shown([ex for ex in examples if ex.task not in questions], shown)
     if not examples:
         raise ValueError("there is no test question of a trained family: name other --data")
     subject = Subject(vlm.eval(), examples, config["answer_prefix"])

@@ -76,8 +76,8 @@ def serialised(example: Example, vlm: VLM, config: train.Config, common) -> Size
 def report(examples: list[Example], config: train.Config, vlm: VLM, sizes: list[Sizes]) -> None:
     counts = ", ".join(f"{sum(ex.split == split for ex in examples)} {split}" for split in SPLITS)
     print(f"{config.data or config.regime}: {len(examples)} records are well-formed; {counts}")
-    for family in dict.fromkeys(ex.family for ex in examples):
-        calls = [len(ex.images) - 1 for ex in examples if ex.family == family]
+    for family in dict.fromkeys(ex.task for ex in examples):
+        calls = [len(ex.images) - 1 for ex in examples if ex.task == family]
         print(f"  {family}: {len(calls)} records, {min(calls)} to {max(calls)} tool images")
     if views := [size.view for size in sizes if size.view]:
         limit = min(config.max_tokens, vlm.max_positions)

@@ -146,8 +146,8 @@ def alike(world: list[Example]) -> tuple[list[int], Tensor | None]:
     calls = [call_numbers(ex) for ex in world]
     kinds = Counter((call[0], len(call[1])) for call in calls if call and call[1])
     if not kinds:
-        family = Counter(ex.family for ex in world).most_common(1)[0][0]
-        return [i for i, ex in enumerate(world) if ex.family == family], None
+        family = Counter(ex.task for ex in world).most_common(1)[0][0]
+        return [i for i, ex in enumerate(world) if ex.task == family], None
     kind = max(kinds, key=kinds.get)  # of equals the first that the data have
     rows = [i for i, call in enumerate(calls) if call and (call[0], len(call[1])) == kind]
     return rows, torch.tensor([calls[i][1] for i in rows], dtype=torch.float32)
@@ -156,7 +156,7 @@ def alike(world: list[Example]) -> tuple[list[int], Tensor | None]:
 def groups_of(world: list[Example]) -> list[str]:
     """What clusters are looked for: families, or answers where there is one family; beyond the
     nine commonest "other"."""
-    families = [ex.family for ex in world]
+    families = [ex.task for ex in world]
     names = families if len(set(families)) > 1 else [ex.answer for ex in world]
     kept = [name for name, _ in Counter(names).most_common(9 if len(set(names)) > 10 else 10)]
     return [name if name in kept else "other" for name in names]
@@ -166,7 +166,7 @@ def what_it_knows(pair: tuple[Tensor, Tensor], world: list[Example]) -> dict:
     """Probes on h^_R and h_R, retrieval, separation of groups; `chance` is the share of the
     commonest answer in the tested third. `answer` and `place_r2` are of the examples `alike`."""
     (rows, numbers), groups = alike(world), groups_of(world)
-    said, families = [world[i].answer for i in rows], [ex.family for ex in world]
+    said, families = [world[i].answer for i in rows], [ex.task for ex in world]
     known = {}
     for name, h in zip(("h^_R", "h_R"), pair):
         known[name] = dict(separation=separation(h, groups))
@@ -219,7 +219,7 @@ def figure_latents_decoded(run: Path, pearl: float | None,
     r and R^2 to log2. pearl: Pearl's accuracy in %."""
     config = config_of(run)
     vlm, _, scale = evaluate.load_run(run, config.device)
-    families = len({ex.family for ex in examples_of(config, "test", 100)})
+    families = len({ex.task for ex in examples_of(config, "test", 100)})
     tests = examples_of(config, "test", per_family * families)
     counts, accuracy = [0, 1, 2, 4, 8, 16, 32, 64], []
     asker, prefix = evaluate.Answerer(vlm, tests, config.answer_prefix), config.answer_prefix
@@ -331,7 +331,7 @@ def figure_neighbours(pair: tuple[Tensor, Tensor], world: list[Example], library
     near = near.topk(min(4, len(library))).indices.tolist()
     numbers = {}
     for kind in ("family", "answer"):
-        fields = ("family",) if kind == "family" else ("family", "answer")
+        fields = ("task",) if kind == "family" else ("task", "answer")
         asked, known = ([tuple(getattr(ex, name) for name in fields) for ex in examples]
                         for examples in (world, library))
         shares_known, total = Counter(known), len(asked) * len(known)

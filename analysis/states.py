@@ -69,7 +69,7 @@ def shares(h: Tensor, world: list[Example]) -> dict[str, float]:
     explain a little.
     """
     h = F.normalize(h.double(), dim=1)
-    families = [ex.family for ex in world]
+    families = [ex.task for ex in world]
     generator, dealt = torch.Generator().manual_seed(0), [""] * len(world)
     for family in dict.fromkeys(families):  # in the data's order: the same draw in every run
         rows = [i for i, f in enumerate(families) if f == family]
@@ -84,7 +84,7 @@ def shares(h: Tensor, world: list[Example]) -> dict[str, float]:
         return float((h - member @ mean).square().sum(1).mean())
 
     common, family = left([0] * len(world)), left(families)
-    answer = left([(ex.family, ex.answer) for ex in world])
+    answer = left([(ex.task, ex.answer) for ex in world])
     return dict(common=1 - common, family=common - family, answer=family - answer, rest=answer,
                 answer_by_chance=family - left(list(zip(families, dealt))))
 

@@ -73,7 +73,7 @@ def arms(configs: dict[str, dict]) -> dict[str, str]:
 def setting(run: dict) -> dict:
     """What runs must share to be compared: base, training data and the questions answered."""
     config = run["config"]
-    asked = sorted((r["id"], r["family"], r["options"], r.get("answer")) for r in run["answers"])
+    asked = sorted((r["id"], r["task"], r["options"], r.get("answer")) for r in run["answers"])
     data = config.get("data") or [config.get("regime"), config.get("world_seed")]
     # a base is known by its folder's name: a copy elsewhere is the same base
     return dict(base=Path(config.get("model", "")).name, data=data, questions=asked)

@@ -151,7 +151,7 @@ def kind(examples: Examples, rows: list[int], config) -> str | Callable:
     if config.distance != "infonce":
         return config.distance
     asked = [examples.examples[row] for row in variants.with_trajectory(examples, rows)]
-    groups = [(ex.family, ex.answer) if config.infonce_masked else None for ex in asked]
+    groups = [(ex.task, ex.answer) if config.infonce_masked else None for ex in asked]
     return partial(infonce, groups=groups)
 
 

@@ -97,7 +97,7 @@ def average_targets(examples, by: str) -> None:
     groups: dict[tuple[str, str], list[int]] = {}
     for row in with_trajectory(examples, list(examples.targets)):
         example = examples.examples[row]
-        key = (example.family, example.answer if by == "answer" else "")
+        key = (example.task, example.answer if by == "answer" else "")
         groups.setdefault(key, []).append(row)
     for rows in groups.values():
         mean = torch.stack([examples.targets[row] for row in rows]).mean(dim=0)

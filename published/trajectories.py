@@ -466,7 +466,7 @@ class Kept(NamedTuple):
     """What the report needs of a record that was written."""
 
     id: str
-    family: str
+    task: str
     split: str
     calls: int
     picture: str
@@ -494,7 +494,7 @@ def write(examples: Iterator[Converted | Skip], out: Path) -> None:
                 record = json.loads(records.record_line(ex, names))
                 record |= dict(remarks=ex.remarks) if ex.remarks else {}
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
-                kept.append(Kept(ex.id, ex.family, ex.split, len(names) - 1, ex.picture,
+                kept.append(Kept(ex.id, ex.task, ex.split, len(names) - 1, ex.picture,
                                  ex.remarks))
         if not kept:
             raise ValueError("no record could be used: " + "; ".join(
@@ -536,7 +536,7 @@ def report(out: Path, kept: list[Kept], skipped: dict[str, list[str]]) -> None:
     print(f"{out}: {len(kept)} records kept, {sum(map(len, skipped.values()))} left out")
     numbers, pictures, remarks = {}, {}, {}
     for record in kept:
-        key = record.family, record.split, record.calls
+        key = record.task, record.split, record.calls
         numbers[key] = numbers.get(key, 0) + 1
         pictures.setdefault(record.split, set()).add(record.picture)
         for remark in record.remarks:

@@ -29,7 +29,7 @@ class Example:
     """
 
     id: str
-    family: str
+    task: str
     image: Picture
     question: str
     options: list[str]
@@ -92,7 +92,7 @@ def record_line(ex: Example, names: list[str]) -> str:
     tool_names = iter(names[1:])
     steps = [{"text": s} if isinstance(s, str) else {"image": next(tool_names)}
              for s in ex.trajectory]
-    record = dict(id=ex.id, split=ex.split, family=ex.family, image=names[0], question=ex.question,
+    record = dict(id=ex.id, split=ex.split, task=ex.task, image=names[0], question=ex.question,
                   options=ex.options, answer=ex.answer, trajectory=steps)
     return json.dumps(record, ensure_ascii=False) + "\n"
 
@@ -173,7 +173,7 @@ class _Reader:
             _need(isinstance(record.get(key), kind), where,
                   f"field {key!r} must be a {kind.__name__}; found {record.get(key)!r:.80}")
         name, question = (_text(record[key], key, where) for key in ("id", "question"))
-        family = _text(record.get("family", "questions"), "family", where)
+        task = _text(record.get("task", record.get("family", "questions")), "task", where)
         options, answer = _options(record, where)
         steps = [self._step(step, n, where) for n, step in enumerate(record["trajectory"])]
         _need(bool(steps) and isinstance(steps[-1], str), where,
@@ -188,7 +188,7 @@ class _Reader:
         self.lines[name] = number
         if image not in self.digests:
             self.digests[image] = picture_digest(image)
-        return Example(name, family, image, question, options, answer, steps, split or "")
+        return Example(name, task, image, question, options, answer, steps, split or "")
 
     def _image(self, name: str, where: str) -> Path:
         if name not in self.sound:

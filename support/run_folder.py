@@ -143,7 +143,7 @@ def example_digest(example: Example) -> str:
     """Of its words and of its images' content; where the images lie does not matter."""
     steps = [step if isinstance(step, str) else dict(image=picture_digest(step))
              for step in (example.image, *example.trajectory)]
-    words = (example.id, example.family, example.split, example.question, example.options,
+    words = (example.id, example.task, example.split, example.question, example.options,
              example.answer)
     return hashlib.sha256(json.dumps([words, steps]).encode()).hexdigest()[:16]
 

@@ -14,10 +14,10 @@ def wilson(right: int, n: int, z: float = 1.96) -> tuple[float, float]:
 
 def summarise(records: list[dict]) -> dict[str, dict]:
     """Accuracy by family, and over all but the held-out family ("all"); each [share, low, high]."""
-    groups = {family: [r for r in records if r["family"] == family]
-              for family in dict.fromkeys(r["family"] for r in records)}
+    groups = {family: [r for r in records if r["task"] == family]
+              for family in dict.fromkeys(r["task"] for r in records)}
     if len(groups) > 1:
-        groups["all"] = [r for r in records if r["family"] != HELD_OUT]
+        groups["all"] = [r for r in records if r["task"] != HELD_OUT]
     table = {}
     for family, rows in groups.items():
         chance = sum(1 / len(r["options"]) for r in rows) / len(rows)

@@ -288,7 +288,7 @@ FAULTS = [
     Fault("baselines/cures.py", "encoded = functional_call(vlm, weights, (batch, images))",
           "encoded = vlm(batch, images)", "cures: by_hand and ema"),
     Fault("baselines/cures.py", "[i != j and one", "[one", "cures: infonce_equals"),
-    Fault("baselines/cures.py", "(ex.family, ex.answer) if config", "ex.family if config",
+    Fault("baselines/cures.py", "(ex.task, ex.answer) if config", "ex.task if config",
           "cures: negatives"),
     Fault("baselines/cures.py", " or bool(config.vicreg or config.sigreg)", "",
           "cures: graph_only or by_hand"),

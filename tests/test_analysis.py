@@ -72,7 +72,7 @@ def test_shares_of_an_embedding_are_those_it_was_made_of():
         rows.append(torch.zeros(8))
         for place, size in ((0, 3.0), (1 + family, 2.0), (3 + answer, 1.0), (6 + n // 6 % 2, 0.5)):
             rows[-1][place] = size
-        examples.append(SimpleNamespace(family=f"family {family}", answer=f"{answer}"))
+        examples.append(SimpleNamespace(task=f"family {family}", answer=f"{answer}"))
     h = torch.stack(rows)
     found = targets.shares(7 * h, examples)  # length does not matter
     total = 9 + 4 + 1 + 0.25
@@ -84,7 +84,7 @@ def test_shares_of_an_embedding_are_those_it_was_made_of():
     assert 0 <= found["answer_by_chance"] < 0.02 * found["answer"]
     keep, dealt = [n for n in range(1200) if n % 4 != 3], set()  # families of two sizes
     for name in "abcdefgh":  # Python's own order of strings in a set differs from run to run
-        renamed = [SimpleNamespace(family=examples[n].family[-1] + name, answer=examples[n].answer)
+        renamed = [SimpleNamespace(task=examples[n].task[-1] + name, answer=examples[n].answer)
                    for n in keep]
         dealt.add(round(targets.shares(h[keep], renamed)["answer_by_chance"], 9))
     assert len(dealt) == 1
@@ -268,7 +268,7 @@ def test_figures_of_every_regime(small_study, tmp_path, regime):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A data folder whose records no regime of the world has: one without a tool image, no call."""
-    world = [dataclasses.replace(scenes.make_example("depth", split, n, 0), family=f"own {n % 2}",
+    world = [dataclasses.replace(scenes.make_example("depth", split, n, 0), task=f"own {n % 2}",
                                  id=f"{split}-{n}", trajectory=["I look. Answer: x"])
              for split in ("train", "test") for n in range(8)]
     world = [dataclasses.replace(
@@ -347,7 +347,7 @@ def test_the_plan_has_every_system_in_every_regime_and_refuses_unknown_arms(tmp_
 def finished_run(folder: Path, right: list[int], **changes) -> Path:
     """A run folder as train.py leaves it, of two families; right: of four questions each."""
     config = dataclasses.asdict(train.Config(regime="single", steps=200)) | changes
-    answers = [dict(family=family, options=["a", "b", "c", "d"], direct_right=n < count,
+    answers = [dict(task=family, options=["a", "b", "c", "d"], direct_right=n < count,
                     free_right=False) for family, count in zip(("crop", "tallest"), right)
                for n in range(4)]
     folder.mkdir(parents=True)

@@ -188,7 +188,7 @@ def test_a_swapped_image_is_really_another():
     assert rows == list(range(21))
     for row, other in zip(rows, others):
         mine = [*world, twin][row]
-        assert mine.family == other.family
+        assert mine.task == other.task
         assert picture_digest(mine.image) != picture_digest(other.image)
     assert causal.partners([world[0], twin], causal.other_image) == [None, None]
     assert causal.partners(world[:5], causal.other_image) == [None] * 5  # each family once
@@ -301,7 +301,7 @@ def test_without_dots_only_the_dots_are_gone():
         spec = scenes.make_spec("tallest", "test", i, 0)
         ex, plain = (scenes.make_example("tallest", "test", i, 0),
                      scenes.tallest_without_dots("test", i, 0))
-        assert plain.id != ex.id and plain.family == scenes.NO_DOTS and not plain.trajectory
+        assert plain.id != ex.id and plain.task == scenes.NO_DOTS and not plain.trajectory
         assert (plain.question, plain.options, plain.answer) == (ex.question, ex.options, ex.answer)
         dots = [(x + 4, 100, x + 11, 107) for x, _, _, dotted, _ in spec["bars"] if dotted]
         changed = ImageChops.difference(ex.image, plain.image)

@@ -107,7 +107,7 @@ def test_the_negatives_of_infonce_are_those_that_the_option_says(shipped, config
     prediction, target = torch.randn(6, D), torch.randn(6, D)
     for masked in (True, False):
         config = dataclasses.replace(config, distance="infonce", infonce_masked=masked)
-        groups = [(world[row].family, world[row].answer) for row in rows]
+        groups = [(world[row].task, world[row].answer) for row in rows]
         torch.testing.assert_close(
             losses.jepa_loss(prediction, target, cures.kind(examples, rows, config)),
             naive_infonce(prediction, target, groups, masked))
@@ -231,7 +231,7 @@ def naive_terms(vlm, predictor, examples, rows, config):
     if "head" in predictor.cures:
         predicted = predictor.cures["head"](predicted)
     if config.distance == "infonce":
-        groups = [(examples.examples[row].family, examples.examples[row].answer) for row in rows]
+        groups = [(examples.examples[row].task, examples.examples[row].answer) for row in rows]
         jepa = naive_infonce(predicted, target.detach(), groups, config.infonce_masked)
     else:
         jepa = sum(naive_distance(p, t.detach(), "cosine") for p, t in zip(predicted, target))

@@ -140,8 +140,8 @@ def test_a_call_works_on_the_last_image_or_on_the_one_it_names():
 def test_folder_round_trip(tmp_path, mixed):
     records.write_folder(tmp_path / "set", mixed)
     for ex, back in zip(mixed, records.read_folder(tmp_path / "set")):
-        assert (ex.id, ex.family, ex.question, ex.options, ex.answer, ex.texts, ex.split) == \
-            (back.id, back.family, back.question, back.options, back.answer, back.texts, back.split)
+        assert (ex.id, ex.task, ex.question, ex.options, ex.answer, ex.texts, ex.split) == \
+            (back.id, back.task, back.question, back.options, back.answer, back.texts, back.split)
         assert [i.tobytes() for i in ex.images] == [images.opened(i).tobytes() for i in back.images]
     with pytest.raises(FileExistsError, match="nothing is overwritten"):
         records.write_folder(tmp_path / "set", mixed)

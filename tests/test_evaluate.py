@@ -37,9 +37,9 @@ def test_a_reply_is_the_option_that_it_states_last(text, prefix, answer):
 
 
 def test_summary_by_hand():
-    rows = [dict(family="crop", options=list("abcd"), direct_right=r, free_right=False,
+    rows = [dict(task="crop", options=list("abcd"), direct_right=r, free_right=False,
                  tool_right=True) for r in (True, True, False, True)]
-    rows += [dict(family=scenes.HELD_OUT, options=list("ab"), direct_right=False, free_right=True)]
+    rows += [dict(task=scenes.HELD_OUT, options=list("ab"), direct_right=False, free_right=True)]
     table = tables.summarise(rows)
     crop, held_out = table["crop"], table[scenes.HELD_OUT]
     assert crop["direct"][0] == 0.75 and crop["chance"] == 0.25 and crop["n"] == 4
@@ -242,7 +242,7 @@ def test_latent_loop_equals_encoding_everything_anew(vlm64, monkeypatch, latents
 
 
 def a_run(method, seed, rights, way="direct", **settings):
-    rows = [{"id": str(i), "family": "crop", "options": list("abcd"), f"{way}_right": r,
+    rows = [{"id": str(i), "task": "crop", "options": list("abcd"), f"{way}_right": r,
              "direct_right": r, "cost": {way: dict(tokens=2, images=1, passes=2)}}
             for i, r in enumerate(rights)]
     config = dict(method=method, seed=seed, out=f"{method}{seed}", **settings)

@@ -75,7 +75,7 @@ def test_lvr_boxes_become_calls_and_crops(pictures, tmp_path):
     [ex] = converted(published.lvr, tmp_path, [a_lvr_record()], pictures)
     call, crop, last = ex.trajectory
     assert ex.question == "What is there?" and ex.answer == "a dog" and last == "Answer: a dog"
-    assert ex.family == "flickr30k" and ex.remarks == []
+    assert ex.task == "flickr30k" and ex.remarks == []
     assert call.endswith("[crop 50 0 75 50]") and crop.size == (50, 50)
     assert crop.getpixel((0, 0)) == (0, 0, 0)
     assert answers_of_calls(ex) == [(crop.tobytes(), crop.tobytes())]
@@ -283,7 +283,7 @@ def test_thinkmorph_rows_and_the_message_without_pyarrow(pictures, tmp_path, mon
     kept, left, longer, two, empty = published.thinkmorph([tmp_path / "Jigsaw_Assembly"])
     assert kept.texts == ["I will assemble it.", "It fits. Answer: A"]
     assert kept.images[1].size == (40, 40)
-    assert kept.family == "Jigsaw_Assembly" and kept.remarks == []
+    assert kept.task == "Jigsaw_Assembly" and kept.remarks == []
     assert "field missing" in left[1] and "2 images beside the question" in two[1]
     assert "empty" in empty[1]
     assert longer.texts == ["I will assemble it.", "It fits.", "Done. Answer: A"]
@@ -319,7 +319,7 @@ def test_no_tag_and_no_box_is_left_in_thinkmorph_texts(pictures, thought, answer
                     question="<image>\nWhich?")
         ex = published.thinkmorph_example("x", row, family)
         assert ex.texts == ["Look at this.", texts] and ex.question == "Which?"
-        assert ex.answer in ("A", "\\frac{1}{2}") and ex.family == family
+        assert ex.answer in ("A", "\\frac{1}{2}") and ex.task == family
 
 
 def test_words_that_contradict_the_answer_field_are_left_out(pictures):
@@ -377,7 +377,7 @@ def test_written_folders_read_back_and_mix(pictures, tmp_path, capsys):
     published.write(published.mix(sources, 40, 0), tmp_path / "mixed")
     assert "training record beyond its folder's share" in capsys.readouterr().out
     train = [ex for ex in read_folder(tmp_path / "mixed") if ex.split == "train"]
-    assert sorted(sum(ex.family == f for ex in train) for f in ("one", "two")) == [10, 30]
+    assert sorted(sum(ex.task == f for ex in train) for f in ("one", "two")) == [10, 30]
     assert len({ex.id for ex in train}) == 40
     with pytest.raises(ValueError, match="lower --count"):
         published.write(published.mix({tmp_path / "one": 1.0}, 4000, 0), tmp_path / "more")

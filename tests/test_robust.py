@@ -140,7 +140,7 @@ def test_a_crop_of_one_pixel_is_usable_and_a_thread_of_pixels_is_refused():
     ({"id": " "}, "id must be a non-empty string"),
     ({"id": 7}, "field 'id' must be a str; found 7"),
     ({"question": ""}, "question must be a non-empty string"),
-    ({"family": 3}, "family must be a non-empty string"),
+    ({"family": 3}, "task must be a non-empty string"),
     ({"question": "\ud800"}, "question is not valid Unicode text"),
     ({"image": "\ud800.png"}, "image is not valid Unicode text"),
     ({"image": "a\0b.png"}, "null|cannot be read"),

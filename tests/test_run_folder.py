@@ -236,7 +236,7 @@ def test_a_run_of_an_earlier_version_says_that_it_cannot_compare(tmp_path, capsy
 
 
 @pytest.mark.parametrize("field, value", [
-    ("id", "z"), ("family", "g"), ("question", "Q"), ("options", ["y", "x"]), ("answer", "y"),
+    ("id", "z"), ("task", "g"), ("question", "Q"), ("options", ["y", "x"]), ("answer", "y"),
     ("split", "test"), ("image", Image.new("RGB", (4, 4))), ("trajectory", ["x"]),
     ("trajectory", ["Look.", Image.new("RGB", (2, 2), "red"), "x"])])
 def test_a_digest_covers_every_part_of_an_example_and_no_place(tmp_path, field, value):

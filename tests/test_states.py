@@ -44,7 +44,7 @@ def test_without_a_tool_image_there_is_no_mean_over_its_tokens(mixed, config):
 
 def test_the_centred_shares_are_those_of_what_is_left():
     """A large common vector hides the answer; taken off, the answer is all there is."""
-    world = [SimpleNamespace(family="f", answer=str(n % 2)) for n in range(40)]
+    world = [SimpleNamespace(task="f", answer=str(n % 2)) for n in range(40)]
     h = torch.tensor([[10.0, 1, 0], [10.0, -1, 0]]).repeat(20, 1)
     [row] = states.measured({(1, "end"): h}, world)
     assert row.shares["answer"] == pytest.approx(1 / 101)

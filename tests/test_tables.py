@@ -12,8 +12,8 @@ from analysis import search, study
 from analysis.tables import T95, comparable, compare, comparison, corrected, holm, p_value
 
 
-def a_run(method, seed, rights, family="crop", **settings):
-    answers = [dict(id=str(i), family=family, options=list("abcd"), answer="a", direct=right,
+def a_run(method, seed, rights, task="crop", **settings):
+    answers = [dict(id=str(i), task=task, options=list("abcd"), answer="a", direct=right,
                     direct_right=right, cost=dict(direct=dict(tokens=2, images=1, passes=2)))
                for i, right in enumerate(rights)]
     config = dict(method=method, seed=seed, model="bases/tiny", data="", regime="mixed",
@@ -31,7 +31,7 @@ def test_a_second_run_of_one_arm_and_seed_is_a_row_that_names_it():
 
 @pytest.mark.parametrize("name, changed", [
     ("base", dict(model="bases/other")), ("data", dict(data="set")), ("data", dict(regime="multi")),
-    ("data", dict(world_seed=1)), ("questions", dict(family="count"))])
+    ("data", dict(world_seed=1)), ("questions", dict(task="count"))])
 def test_runs_of_unlike_settings_are_told_apart(name, changed):
     runs = {"a": a_run("sft", 0, [1, 0]), "b": a_run("sft", 1, [1, 0], **changed),
             "c": a_run("pearl", 0, [1, 1])}
@@ -106,7 +106,7 @@ def test_every_arm_is_searched_with_as_many_settings_and_the_best_stands_out():
         search.plan(Path("found"), ["nobody"], [])
 
     def answered(*rights):
-        return [dict(family=family, options=["a", "b"], direct_right=right, tool_right=True)
+        return [dict(task=family, options=["a", "b"], direct_right=right, tool_right=True)
                 for family, right in zip(("crop", "crop", "tallest"), rights)]
     text = search.table({"arm": {"--x 1": answered(1, 0, 1), "--x 2": answered(1, 1, 0)}})
     assert text.splitlines()[-1] == "| arm | `--x 1` 50.0 / 100.0, `--x 2` **100.0 / 100.0** |"

@@ -339,7 +339,7 @@ def test_averaged_targets_keep_the_family_or_the_answer(shipped, config, capsys)
         groups = []
         for row in rows:
             groups.append([r for r in rows if r == row or by != "own"
-                           and world[r].family == world[row].family
+                           and world[r].task == world[row].task
                            and (by == "family" or world[r].answer == world[row].answer)])
             mean = sum(own.targets[r] for r in groups[-1]) / len(groups[-1])
             torch.testing.assert_close(averaged.targets[row], mean)
@@ -807,7 +807,7 @@ def test_a_folder_of_ones_own_trains_and_bad_ones_stop_before_training(tmp_path,
     capped = loader.load_examples(train.parse_config(
         ["--data", str(folder), "--valid_examples", "2", "--test_per_family", "1"]))
     assert [len(part) for part in capped] == [6, 2, 2]
-    assert len({ex.family for ex in capped[2]}) == 2
+    assert len({ex.task for ex in capped[2]}) == 2
     (folder / "images").rename(folder / "pictures")
     with pytest.raises(SystemExit, match="error: .*line 1: image"):  # no traceback
         as_program(train.__file__, *small, "--out", tmp_path / "other")

@@ -44,8 +44,8 @@ def drawn(examples: list[Example], config) -> list[list[Example]]:
     def at_most(rows: list[Example], count: int) -> list[Example]:
         return rows if len(rows) <= count else rng.sample(rows, count)
 
-    tests = [ex for family in dict.fromkeys(ex.family for ex in test_rows)
-             for ex in at_most([ex for ex in test_rows if ex.family == family],
+    tests = [ex for family in dict.fromkeys(ex.task for ex in test_rows)
+             for ex in at_most([ex for ex in test_rows if ex.task == family],
                                config.test_per_family)]
     return [train_rows, at_most(valid_rows, config.valid_examples), tests]
 

@@ -492,7 +492,7 @@ def contact_sheet(examples: list[Example], width: int = 1500, side: int = 132) -
 
     for row, ex in enumerate(examples):
         y = row * (side + 12)
-        asked = f"{ex.family}: {ex.question} Options: {', '.join(ex.options)}."
+        asked = f"{ex.task}: {ex.question} Options: {', '.join(ex.options)}."
         for column, step in enumerate([
                 opened(ex.image), asked,
                 *(s if isinstance(s, str) else opened(s) for s in ex.trajectory)]):
