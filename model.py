@@ -1,26 +1,28 @@
 """The VLM: a transformers checkpoint in, final-layer states out; LoRA; plain decoding.
 
-Enc(view) of sections 3.2 to 3.4 of arXiv:2604.08065 is the VLM's own forward pass; a view's
+Enc(view) of sections 3.2 to 3.4 of arXiv:2604.08065 is the VLM's own forward pass, and a view's
 embedding is the final-layer state (after the last norm) at one known position. Inference (3.8) is
 the model's own `generate`: no [PRED], no latent predictor, no tool.
 
 Letters: B batch, T sequence, D hidden size, V vocabulary, P image tokens, r LoRA rank,
 S 1 + deepstack levels (Qwen3-VL), A rows of positions (3 for Qwen: time, height, width; else 1).
 Left out on purpose: what differs between model families and how a checkpoint is read
-(support/families.py), adapters on disk (support/adapters.py), losses, all that knows of training.
+(support/families.py), adapters on disk (support/adapters.py), losses and training.
 """
 
+import copy
 import math
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from data import Batch, View, collate
 from support import adapters, families, packing
-from support.images import EncodedImage, ImageStore
+from support.features import EncodedImage, LoadedImage
 
 # ---- LoRA ---------------------------------------------------------------------------------------
 
@@ -32,19 +34,18 @@ class LoRALinear(nn.Module):
         super().__init__()
         self.base, self.scaling, self.active = base, alpha / rank, True
         self.dropout = nn.Dropout(dropout)
-        # on W's device and not in its type: in bfloat16 small steps would be lost
+        # float32 even beside bfloat16 weights, which would lose small updates
         device = base.weight.device
         self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, device=device))
+        # B is zero, so training starts from W
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, device=device))
-        # B is zero: training starts at W
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
 
     def forward(self, x: Tensor) -> Tensor:
-        # two thin products instead of one wide: B A itself is never made while it trains
         y = self.base(x)
         if not self.active:
             return y
-        # A and B are cast and scaled, not x and y: they are small
+        # two thin products; the wide B A is never built. A and B are cast, because they are small.
         low = nn.functional.linear(self.dropout(x), self.lora_A.to(x.dtype))  # (..., r)
         high = (self.scaling * self.lora_B).to(low.dtype)
         return y + nn.functional.linear(low, high).to(y.dtype)
@@ -55,21 +56,20 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
             if isinstance(module, LoRALinear)}
 
 
-def add_lora(model: nn.Module, rank: int, alpha: float, dropout: float, targets: list[str]) -> None:
-    """Freeze `model`, then wrap each nn.Linear named in `targets`. Raises ValueError if none is."""
-    # frozen first: what is wrapped below brings its own trained parameters
+def add_lora(model: nn.Module, rank: int, alpha: float, dropout: float) -> None:
+    """Freeze `model`, then put a LoRALinear around each of its nn.Linear layers."""
+    # frozen first, because the new layers bring trainable parameters
     model.requires_grad_(False)
-    # by the last part of the name, as PEFT's target_modules
-    found = {name: module for name, module in model.named_modules()
-             if isinstance(module, nn.Linear)
-             and ("all-linear" in targets or name.split(".")[-1] in targets)}
-    if not found:
-        raise ValueError(f"no linear layer is named {' or '.join(targets)}; set --lora_targets to "
-                         "names of this model's layers")
-    for name, layer in found.items():
-        # in its parent's place: everything that calls the layer by its name now calls the sum
-        parent, _, last = name.rpartition(".")
-        setattr(model.get_submodule(parent), last, LoRALinear(layer, rank, alpha, dropout))
+    linear = {name: module for name, module in model.named_modules()
+              if isinstance(module, nn.Linear)}
+    for name, layer in linear.items():
+        replace_layer(model, name, LoRALinear(layer, rank, alpha, dropout))
+
+
+def replace_layer(model: nn.Module, name: str, layer: nn.Module) -> None:
+    # whoever calls the layer by its name now calls the new one
+    parent, _, last = name.rpartition(".")
+    setattr(model.get_submodule(parent), last, layer)
 
 
 # ---- the VLM ------------------------------------------------------------------------------------
@@ -80,20 +80,23 @@ class Encoded(NamedTuple):
 
     states: Tensor  # (B, T, D) final-layer states
     inputs: Tensor  # (B, T, D) input embeddings
-    embedding: Tensor  # (B, D) the state at each view's `embed_at`
+    embedding: Tensor  # (B, D) the state at each view's embed_at
+    batch: Batch  # on the model's device
 
 
 class VLM(nn.Module):
-    """A vision-language model with its tokenizer and images, from any local folder or hub id.
+    """A vision-language model with its tokenizer, from a local folder or a hub id.
 
-    Raises ValueError, one sentence, for what is no such checkpoint or cannot be served.
+    min_pixels, max_pixels: an image's size, as the family's processor counts it; None: its own.
+    Raises ValueError, one sentence, for a path that is no supported VLM checkpoint.
     """
 
-    def __init__(self, path: str | Path, dtype: torch.dtype = torch.float32):
+    def __init__(self, path: str | Path, dtype: torch.dtype = torch.float32,
+                 min_pixels: int | None = None, max_pixels: int | None = None):
         super().__init__()
         self.path = str(path)
-        # lm: all of transformers' model, vision tower and head included; family: what is special
-        self.lm, self.family = families.load_checkpoint(self.path, dtype)
+        # lm: the whole transformers model, with vision tower and head; family: what is special
+        self.lm, self.family = families.load_checkpoint(self.path, dtype, min_pixels, max_pixels)
         self.tokenizer = self.family.tokenizer
         self.pad_id: int = self.lm.generation_config.pad_token_id
         self.dim: int = self.lm.config.text_config.hidden_size
@@ -103,119 +106,122 @@ class VLM(nn.Module):
     def device(self) -> torch.device:
         return self.lm.device
 
-    def set_trainable(self, rank: int, alpha: float, dropout: float, targets: list[str],
-                      vision: bool) -> None:
-        """LoRA on the language model (rank 0: all its weights), on the vision tower if asked."""
-        # everything is frozen first; what is to learn is said below
+    def set_trainable(self, rank: int, dropout: float = 0.0, vision: bool = False) -> None:
+        """LoRA on the language model (rank 0: all its weights), and on the vision tower if asked.
+
+        alpha is twice the rank, as in the paper (64, 128).
+        """
         self.lm.requires_grad_(False)
-        parts = [(self.lm.get_decoder(), targets)]
-        # the tower's attention layers have names of their own in Qwen-VL
+        parts = [self.lm.get_decoder()]
         if vision:
-            parts.append((self.lm.get_encoder("image"), [*targets, "qkv", "proj"]))
-        for part, names in parts:
+            parts.append(self.lm.get_encoder("image"))
+        for part in parts:
             if rank:
-                add_lora(part, rank, alpha, dropout, names)
+                add_lora(part, rank, 2.0 * rank, dropout)
             else:
                 part.requires_grad_(True)
 
+    def keep_start(self) -> None:
+        """Remember the weights of now for `starting_model`: a second copy, if there is no LoRA."""
+        # past nn.Module's own attribute setter: the copy is no part of what trains or is saved
+        self.__dict__["start"] = self if lora_layers(self.lm) else copy.deepcopy(self)
+
     @contextmanager
-    def starting_model(self):
-        """The model as it was before LoRA, for as long as the context lasts."""
-        # LoRA is all that training changes here, so without it nothing has been changed
-        layers = lora_layers(self.lm).values()
-        # switched off and not taken out: nothing is copied
+    def starting_model(self) -> Iterator["VLM"]:
+        """The model as it was before training, for as long as the context lasts."""
+        start, training = self.__dict__["start"], self.training
+        # LoRA is all that training changes: with it switched off, this is the starting model
+        layers = lora_layers(start.lm).values()
         for layer in layers:
             layer.active = False
         try:
-            yield
+            yield start.eval()
         finally:
+            self.train(training)
             for layer in layers:
                 layer.active = True
 
     def recompute_activations(self) -> None:
-        """Layers compute their activations again on the way back: less memory, more time."""
-        # the newer name first
+        """Gradient checkpointing: less memory, more time."""
+        # newer versions of transformers have the first name
         enable = getattr(self.lm, "activation_checkpointing_enable",
                          self.lm.gradient_checkpointing_enable)
         enable(dict(use_reentrant=False))
 
-    def embed(self, batch: Batch, images: dict[int, EncodedImage],
+    def embed(self, batch: Batch, images: dict[str, EncodedImage],
               injected: Tensor | None = None) -> dict:
-        """The language model's inputs for a batch of views.
+        """The language model's inputs for a batch of views (on the CPU).
 
-        images: those of batch.images, by number. injected (n, D): the input embeddings of all
-        positions of batch.inject_at, row after row, or of one row, the same for every row.
+        images: those of batch.images, by key. injected: the input embeddings of the positions of
+        batch.inject_at, row after row (n, D), or those of one row (K, D), the same for all rows.
         Returns embeddings (B, T, D), positions (A, B, T), mask (B, T) and what images add.
         """
+        # everything that is counted is counted on the CPU, where it does not wait for the GPU
         is_image = batch.ids == self.lm.config.image_token_id  # (B, T)
-        # placeholders too get some word's embedding here; it is replaced below
+        counts = int(is_image.sum()), int(batch.inject_at.sum())
+        # the views' own positions; those of a second view in the same pass follow below
+        width = batch.ids.shape[1] - batch.branch
+        positions = self.family.positions(batch.ids[:, :width], batch.mask[:, :width],
+                                          [images[i].grid for i in batch.images])
+        batch, is_image, positions = (x.to(self.device) for x in (batch, is_image, positions))
+
+        # placeholders get the embedding of some token here, and their own below
         embeds = self.lm.get_input_embeddings()(batch.ids)  # (B, T, D)
-        # features of lower layers of the tower (Qwen3-VL), (S - 1, all P, D): as yet none, (0, D)
-        levels = embeds[:0, 0]
+        levels = embeds[:0, 0]  # features for the first layers (Qwen3-VL): none so far, (0, D)
         if batch.images:
             features = torch.cat([images[i].features for i in batch.images], dim=1).to(embeds.dtype)
-            assert int(is_image.sum()) == features.shape[1], "image tokens and features differ"
-            # one image after the other, as the image tokens stand in the batch
+            assert counts[0] == features.shape[1], "image tokens and features differ"
+            # images follow one another in the order of their tokens in the batch
             embeds, levels = embeds.masked_scatter(is_image[..., None], features[0]), features[1:]
-        # [PRED] rows and latents are no words: their embeddings come from outside
         if injected is not None:
-            # (K, D): the same [PRED] rows behind every question, so here (B K, D)
-            if len(injected) < int(batch.inject_at.sum()):
-                injected = injected.repeat(len(batch.ids), 1)
-            assert int(batch.inject_at.sum()) == len(injected), "injected embeddings do not fit"
+            if len(injected) < counts[1]:
+                injected = injected.repeat(len(batch.ids), 1)  # (B K, D)
+            assert counts[1] == len(injected), "injected embeddings do not fit"
             embeds = embeds.masked_scatter(batch.inject_at[..., None], injected.to(embeds.dtype))
 
-        # positions count the views themselves; branches, behind them, are given theirs by hand
-        width = batch.ids.shape[1] - batch.branch
-        grids = [images[i].grid for i in batch.images]
-        positions = self.family.positions(batch.ids[:, :width], batch.mask[:, :width], grids)
         mask = batch.mask.long()
         if batch.shared is not None:
             positions, mask = packing.branch_inputs(batch, positions, self.lm.dtype)
         return dict(inputs_embeds=embeds, attention_mask=mask, position_ids=positions,
                     is_image=is_image, levels=levels)
 
-    def forward(self, batch: Batch, images: dict[int, EncodedImage],
+    def forward(self, batch: Batch, images: dict[str, EncodedImage],
                 injected: Tensor | None = None) -> Encoded:
         """Enc of a batch of views (see `embed`)."""
-        # the decoder without its head, and no cache: nothing is decoded here
         inputs = self.embed(batch, images, injected)
+        # the decoder without its head, and no cache: nothing is decoded here
         states = self.family.states(**inputs, use_cache=False).last_hidden_state  # (B, T, D)
-        # one known position of each view is its embedding: by number, never by searching
+        batch = batch.to(self.device)
         rows = torch.arange(len(states), device=states.device)
-        return Encoded(states, inputs["inputs_embeds"], states[rows, batch.embed_at])
+        # one known position per view is its embedding
+        return Encoded(states, inputs["inputs_embeds"], states[rows, batch.embed_at], batch)
 
     def logits(self, states: Tensor) -> Tensor:
-        """(n, D) -> (n, V)"""
-        # apart from `forward`, so that only what is supervised becomes as wide as the vocabulary
+        """(n, D) -> (n, V), apart from `forward`: few states need it, and it is wide."""
         return self.lm.lm_head(states)
 
     @torch.no_grad()
-    def generate(self, views: list[View], store: ImageStore, max_new_tokens: int,
-                 allowed: Callable[[int, list[int]], list[int]] | None = None) -> list[list[int]]:
-        """Greedy continuation of each view by the model's own `generate`.
+    def generate(self, views: list[View], images: list[LoadedImage], encode,
+                 max_new_tokens: int) -> list[list[int]]:
+        """Greedy continuation of each view by the model's own `generate`: the new token ids.
 
-        allowed: optional function (row, tokens generated so far) -> token ids that may come next.
+        images: with pixels. encode: features of images (support/features.py), for families whose
+        `generate` takes embeddings.
         """
-        # padded on the left, so that every row's next token stands in the same column
-        batch = collate(views, self.pad_id, left=True).to(self.device)
-        prompt = self.family.prompt(batch, store, self.embed)
-        # a family that is given embeddings returns only what is new
+        # padding on the left, so that the next token of every row stands in the same column
+        batch = collate(views, self.pad_id, left=True)
+        pixels = {image.key: image.pixels for image in images}
+        # ids and pixels where possible, so that nothing of ours stands between model and answer
+        prompt = self.family.prompt(batch.to(self.device), [pixels[i] for i in batch.images],
+                                    lambda: self.embed(batch, encode(images)))
+        # with embeddings as the prompt, transformers returns the new tokens alone
         start = batch.ids.shape[1] if "input_ids" in prompt else 0
-        constraint = None
-        if allowed is not None:
-            # transformers hands over the prompt too, where it was given as ids
-            def constraint(row: int, ids: Tensor) -> list[int]:
-                return allowed(row, ids[start:].tolist())
         # greedy, whatever the checkpoint's own generation_config says (families.greedy)
-        out = self.lm.generate(**prompt, max_new_tokens=max_new_tokens,
-                               prefix_allowed_tokens_fn=constraint)
-        return out[:, start:].tolist()
+        return self.lm.generate(**prompt, max_new_tokens=max_new_tokens)[:, start:].tolist()
 
     def save_adapter(self, folder: Path) -> None:
-        # in PEFT's layout, so that others can load it
+        """LoRA in PEFT's layout, or all trained weights."""
         adapters.save_adapter(self.lm, lora_layers(self.lm), self.path, folder)
 
     def load_adapter(self, folder: Path) -> None:
-        """Put a saved adapter into the weights: a plain model then, ready to answer."""
         adapters.load_adapter(self.lm, self.path, folder)

@@ -1,9 +1,9 @@
-"""What Pearl adds to the VLM while it trains and drops at inference: [PRED] rows, latent predictor.
+"""The modules that Pearl trains beside the VLM and drops at inference.
 
 The predictor of section 3.4 is the VLM itself ("tied weights", after LLM-JEPA): K learnable [PRED]
-tokens follow <I0, Q>, and the final-layer state of the last one is h^_R. With K = 0 it is the
-identity: h^_R is the state of the last token of <I0, Q>. The latent predictor of Eq. 2 forecasts
-the next state of a sequence from this one. Neither is in the checkpoint that answers questions.
+tokens follow <I0, Q>, and the final-layer state of the last one is h^_R. With K = 0 there is no
+[PRED]: h^_R is then the state of the last prompt token. The latent predictor of Eq. 2 predicts the
+next state of a sequence from the current one.
 
 Letters: B batch, T sequence, D hidden size, K predictor tokens, n selected positions, d horizon.
 """
@@ -14,53 +14,52 @@ from torch import Tensor, nn
 
 
 class LatentPredictor(nn.Module):
-    """f(h_t, e_{t+1}) = h_t + MLP(LayerNorm([h_t ; e_{t+1}])): one step ahead, (n, D) -> (n, D).
+    """f(h_t, e_{t+1}) = h_t + MLP(LayerNorm([h_t ; e_{t+1}])), one step ahead: (n, D) -> (n, D).
 
-    e_{t+1}: the next token's input embedding; sees_next=False: the step is made from h_t alone.
+    e_{t+1} is the next token's input embedding; with sees_next=False the MLP reads h_t alone.
     """
 
     def __init__(self, dim: int, sees_next: bool = True):
         super().__init__()
         self.sees_next = sees_next
         width = 2 * dim if sees_next else dim
-        # Deviation: the paper is silent on its shape. This is the release's: three layers.
+        # Deviation: the paper does not give its shape. These three layers are the release's.
         self.mlp = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, dim), nn.GELU(),
                                  nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, dim))
-        # the last layer starts at zero: training starts from "the next state equals this one"
+        # a last layer of zeros: training starts from "the next state equals this one"
         nn.init.zeros_(self.mlp[-1].weight)
         nn.init.zeros_(self.mlp[-1].bias)
 
     def forward(self, state: Tensor, next_embedding: Tensor) -> Tensor:
-        # the step is added to the state: what has to be learned is the change
+        # the MLP adds to the state, so it learns the change alone
         parts = [state, next_embedding.to(state.dtype)] if self.sees_next else [state]
         return state + self.mlp(torch.cat(parts, dim=-1))
 
     def forecasts(self, states: Tensor, embeddings: Tensor, targets: Tensor,
                   horizon: int) -> list[tuple[Tensor, Tensor]]:
-        """h^_{t+1} .. h^_{t+d} from every h_t, each step from the forecast before it.
+        """h^_{t+1} .. h^_{t+d} from every h_t; each step starts from the forecast before it.
 
-        states, embeddings (B, T, D); targets (B, T), True where the state of a position may be
-        forecast. Returns for i = 1..d the states (n, D) and the mask (B, T) of the positions t+i
-        they stand for. Targets 0 0 1 1 0, d = 2: i = 1 stands at 2 and 3, i = 2 at 3 (from 1).
-        Gradient: flows to states and through the steps; not to the token embeddings.
+        states, embeddings (B, T, D); targets (B, T) is True where a state may be predicted.
+        Returns for i = 1..d the states (n, D) and the mask (B, T) of their positions t + i.
+        Example: targets 0 0 1 1 0 and d = 2 give positions 2, 3 for i = 1 and 3 for i = 2.
+        Gradient: flows to states and through the steps; stops at the token embeddings.
         """
-        # which token comes next is an input here; the vocabulary is not to be bent to ease Eq. 2
+        # Eq. 2 must not change the token embeddings: here they are an input only
         embeddings = embeddings.detach()
-        # forecasts as rows, and where they stand: before the first step h_t itself, at every t
-        latest, at = states.flatten(0, 1), torch.ones_like(targets)  # (B T, D), (B, T)
-        steps = []
+        # the current states as rows, and the mask of their positions
+        rows, positions, steps = states.flatten(0, 1), torch.ones_like(targets), []
         for _ in range(horizon):
-            # one position to the right, and dropped where that is no target (or behind the end)
-            following = targets & F.pad(at[:, :-1], (1, 0))  # (B, T)
-            # the same seen from where the rows stand now: which of them go on
-            goes_on = F.pad(following[:, 1:], (0, 1))[at]  # (n)
-            latest, at = self(latest[goes_on], embeddings[following]), following
-            steps.append((latest, at))
+            # one position to the right, if that position is a target
+            following = targets & F.pad(positions[:, :-1], (1, 0))  # (B, T)
+            # the rows that have such a next position
+            continues = F.pad(following[:, 1:], (0, 1))[positions]  # (n)
+            rows, positions = self(rows[continues], embeddings[following]), following
+            steps.append((rows, positions))
         return steps
 
 
 class Predictor(nn.Module):
-    """All that training adds, in one file of the checkpoint: `pred_tokens` (K, D) and `latent`.
+    """[PRED] rows `pred_tokens` (K, D) and the latent predictor `latent`, one checkpoint file.
 
     start (D): the embedding of the end-of-turn token.
     """
@@ -69,15 +68,12 @@ class Predictor(nn.Module):
 
     def __init__(self, dim: int, pred_tokens: int, start: Tensor, sees_next: bool = True):
         super().__init__()
-        # Parameters of their own and not rows of the vocabulary: under LoRA the embedding matrix is
-        # frozen, and rows added to it would keep their initial value (as they do in the release).
-        # They start at the token whose state they must predict, with noise to tell them apart.
-        # In float32, whatever the model's weights are: small steps would be lost in bfloat16.
+        # Parameters of their own, and no rows of the vocabulary: LoRA freezes the embedding matrix,
+        # and new rows in it would keep their first value (as they do in the release). They start
+        # at the token whose state they must predict, with noise to make them differ. Float32 even
+        # beside bfloat16 weights, which would lose small updates.
         start = start.detach().float()
-        # noise by the embedding's own scale, which differs from model to model
-        size = start.square().mean().sqrt()
+        size = start.square().mean().sqrt()  # the embedding's own scale differs between models
         noise = 0.1 * size * torch.randn(pred_tokens, dim, device=start.device)
         self.pred_tokens = nn.Parameter(start.repeat(pred_tokens, 1) + noise)  # (K, D)
-        self.latent = LatentPredictor(dim, sees_next)  # Eq. 2 alone
-        # empty, but for options against a collapse (baselines/cures.py)
-        self.cures = nn.ModuleDict()
+        self.latent = LatentPredictor(dim, sees_next)

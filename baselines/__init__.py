@@ -1,0 +1,36 @@
+"""What Pearl is compared with, and its variants: each a class that overrides one part of a method.
+
+A name of --method finds its class here, and several names joined by + make one class of all:
+mlp_head+vicreg is `class Method(MLPHead, VICReg)`. Each class calls super() for the rest.
+"""
+
+from baselines.anti_collapse import BiasHead, InfoNCE, MLPHead, SIGReg, VICReg
+from baselines.release import Paper, Release
+from baselines.reconstruction import Recon
+from baselines.training_records import (Both, Direct, ImageFirst, StripCalls, Tracked,
+                                        WithAnswers)
+from baselines.variants import (EMA, AnswerMean, Current, Dropout, NoJEPA, NoNextLat, RandomTarget,
+                                Shuffled, TargetState, TaskMean, TwoPasses)
+from train import SFT, Pearl
+
+# in the order in which they are combined: what chooses records comes before what reads them
+METHODS = dict(
+    tracked=Tracked, with_answers=WithAnswers, image_first=ImageFirst, strip_calls=StripCalls,
+    both=Both, direct=Direct, recon=Recon, paper=Paper, release=Release, bias_head=BiasHead,
+    mlp_head=MLPHead, infonce=InfoNCE, vicreg=VICReg, sigreg=SIGReg, no_jepa=NoJEPA,
+    no_nextlat=NoNextLat, shuffled=Shuffled, random=RandomTarget, task_mean=TaskMean,
+    answer_mean=AnswerMean, dropout=Dropout, two_passes=TwoPasses, target_state=TargetState,
+    ema=EMA, current=Current, sft=SFT, pearl=Pearl)
+
+
+def find(name: str) -> type[Pearl]:
+    """The class for a name, or for several joined by +. Raises ValueError with the known names."""
+    names = name.split("+")
+    if unknown := [one for one in names if one not in METHODS]:
+        raise ValueError(f"unknown method {unknown[0]!r}: choose from {', '.join(METHODS)}, or join "
+                         "several by +")
+    bases = tuple(cls for known, cls in METHODS.items() if known in names)
+    # a class whose subclass is there too adds nothing
+    bases = tuple(cls for cls in bases
+                  if not any(cls is not other and issubclass(other, cls) for other in bases))
+    return bases[0] if len(bases) == 1 else type("Method", bases, {})

@@ -10,61 +10,115 @@ already mean "what comes next was seen", so no row has to be added under a froze
 marker is written for the model once the run is over, so it is not supervised.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-import data
 import losses
+from data import Trajectories, TrainingExample, View, Views, collate
 from model import VLM
+from support.chat import Chat
+from support.features import LoadedImage
 from support.files import read_tensors
+from support.options import option
 from support.records import Example
+from train import Config, Pearl, report
 
 LATENT_START, LATENT_END = "<|vision_start|>", "<|vision_end|>"
+
+
+@dataclass
+class ReconOptions:
+    latents: int = option(0, "per tool image: 0 one per image token (LVR); k chunk means")
+    decode_latents: int = option(8, "latents decoded at inference")
+
+
+class Recon(Pearl):
+    """L_VLM + lambda * L_latent, teacher-forced."""
+
+    Options = ReconOptions
+
+    def build_modules(self) -> None:
+        vocabulary = self.vlm.tokenizer.get_vocab()
+        if missing := {LATENT_START, LATENT_END} - vocabulary.keys():
+            raise ValueError(f"--method recon marks its latents with {sorted(missing)[0]}, which "
+                             "this model's vocabulary lacks: use a Qwen-VL model")
+        self.predictor = LatentScale(torch.zeros(2, self.vlm.dim), torch.ones(self.vlm.dim))
+
+    @classmethod
+    def views(cls, config: Config, chat: Chat, example: Example,
+              images: list[LoadedImage]) -> Views:
+        # the full view holds latents; the others stay, though this method does not read them
+        views = super().views(config, chat, example, images)
+        return views._replace(full=latent_view(chat, cls.shown(example, config), images,
+                                               config.latents))
+
+    @torch.no_grad()
+    def prepare(self, datasets: list[Trajectories]) -> None:
+        """The scale of the training set's tool images."""
+        train_set, embeddings = datasets[0], []
+        for rows in torch.arange(len(train_set)).split(64):
+            (batch,) = train_set.passes(rows.tolist(), 64)
+            features = self.encode_images([image for ex in batch for image in ex.images[1:]])
+            embeddings += [latent_targets(features[image.key].features[0], self.config.latents)
+                           for ex in batch for image in ex.images[1:]]
+        if not embeddings:
+            raise ValueError("no trajectory has a tool image: there is nothing for --method recon "
+                             "to reconstruct")
+        norm = self.vlm.lm.get_decoder().norm.weight
+        self.predictor = LatentScale(torch.cat(embeddings), norm)
+
+    def forward(self, batch: list[TrainingExample]) -> losses.Losses:
+        images = self.encode_images([image for example in batch for image in example.images])
+        latents = torch.cat([latent_targets(images[image.key].features[0], self.config.latents)
+                             for ex in batch for image in ex.images[1:]])  # (n, D)
+        full = self.vlm(collate([ex.views.full for ex in batch], self.vlm.pad_id), images, latents)
+        vlm = losses.vlm_loss(full.states, full.batch.labels, self.vlm.logits)
+        # the state before each latent regresses the embedding that the latent stands for
+        before = full.batch.inject_at.roll(-1, dims=1)  # (B, T)
+        recon = losses.reconstruction_loss(self.predictor.predicted(full.states[before]),
+                                           self.predictor.target(latents))
+        return report(vlm + self.config.lambda_latent * recon, vlm=vlm, recon=recon)
+
+    @classmethod
+    def ways(cls, config, vlm: VLM, checkpoint: Path) -> dict[str, Callable]:
+        scale = load_scale(checkpoint, vlm)
+        return dict(latent=lambda evaluator: answer(evaluator, scale, config.decode_latents))
 
 
 # ---- view and targets ---------------------------------------------------------------------------
 
 
-def add_views(examples: data.Examples, taught: list[Example], config) -> None:
-    """examples.latent_views: one view each, a single assistant's turn, tool images as latents."""
-    serializer = examples.serializer
-    vocabulary = serializer.tokenizer.get_vocab()
-    if missing := {LATENT_START, LATENT_END} - vocabulary.keys():
-        raise ValueError(f"--method recon marks its latents with {sorted(missing)[0]}, which this "
-                         "model's vocabulary lacks: use a Qwen-VL model")
-    examples.latent_views = [latent_view(serializer, example, *place, config.latents)
-                             for example, place in zip(taught, examples.placed)]
+def latent_view(chat: Chat, example: Example, images: list[LoadedImage], latents: int) -> View:
+    """The assistant's part as one turn, with latents in place of tool images.
 
-
-def latent_view(serializer: data.Serializer, example: Example, images: list[int],
-                image_texts: list[str], latents: int) -> data.View:
-    """Of a tool image with P tokens the run has P latents (LVR), or `latents` if > 0 (Mirage)."""
-    serializer.check(example)
+    A tool image with P tokens has P latents (LVR), or `latents` if > 0 (Mirage).
+    """
     words = "".join(step if isinstance(step, str) else LATENT_START + LATENT_END
                     for step in example.trajectory)
-    turns = [*serializer.turns(example)[:1], ("assistant", [words])]
-    told = serializer.conversation(turns, image_texts[:1]).until_last_label()
-    token = serializer.tokenizer.convert_tokens_to_ids
-    image, end = token(serializer.family.placeholder), token(LATENT_END)
-    counts = iter(latents or serializer.tokenizer(text, add_special_tokens=False).input_ids
-                  .count(image) for text in image_texts[1:])
+    turns = [*chat.turns(example)[:1], ("assistant", [words])]
+    whole = chat.conversation(turns, [image.text for image in images[:1]]).until_last_label()
+    token = chat.tokenizer.convert_tokens_to_ids
+    image_id, end = token(chat.family.placeholder), token(LATENT_END)
+    counts = iter(latents or chat.tokenizer(image.text, add_special_tokens=False).input_ids
+                  .count(image_id) for image in images[1:])
     ids, labels, inject_at = [], [], ()
-    for id, label in zip(told.ids, told.labels):
-        if label == end:  # of the model's own turn: the image of the question is not supervised
+    for id, label in zip(whole.ids, whole.labels):
+        # a supervised end marker is the model's own: the question's image is not supervised
+        if label == end:
             count = next(counts)
             inject_at += tuple(range(len(ids), len(ids) + count))
-            ids += [serializer.end_id] * count
+            ids += [chat.end_id] * count
             labels += [-100] * count
             label = -100
         ids.append(id)
         labels.append(label)
-    view = data.View(ids, labels, images[:1], len(ids) - 1, inject_at)
-    serializer.check_length(view, example)
-    return view
+    chat.check_length(len(ids), example)
+    return View(ids, labels, [image.key for image in images[:1]], len(ids) - 1, inject_at)
 
 
 def latent_targets(features: Tensor, latents: int) -> Tensor:
@@ -75,7 +129,7 @@ def latent_targets(features: Tensor, latents: int) -> Tensor:
     return torch.stack([features[a:max(b, a + 1)].mean(dim=0) for a, b in zip(edges, edges[1:])])
 
 
-# ---- scale and loss -----------------------------------------------------------------------------
+# ---- the scale of latents ---------------------------------------------------------------------------
 
 
 class LatentScale(nn.Module):
@@ -107,49 +161,17 @@ class LatentScale(nn.Module):
         return self.predicted(state) * self.std + self.mean
 
 
-@torch.no_grad()
-def make_scale(vlm: VLM, examples: data.Examples, latents: int) -> LatentScale:
-    """The scale of a training set's tool images."""
-    tool_images = [i for view in examples.views for i in view.full.images[1:]]
-    if not tool_images:
-        raise ValueError("no trajectory has a tool image: there is nothing for --method recon to "
-                         "reconstruct")
-    parts = [examples.store.encoded(tool_images[n:n + 64]) for n in range(0, len(tool_images), 64)]
-    targets = [latent_targets(image.features[0], latents)
-               for part in parts for image in part.values()]
-    return LatentScale(torch.cat(targets), vlm.lm.get_decoder().norm.weight)
-
-
 def load_scale(checkpoint: Path, vlm: VLM) -> LatentScale:
     scale = LatentScale(torch.zeros(2, vlm.dim), torch.ones(vlm.dim))
     scale.load_state_dict(read_tensors(checkpoint / LatentScale.file_name)[0])
     return scale.to(vlm.device)
 
 
-def compute_losses(vlm: VLM, scale: LatentScale, examples: data.Examples, rows: list[int],
-                   config) -> losses.Losses:
-    """L_VLM + lambda * L_latent, teacher-forced."""
-    views = [examples.latent_views[row] for row in rows]
-    tool_images = [i for row in rows for i in examples.views[row].full.images[1:]]
-    images = examples.store.encoded([i for view in views for i in view.images] + tool_images)
-    latents = torch.cat([latent_targets(images[i].features[0], config.latents)
-                         for i in tool_images])  # (n, D) visual embeddings
-    batch = data.collate(views, vlm.pad_id).to(vlm.device)
-    states, _, _ = vlm(batch, images, latents)
-    vlm_term = losses.vlm_loss(states, batch.labels, vlm.logits)
-    # the state before each latent regresses the embedding that the latent stands for
-    before = batch.inject_at.roll(-1, dims=1)  # (B, T)
-    recon_term = losses.reconstruction_loss(scale.predicted(states[before]), scale.target(latents))
-    total = vlm_term + config.lambda_latent * recon_term
-    parts = dict(loss=total, vlm=vlm_term, recon=recon_term)
-    return losses.Losses(total, {name: value.detach() for name, value in parts.items()})
-
-
 # ---- decoding -----------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def generate_latent(vlm: VLM, views: list[data.View], store, scale: LatentScale, latents: int,
+def generate_latent(vlm: VLM, views: list[View], images: dict, scale: LatentScale, latents: int,
                     end_id: int, max_new_tokens: int,
                     instead: Callable | None = None) -> list[tuple[list[int], int]]:
     """Greedy words, and after each start marker `latents` latents; (words, latents fed) of each.
@@ -160,8 +182,7 @@ def generate_latent(vlm: VLM, views: list[data.View], store, scale: LatentScale,
     latents fed so far, is a latent (B)) -> inputs: what a control feeds (analysis/causal.py).
     """
     markers = vlm.tokenizer.convert_tokens_to_ids([LATENT_START, LATENT_END])
-    batch = data.collate(views, vlm.pad_id, left=True).to(vlm.device)
-    inputs = vlm.embed(batch, store.encoded(batch.images))
+    inputs = vlm.embed(collate(views, vlm.pad_id, left=True), images)
     position, mask = inputs["position_ids"].amax(dim=(0, 2)) + 1, inputs["attention_mask"]
     cache = DynamicCache()
     words: list[list[int]] = [[] for _ in views]
@@ -196,14 +217,15 @@ def generate_latent(vlm: VLM, views: list[data.View], store, scale: LatentScale,
         position = position + 1
 
 
-def answer(asker, scale: LatentScale, latents: int, tokens: int = 112) -> list[dict]:
-    """The rival's way to answer (evaluate.Answerer): one record an example."""
-    start = asker.vlm.tokenizer.convert_tokens_to_ids(LATENT_START)
+def answer(evaluator, scale: LatentScale, latents: int, tokens: int = 112) -> list[dict]:
+    """The rival's way to answer: one dict per example (evaluate.Evaluator)."""
+    vlm = evaluator.vlm
+    start = vlm.tokenizer.convert_tokens_to_ids(LATENT_START)
 
-    def decode(part: list[data.View], rows: list[int]) -> list[dict]:
-        made = generate_latent(asker.vlm, part, asker.store, scale, latents,
-                               asker.serializer.end_id, tokens)
-        return [dict(text=asker.decode(ids), tokens=len(ids), latents=fed, images=1,
+    def decode(views: list[View], numbers: list[int]) -> list[dict]:
+        images = evaluator.encode_images(evaluator.images(numbers))
+        made = generate_latent(vlm, views, images, scale, latents, evaluator.chat.end_id, tokens)
+        return [dict(text=evaluator.decode(ids), tokens=len(ids), latents=fed, images=1,
                      passes=len(ids) + fed + ids.count(start)) for ids, fed in made]
 
-    return asker.in_batches(asker.prompts, decode)
+    return evaluator.in_batches([q.prompt for q in evaluator.questions], decode)

@@ -1,68 +1,145 @@
-"""The authors' release of Pearl, where it does otherwise than the core: views, NextLat, predictor.
+"""Pearl as the paper's text describes it, and as its authors' code does it.
 
-Each rule is an option of its own; `--recipe release` sets them together. What the release does, and
-what no option here takes over, stands in docs/differences.md. tests/test_release.py has the same
-rules a second time, one position at a time.
+    --method paper      SmoothL1, the current model's h_R, Eq. 2 along R, lambda 0.2
+    --method release    the authors' code: other views, means and modules
+
+Each rule of the release is one function here. docs/differences.md lists them all, and what no
+option takes over; tests/test_release.py has the same rules a second time, one position at a time.
 Letters: B batch, T sequence, D hidden size, K predictor tokens, n selected positions.
 """
 
-import torch
+from dataclasses import dataclass
+from typing import Literal
+
 import torch.nn.functional as F
 from torch import Tensor
 
 import losses
-from data import Examples, View, Views, collate
-from model import VLM, add_lora
-from predictor import Predictor
+from baselines.variants import Current, NextLatOnR
+from data import TrainingExample, View, Views, collate
+from model import Encoded, add_lora
+from support.chat import Chat
+from support.features import LoadedImage
+from support.options import option
 from support.records import Example
+from train import Config
+
+
+@dataclass
+class PaperOptions:
+    lambda_latent: float = option(0.2, "lambda of Eq. 4")
+    distance: Literal["cosine", "smoothl1", "mse", "l2"] = option("smoothl1", "D of Eq. 1")
+
+
+class Paper(NextLatOnR):
+    """The paper's text. Its SmoothL1 did not make the reported numbers; the cosine did."""
+
+    Options = PaperOptions
+    sees_next = False
+
+
+@dataclass
+class ReleaseOptions:
+    lambda_latent: float = option(0.2, "lambda of Eq. 4")
+    lr: float = option(1e-5, "peak learning rate, for billions of parameters")
+    train_vision: bool = option(True, "LoRA on the vision tower too")
+    lora_dropout: float = option(0.1, "dropout of what enters the low-rank product")
+    warmup: float = option(0.05, "share of the steps with a rising rate (PixelReasoner: 0.3)")
+    weight_decay: float = option(0.1, "of AdamW")
+    # its single rules, so that a study can leave one out
+    target_image: bool = option(True, "the target view has I0 too, in a turn without Q")
+    pred_in_user_turn: bool = option(True, "[PRED] as the last words of the user's turn")
+    supervise_layout: bool = option(True, "the line break behind a turn is learned too")
+    supervise_turns: Literal["all", "last"] = option("all", "last: the answer's alone (LVR data)")
+    nextlat_mean: Literal["tokens", "examples"] = option(
+        "examples", "of Eq. 2: over all t, or over an example's t and then over the batch")
+    nextlat_token: Literal["none", "fed", "next"] = option(
+        "fed", "decode h^_{t+1} too: to the token that it was given (t+1), or to the next one")
+    predictor_weights: Literal["trained", "lora"] = option(
+        "lora", "the latent predictor stays at random but for LoRA, the [PRED] rows as they start")
+
+
+class Release(Current):
+    """The authors' code. Deviation from it: docs/differences.md, last section."""
+
+    Options = ReleaseOptions
+    warmup = property(lambda self: self.config.warmup)
+    weight_decay = property(lambda self: self.config.weight_decay)
+    lora_dropout = property(lambda self: self.config.lora_dropout)
+
+    def build_modules(self) -> None:
+        """--predictor_weights lora: the release wraps its latent predictor together with the model,
+        which freezes its own weights at their random start, and keeps the [PRED] rows in the
+        embedding matrix, which is frozen too."""
+        super().build_modules()
+        if self.config.predictor_weights == "lora":
+            if not self.config.lora_rank:
+                raise ValueError("--predictor_weights lora needs --lora_rank above 0")
+            self.predictor.pred_tokens.requires_grad_(False)
+            latent, rank = self.predictor.latent, self.config.lora_rank
+            latent.mlp[0].eps = 1e-6
+            # frozen at the core's zero, it would predict h_t itself
+            latent.mlp[-1].reset_parameters()
+            add_lora(latent, rank, 2.0 * rank, self.lora_dropout)
+
+    @classmethod
+    def views(cls, config: Config, chat: Chat, example: Example,
+              images: list[LoadedImage]) -> Views:
+        full, prompt, target = super().views(config, chat, example, images)
+        if config.target_image:
+            target = target_with_image(chat, cls.shown(example, config), images)
+        if config.supervise_turns == "last":
+            full = last_turn_only(full, chat.end_id)
+        if config.supervise_layout:
+            full = with_layout(chat, full)
+        if config.pred_in_user_turn:
+            prompt = in_user_turn(chat, prompt)
+        for view in (full, target):
+            chat.check_length(len(view.ids), example)
+        return Views(full, prompt, target)
+
+    def nextlat(self, full: Encoded, target: Encoded) -> Tensor:
+        term, config = super().nextlat(full, target), self.config
+        labels, states = full.batch.labels, full.states
+        forecasts = self.predictor.latent.forecasts(states, full.inputs, labels != -100,
+                                                    config.horizon)
+        if config.nextlat_mean == "examples":
+            term = sum(mean_of_means(states, *one) for one in forecasts) / len(forecasts)
+        if config.nextlat_token != "none":
+            head = self.vlm.lm.lm_head.weight  # (V, D)
+            parts = [token_loss(*one, labels, head, config.nextlat_token) for one in forecasts]
+            term = term + sum(parts) / len(parts)
+        return term
+
 
 # ---- views --------------------------------------------------------------------------------------
 
 
-def adapt_views(examples: Examples, taught: list[Example], config) -> None:
-    """The views as --supervise_turns, --supervise_layout and --pred_position want them.
-
-    taught: the records that the views were made of. Raises ValueError where the model's template
-    cannot have it so, and for a view grown too long.
-    """
-    wanted = (config.supervise_turns, config.supervise_layout, config.pred_position)
-    if wanted == ("all", False, "prompt"):
-        return
-    serializer, adapted = examples.serializer, []
-    told = serializer.conversation([("user", ["Q"]), ("assistant", ["Xyz"])], [])
-    layout = told.ids[len(told.until_last_label().ids):]
-    asked = serializer.conversation([("user", ["Q"])], [], prompt=True)
-    opening = behind_last(asked.ids, serializer.end_id)
-    for (full, prompt, target), example in zip(examples.views, taught):
-        if config.supervise_turns == "last":
-            full = last_turn_only(full, serializer.end_id)
-        if config.supervise_layout:
-            full = with_layout(full, serializer.end_id, layout)
-            serializer.check_length(full, example)
-        if config.pred_position == "user_turn":
-            prompt = in_user_turn(prompt, serializer.end_id, opening)
-        adapted.append(Views(full, prompt, target))
-    examples.views = adapted
+def target_with_image(chat: Chat, example: Example, images: list[LoadedImage]) -> View:
+    """R behind a user turn with I0 alone: the conversation without the question's text."""
+    turns = [("user", [example.image]), *chat.turns(example)[1:]]
+    made = chat.conversation(turns, [image.text for image in images]).until_last_label()
+    return View(made.ids, made.labels, [image.key for image in images], len(made.ids) - 1)
 
 
-def behind_last(ids: list[int], end: int) -> list[int]:
+def after_last(ids: list[int], end: int) -> list[int]:
     """What stands behind the last `end`; everything if there is none."""
     return ids[len(ids) - ids[::-1].index(end):] if end in ids else ids
 
 
 def last_turn_only(view: View, end: int) -> View:
     """Supervised: the assistant's last turn alone, so what follows the last but one `end`."""
-    # a text that holds the end token is refused, so a label equal to it is the end of a turn
+    # no text may hold the end token, so a label equal to it is the end of a turn
     ends = [n for n, label in enumerate(view.labels) if label == end]
     first = ends[-2] + 1 if len(ends) > 1 else 0
     return view._replace(labels=[-100] * first + view.labels[first:])
 
 
-def with_layout(view: View, end: int, layout: list[int]) -> View:
-    """Supervised too: what the template writes behind an assistant's turn (Qwen: a line break).
-
-    A view is cut at its last end of turn; the layout of that one is put back.
-    """
+def with_layout(chat: Chat, view: View) -> View:
+    """Supervised too: what the template writes behind an assistant's turn (Qwen: a line break)."""
+    turn = chat.conversation([("user", ["Q"]), ("assistant", ["Xyz"])], [])
+    layout, end = turn.ids[len(turn.until_last_label().ids):], chat.end_id
+    # the view was cut behind its last end of turn: that turn's layout is put back
     ids, labels = view.ids + layout, view.labels + [-100] * len(layout)
     for n, label in enumerate(view.labels):
         if label == end:
@@ -73,18 +150,16 @@ def with_layout(view: View, end: int, layout: list[int]) -> View:
     return view._replace(ids=ids, labels=labels)
 
 
-def in_user_turn(view: View, end: int, opening: list[int]) -> View:
-    """The input view with [PRED] as the last words of the user's turn, embedded at its end.
-
-    opening: what a prompt has behind that end, up to where the model would speak.
-    """
-    count = len(view.inject_at)
-    asked = view.ids[:len(view.ids) - count]
-    # where the user's turn ends in another token, the words of the question stand there too
-    if end not in asked or behind_last(asked, end) != opening:
+def in_user_turn(chat: Chat, view: View) -> View:
+    """The input view with [PRED] as the last words of the user's turn, embedded at its end."""
+    count, end = len(view.inject_at), chat.end_id
+    prompt = view.ids[:len(view.ids) - count]
+    # what a prompt has behind the end of the user's turn, up to where the model would speak
+    opening = after_last(chat.conversation([("user", ["Q"])], [], prompt=True).ids, end)
+    if end not in prompt or after_last(prompt, end) != opening:
         raise ValueError("this model's chat template does not end the user's turn with the token "
-                         "that ends the assistant's: use --pred_position prompt")
-    words = asked[:len(asked) - len(opening) - 1]
+                         "that ends the assistant's: use --pred_in_user_turn false")
+    words = prompt[:len(prompt) - len(opening) - 1]
     ids = words + [end] * (count + 1)  # K placeholders for the [PRED] rows, then the end itself
     inject_at = tuple(range(len(words), len(words) + count))
     return View(ids, [-100] * len(ids), view.images, len(ids) - 1, inject_at)
@@ -93,42 +168,28 @@ def in_user_turn(view: View, end: int, opening: list[int]) -> View:
 # ---- Eq. 2 --------------------------------------------------------------------------------------
 
 
-def nextlat_term(term: Tensor, states: Tensor, forecasts: list[tuple[Tensor, Tensor]],
-                 labels: Tensor, vlm: VLM, config) -> Tensor:
-    """L_NextLat as --nextlat_mean and --nextlat_token want it; by default `term`, the core's own.
-
-    states (B, T, D), forecasts: see losses.nextlat_loss. labels (B, T), -100 = not supervised.
-    """
-    if config.nextlat_mean == "examples":
-        term = sum(mean_of_means(states, *pair) for pair in forecasts) / len(forecasts)
-    if config.nextlat_token != "none":
-        head = vlm.lm.lm_head.weight  # (V, D)
-        parts = [token_loss(*pair, labels, head, config.nextlat_token) for pair in forecasts]
-        term = term + sum(parts) / len(parts)
-    return term
-
-
-def mean_of_means(states: Tensor, forecast: Tensor, at: Tensor) -> Tensor:
+def mean_of_means(states: Tensor, forecast: Tensor, where: Tensor) -> Tensor:
     """SmoothL1(sg[h], h^) as a mean over each example's forecasts, then over the batch.
 
-    forecast (n, D), at (B, T) the positions it stands for. An example without any counts as zero.
+    states (B, T, D); forecast (n, D); where (B, T): its positions. An example without any counts
+    as zero.
     """
-    gaps = losses.distance(forecast, states[at].detach(), "smoothl1")  # (n)
-    row = torch.nonzero(at)[:, 0]  # (n) the example of each
+    gaps = losses.distance(forecast, states[where].detach(), "smoothl1")  # (n)
+    row = where.nonzero()[:, 0]  # (n) the example of each
     total = gaps.new_zeros(len(states)).index_add(0, row, gaps)  # (B)
-    return (total / at.sum(dim=1).clamp_min(1)).mean()
+    return (total / where.sum(dim=1).clamp_min(1)).mean()
 
 
-def token_loss(forecast: Tensor, at: Tensor, labels: Tensor, head: Tensor, which: str) -> Tensor:
+def token_loss(forecast: Tensor, where: Tensor, labels: Tensor, head: Tensor, which: str) -> Tensor:
     """Cross-entropy of head(h^_p) for forecasts at positions p, where its token is supervised.
 
-    which: "fed", token p, which the latent predictor was given to make h^_p of (the release's);
+    which: "fed", token p, which the latent predictor was given to make h^_p (the release's);
     "next", token p+1, which the true h_p is trained to predict.
     Gradient: flows to the forecasts, stops at the head.
     """
     if which == "next":
         labels = F.pad(labels[:, 1:], (0, 1), value=-100)  # (B, T)
-    wanted, head = labels[at], head.detach()
+    wanted, head = labels[where], head.detach()
     keep = wanted != -100
     if not keep.any():
         return forecast.new_zeros(())
@@ -136,52 +197,36 @@ def token_loss(forecast: Tensor, at: Tensor, labels: Tensor, head: Tensor, which
     return F.cross_entropy(logits, wanted[keep])
 
 
-# ---- what is trained ----------------------------------------------------------------------------
-
-
-def leave_random(predictor: Predictor, config) -> None:
-    """--predictor_weights lora: LoRA on the latent predictor's layers is all of it that trains.
-
-    The release wraps its latent predictor together with the model, which freezes its own weights
-    at their random start, and keeps the [PRED] rows in the embedding matrix, which is frozen too.
-    """
-    if config.predictor_weights != "lora":
-        return
-    predictor.pred_tokens.requires_grad_(False)
-    predictor.latent.mlp[0].eps = 1e-6
-    predictor.latent.mlp[-1].reset_parameters()  # frozen at the core's zero it would forecast h_t
-    add_lora(predictor.latent, config.lora_rank, config.lora_alpha, config.lora_dropout,
-             ["all-linear"])
-
-
 # ---- its passes, to be timed --------------------------------------------------------------------
 
 
-def padded_losses(vlm: VLM, predictor: Predictor, examples: Examples, rows: list[int],
-                  config) -> losses.Losses:
-    """The losses of --recipe release in the passes that the release makes.
+class ReleasePasses(Release):
+    """The release's losses in the passes that the release makes (analysis/benchmark.py).
 
     One batch of all three views, padded to one length, with gradient in all; latent predictor and
     head at every position, the head in all three views and once more on the forecasts. This is the
-    release without its fused kernels, which spare the logits' memory but not their arithmetic.
+    release without its fused kernels, which save the logits' memory but not their arithmetic.
     """
-    views, count = [examples.views[row] for row in rows], len(rows)
-    images = examples.store.encoded([i for three in views for i in three.full.images])
-    batch = collate([three[n] for n in range(3) for three in views], vlm.pad_id).to(vlm.device)
-    states, inputs, embedding = vlm(batch, images, predictor.pred_tokens.repeat(count, 1))
-    wanted = batch.labels[:, 1:]  # (3B, T-1) the token after each position
-    wanted[count:] = -100  # a target view's are supervised in the full view
-    logits = losses.at_least_float32(vlm.logits(states[:, :-1]))  # (3B, T-1, V)
-    vlm_term = F.cross_entropy(logits.flatten(0, 1), wanted.flatten())
-    _, predicted, target = embedding.split(count)  # (B, D) each
-    jepa_term = losses.jepa_loss(predicted, target, "cosine")
 
-    # every position is forecast and decoded; only those before a supervised token count
-    full, wanted = states[:count], wanted[:count]
-    ahead = predictor.latent(full[:, :-1], inputs[:count, 1:].detach())  # (B, T-1, D)
-    counts = wanted != -100
-    state_term = mean_of_means(full, ahead[counts], F.pad(counts, (1, 0)))
-    decoded = losses.at_least_float32(F.linear(ahead, vlm.lm.lm_head.weight.detach()))
-    token_term = F.cross_entropy(decoded.flatten(0, 1), wanted.flatten())
-    return losses.Losses(*losses.pearl_loss(vlm_term, jepa_term, state_term + token_term,
-                                            config.lambda_latent))
+    def forward(self, batch: list[TrainingExample]) -> losses.Losses:
+        images = self.encode_images([image for example in batch for image in example.images])
+        count, views = len(batch), [ex.views[n] for n in range(3) for ex in batch]
+        pred_rows = self.predictor.pred_tokens.repeat(count, 1)
+        encoded = self.vlm(collate(views, self.vlm.pad_id), images, pred_rows)
+        states = encoded.states
+        wanted = encoded.batch.labels[:, 1:].clone()  # (3B, T-1) the token after each position
+        wanted[count:] = -100  # a target view's are supervised in the full view
+        logits = losses.at_least_float32(self.vlm.logits(states[:, :-1]))  # (3B, T-1, V)
+        vlm = F.cross_entropy(logits.flatten(0, 1), wanted.flatten())
+        _, prediction, target = encoded.embedding.split(count)  # (B, D) each
+        jepa = losses.jepa_loss(prediction, target, "cosine")
+
+        # every position is predicted and decoded; only those before a supervised token count
+        full, wanted = states[:count], wanted[:count]
+        ahead = self.predictor.latent(full[:, :-1], encoded.inputs[:count, 1:].detach())
+        counts = wanted != -100
+        state_term = mean_of_means(full, ahead[counts], F.pad(counts, (1, 0)))
+        decoded = losses.at_least_float32(F.linear(ahead, self.vlm.lm.lm_head.weight.detach()))
+        token_term = F.cross_entropy(decoded.flatten(0, 1), wanted.flatten())
+        total = losses.pearl_loss(vlm, jepa, state_term + token_term, self.config.lambda_latent)
+        return losses.Losses(total, dict(loss=total.detach()))

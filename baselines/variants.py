@@ -1,104 +1,293 @@
-"""Variants of Pearl that are no part of it: orders of a trajectory, controls of the target."""
+"""Variants of Pearl's target and terms, and the controls that show what a term does.
 
-import math
-from dataclasses import replace
-from itertools import cycle, islice
+Whose h_R: the current model's (Current, the paper's text) or a moving average's (EMA); which state
+of R (TargetState); something else in its place (Shuffled, RandomTarget, TaskMean, AnswerMean).
+Letters: B batch, T sequence, D hidden size.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functional_call
+from tqdm import tqdm
 
-from support.records import Example
-from world.tools import CALL
-
-
-def as_taught(examples: list[Example], config) -> list[Example]:
-    """The examples as this run's method is to learn them."""
-    bare = [example.answer_only(config.answer_prefix) for example in examples
-            if config.method in ("direct", "both")]
-    if config.method == "direct":
-        return bare
-    if config.target_position == "image":
-        refuse_without_image(examples)
-    return [*as_shown(examples, config), *bare, *some_answers(examples, config)]
+from data import Batch, Trajectories, TrainingExample
+from model import VLM, Encoded
+from support.features import EncodedImage
+from support.options import option
+from train import Pearl
 
 
-def some_answers(examples: list[Example], config) -> list[Example]:
-    """--with_answers SHARE: that share of the questions, drawn by the seed, as bare answers too.
+class Current(Pearl):
+    """h_R by the current model, as in the paper's text. Its targets collapse here (README)."""
 
-    Repeated until they are as many as the trajectories, so that half of what is learned is answers,
-    however few there are; with SHARE 1 this is --method both. Validation has all of them: the best
-    checkpoint must not hang on one or two.
+    # True where a subclass needs a gradient through h_R, or through the states of R
+    target_needs_grad = False
+
+    def target(self, batch: list[TrainingExample], images: dict[str, EncodedImage]) -> Encoded:
+        # Eq. 1 needs no gradient here, because its target is a constant
+        with nullcontext() if self.target_needs_grad else torch.no_grad():
+            return self.encode_target(self.vlm, batch, images)
+
+
+@dataclass
+class EMAOptions:
+    ema: float = option(0.996, "m: the teacher keeps this share of its weights in each step")
+    ema_rises: bool = option(False, "m rises to 1 at the last step in a straight line (I-JEPA)")
+
+
+class EMA(Pearl):
+    """h_R by a teacher that follows the model slowly: w' <- m w' + (1 - m) w after every step.
+
+    With --ema_rises m is  m + (1 - m) t / T  after step t of T (I-JEPA: 0.996 to 1).
+    Sources: BYOL (2006.07733), I-JEPA (2301.08243), V-JEPA 2 (constant 0.99925). Under LoRA the
+    factors A and B are averaged, not their product; images are encoded by the current tower.
     """
-    count = math.ceil(config.with_answers * len(examples))
-    if not count:
-        return []
-    if any(example.split == "train" for example in examples):
-        generator = torch.Generator().manual_seed(config.seed)
-        drawn = sorted(torch.randperm(len(examples), generator=generator)[:count].tolist())
-    else:
-        drawn = range(len(examples))
-    bare = [examples[n].answer_only(config.answer_prefix) for n in drawn]
-    return list(islice(cycle(bare), len(examples)))
+
+    Options = EMAOptions
+
+    def build_modules(self) -> None:
+        super().build_modules()
+        if self.config.ema > 1:
+            raise ValueError(f"--ema is at most 1, not {self.config.ema}")
+        self.teacher = Teacher(self.vlm)
+
+    def target(self, batch: list[TrainingExample], images: dict[str, EncodedImage]) -> Encoded:
+        teacher = self.teacher.model(self.vlm)
+        with torch.no_grad():
+            return self.encode_target(teacher, batch, images)
+
+    def after_step(self, step: int) -> None:
+        super().after_step(step)
+        rise = step / self.config.steps if self.config.ema_rises else 0.0
+        self.teacher.follow(self.vlm, self.config.ema + (1 - self.config.ema) * rise)
 
 
-def as_shown(examples: list[Example], config) -> list[Example]:
-    """The examples with their trajectories as --order and --strip_calls want them."""
-    if config.strip_calls:
-        examples = [without_calls(example) for example in examples]
-    if config.order == "image_first":
-        examples = [example.image_first() for example in examples]
-    return examples
+class Teacher(nn.Module):
+    """The averages of all weights that train. Buffers: saved in the run's state, so that it can be
+    resumed, and in no checkpoint."""
+
+    def __init__(self, vlm: VLM):
+        super().__init__()
+        self.names = {name.replace(".", "/"): name for name, p in vlm.named_parameters()
+                      if p.requires_grad}
+        for buffer, name in self.names.items():
+            start = vlm.get_parameter(name).detach().clone()
+            self.register_buffer(buffer, start, persistent=False)
+
+    def model(self, vlm: VLM) -> Callable:
+        """The VLM with the teacher's weights, as a function."""
+        weights = {name: self.get_buffer(buffer) for buffer, name in self.names.items()}
+
+        def call(*arguments):
+            return functional_call(vlm, weights, arguments)
+
+        call.lm, call.family, call.pad_id = vlm.lm, vlm.family, vlm.pad_id
+        return call
+
+    @torch.no_grad()
+    def follow(self, vlm: VLM, momentum: float) -> None:
+        for buffer, name in self.names.items():
+            self.get_buffer(buffer).lerp_(vlm.get_parameter(name), 1 - momentum)
 
 
-def with_trajectory(examples, rows: list[int]) -> list[int]:
-    """Those of the rows that are a trajectory: bare answers stand behind all of them."""
-    return [row for row in rows if row < len(examples.examples)]
+# ---- which state of R ---------------------------------------------------------------------------
 
 
-def refuse_without_image(examples: list[Example]) -> None:
-    for example in examples:
-        if len(example.images) < 2:
-            raise ValueError(f"example {example.id} has no tool image, whose states "
-                             "--target_position image would predict: choose another, or leave the "
-                             "example out")
+@dataclass
+class TargetStateOptions:
+    target_layer: int = option(-1, "h_R is a state that enters this layer; -1: behind the norm")
+    target_position: Literal["end", "word", "words", "image"] = option(
+        "end", "R's last token, its last word, the mean of its words, or of its image tokens")
 
 
-def without_calls(example: Example) -> Example:
-    """The assistant's words without the calls in them; what the tools gave stays."""
-    steps = [CALL.sub("", step).strip() if isinstance(step, str) else step
-             for step in example.trajectory]
-    return replace(example, trajectory=steps)
+class TargetState(Pearl):
+    """h_R is another state of R, or a mean of states (analysis/targets.py compares them)."""
+
+    Options = TargetStateOptions
+
+    def build_modules(self) -> None:
+        super().build_modules()
+        layers = len(self.vlm.lm.get_decoder().layers)
+        if self.config.target_layer > layers:
+            raise ValueError(f"--target_layer {self.config.target_layer}: {self.vlm.path} has "
+                             f"{layers} layers; -1 is the last one's state, behind the norm")
+
+    def encode_target(self, vlm: VLM, batch: list[TrainingExample],
+                      images: dict[str, EncodedImage]) -> Encoded:
+        with states_entering(vlm, self.config.target_layer) as kept:
+            encoded = super().encode_target(vlm, batch, images)
+        states = kept[0] if kept else encoded.states
+        where = positions(encoded.batch, vlm, self.config.target_position)
+        for example, found in zip(batch, where.any(dim=1).tolist()):
+            if not found and self.config.target_position == "image":
+                raise ValueError(f"record {example.row[1]} of the {example.row[0]} split has no "
+                                 "tool image for --target_position image: choose another position, "
+                                 "or leave the record out")
+        return encoded._replace(embedding=mean_at(states, where))
 
 
-def control_targets(target: Tensor, rows: list[int], config) -> Tensor:
-    """The targets of L_JEPA: h_R (B, D) itself, or what a control puts in its place.
-
-    shuffled: the h_R of the next example of the batch, so that nothing about one's own is to be
-    learned. random: a vector drawn once for each example. What Pearl still gains with either is
-    regularisation, not prediction.
-    """
-    if config.targets == "shuffled":
-        return target.roll(1, dims=0)
-    if config.targets == "random":
-        drawn = []
-        for row in rows:
-            generator = torch.Generator().manual_seed(1_000_003 * config.seed + row)
-            drawn.append(torch.randn(target.shape[1], generator=generator))
-        return target.norm(dim=1, keepdim=True) * F.normalize(torch.stack(drawn), dim=1).to(target)
-    return target
-
-
-def average_targets(examples, by: str) -> None:
-    """The controls that leave of cached h_R what its family tells (by="family"), or its family and
-    answer ("answer"): the mean over all that share them. examples: train.Examples."""
-    if by not in ("family", "answer"):
+@contextmanager
+def states_entering(vlm: VLM, layer: int) -> Iterator[list[Tensor]]:
+    """A list that holds the states (B, T, D) that enter a layer, once it has run; an empty one for
+    the last states, behind the norm (-1, or as many as there are layers)."""
+    layers, kept = vlm.lm.get_decoder().layers, []
+    if layer in (-1, len(layers)):
+        yield kept
         return
-    groups: dict[tuple[str, str], list[int]] = {}
-    for row in with_trajectory(examples, list(examples.targets)):
-        example = examples.examples[row]
-        key = (example.task, example.answer if by == "answer" else "")
-        groups.setdefault(key, []).append(row)
-    for rows in groups.values():
-        mean = torch.stack([examples.targets[row] for row in rows]).mean(dim=0)
-        examples.targets |= dict.fromkeys(rows, mean)
+
+    def keep(module: nn.Module, inputs: tuple, named: dict) -> None:
+        kept.append(inputs[0] if inputs else named["hidden_states"])
+
+    hook = layers[layer].register_forward_pre_hook(keep, with_kwargs=True)
+    try:
+        yield kept
+    finally:
+        hook.remove()
+
+
+def mean_at(states: Tensor, where: Tensor) -> Tensor:
+    """The mean of states (B, T, D) over the True positions of (B, T) -> (B, D); none: zeros."""
+    weight = where.to(states.dtype)
+    weight = weight / weight.sum(dim=1, keepdim=True).clamp_min(1)
+    return torch.einsum("bt,btd->bd", weight, states)
+
+
+def positions(batch: Batch, vlm: VLM, name: str) -> Tensor:
+    """The positions of target views to average, (B, T).
+
+    end: the token that ends the last turn. word: the last one before it; words: all that the
+    assistant says, without the ends of turns. image: all tokens of tool images.
+    """
+    if name == "image":
+        return (batch.ids == vlm.lm.config.image_token_id) & batch.mask
+    if name == "end":
+        return F.one_hot(batch.embed_at, batch.ids.shape[1]).bool()
+    words = (batch.labels != -100) & (batch.labels != vlm.family.end_id)
+    if name == "words":
+        return words
+    remaining = words.flip(1).cumsum(dim=1).flip(1)  # how many words from here on
+    return words & (remaining == 1)
+
+
+# ---- controls -----------------------------------------------------------------------------------
+
+
+class Shuffled(Pearl):
+    """The control: each row gets the h_R of the next row of the batch, so that nothing about its
+    own trajectory can be learned. What Pearl still gains is regularisation, not prediction."""
+
+    def jepa(self, prediction: Tensor, target: Tensor, batch: list[TrainingExample]) -> Tensor:
+        if self.config.batch < 2:
+            raise ValueError("--method shuffled needs --batch 2 or more")
+        return super().jepa(prediction, target.roll(1, dims=0), batch)
+
+
+class RandomTarget(Pearl):
+    """The control: a vector drawn once for each row, as long as its h_R."""
+
+    def jepa(self, prediction: Tensor, target: Tensor, batch: list[TrainingExample]) -> Tensor:
+        drawn = []
+        for example in batch:
+            if not example.bare:
+                generator = torch.Generator().manual_seed(1_000_003 * self.config.seed
+                                                          + example.row[1])
+                drawn.append(torch.randn(target.shape[1], generator=generator))
+        drawn = F.normalize(torch.stack(drawn), dim=1).to(target)
+        return super().jepa(prediction, target.norm(dim=1, keepdim=True) * drawn, batch)
+
+
+class TaskMean(Pearl):
+    """The control: the mean h_R of all records of the task, so the trajectory's own part is gone.
+
+    It reads the whole training set once before the first step.
+    """
+
+    def group(self, example: TrainingExample) -> tuple[str, ...]:
+        return (example.task,)
+
+    @torch.no_grad()
+    def prepare(self, datasets: list[Trajectories]) -> None:
+        super().prepare(datasets)
+        for dataset in datasets:
+            groups: dict[tuple[str, ...], list] = {}
+            rows = torch.arange(len(dataset)).split(self.config.batch)
+            for part in tqdm(rows, desc=f"targets of {dataset.split}", disable=None, leave=False):
+                batch = dataset.passes(part.tolist(), self.config.batch)[0]
+                images = [image for example in batch for image in example.images]
+                self.target(batch, self.encode_images(images))
+                for example in batch:
+                    if not example.bare:
+                        groups.setdefault(self.group(example), []).append(example.row)
+            for group in groups.values():
+                mean = torch.stack([self.targets[row] for row in group]).mean(dim=0)
+                self.targets |= dict.fromkeys(group, mean)
+
+
+class AnswerMean(TaskMean):
+    """The control: the mean h_R of all records of the task with the same answer."""
+
+    def group(self, example: TrainingExample) -> tuple[str, ...]:
+        return example.task, example.answer
+
+
+# ---- ablations ----------------------------------------------------------------------------------
+
+
+class NoJEPA(Pearl):
+    """L = L_VLM + lambda L_NextLat."""
+
+    def jepa(self, prediction: Tensor, target: Tensor, batch: list[TrainingExample]) -> Tensor:
+        return prediction.new_zeros(())
+
+
+class NoNextLat(Pearl):
+    """L = L_VLM + lambda L_JEPA."""
+
+    def nextlat(self, full: Encoded, target: Encoded) -> Tensor:
+        return full.states.new_zeros(())
+
+
+class NextLatOnR(Current):
+    """Eq. 2 along the target view, over all its positions (the paper's text)."""
+
+    target_needs_grad = True
+
+    def nextlat(self, full: Encoded, target: Encoded) -> Tensor:
+        return super().nextlat(target._replace(batch=every_position(target.batch)), target)
+
+
+def every_position(batch: Batch) -> Batch:
+    """The batch with every token supervised, which is where Eq. 2 may then predict."""
+    labels = torch.where(batch.mask, batch.ids, torch.full_like(batch.ids, -100))
+    return type(batch)(**vars(batch) | dict(labels=labels))
+
+
+class TwoPasses(Pearl):
+    """Full and input view in one pass each: the same numbers as one pass for both, but slower."""
+
+    def encode_views(self, batch: list[TrainingExample],
+                     images: dict[str, EncodedImage]) -> tuple[Encoded, Tensor]:
+        full, inputs = ([example.views[n] for example in batch] for n in range(2))
+        prediction = self.encode(inputs, images, self.predictor.pred_tokens).embedding
+        return self.encode(full, images), prediction
+
+
+@dataclass
+class DropoutOptions:
+    lora_dropout: float = option(0.1, "dropout of what enters the low-rank product")
+
+
+class Dropout(Pearl):
+    """Dropout in LoRA."""
+
+    Options = DropoutOptions
+
+    @property
+    def lora_dropout(self) -> float:
+        return self.config.lora_dropout

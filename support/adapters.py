@@ -12,8 +12,12 @@ from torch import Tensor
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 
+def best_checkpoint(run):
+    import json
+    return json.loads((run / "best.json").read_text())
+
+
 from support.files import new_folder, read_json, read_tensors, write_text, write_tensors
-from support.run_folder import best_checkpoint
 
 # ---- what a path given as --model stands for -----------------------------------------------------
 

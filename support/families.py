@@ -315,12 +315,12 @@ class QwenFamily(Family):
         return self.lm.get_decoder()(inputs_embeds=inputs_embeds, position_ids=position_ids,
                                      **deep, **rest)
 
-    def prompt(self, batch, store, embed) -> dict:
+    def prompt(self, batch, pixels, embed) -> dict:
         """What `generate` is given: ids and pixels, as anyone would."""
         is_image = (batch.ids == self.lm.config.image_token_id).int()
         return dict(input_ids=batch.ids, attention_mask=batch.mask.long(),
                     mm_token_type_ids=is_image,
-                    **self._joined([store.inputs(i) for i in batch.images]))
+                    **self._joined(pixels))
 
     def _joined(self, images: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         """All patches one after another (patches, values), and the grids (images, 3)."""
@@ -400,18 +400,18 @@ class ProcessorFamily(Family):
         return self.lm.model(inputs_embeds=inputs_embeds, position_ids=position_ids[0], **seen,
                              **rest)
 
-    def prompt(self, batch, store, embed) -> dict:
+    def prompt(self, batch, pixels, embed) -> dict:
         """What `generate` is given: embeddings, because families differ in how they want the pixels
         of several images.
 
         Gemma's takes no embeddings, but its images are all of one shape: ids and pixels.
         """
-        images = [store.inputs(i) for i in batch.images]
+        images = pixels
         is_image = batch.ids == self.lm.config.image_token_id
         seen = dict(token_type_ids=is_image.long()) if self.bidirectional else {}
         takes = inspect.signature(self.lm.prepare_inputs_for_generation).parameters
         if "inputs_embeds" in takes:
-            inputs = embed(batch, store.encoded(batch.images))
+            inputs = embed()
             return dict(inputs_embeds=inputs["inputs_embeds"],
                         attention_mask=inputs["attention_mask"], **seen)
         pixels = {key: torch.cat([image[key] for image in images]).to(self.lm.device, self.lm.dtype)
@@ -426,7 +426,7 @@ FAMILIES = dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl"), QwenFamily)
 # ---- loading -------------------------------------------------------------------------------------
 
 
-def load_checkpoint(path: str, dtype: torch.dtype) -> tuple[PreTrainedModel, Family]:
+def load_checkpoint(path: str, dtype: torch.dtype, min_pixels=None, max_pixels=None) -> tuple[PreTrainedModel, Family]:
     """The model and its family. path: a checkpoint folder, a hub id, or a run or adapter folder,
     whose adapter is then merged into its base.
 

@@ -18,7 +18,7 @@ def shared_tokens(full_ids: list[int], input_ids: list[int], inject_at: tuple[in
     return (same + [False]).index(False)
 
 
-def add_branches(batch, views):
+def add_branches(batch, full_views, input_views):
     """A collated batch of full views -> the same with the rest of each input view behind it.
 
         <I0, Q> and generation prompt | R | padding | [PRED] x K | padding
@@ -30,24 +30,25 @@ def add_branches(batch, views):
     to the last shared token).
     """
     width = batch.ids.shape[1]
-    shared = [shared_tokens(v.full.ids, v.input.ids, v.input.inject_at) for v in views]
-    tails = [v.input.ids[n:] for v, n in zip(views, shared)]
+    shared = [shared_tokens(full.ids, view.ids, view.inject_at)
+              for full, view in zip(full_views, input_views)]
+    tails = [view.ids[n:] for view, n in zip(input_views, shared)]
     branch = max(map(len, tails))
 
     def grown(tensor: Tensor, rows: list[list], value) -> Tensor:
         rows = [row + [value] * (branch - len(row)) for row in rows]
-        extra = torch.tensor(rows, dtype=tensor.dtype).view(len(views), branch)
+        extra = torch.tensor(rows, dtype=tensor.dtype).view(len(rows), branch)
         return torch.cat([tensor, extra], dim=1)
 
-    injected = [[n + i in v.input.inject_at for i in range(len(tail))]
-                for v, n, tail in zip(views, shared, tails)]
+    injected = [[n + i in view.inject_at for i in range(len(tail))]
+                for view, n, tail in zip(input_views, shared, tails)]
     return replace(
         batch, ids=grown(batch.ids, tails, 0),
         mask=grown(batch.mask, [[True] * len(tail) for tail in tails], False),
         labels=grown(batch.labels, [[-100] * len(tail) for tail in tails], -100),
         inject_at=grown(batch.inject_at, injected, False),
-        embed_at=torch.tensor([v.input.embed_at if v.input.embed_at < n
-                               else width + v.input.embed_at - n for v, n in zip(views, shared)]),
+        embed_at=torch.tensor([view.embed_at if view.embed_at < n else width + view.embed_at - n
+                               for view, n in zip(input_views, shared)]),
         shared=torch.tensor(shared), branch=branch)
 
 
@@ -69,3 +70,11 @@ def branch_inputs(batch, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor,
     # a large negative number and not -inf: a row of padding that sees nothing would become NaN
     mask = torch.zeros(sees.shape, dtype=dtype, device=device)
     return positions, mask.masked_fill(~(sees & ~foreign), torch.finfo(dtype).min)[:, None]
+
+
+def full_view(encoded):
+    """The encoded full views alone: the branches stand behind them."""
+    batch, width = encoded.batch, encoded.batch.ids.shape[1] - encoded.batch.branch
+    return encoded._replace(
+        states=encoded.states[:, :width], inputs=encoded.inputs[:, :width],
+        batch=replace(batch, labels=batch.labels[:, :width], mask=batch.mask[:, :width]))

@@ -36,6 +36,8 @@ class Example:
     answer: str
     trajectory: list[str | Picture] = field(default_factory=list)
     split: str = "train"
+    # True: the trajectory is the bare answer
+    bare: bool = False
 
     @property
     def texts(self) -> list[str]:
@@ -63,7 +65,7 @@ class Example:
     def answer_only(self, answer_prefix: str) -> "Example":
         """No trajectory: the answer straight after the question, as the last text writes it."""
         form = form_of(self.texts[-1], self.answer, answer_prefix) if self.texts else None
-        return replace(self, trajectory=[(form or default_form(answer_prefix)).text(self.answer)])
+        return replace(self, bare=True, trajectory=[(form or default_form(answer_prefix)).text(self.answer)])
 
 
 FILE = "trajectories.jsonl"
@@ -334,3 +336,7 @@ def checked(folder: Path, name: str, where: str, outside: bool = False) -> Path:
     open_image(path, where)
     return path
 
+
+
+def digests(records):
+    return "x"

@@ -53,3 +53,16 @@ def format_table(columns: dict[str, dict[str, dict]]) -> str:
             cells.append((direct.ljust(19) + rest).ljust(width[name]))
         lines.append(f"{label:18s}{first['n']:4d} {100 * first['chance']:5.0f}  " + "".join(cells))
     return "\n".join(line.rstrip() for line in lines)
+
+
+def conclusion(method: str, before: dict, after: dict) -> str:
+    """The last table in words. before, after: see `summarise`."""
+    total = "all" if "all" in after else next(iter(after))
+    was, now = (100 * table[total]["direct"][0] for table in (before, after))
+    lines = [f"In words: from image and question alone (direct) {was:.1f}% were right before and "
+             f"{now:.1f}% are now."]
+    if "tool" in after[total]:
+        lines.append(f"With the expert's tool (tool) {100 * after[total]['tool'][0]:.1f}%: how well "
+                     "the trajectories were learned. \"free\" is low where the model begins with "
+                     "its plan.")
+    return "\n".join(lines)

@@ -1,0 +1,214 @@
+"""Cures for the collapse of the current model's targets.
+
+With the current model's h_R nothing in Eq. 1 keeps two targets apart (losses.jepa_loss says why).
+What other methods use against that:
+
+    bias_head, mlp_head   a predictor between the two ends            SimSiam, BYOL, I-JEPA
+    ema                   a teacher that follows slowly (variants.py) BYOL, I-JEPA, data2vec
+    infonce               one's own target against the others         CPC, SimCLR, LLM-JEPA
+    vicreg                every dimension spread, none twice          VICReg
+    sigreg                a Gaussian along random directions          LeJEPA
+
+tests/lessons has every formula a second time. Letters: B batch (one forward pass, in one process),
+D hidden size, P width of a projection, S slices.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import losses
+from baselines.variants import Current
+from data import TrainingExample
+from model import Encoded
+from support.features import EncodedImage
+from support.options import option
+from train import Pearl
+
+TEMPERATURE = 0.07  # of InfoNCE: CLIP's first value, and LLM-JEPA's
+# of SIGReg: directions, values of t, the largest t, and P
+SLICES, KNOTS, LARGEST, PROJECTED = 256, 17, 3.0, 64
+
+
+# ---- a predictor between the two ends ------------------------------------------------------------
+
+
+class MLPHead(Pearl):
+    """h^_R + W2 GELU(W1 LayerNorm(h^_R)), both D wide: the two layers of SimSiam and BYOL.
+
+    Deviation: added to h^_R with W2 = 0 at the start, so that training starts from Pearl's own;
+    theirs replaces its input. LayerNorm for batch norm: a row must not depend on its batch.
+    """
+
+    def build_modules(self) -> None:
+        super().build_modules()
+        self.head = self.make_head(self.vlm.dim)
+
+    @staticmethod
+    def make_head(dim: int) -> nn.Module:
+        head = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, dim), nn.GELU(),
+                             nn.Linear(dim, dim))
+        nn.init.zeros_(head[-1].weight)
+        nn.init.zeros_(head[-1].bias)
+        return head
+
+    def encode_views(self, batch: list[TrainingExample],
+                     images: dict[str, EncodedImage]) -> tuple[Encoded, Tensor]:
+        full, prediction = super().encode_views(batch, images)
+        return full, prediction + self.head(prediction)
+
+
+class BiasHead(MLPHead):
+    """h^_R + b, with b (D) from zero: the least that can remove a direction common to all.
+
+    Source: "How Does SimSiam Avoid Collapse" (ICLR 2022): SimSiam's predictor has to remove the
+    vector that all embeddings share.
+    """
+
+    @staticmethod
+    def make_head(dim: int) -> nn.Module:
+        return Bias(dim)
+
+
+class Bias(nn.Module):
+    def __init__(self, dim: int):
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bias.to(x.dtype)
+
+
+# ---- contrast -----------------------------------------------------------------------------------
+
+
+@dataclass
+class InfoNCEOptions:
+    infonce_masked: bool = option(True, "no negatives with the same task and answer")
+
+
+class InfoNCE(Pearl):
+    """Eq. 1 with InfoNCE as D: one's own target against the others of the pass."""
+
+    Options = InfoNCEOptions
+
+    def jepa(self, prediction: Tensor, target: Tensor, batch: list[TrainingExample]) -> Tensor:
+        if self.config.batch < 2:
+            raise ValueError("--method infonce needs --batch 2 or more: the other rows of a pass "
+                             "are its negatives")
+        groups = [(example.task, example.answer) if self.config.infonce_masked else n
+                  for n, example in enumerate(batch) if not example.bare]
+        return infonce(prediction, target.detach(), groups).mean()
+
+
+def infonce(prediction: Tensor, target: Tensor, groups: list) -> Tensor:
+    """-log( exp(s_ii / tau) / sum over j of exp(s_ij / tau) ), s_ij = cos(h^_R i, h_R j): (B).
+
+    prediction, target (B, D). j runs over i itself and over the rows of other groups: two rows with
+    the same task and answer may well have the same h_R.
+    Source: CPC (1807.03748); tau 0.07. The negatives are those of one forward pass (--batch).
+    Gradient: to every target too, unless the caller stops it.
+    """
+    scores = F.normalize(prediction, dim=-1) @ F.normalize(target, dim=-1).T  # (B, B)
+    scores = losses.at_least_float32(scores) / TEMPERATURE
+    masked = [[i != j and one == other for j, other in enumerate(groups)]
+              for i, one in enumerate(groups)]
+    scores = scores.masked_fill(torch.tensor(masked, device=scores.device), float("-inf"))
+    own = torch.arange(len(scores), device=scores.device)
+    return F.cross_entropy(scores, own, reduction="none")
+
+
+# ---- terms that keep targets apart ---------------------------------------------------------------
+
+
+@dataclass
+class VICRegOptions:
+    vicreg: float = option(1.0, "weight of VICReg's terms beside L_JEPA")
+    vicreg_terms: Literal["both", "std"] = option("both", "variance and covariance, or variance")
+
+
+class VICReg(Current):
+    """VICReg's variance and covariance terms on h_R, beside L_JEPA and inside its lambda."""
+
+    Options = VICRegOptions
+    target_needs_grad = True
+
+    def jepa(self, prediction: Tensor, target: Tensor, batch: list[TrainingExample]) -> Tensor:
+        # Eq. 1 stops the gradient at the target; this term sends one through it
+        term = vicreg(target, self.config.vicreg_terms) if len(target) > 1 else target.new_zeros(())
+        return super().jepa(prediction, target, batch) + self.config.vicreg * term
+
+
+def vicreg(h: Tensor, terms: str = "both") -> Tensor:
+    """v + c / 25 on x = sqrt(D) h / |h|, h (B, D); terms="std": v alone.
+
+        v = mean over D of max(0, 1 - sqrt(var(x_d) + 1e-4))
+        c = 1/D * sum over d != e of cov(x)_de^2            var, cov: divided by B - 1
+
+    Source: VICReg (2105.04906), 25 invariance + 25 v + 1 c: L_JEPA stands for the invariance.
+    Deviation: rows of length sqrt(D). The final norm fixes their length anyway, and its weights
+    would decide whether gamma = 1 is out of reach or asks for nothing. With B < D, c cannot be 0.
+    """
+    x = losses.at_least_float32(h)
+    x = F.normalize(x, dim=-1) * x.shape[1] ** 0.5
+    x = x - x.mean(dim=0)
+    covariance = x.T @ x / (len(x) - 1)  # (D, D)
+    variance = covariance.diagonal()
+    v = F.relu(1 - (variance + 1e-4).sqrt()).mean()
+    c = (covariance.square().sum() - variance.square().sum()) / x.shape[1]
+    return v if terms == "std" else v + c / 25
+
+
+@dataclass
+class SIGRegOptions:
+    sigreg: float = option(0.05, "weight of SIGReg beside L_JEPA")
+
+
+class SIGReg(Current):
+    """SIGReg on a small projection of h_R, beside L_JEPA and inside its lambda.
+
+    mean over S slices a of  B * integral from -3 to 3 of |phi_a(t) - g(t)|^2 g(t) dt
+
+    phi_a(t) = mean over the batch of exp(i t a.z), the characteristic function along a;
+    g(t) = exp(-t^2 / 2), that of a standard Gaussian (the test of Epps and Pulley); z (B, P) a
+    projection of h_R; |a| = 1. Source: LeJEPA (2511.08544). The projection (two layers), because
+    the final norm fixes h_R's scale; it can also spread what h_R hardly tells apart.
+    """
+
+    Options = SIGRegOptions
+    target_needs_grad = True
+
+    def build_modules(self) -> None:
+        super().build_modules()
+        dim = self.vlm.dim
+        self.projection = nn.Sequential(nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, PROJECTED))
+        # slices depend on seed and step: the same in a resumed run and in every process
+        self.register_buffer("step", torch.zeros((), dtype=torch.long), persistent=False)
+
+    def after_step(self, step: int) -> None:
+        super().after_step(step)
+        self.step.fill_(step)
+
+    def jepa(self, prediction: Tensor, target: Tensor, batch: list[TrainingExample]) -> Tensor:
+        jepa = super().jepa(prediction, target, batch)
+        if len(target) < 2:
+            return jepa
+        generator = torch.Generator().manual_seed(1_000_003 * self.config.seed + int(self.step))
+        slices = F.normalize(torch.randn(PROJECTED, SLICES, generator=generator), dim=0)  # (P, S)
+        # float32: these are cosines of small differences
+        with torch.autocast(target.device.type, enabled=False):
+            z = self.projection(target.to(self.projection[0].weight.dtype))  # (B, P)
+            return jepa + self.config.sigreg * epps_pulley(z @ slices.to(z)).mean()
+
+
+def epps_pulley(x: Tensor) -> Tensor:
+    """SIGReg's statistic for each column of x (B, S) -> (S); the trapezoid rule, 17 knots."""
+    t = torch.linspace(0, LARGEST, KNOTS, dtype=x.dtype, device=x.device)
+    gauss = torch.exp(-t.square() / 2)
+    angles = x[..., None] * t  # (B, S, knots)
+    gap = (angles.cos().mean(dim=0) - gauss).square() + angles.sin().mean(dim=0).square()
+    # the integrand is even, so twice the half from 0 on
+    return len(x) * 2 * torch.trapezoid(gap * gauss, t, dim=-1)

@@ -1,0 +1,144 @@
+"""Methods that differ in what they learn from: bare answers, other orders of a trajectory."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import cycle, islice
+
+import torch
+from torch import Tensor
+
+import evaluate
+from data import TrainingExample
+from model import Encoded
+from support.features import EncodedImage
+from support.options import option
+from support.records import Example
+from train import SFT, Config, Pearl
+from world.tools import CALL
+
+
+class Bare(Sequence):
+    """The bare answers of these rows of a split, made when they are used."""
+
+    def __init__(self, records: Sequence[Example], rows: Sequence[int], prefix: str):
+        self.records, self.rows, self.prefix = records, rows, prefix
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, n: int) -> Example:
+        return self.records[self.rows[n]].answer_only(self.prefix)
+
+
+class Joined(Sequence):
+    """Two sequences, one behind the other."""
+
+    def __init__(self, first: Sequence, second: Sequence):
+        self.first, self.second = first, second
+
+    def __len__(self) -> int:
+        return len(self.first) + len(self.second)
+
+    def __getitem__(self, n: int):
+        return self.first[n] if n < len(self.first) else self.second[n - len(self.first)]
+
+
+class Direct(SFT):
+    """SFT on bare answers: no trajectories."""
+
+    @classmethod
+    def records(cls, records: Sequence[Example], config: Config) -> Sequence[Example]:
+        return Bare(records, range(len(records)), config.answer_prefix)
+
+
+class Both(SFT):
+    """SFT on the trajectories and on all bare answers."""
+
+    @classmethod
+    def records(cls, records: Sequence[Example], config: Config) -> Sequence[Example]:
+        return Joined(records, Bare(records, range(len(records)), config.answer_prefix))
+
+
+@dataclass
+class WithAnswersOptions:
+    share: float = option(0.1, "share of the questions that are learned as bare answers too")
+
+
+class WithAnswers(Pearl):
+    """Trajectories, and for a share of the questions bare answers too, drawn by the seed.
+
+    They are repeated until they are as many as the trajectories, so that half of what is learned
+    is answers. Validation has all of them: the best checkpoint must not depend on one or two. A
+    bare answer has no trajectory to predict, so L_JEPA leaves its row out.
+    """
+
+    Options = WithAnswersOptions
+
+    @classmethod
+    def records(cls, records: Sequence[Example], config: Config) -> Sequence[Example]:
+        if config.share > 1:
+            raise ValueError(f"--share is at most 1, not {config.share}")
+        count, rows = math.ceil(config.share * len(records)), range(len(records))
+        if records[0].split == "train":
+            generator = torch.Generator().manual_seed(config.seed)
+            rows = sorted(torch.randperm(len(records), generator=generator)[:count].tolist())
+        rows = list(islice(cycle(rows), len(records))) if count else []
+        return Joined(records, Bare(records, rows, config.answer_prefix))
+
+    def encode_views(self, batch: list[TrainingExample],
+                     images: dict[str, EncodedImage]) -> tuple[Encoded, Tensor]:
+        full, prediction = super().encode_views(batch, images)
+        return full, prediction[[not example.bare for example in batch]]
+
+    def target(self, batch: list[TrainingExample], images: dict[str, EncodedImage]) -> Encoded:
+        target = super().target(batch, images)
+        return target._replace(embedding=target.embedding[[not ex.bare for ex in batch]])
+
+    def jepa(self, prediction: Tensor, target: Tensor, batch: list[TrainingExample]) -> Tensor:
+        # a pass of bare answers alone has nothing to predict, and the mean of nothing is NaN
+        return super().jepa(prediction, target, batch) if len(target) else prediction.sum()
+
+
+class ImageFirst(Pearl):
+    """The paper's order R = (I1, T1, ..., IN, TN): a tool image before the text that calls it."""
+
+    @classmethod
+    def shown(cls, example: Example, config: Config) -> Example:
+        return super().shown(example, config).image_first()
+
+
+class StripCalls(Pearl):
+    """The assistant's texts without the calls in them; what the tools gave stays (the release on
+    PixelReasoner data)."""
+
+    @classmethod
+    def shown(cls, example: Example, config: Config) -> Example:
+        example = super().shown(example, config)
+        steps = [CALL.sub("", step).strip() if isinstance(step, str) else step
+                 for step in example.trajectory]
+        return replace(example, trajectory=steps)
+
+
+@dataclass
+class TrackedOptions:
+    track: int = option(40, "validation questions asked at each validation")
+
+
+class Tracked(Pearl):
+    """Direct accuracy, and accuracy with the expert's tool, over training: direct accuracy that
+    falls means forgetting only where the accuracy with the tool has risen."""
+
+    Options = TrackedOptions
+
+    def metrics(self, examples: Sequence[Example]) -> dict[str, float]:
+        found = [examples[n] for n in range(min(self.config.track, len(examples)))]
+        evaluator = evaluate.Evaluator(self.vlm, found, self.config.answer_prefix)
+        asked = dict(direct=evaluator.direct(), tool=evaluator.tool())
+        metrics = {}
+        for way, given in asked.items():
+            records = [evaluate.answer_record(example, {way: answer}, evaluator.prefix)
+                       for example, answer in zip(found, given) if answer]
+            right = [record[f"{way}_right"] for record in records]
+            metrics[way] = sum(right) / max(1, len(right))
+        return metrics

@@ -1,0 +1,161 @@
+"""A conversation as token ids and labels, with the model's own chat template.
+
+An example becomes turns: <I0, Q> is a user turn, each text of R an assistant turn, each tool image
+a user turn (a tool's output comes from outside, so the model never learns to write one).
+
+Labels are right by construction. Nothing searches for words in decoded text, where the first match
+may be another one: the conversation is rendered with one more turn each time, so that the place of
+each turn is known in characters, and the tokenizer says which characters each token covers.
+"""
+
+from typing import NamedTuple
+
+from support.images import opened
+from support.records import Example
+
+Turn = tuple[str, list]  # (role, parts); a part is a text or a picture
+
+
+class Speech(NamedTuple):
+    """The place of an assistant's turn in the rendered text, in characters."""
+
+    # the generation prompt ends here and the model's own tokens begin
+    start: int
+    # the first character of the words; some templates put a blank before it
+    words: int
+    # the end-of-turn token begins here
+    end: int
+
+
+class Conversation(NamedTuple):
+    """A rendered conversation, with each image expanded to its tokens."""
+
+    text: str
+    ids: list[int]
+    # the token itself where the assistant speaks, else -100
+    labels: list[int]
+    # per token: where it ends in the text; per turn: where it begins (both in characters)
+    ends: list[int]
+    turn_starts: list[int]
+    speeches: list[Speech]
+
+    def first_after(self, position: int) -> int:
+        """The first token that reaches beyond a position of the text."""
+        return next((n for n, end in enumerate(self.ends) if end > position), len(self.ends))
+
+    def until_last_label(self) -> "Conversation":
+        """Without what the template writes after the last end-of-turn token (Qwen: a newline)."""
+        # that layout is the template's and not the model's, and h_R stands at the end token
+        stop = max(n for n, label in enumerate(self.labels) if label != -100) + 1
+        return self._replace(ids=self.ids[:stop], labels=self.labels[:stop], ends=self.ends[:stop])
+
+
+class Chat:
+    """Renders conversations for one model. family: tokenizer, template, placeholder of images
+    (support/families.py). Raises ValueError for a template that does not write an assistant's turn
+    as generation prompt, text, end of turn."""
+
+    def __init__(self, family, max_tokens: int):
+        self.family, self.tokenizer, self.max_tokens = family, family.tokenizer, max_tokens
+        # a template is a program: we learn what it puts around words from words that we know
+        prompt = [("user", ["Q"])]
+        question = self._render(prompt)
+        self.header = self._render(prompt, add_generation_prompt=True)[len(question):]
+        turn = self._render([*prompt, ("assistant", ["Xyz"])])[len(question):]
+        opening, found, self.ending = turn.partition("Xyz")
+        # training turns must begin with the tokens that inference begins with, up to blanks
+        if not found or opening.strip() != self.header.strip() or not self.ending.strip():
+            raise ValueError(
+                "the model's chat template does not write an assistant's turn as generation "
+                f"prompt, text, end of turn: {self.header!r} and {turn!r}; give the checkpoint "
+                "another chat_template.jinja")
+        self.end_id = family.end_id
+
+    @staticmethod
+    def turns(example: Example) -> list[Turn]:
+        steps = [("assistant" if isinstance(step, str) else "user", [step])
+                 for step in example.trajectory]
+        # the image comes first, as in the families' own examples
+        return [("user", [example.image, example.question]), *steps]
+
+    @staticmethod
+    def messages(turns: list[Turn]) -> list[dict]:
+        """The turns in the form that chat templates take."""
+        return [dict(role=role, content=[
+            dict(type="text", text=part) if isinstance(part, str) else dict(type="image")
+            for part in parts]) for role, parts in turns]
+
+    def _render(self, turns: list[Turn], **options) -> str:
+        return self.family.render(self.messages(turns), **options)
+
+    def conversation(self, turns: list[Turn], image_texts: list[str],
+                     prompt: bool = False) -> Conversation:
+        """The turns as tokens, followed by the generation prompt if `prompt`.
+
+        image_texts: for each image of the turns the text of its tokens. Raises ValueError if the
+        template rewrites earlier turns or changes the assistant's text.
+        """
+        # `rendered` has one placeholder per image; in `text` the placeholders are expanded
+        rendered, text, starts, speeches, waiting = "", "", [], [], iter(image_texts)
+        for n, (role, parts) in enumerate(turns):
+            whole = self._render(turns[:n + 1])
+            if not whole.startswith(rendered):
+                raise ValueError("the model's chat template rewrites earlier turns; give the "
+                                 "checkpoint another chat_template.jinja")
+            turn, rendered = whole[len(rendered):], whole
+            starts.append(len(text))
+            if role == "assistant":
+                speeches.append(self._speech(turn, parts[0], len(text)))
+            first, *rest = turn.split(self.family.placeholder)
+            assert len(rest) == sum(not isinstance(part, str) for part in parts), turn
+            # an image becomes as many image tokens as its size asks for
+            text += first + "".join(next(waiting) + piece for piece in rest)
+        if prompt:
+            text += self._render(turns, add_generation_prompt=True)[len(rendered):]
+        # The whole text is tokenised at once. Many tokenizers treat a piece that stands alone
+        # differently (a mark before its first word, merged newlines), and models saw whole texts.
+        ids, spans = self.family.encode(text)
+        # supervised: from the first word up to and with the end-of-turn token
+        labels = [token if any(s.start < end and start <= s.end for s in speeches) else -100
+                  for token, (start, end) in zip(ids, spans)]
+        return Conversation(text, ids, labels, [end for _, end in spans], starts, speeches)
+
+    def _speech(self, turn: str, words: str, start: int) -> Speech:
+        """The place of the words in an assistant's turn that begins at `start`."""
+        # counted from the end of the turn, because a template may pad its beginning
+        first = len(turn) - len(self.ending) - len(words)
+        opening = turn[:max(0, first)]
+        if opening + words + self.ending != turn or opening.strip() != self.header.strip():
+            raise ValueError(f"the model's chat template changes the assistant's text {words!r} "
+                             f"to {turn!r}; give the checkpoint another chat_template.jinja")
+        # a blank between header and words belongs to the words: the model has to write it
+        begins = len(self.header) if opening.startswith(self.header) else first
+        # blanks behind the words too: the end-of-turn token begins after them
+        blanks = len(self.ending) - len(self.ending.lstrip())
+        return Speech(start + begins, start + first, start + first + len(words) + blanks)
+
+    # ---- checks, each a ValueError with one sentence ----
+
+    def check_text(self, example: Example) -> None:
+        """No text may contain what the template uses as its own markup."""
+        for text in [example.question, *example.options, *example.texts]:
+            for token in self.family.reserved:
+                if token in text:
+                    raise ValueError(f"example {example.id}: the text contains the model's "
+                                     f"special token {token!r}; remove it")
+
+    def check_length(self, tokens: int, example: Example) -> None:
+        # a view that is cut off loses its last token, which carries the embedding
+        if tokens > self.max_tokens:
+            raise ValueError(f"example {example.id}: {tokens} tokens, the model has "
+                             f"{self.max_tokens} positions; shorten its texts or lower "
+                             "--max_pixels")
+
+    def check_ids(self, example: Example, image_texts: list[str]) -> None:
+        """Our ids must be those of the family's own processor, which everybody else uses."""
+        turns = self.turns(example)
+        theirs = self.family.own_ids(self.messages(turns), [opened(i) for i in example.images])
+        if self.conversation(turns, image_texts).ids != theirs:
+            raise ValueError(f"example {example.id}: the model's own processor makes other ids of "
+                             "this conversation than ours; this family or tokenizer is not "
+                             "supported")

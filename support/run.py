@@ -1,0 +1,474 @@
+"""A run: its folder, its log, its state, and the steps that are left.
+
+    config.json       the options; environment.json, inputs.json: what the run depends on
+    log.jsonl         one line per logged step and validation (docs/logged.md)
+    state.safetensors all that --resume needs; checkpoint-STEP/ the best adapter, named in best.json
+    results.json      at the end: every answer before and after
+
+Nothing is overwritten but the state and the best checkpoint, each under a temporary name that is
+then renamed. One process at a time has the folder.
+"""
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext, suppress
+from pathlib import Path
+
+import torch
+from filelock import FileLock, Timeout
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+from transformers.utils import cached_file
+
+from support import processes
+from support.files import read_json, read_tensors, write_json, write_tensors, write_text
+from support.records import digests
+
+LOCK = "lock"
+LEFTOVER = re.compile(r"(checkpoint-\d+|[\w-]+\.(json|jsonl|safetensors))\.partial")
+STOPPED = ("stopped; if the run folder holds config.json, python train.py --resume RUN continues "
+           "from its last state")
+PACKAGES = ("torch", "transformers", "safetensors", "pillow", "numpy")
+
+
+class Run:
+    """One run of train.py; `with Run(config, resume) as run` holds its folder.
+
+    Raises FileExistsError for a used folder, ValueError for one that another process holds.
+    """
+
+    def __init__(self, config, resume: bool):
+        self.config, self.resume = absolute_paths(config), resume
+        self.rank, self.world_size = processes.start_processes(self.config)
+        self.out = Path(self.config.out)
+        # one process writes; a sharded model answers no questions, because all processes must run
+        self.writes = self.rank == 0
+        self.answers = self.writes and not config.shard
+        self.step, self.best, self.bad, self.seconds = 0, math.inf, 0, 0.0
+
+    def __enter__(self) -> "Run":
+        if self.writes:
+            if not self.resume:
+                refuse_used_folder(self.out)
+            self.made = [folder for folder in (self.out, *self.out.parents) if not folder.exists()]
+            self.out.mkdir(parents=True, exist_ok=True)
+            self.lock = FileLock(self.out / LOCK)
+            try:
+                self.lock.acquire(timeout=0)
+            except Timeout:
+                raise ValueError(f"{self.out} is in use by another process: wait for it or stop "
+                                 "it") from None
+            if self.resume:
+                remove_leftovers(self.out)
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self.writes:
+            (self.out / LOCK).unlink(missing_ok=True)
+            self.lock.release()
+            # a run that failed before its first step leaves no empty folder behind
+            with suppress(OSError):
+                for folder in self.made:
+                    folder.rmdir()
+
+    # ---- before the first step ----
+
+    def start(self, method, optimizer, schedule, splits: tuple) -> torch.nn.Module:
+        """Write config.json, or load the state. Returns the module to call: the method, or
+        DistributedDataParallel around it."""
+        self.method, self.optimizer, self.schedule = method, optimizer, schedule
+        inputs = dict(model=base_digests(self.config.model), data=[digests(s) for s in splits])
+        if self.resume:
+            refuse_other_inputs(self.out, self.config.model, inputs, splits)
+            self.step, self.best = self.load_state()
+        if self.writes and self.resume:
+            truncate_log(self.out / "log.jsonl", self.step)
+        elif self.writes:
+            write_json(self.out / "inputs.json", inputs)
+            write_json(self.out / "environment.json", environment())
+            # last: a folder with config.json has the other two
+            write_json(self.out / "config.json", dataclasses.asdict(self.config))
+        if self.writes:
+            trained = sum(p.numel() for p in optimizer.param_groups[0]["params"]) / 1e6
+            several = f" x {self.world_size}" if self.world_size > 1 else ""
+            print(f"{self.config.method} on {self.config.data or self.config.regime}: "
+                  f"{len(splits[0])} records, {trained:.2f}M trained parameters, "
+                  f"{self.config.device}{several}, run folder {self.out}")
+        if self.world_size == 1:
+            return method
+        # sharded weights differ between processes, so they must not be made equal
+        return DistributedDataParallel(method, find_unused_parameters=True,
+                                       init_sync=not self.config.shard)
+
+    def once(self, name: str, make: Callable):
+        """make(), kept in a file of the folder, so that a resumed run does not repeat it."""
+        if not self.answers:
+            return []
+        file = self.out / name
+        if not file.is_file():
+            write_json(file, make())
+        return json.loads(file.read_text(encoding="utf-8"))
+
+    # ---- the steps ----
+
+    def steps(self, ready: Iterator[list]) -> Iterator[tuple[int, list]]:
+        """(number, passes of this process) of each step that is left, until a signal comes."""
+        config, start = self.config, time.time()
+        self.waited, self.clock, self.clock_step, stop = 0.0, start, self.step, False
+        # from here on a signal ends the loop after its step, and not in the middle
+        with processes.finishing_steps():
+            while self.step < config.steps and not stop:
+                waits = time.perf_counter()
+                passes = next(ready)
+                self.waited += time.perf_counter() - waits
+                self.step += 1
+                yield self.step, passes
+                stop = self.stopping
+        self.seconds = time.time() - start
+        if self.step < config.steps and self.writes:
+            print(f"stopped after step {self.step}; python train.py --resume {self.out} continues "
+                  "from there")
+
+    def exchange(self, module: torch.nn.Module, last: bool):
+        """For one pass: with several processes, gradients are averaged after the last alone."""
+        return nullcontext() if self.world_size == 1 or last else module.no_sync()
+
+    def is_finite(self, norm: Tensor, step: int) -> bool:
+        """Raises ValueError after the fifth step in a row without a finite gradient."""
+        if math.isfinite(float(norm)):
+            self.bad = 0
+            return True
+        self.bad += 1
+        print(f"step {step}: the gradient is not finite; step skipped ({self.bad} in a row)",
+              flush=True)
+        if self.bad == 5:
+            raise ValueError("five steps in a row without a finite gradient: lower --lr or "
+                             f"--lambda_latent; {self.out} has the last good state")
+        return False
+
+    def logs(self, step: int) -> bool:
+        """Whether this step gets a line: twenty in a run, and all of a short one."""
+        # asked here, once a step: a signal to one process stops all after the same step
+        self.stopping = processes.asked_to_stop(self.world_size, self.config.device)
+        every = max(1, self.config.steps // 20)
+        return self.writes and (step % every == 0 or step == self.config.steps)
+
+    def log_step(self, step: int, parts: dict[str, Tensor], gauges: dict[str, float],
+                 norm: Tensor, lr: float) -> None:
+        """A line of the log and of the screen."""
+        parts = {name: float(value) for name, value in parts.items()}
+        seconds, count = time.time() - self.clock, max(1, step - self.clock_step)
+        timing = dict(ms=1000 * seconds / count, waited=self.waited / max(1e-9, seconds))
+        self.restart_clock(step)
+        log(self.out, "train", dict(step=step, **parts, **gauges, grad_norm=float(norm), lr=lr,
+                                    **timing))
+        terms = " ".join(f"{name} {value:.4f}" for name, value in parts.items())
+        shown = (" | r2 {r2:.2f} retrieval {retrieval:.2f} rank {effective_rank:.1f}"
+                 .format(**gauges) if gauges else "")
+        left = int((self.config.steps - step) * timing["ms"] / 1000)
+        print(f"{step:5d}/{self.config.steps} {terms}{shown} | lr {lr:.1e} grad {float(norm):.2f} "
+              f"{timing['ms']:.0f} ms/step, {left // 60}:{left % 60:02d} left", flush=True)
+
+    def restart_clock(self, step: int) -> None:
+        self.clock, self.clock_step, self.waited = time.time(), step, 0.0
+
+    def validates(self, step: int) -> bool:
+        """Whether this process validates now. Of a sharded model all processes run their share."""
+        due = step % self.config.eval_every == 0 or step == self.config.steps
+        return due and (self.writes or self.config.shard)
+
+    def keep_best(self, method, step: int, metrics: dict[str, float]) -> None:
+        """Log a validation; keep the checkpoint if it has the lowest loss so far."""
+        if not self.writes:
+            return
+        log(self.out, "valid", dict(step=step, **metrics))
+        names = ("loss", "r2", "effective_rank", "mean_cosine", "direct", "tool")
+        shown = " ".join(f"{name} {metrics[name]:.3f}" for name in names if name in metrics)
+        print(f"      validation: {shown}", flush=True)
+        if hint := collapse_hint(metrics, method.targets != {}):
+            print(f"      {hint}", flush=True)
+        if metrics["loss"] < self.best:
+            self.best = metrics["loss"]
+            save_best(self.out, method, step, metrics)
+        self.restart_clock(step)
+
+    # ---- the state ----
+
+    def save(self, step: int) -> None:
+        """The state, where one is due: at each validation, at the end, and when a signal came."""
+        if not (step % self.config.eval_every == 0 or step == self.config.steps or self.stopping):
+            return
+        rows = list(self.method.targets)
+        own = dict(cpu=torch.get_rng_state(), rows=[list(row) for row in rows],
+                   targets=torch.stack([self.method.targets[row] for row in rows]) if rows else None)
+        if torch.cuda.is_available():
+            own["cuda"] = torch.cuda.get_rng_state()
+        write_state(self.own_state(), own)
+        if self.writes:
+            write_state(self.out / "state.safetensors", dict(
+                step=step, best=self.best, weights=trained_tensors(self.method),
+                optimizer=self.optimizer.state_dict(), schedule=self.schedule.state_dict()))
+
+    def own_state(self) -> Path:
+        """What differs between processes: random numbers, and the h_R that it made."""
+        return self.out / f"state-{self.rank}.safetensors"
+
+    def load_state(self) -> tuple[int, float]:
+        """Undo `save`; (step, best validation loss). A run without a state starts anew."""
+        file = self.out / "state.safetensors"
+        if not file.is_file():
+            return 0, math.inf
+        state, own = read_state(file), read_state(self.own_state())
+        with torch.no_grad():
+            for name, tensor in trained_tensors(self.method).items():
+                saved = state["weights"].get(name)
+                if saved is None or saved.shape != tensor.shape:
+                    raise ValueError(f"{file} does not fit this run: {name} is missing or has "
+                                     "another shape; was config.json changed?")
+                tensor.copy_(saved)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        torch.set_rng_state(own["cpu"])
+        if "cuda" in own and torch.cuda.is_available():
+            torch.cuda.set_rng_state(own["cuda"])
+        self.method.targets |= {tuple(row): h for row, h in zip(own["rows"], own["targets"] or ())}
+        return state["step"], state["best"]
+
+
+def trained_tensors(method: torch.nn.Module) -> dict[str, Tensor]:
+    """All that training changes, by name: trained parameters, and the method's own buffers."""
+    tensors = {name: p for name, p in method.named_parameters() if p.requires_grad}
+    return tensors | {name: b for name, b in method.named_buffers() if not name.startswith("vlm.")}
+
+
+def write_state(file: Path, state: dict) -> None:
+    """A nested dict with tensors as one safetensors file: nothing that is read is executed."""
+    tensors: dict[str, Tensor] = {}
+
+    def split(value):
+        if isinstance(value, Tensor):
+            tensors[str(len(tensors))] = value.detach().cpu()
+            return dict(tensor=str(len(tensors) - 1))
+        if isinstance(value, dict):  # as pairs: JSON has no whole numbers as keys
+            return dict(items=[[key, split(part)] for key, part in value.items()])
+        return [split(part) for part in value] if isinstance(value, (list, tuple)) else value
+
+    tree = json.dumps(split(state))
+    write_tensors(tensors, file, dict(tree=tree))
+
+
+def read_state(file: Path) -> dict:
+    """Undo write_state."""
+    tensors, metadata = read_tensors(file)
+
+    def join(value):
+        if isinstance(value, dict):
+            if "tensor" in value:
+                return tensors[value["tensor"]]
+            return {key: join(part) for key, part in value["items"]}
+        return [join(part) for part in value] if isinstance(value, list) else value
+
+    if "tree" not in metadata:
+        raise ValueError(f"{file} was written by another version of this program: resume it with "
+                         "that version")
+    return join(json.loads(metadata["tree"]))
+
+
+def save_best(out: Path, method, step: int, metrics: dict[str, float]) -> None:
+    """checkpoint-STEP/ under a temporary name, then renamed; best.json names it; the checkpoint
+    before goes."""
+    folder, partial = out / f"checkpoint-{step}", out / f"checkpoint-{step}.partial"
+    partial.mkdir(exist_ok=True)
+    method.vlm.save_adapter(partial)
+    if method.predictor is not None:
+        write_tensors(method.predictor.state_dict(), partial / method.predictor.file_name)
+    folder.mkdir(exist_ok=True)  # there if the run was interrupted right here
+    for file in sorted(partial.iterdir()):
+        os.replace(file, folder / file.name)
+    partial.rmdir()
+    before = best_checkpoint(out)["checkpoint"] if (out / "best.json").exists() else None
+    write_json(out / "best.json", dict(checkpoint=folder.name, step=step, valid=metrics))
+    if before and before != folder.name:
+        shutil.rmtree(out / before, ignore_errors=True)  # a resumed run removes what is left of it
+
+
+# ---- the folder ---------------------------------------------------------------------------------
+
+
+def workers(config) -> int:
+    """Processes that prepare data: as told, or for a folder one per core, eight at most."""
+    if config.workers >= 0:
+        return config.workers
+    return min(8, len(os.sched_getaffinity(0))) if config.data else 0
+
+
+def absolute_paths(config):
+    """The config with absolute paths, so that it means the same from any folder. The name of a
+    model on the hub stays."""
+    def absolute(path: str) -> str:
+        return str(Path(path).expanduser().absolute()) if path else path
+
+    model = absolute(config.model) if Path(config.model).expanduser().exists() else config.model
+    return dataclasses.replace(config, model=model, data=absolute(config.data),
+                               out=absolute(config.out))
+
+
+def read_config(config_class: Callable, argv: list[str]):
+    """The config of a run to resume. config_class: from a method's name to its options."""
+    if len(argv) != 1:
+        raise ValueError("--resume takes the run folder and nothing else: the run continues with "
+                         "its own config.json")
+    file = Path(argv[0]) / "config.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} not found: {argv[0]} is not a run folder")
+    if (file.parent / "results.json").is_file():
+        raise ValueError(f"{argv[0]} is finished: its results are in results.json")
+    saved = read_json(file)
+    kind = config_class(saved.get("method"))
+    if unknown := saved.keys() - {field.name for field in dataclasses.fields(kind)}:
+        raise ValueError(f"{file} has the unknown field {sorted(unknown)[0]!r}: it was written by "
+                         "another version of this program")
+    return absolute_paths(kind(**saved | dict(out=argv[0])))
+
+
+def refuse_used_folder(out: Path) -> None:
+    if out.exists() and not out.is_dir():
+        raise FileExistsError(f"{out} is a file: choose another --out, nothing is overwritten")
+    if out.exists() and any(file.name != LOCK for file in out.iterdir()):
+        raise FileExistsError(f"{out} already holds files, perhaps a run: choose another --out, "
+                              "nothing is overwritten")
+
+
+def remove_leftovers(out: Path) -> None:
+    """Half-written files, and checkpoints that are not the best one."""
+    left = [path for path in out.iterdir() if LEFTOVER.fullmatch(path.name)]
+    if (out / "best.json").is_file():
+        best = best_checkpoint(out)["checkpoint"]
+        left += [path for path in out.iterdir()
+                 if re.fullmatch(r"checkpoint-\d+", path.name) and path.name != best]
+    for path in left:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def best_checkpoint(run: Path) -> dict:
+    """best.json: checkpoint (a folder of the run), step, validation metrics."""
+    best = read_json(run / "best.json")
+    if not re.fullmatch(r"checkpoint-\d+", str(best.get("checkpoint"))):
+        raise ValueError(f"{run / 'best.json'} names no checkpoint of this run: "
+                         f"{best.get('checkpoint')!r}")
+    return best
+
+
+def finished(run: Path) -> tuple[dict, Path]:
+    """Config and best checkpoint of a run. Raises FileNotFoundError naming what is missing."""
+    for name in ("config.json", "best.json"):
+        if not (run / name).is_file():
+            raise FileNotFoundError(f"{run / name} not found: {run} is not a finished run of "
+                                    "train.py")
+    config = read_json(run / "config.json")
+    if missing := {"model", "dtype", "method"} - config.keys():
+        raise ValueError(f"{run / 'config.json'} has no {sorted(missing)[0]!r}: it was not written "
+                         "by train.py")
+    return config, run / best_checkpoint(run)["checkpoint"]
+
+
+def log(out: Path, kind: str, record: dict) -> None:
+    with open(out / "log.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps(dict(kind=kind, **record)) + "\n")
+
+
+def truncate_log(file: Path, step: int) -> None:
+    """Drop the lines after the step that the run continues from."""
+    if file.is_file():
+        lines = file.read_text(encoding="utf-8").splitlines()
+        whole = [line for line in lines if line.endswith("}")]  # the last may be half a line
+        write_text(file, "".join(line + "\n" for line in whole
+                                 if json.loads(line)["step"] <= step))
+
+
+def collapse_hint(metrics: dict[str, float], frozen: bool) -> str:
+    """One sentence if the h_R are nearly all alike, so that a low L_JEPA means nothing; else ""."""
+    # fewer than ten examples have a small rank by themselves
+    if metrics.get("retrieval_chance", 1) > 0.1:
+        return ""
+    if metrics["effective_rank"] >= 3 and metrics["mean_cosine"] <= 0.97:
+        return ""
+    found = "the targets h_R are nearly all alike, and a low L_JEPA means nothing"
+    if frozen:  # targets that never move cannot have collapsed in training
+        return (f"{found}: the starting model does not tell these trajectories apart; check that "
+                "they differ, or try another --model")
+    return (f"{found}: they have collapsed; try the frozen target (--method pearl), or a smaller "
+            "--lambda_latent or --lr")
+
+
+# ---- what a run depends on ----------------------------------------------------------------------
+
+
+def base_digests(path: str) -> dict[str, str]:
+    """A digest per file of a checkpoint folder; for a model on the hub its revision."""
+    if not Path(path).is_dir():
+        if Path(path).is_absolute():
+            raise FileNotFoundError(f"{path} not found: the run began with this model; restore it")
+        return dict(revision=Path(cached_file(path, "config.json")).parent.name)
+    kinds = (".json", ".jinja", ".safetensors", ".model", ".txt")
+    return {file.name: _file_digest(file) for file in sorted(Path(path).iterdir())
+            if file.suffix in kinds and file.is_file()}
+
+
+def _file_digest(file: Path, pieces: int = 64, piece: int = 1 << 20) -> str:
+    """Of the whole file, or above 64 MB of its size and 64 pieces of 1 MB spread over it: weights
+    that were trained further differ everywhere."""
+    size = file.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with open(file, "rb") as content:
+        for n in range(pieces):
+            if size > pieces * piece:
+                content.seek(n * (size - piece) // (pieces - 1))
+            digest.update(content.read(piece))
+    return digest.hexdigest()[:16]
+
+
+def refuse_other_inputs(out: Path, model: str, now: dict, splits: tuple) -> None:
+    """Raises ValueError if model and data are not those that the run began with."""
+    began, found = read_json(out / "inputs.json"), ""
+    changed = [name for name in sorted(began["model"].keys() | now["model"].keys())
+               if began["model"].get(name) != now["model"].get(name)]
+    if changed:
+        found = f"{', '.join(changed)} of the model {model}"
+    for name, before, after, split in zip(("training", "validation", "test"), began["data"],
+                                          now["data"], splits):
+        if not found and before != after:
+            found = f"the {name} records"
+    if found:
+        raise ValueError(f"{out} began with other inputs than it finds now ({found}): restore "
+                         "them, or begin a new run with another --out")
+
+
+def environment() -> dict:
+    """What a run depends on beside its config, for whoever wants to repeat it."""
+    root = Path(__file__).resolve().parent
+
+    def git(*args: str) -> str | None:
+        try:
+            return subprocess.run(["git", "-C", str(root), *args], capture_output=True, check=True,
+                                  encoding="utf-8", errors="backslashreplace").stdout.strip()
+        except (OSError, subprocess.CalledProcessError):  # no git, or a copy without history
+            return None
+
+    return dict(command=sys.argv, commit=git("rev-parse", "HEAD"),
+                changed_files=git("status", "--porcelain", "--untracked-files=no"),
+                packages={name: importlib.metadata.version(name) for name in PACKAGES},
+                python=platform.python_version(), system=platform.platform(),
+                cpu=platform.processor() or platform.machine(), threads=torch.get_num_threads(),
+                gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None)

@@ -1,0 +1,71 @@
+"""The records of a run: a user's folder, or the small world where no folder is given."""
+
+import os
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+from support.options import room
+from support.records import Example, read_folder
+
+
+def load_splits(config, cache: Path | None = None) -> tuple[Sequence[Example], ...]:
+    """Training, validation and test records. cache: where splits that were computed are kept.
+
+    Raises ValueError where a split has too few records.
+    """
+    count, tests = config.train_examples, config.test_per_task
+    if not config.data:
+        world = room("world.loader", "a run without --data")
+        return (world.examples(config.regime, "train", count),
+                world.examples(config.regime, "validation", count // 10),
+                world.questions(config.regime, tests))
+    found = read_splits(config, cache)
+    for (split, records), least in zip(found.items(), (2, 2, 1)):
+        if len(records) < least:
+            raise ValueError(f"{config.data} has {len(records)} records in the {split} split, "
+                             f"{least} or more are needed: set \"split\": \"{split}\" in some "
+                             "records, or add records")
+    rng = random.Random(0)
+    return (found["train"], at_most(found["validation"], count // 10, rng),
+            per_task(found["test"], tests, rng))
+
+
+def test_questions(config, per_task_count: int, split: str = "test") -> Sequence[Example]:
+    """Questions of one split: of config.data, or of config.regime and the held-out task;
+    regime "": every task of the world."""
+    if config.data:
+        records = read_splits(config)[split]
+        if not len(records):
+            raise ValueError(f"{config.data} has no record in the {split} split; give some records "
+                             f"\"split\": \"{split}\"")
+        return records
+    world = room("world.loader", "asking without --data")
+    return world.questions(config.regime, per_task_count, split)
+
+
+def read_splits(config, cache: Path | None = None) -> dict[str, Sequence[Example]]:
+    notes: list[str] = []
+    records = read_folder(config.data, config.outside_images, config.answer_prefix, cache=cache,
+                          notes=notes)
+    # of several processes, which all read the folder, one prints
+    if os.environ.get("RANK", "0") == "0":
+        for note in notes:
+            print(f"note: {note}")
+    return {split: records.split(split) for split in ("train", "validation", "test")}
+
+
+def at_most(records: Sequence[Example], count: int, rng: random.Random) -> Sequence[Example]:
+    """All of them, or `count` drawn at random."""
+    if len(records) <= count:
+        return records
+    return records.subset(rng.sample(range(len(records)), count))
+
+
+def per_task(records, count: int, rng: random.Random) -> Sequence[Example]:
+    """Of each task at most `count`."""
+    rows = []
+    for task in dict.fromkeys(records.tasks):
+        own = [row for row, other in enumerate(records.tasks) if other == task]
+        rows += own if len(own) <= count else rng.sample(own, count)
+    return records.subset(rows)
