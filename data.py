@@ -24,23 +24,9 @@ from typing import NamedTuple
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from support.chat import Chat
+from support.chat import Chat, View
 from support.features import LoadedImage, load_images, with_pixels
 from support.records import Example
-
-
-class View(NamedTuple):
-    """One sequence."""
-
-    ids: list[int]
-    # the token itself where it is supervised, -100 elsewhere
-    labels: list[int]
-    # keys of the images, in order of appearance
-    images: list[str]
-    # the position whose final-layer state is the view's embedding
-    embed_at: int
-    # positions whose input embedding comes from outside: [PRED] rows, or the rival's latents
-    inject_at: tuple[int, ...] = ()
 
 
 class Views(NamedTuple):
@@ -76,12 +62,12 @@ def make_views(chat: Chat, example: Example, images: list[LoadedImage], pred_tok
     turns, keys = chat.turns(example), [image.key for image in images]
     # Deviation: the paper embeds a view at its last token. Full and target view end at the token
     # that ends the turn, as in the release: its state can summarise what was said.
-    whole = chat.conversation(turns, [image.text for image in images]).until_last_label()
+    whole = chat.conversation(turns, images).until_last_label()
     full = View(whole.ids, whole.labels, keys, len(whole.ids) - 1)
 
     # Deviation: the paper appends [PRED] to <I0, Q>. Here they stand behind the generation prompt,
     # where decoding would start; the release puts them inside the user's turn (--method release).
-    prompt = prompt_view(chat, turns[:1], images[:1])
+    prompt = chat.prompt(turns[:1], images[:1])
     # [PRED] have no ids: model.py puts their rows at the positions of inject_at
     ids = prompt.ids + [chat.end_id] * pred_tokens
     input_view = View(ids, [-100] * len(ids), keys[:1], len(ids) - 1,
@@ -96,13 +82,6 @@ def make_views(chat: Chat, example: Example, images: list[LoadedImage], pred_tok
     for view in (full, input_view, target):
         chat.check_length(len(view.ids), example)
     return Views(full, input_view, target)
-
-
-def prompt_view(chat: Chat, turns: list, images: list[LoadedImage]) -> View:
-    """A conversation and the generation prompt: of <I0, Q>, all that inference sees."""
-    # the model starts to speak behind it, so nothing is supervised
-    ids = chat.conversation(turns, [image.text for image in images], prompt=True).ids
-    return View(ids, [-100] * len(ids), [image.key for image in images], len(ids) - 1)
 
 
 # ---- from records to the batches of a run -------------------------------------------------------
@@ -136,7 +115,7 @@ class Trajectories(Dataset):
         self.made: dict[int, TrainingExample] | None = {} if isinstance(records, list) else None
         # one record shows a tokenizer that we would read in another way than its own processor
         example = records[0]
-        chat.check_ids(example, [image.text for image in load_images(example, chat.family)])
+        chat.check_ids(example, load_images(example, chat.family))
 
     def __len__(self) -> int:
         return len(self.records)

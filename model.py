@@ -1,17 +1,16 @@
-"""The VLM: a transformers checkpoint in, final-layer states out; LoRA; plain decoding.
+"""The VLM: a transformers checkpoint in, final-layer states out; plain decoding.
 
 Enc(view) of sections 3.2 to 3.4 of arXiv:2604.08065 is the VLM's own forward pass, and a view's
 embedding is the final-layer state (after the last norm) at one known position. Inference (3.8) is
 the model's own `generate`: no [PRED], no latent predictor, no tool.
 
-Letters: B batch, T sequence, D hidden size, V vocabulary, P image tokens, r LoRA rank,
+Letters: B batch, T sequence, D hidden size, V vocabulary, P image tokens,
 S 1 + deepstack levels (Qwen3-VL), A rows of positions (3 for Qwen: time, height, width; else 1).
 Left out on purpose: what differs between model families and how a checkpoint is read
-(support/families.py), adapters on disk (support/adapters.py), losses and training.
+(support/families.py), LoRA and adapters on disk (support/lora.py, adapters.py), training.
 """
 
 import copy
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,68 +19,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from data import Batch, View, collate
-from support import adapters, families, packing
+from data import Batch, collate
+from losses import at_least_float32
+from support import adapters, families, packing, processes
+from support.chat import View
 from support.features import EncodedImage, LoadedImage
-
-# ---- LoRA ---------------------------------------------------------------------------------------
-
-
-class LoRALinear(nn.Module):
-    """y = W x + (alpha / r) * B A x, with W frozen; A (r, in), B (out, r)."""
-
-    def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float):
-        super().__init__()
-        self.base, self.scaling, self.active = base, alpha / rank, True
-        self.dropout = nn.Dropout(dropout)
-        # float32 even beside bfloat16 weights, which would lose small updates
-        device = base.weight.device
-        self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, device=device))
-        # B is zero, so training starts from W
-        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, device=device))
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.base(x)
-        if not self.active:
-            return y
-        # two thin products; the wide B A is never built. A and B are cast, because they are small.
-        low = nn.functional.linear(self.dropout(x), self.lora_A.to(x.dtype))  # (..., r)
-        high = (self.scaling * self.lora_B).to(low.dtype)
-        return y + nn.functional.linear(low, high).to(y.dtype)
-
-
-def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
-    return {name: module for name, module in model.named_modules()
-            if isinstance(module, LoRALinear)}
-
-
-def add_lora(model: nn.Module, rank: int, alpha: float, dropout: float) -> None:
-    """Freeze `model`, then put a LoRALinear around each of its nn.Linear layers."""
-    # frozen first, because the new layers bring trainable parameters
-    model.requires_grad_(False)
-    linear = {name: module for name, module in model.named_modules()
-              if isinstance(module, nn.Linear)}
-    for name, layer in linear.items():
-        replace_layer(model, name, LoRALinear(layer, rank, alpha, dropout))
-
-
-def replace_layer(model: nn.Module, name: str, layer: nn.Module) -> None:
-    # whoever calls the layer by its name now calls the new one
-    parent, _, last = name.rpartition(".")
-    setattr(model.get_submodule(parent), last, layer)
-
-
-# ---- the VLM ------------------------------------------------------------------------------------
-
+from support.lora import add_lora, lora_layers
 
 class Encoded(NamedTuple):
     """Enc of a batch of views."""
 
-    states: Tensor  # (B, T, D) final-layer states
-    inputs: Tensor  # (B, T, D) input embeddings
     embedding: Tensor  # (B, D) the state at each view's embed_at
-    batch: Batch  # on the model's device
+    # None where a stored embedding is all there is
+    states: Tensor | None = None  # (B, T, D) final-layer states
+    inputs: Tensor | None = None  # (B, T, D) input embeddings
+    batch: Batch | None = None  # on the model's device
 
 
 class VLM(nn.Module):
@@ -106,20 +58,27 @@ class VLM(nn.Module):
     def device(self) -> torch.device:
         return self.lm.device
 
-    def set_trainable(self, rank: int, dropout: float = 0.0, vision: bool = False) -> None:
-        """LoRA on the language model (rank 0: all its weights), and on the vision tower if asked.
-
-        alpha is twice the rank, as in the paper (64, 128).
-        """
+    def set_trainable(self, config, dropout: float = 0.0, world_size: int = 1) -> None:
+        """Make the language model trainable: LoRA, or all weights with config.lora_rank 0; the
+        vision tower too with config.train_vision. LoRA's alpha is twice the rank, as in the paper
+        (64, 128)."""
         self.lm.requires_grad_(False)
         parts = [self.lm.get_decoder()]
-        if vision:
+        if config.train_vision:
             parts.append(self.lm.get_encoder("image"))
         for part in parts:
-            if rank:
-                add_lora(part, rank, 2.0 * rank, dropout)
+            if config.lora_rank:
+                add_lora(part, config.lora_rank, 2.0 * config.lora_rank, dropout)
             else:
                 part.requires_grad_(True)
+        if config.shard:
+            processes.shard_frozen(self.lm.get_decoder(), config.device, world_size)
+        self.to(config.device)
+        if config.gradient_checkpointing:
+            # newer versions of transformers have the first name
+            enable = getattr(self.lm, "activation_checkpointing_enable",
+                             self.lm.gradient_checkpointing_enable)
+            enable(dict(use_reentrant=False))
 
     def keep_start(self) -> None:
         """Remember the weights of now for `starting_model`: a second copy, if there is no LoRA."""
@@ -140,13 +99,6 @@ class VLM(nn.Module):
             self.train(training)
             for layer in layers:
                 layer.active = True
-
-    def recompute_activations(self) -> None:
-        """Gradient checkpointing: less memory, more time."""
-        # newer versions of transformers have the first name
-        enable = getattr(self.lm, "activation_checkpointing_enable",
-                         self.lm.gradient_checkpointing_enable)
-        enable(dict(use_reentrant=False))
 
     def embed(self, batch: Batch, images: dict[str, EncodedImage],
               injected: Tensor | None = None) -> dict:
@@ -194,11 +146,30 @@ class VLM(nn.Module):
         batch = batch.to(self.device)
         rows = torch.arange(len(states), device=states.device)
         # one known position per view is its embedding
-        return Encoded(states, inputs["inputs_embeds"], states[rows, batch.embed_at], batch)
+        return Encoded(states[rows, batch.embed_at], states, inputs["inputs_embeds"], batch)
 
     def logits(self, states: Tensor) -> Tensor:
         """(n, D) -> (n, V), apart from `forward`: few states need it, and it is wide."""
         return self.lm.lm_head(states)
+
+    @torch.no_grad()
+    def log_probs(self, prompts: list[View], options: list[list[list[int]]],
+                  images: dict[str, EncodedImage]) -> list[list[float]]:
+        """log p(option | prompt) of each prompt's options, in one forward pass."""
+        # an option's last token is predicted and not read: options of one token share a row
+        rows = list(dict.fromkeys((n, *option[:-1]) for n, own in enumerate(options)
+                                  for option in own))
+        views = [prompts[n]._replace(ids=prompts[n].ids + more, labels=prompts[n].labels
+                                     + [-100] * len(more)) for n, *more in rows]
+        states, scores = self(collate(views, self.pad_id), images).states, []  # (rows, T, D)
+        for n, own in enumerate(options):
+            first, scores = len(prompts[n].ids) - 1, [*scores, []]
+            for option in own:
+                # the state before each token of the option predicts it
+                state = states[rows.index((n, *option[:-1])), first:first + len(option)]
+                log_p = at_least_float32(self.logits(state)).log_softmax(dim=-1)  # (tokens, V)
+                scores[-1].append(float(log_p[range(len(option)), option].sum()))
+        return scores
 
     @torch.no_grad()
     def generate(self, views: list[View], images: list[LoadedImage], encode,

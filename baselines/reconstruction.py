@@ -19,12 +19,13 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 import losses
-from data import Trajectories, TrainingExample, View, Views, collate
+from data import Trajectories, TrainingExample, Views, collate
 from model import VLM
-from support.chat import Chat
+from support.chat import Chat, View
 from support.features import LoadedImage
 from support.files import read_tensors
 from support.options import option
+from support.questions import in_batches
 from support.records import Example
 from train import Config, Pearl, report
 
@@ -101,7 +102,7 @@ def latent_view(chat: Chat, example: Example, images: list[LoadedImage], latents
     words = "".join(step if isinstance(step, str) else LATENT_START + LATENT_END
                     for step in example.trajectory)
     turns = [*chat.turns(example)[:1], ("assistant", [words])]
-    whole = chat.conversation(turns, [image.text for image in images[:1]]).until_last_label()
+    whole = chat.conversation(turns, images[:1]).until_last_label()
     token = chat.tokenizer.convert_tokens_to_ids
     image_id, end = token(chat.family.placeholder), token(LATENT_END)
     counts = iter(latents or chat.tokenizer(image.text, add_special_tokens=False).input_ids
@@ -223,9 +224,9 @@ def answer(evaluator, scale: LatentScale, latents: int, tokens: int = 112) -> li
     start = vlm.tokenizer.convert_tokens_to_ids(LATENT_START)
 
     def decode(views: list[View], numbers: list[int]) -> list[dict]:
-        images = evaluator.encode_images(evaluator.images(numbers))
+        images = evaluator.encode_images(evaluator.images(numbers, evaluator.encode_images.kept))
         made = generate_latent(vlm, views, images, scale, latents, evaluator.chat.end_id, tokens)
         return [dict(text=evaluator.decode(ids), tokens=len(ids), latents=fed, images=1,
                      passes=len(ids) + fed + ids.count(start)) for ids, fed in made]
 
-    return evaluator.in_batches([q.prompt for q in evaluator.questions], decode)
+    return in_batches([q.prompt for q in evaluator.questions], decode, evaluator.batch)

@@ -16,10 +16,11 @@ from torch import Tensor
 
 import losses
 from baselines.variants import Current, NextLatOnR
-from data import TrainingExample, View, Views, collate
-from model import Encoded, add_lora
-from support.chat import Chat
+from data import TrainingExample, Views, collate
+from model import Encoded
+from support.chat import Chat, View
 from support.features import LoadedImage
+from support.lora import add_lora
 from support.options import option
 from support.records import Example
 from train import Config
@@ -118,7 +119,7 @@ class Release(Current):
 def target_with_image(chat: Chat, example: Example, images: list[LoadedImage]) -> View:
     """R behind a user turn with I0 alone: the conversation without the question's text."""
     turns = [("user", [example.image]), *chat.turns(example)[1:]]
-    made = chat.conversation(turns, [image.text for image in images]).until_last_label()
+    made = chat.conversation(turns, images).until_last_label()
     return View(made.ids, made.labels, [image.key for image in images], len(made.ids) - 1)
 
 

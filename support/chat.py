@@ -10,10 +10,25 @@ each turn is known in characters, and the tokenizer says which characters each t
 
 from typing import NamedTuple
 
+from support.features import LoadedImage
 from support.images import opened
 from support.records import Example
 
 Turn = tuple[str, list]  # (role, parts); a part is a text or a picture
+
+
+class View(NamedTuple):
+    """One sequence."""
+
+    ids: list[int]
+    # the token itself where it is supervised, -100 elsewhere
+    labels: list[int]
+    # keys of the images, in order of appearance
+    images: list[str]
+    # the position whose final-layer state is the view's embedding
+    embed_at: int
+    # positions whose input embedding comes from outside: [PRED] rows, or the rival's latents
+    inject_at: tuple[int, ...] = ()
 
 
 class Speech(NamedTuple):
@@ -88,15 +103,21 @@ class Chat:
     def _render(self, turns: list[Turn], **options) -> str:
         return self.family.render(self.messages(turns), **options)
 
-    def conversation(self, turns: list[Turn], image_texts: list[str],
+    def prompt(self, turns: list[Turn], images: list[LoadedImage]) -> View:
+        """A conversation and the generation prompt: of <I0, Q>, all that inference sees."""
+        # the model starts to speak behind it, so nothing is supervised
+        ids = self.conversation(turns, images, prompt=True).ids
+        return View(ids, [-100] * len(ids), [image.key for image in images], len(ids) - 1)
+
+    def conversation(self, turns: list[Turn], images: list[LoadedImage],
                      prompt: bool = False) -> Conversation:
         """The turns as tokens, followed by the generation prompt if `prompt`.
 
-        image_texts: for each image of the turns the text of its tokens. Raises ValueError if the
-        template rewrites earlier turns or changes the assistant's text.
+        images: those of the turns, in order. Raises ValueError if the template rewrites earlier
+        turns or changes the assistant's text.
         """
         # `rendered` has one placeholder per image; in `text` the placeholders are expanded
-        rendered, text, starts, speeches, waiting = "", "", [], [], iter(image_texts)
+        rendered, text, starts, speeches, waiting = "", "", [], [], iter(images)
         for n, (role, parts) in enumerate(turns):
             whole = self._render(turns[:n + 1])
             if not whole.startswith(rendered):
@@ -109,7 +130,7 @@ class Chat:
             first, *rest = turn.split(self.family.placeholder)
             assert len(rest) == sum(not isinstance(part, str) for part in parts), turn
             # an image becomes as many image tokens as its size asks for
-            text += first + "".join(next(waiting) + piece for piece in rest)
+            text += first + "".join(next(waiting).text + piece for piece in rest)
         if prompt:
             text += self._render(turns, add_generation_prompt=True)[len(rendered):]
         # The whole text is tokenised at once. Many tokenizers treat a piece that stands alone
@@ -151,11 +172,11 @@ class Chat:
                              f"{self.max_tokens} positions; shorten its texts or lower "
                              "--max_pixels")
 
-    def check_ids(self, example: Example, image_texts: list[str]) -> None:
+    def check_ids(self, example: Example, images: list[LoadedImage]) -> None:
         """Our ids must be those of the family's own processor, which everybody else uses."""
         turns = self.turns(example)
         theirs = self.family.own_ids(self.messages(turns), [opened(i) for i in example.images])
-        if self.conversation(turns, image_texts).ids != theirs:
+        if self.conversation(turns, images).ids != theirs:
             raise ValueError(f"example {example.id}: the model's own processor makes other ids of "
                              "this conversation than ours; this family or tokenizer is not "
                              "supported")

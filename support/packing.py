@@ -1,7 +1,8 @@
 """Two views of an example in one forward pass: the full view, and behind it what the input view
 does not share with it.
 
-A saving, not part of the method: `--packed false` makes one pass a view, with the same numbers.
+A saving, not part of the method: `--method two_passes` gives each view a pass of its own, with the
+same numbers.
 Letters: B batch, T sequence, A rows of positions.
 """
 
@@ -72,9 +73,13 @@ def branch_inputs(batch, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor,
     return positions, mask.masked_fill(~(sees & ~foreign), torch.finfo(dtype).min)[:, None]
 
 
-def full_view(encoded):
-    """The encoded full views alone: the branches stand behind them."""
+def encode_two_views(vlm, full_views, input_views, images, pred_tokens: Tensor, collate):
+    """The encoded full views, and the embedding h^_R (B, D) of the input views, in one pass."""
+    batch = add_branches(collate(full_views, vlm.pad_id), full_views, input_views)
+    encoded = vlm(batch, images, pred_tokens)
     batch, width = encoded.batch, encoded.batch.ids.shape[1] - encoded.batch.branch
-    return encoded._replace(
+    # the branches stand behind the full views
+    full = encoded._replace(
         states=encoded.states[:, :width], inputs=encoded.inputs[:, :width],
         batch=replace(batch, labels=batch.labels[:, :width], mask=batch.mask[:, :width]))
+    return full, encoded.embedding
