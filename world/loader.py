@@ -1,67 +1,66 @@
-"""The one door between the programs and their data: a user's folder, or the small world."""
+"""The data of a run: a user's folder, or the small world. Programs get examples only from here."""
 
 import os
 import random
 
-from support.records import Example, read_folder
-from world.scenes import HELD_OUT, REGIMES, make_example, make_world
+from support.records import SPLITS, Example, read_folder
+from world.scenes import HELD_OUT, REGIMES, TASKS, make_example, make_world
 
 
-def load_examples(config) -> list[list[Example]]:
-    """Training, validation and test examples, from the user's folder or drawn from the world.
+def load_splits(config) -> tuple[list[Example], list[Example], list[Example]]:
+    """The training, validation and test examples of a run.
 
-    What is odd in a folder and yet used is printed.
+    World: train_examples of the regime, a tenth as many for validation, and test_per_task of each
+    of its tasks and of the held-out task. Folder: see `limit_splits`.
     """
-    if not config.data:
-        regime, seed = config.regime, config.world_seed
-        return [make_world(regime, "train", config.train_examples, seed),
-                make_world(regime, "validation", config.valid_examples, seed),
-                test_examples("", regime, config.test_per_family, seed, config.test_split)]
-    notes: list[str] = []
-    examples = read_folder(config.data, config.outside_images, notes=notes,
-                           answer_prefix=config.answer_prefix)
-    # of several processes, which all read the folder, one says so
-    if os.environ.get("RANK", "0") == "0":
-        for note in notes:
-            print(f"note: {note}")
-    return drawn(examples, config)
+    if config.data:
+        notes: list[str] = []
+        records = read_folder(config.data, config.outside_images, notes=notes,
+                              answer_prefix=config.answer_prefix)
+        # with torchrun every process reads the folder: only the first one prints
+        if os.environ.get("RANK", "0") == "0":
+            print(*(f"note: {note}\n" for note in notes), sep="", end="")
+        return limit_splits(records, config)
+    return (make_world(config.regime, "train", config.train_examples),
+            make_world(config.regime, "validation", max(2, config.train_examples // 10)),
+            test_examples("", config.regime, config.test_per_task))
 
 
-def drawn(examples: list[Example], config) -> list[list[Example]]:
-    """A folder's training examples, and as many others as the world would give.
+def limit_splits(records: list[Example], config
+                 ) -> tuple[list[Example], list[Example], list[Example]]:
+    """All of a folder's training records, and no more of the others than the world would give.
 
-    Raises ValueError where a split has too few.
+    Raises ValueError for a split with too few records.
     """
-    found = []
-    for split, least in (("train", 2), ("validation", 2), (config.test_split, 1)):
-        found.append([ex for ex in examples if ex.split == split])
-        if len(found[-1]) < least:
-            raise ValueError(f"{config.data} has {len(found[-1])} records in the {split} split, "
-                             f"{least} or more are needed: set \"split\": \"{split}\" in some "
-                             "records, or add records")
-    rng, (train_rows, valid_rows, test_rows) = random.Random(config.world_seed), found
+    # the gauges of a collapse compare records, so there must be two
+    train, validation, test = (_split(records, config.data, name, minimum)
+                               for name, minimum in zip(SPLITS, (2, 2, 1)))
+    # the same choice in every run, so that runs answer the same questions
+    rng = random.Random(0)
 
-    def at_most(rows: list[Example], count: int) -> list[Example]:
+    def at_most(count: int, rows: list[Example]) -> list[Example]:
         return rows if len(rows) <= count else rng.sample(rows, count)
 
-    tests = [ex for family in dict.fromkeys(ex.task for ex in test_rows)
-             for ex in at_most([ex for ex in test_rows if ex.task == family],
-                               config.test_per_family)]
-    return [train_rows, at_most(valid_rows, config.valid_examples), tests]
+    validation = at_most(max(2, config.train_examples // 10), validation)
+    tasks = dict.fromkeys(ex.task for ex in test)
+    return train, validation, [ex for task in tasks for ex in at_most(
+        config.test_per_task, [ex for ex in test if ex.task == task])]
 
 
-def test_examples(folder: str, regime: str, per_family: int, seed: int, split: str = "test",
+def _split(records: list[Example], folder: str, name: str, minimum: int) -> list[Example]:
+    rows = [ex for ex in records if ex.split == name]
+    if len(rows) < minimum:
+        raise ValueError(f"{folder} has {len(rows)} records in the {name} split, {minimum} or more "
+                         f"are needed: add records, or set \"split\": \"{name}\" in some")
+    return rows
+
+
+def test_examples(folder: str, regime: str, per_task: int, seed: int = 0, split: str = "test",
                   outside: bool = False, answer_prefix: str = "Answer:") -> list[Example]:
-    """A split of a user's folder (outside: see read_folder), or of the world, then with the
-    held-out family; regime "": every family of the world."""
+    """All records of a split of a user's folder; without a folder, `per_task` scenes of each of
+    the regime's tasks and of the held-out task, or of all tasks if `regime` is empty."""
     if folder:
-        examples = [ex for ex in read_folder(folder, outside, answer_prefix=answer_prefix)
-                    if ex.split == split]
-        if not examples:
-            raise ValueError(f"{folder} has no record in the {split} split; give some records "
-                             f"\"split\": \"{split}\"")
-        return examples
-    regimes = [regime] if regime else REGIMES
-    families = dict.fromkeys(family for name in regimes for family in REGIMES[name])
-    return [make_example(family, split, i, seed)
-            for family in [*families, HELD_OUT] for i in range(per_family)]
+        records = read_folder(folder, outside, answer_prefix=answer_prefix)
+        return _split(records, folder, split, 1)
+    tasks = [*REGIMES[regime], HELD_OUT] if regime else TASKS
+    return [make_example(task, split, i, seed) for task in tasks for i in range(per_task)]
