@@ -41,10 +41,9 @@ def limit_splits(records: list[Example], config
     def at_most(count: int, rows: list[Example]) -> list[Example]:
         return rows if len(rows) <= count else rng.sample(rows, count)
 
-    validation = at_most(max(2, config.train_examples // 10), validation)
-    tasks = dict.fromkeys(ex.task for ex in test)
-    return train, validation, [ex for task in tasks for ex in at_most(
-        config.test_per_task, [ex for ex in test if ex.task == task])]
+    tests = [ex for task in dict.fromkeys(ex.task for ex in test)
+             for ex in at_most(config.test_per_task, [ex for ex in test if ex.task == task])]
+    return train, at_most(max(2, config.train_examples // 10), validation), tests
 
 
 def _split(records: list[Example], folder: str, name: str, minimum: int) -> list[Example]:
