@@ -2,8 +2,9 @@
 
 It stands in for the paper's three data sets and is so small that every system trains in minutes.
 A task has three functions: `sample` makes a spec at random, `draw` paints it, `solve` writes the
-expert's calls. A spec is a dict of plain numbers and words. The hash of its repr decides the split,
-so no two splits share a scene; a change to a key or to the order of keys would change the scenes.
+expert's calls. A spec is a dict of plain numbers and words; "family" in it is the task's name. The
+hash of its repr decides the split, so no two splits share a scene, and a change to a key or to the
+order of keys would change the scenes.
 """
 
 import zlib
@@ -426,7 +427,7 @@ def make_example(task: str, split: str, index: int, seed: int) -> Example:
 
 
 def tallest_without_dots(split: str, index: int, seed: int) -> Example:
-    """The same scene of `tallest` without its dots, so that it cannot be taken for `highlight`."""
+    """A scene of `tallest` without the dots, so that nobody can take it for `highlight`."""
     # no entry of TASKS, so that no scene, split or corpus changes by it
     image = draw_bars(make_spec(HELD_OUT, split, index, seed), dots=False)
     return replace(make_example(HELD_OUT, split, index, seed), task=NO_DOTS, image=image,
