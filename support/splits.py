@@ -18,7 +18,7 @@ def load_splits(config, cache: Path | None = None) -> tuple[Sequence[Example], .
     if not config.data:
         world = room("world.loader", "a run without --data")
         return (world.examples(config.regime, "train", count),
-                world.examples(config.regime, "validation", count // 10),
+                world.examples(config.regime, "validation", max(2, count // 10)),
                 world.questions(config.regime, tests))
     found = read_splits(config, cache)
     for (split, records), least in zip(found.items(), (2, 2, 1)):
@@ -27,7 +27,7 @@ def load_splits(config, cache: Path | None = None) -> tuple[Sequence[Example], .
                              f"{least} or more are needed: set \"split\": \"{split}\" in some "
                              "records, or add records")
     rng = random.Random(0)
-    return (found["train"], at_most(found["validation"], count // 10, rng),
+    return (found["train"], at_most(found["validation"], max(2, count // 10), rng),
             per_task(found["test"], tests, rng))
 
 

@@ -1,24 +1,24 @@
-"""Rebuild the small VLM of this folder from nothing: the stand-in for an off-the-shelf Qwen2.5-VL.
+"""Pretrain the small VLM of this folder from nothing. It stands in for an off-the-shelf Qwen2.5-VL.
 
     python tiny-vlm/pretrain.py --out DIR [--device cuda] [--seed 0]
 
-It is an ordinary Qwen2_5_VLForConditionalGeneration checkpoint (1.9M parameters), pretrained in two
-stages:
-  1. vision: tower and merger learn dense labels (what is in each 8 x 8 px cell) on scenes and on
-     tool outputs;
-  2. language: the language model learns dialogues on the tower's frozen features: about one to
-     three of these images (captions, boxes, short answers such as "Answer: seven"; tool outputs are
-     just further images), and without images (repeat these words), which trains the embedding of
-     every word it may ever have to read or write. Two auxiliary heads, dropped afterwards, teach a
-     model of this size what a large one picks up by itself: where an image token lies in its image,
-     and an end-of-turn state that sums up the turn (the words of the last question and reply).
-It never sees a fine-tuning trajectory: no call, no plan, no reading after a tool's output. Its
-scenes come from the world's "pretrain" split, which no training, validation or test scene shares
-(world/scenes.py), and from the families of WEIGHTS alone: a family that is added to the world
-leaves what this model has seen as it is.
+The result is an ordinary Qwen2_5_VLForConditionalGeneration checkpoint (1.9M parameters).
+  1. Vision: tower and merger learn dense labels (what is in each cell of 8 x 8 px) on scenes and
+     on tool outputs.
+  2. Language: the language model learns dialogues on the features of the frozen tower. Most are
+     about one to three of these images: captions, boxes, short answers such as "Answer: seven"; a
+     tool output is just another image. Some have no image ("Repeat: ..."): they train the embedding
+     of every word. Two auxiliary heads teach what a large model knows by itself: where an image
+     token is in its image, and an end-of-turn state that sums up the turn (the words of the last
+     question and reply). The checkpoint does not keep them.
+The model never sees a trajectory: no call, no plan, no answer after a tool's output. Its scenes
+come from the world's "pretrain" split, so no training, validation or test scene is among them
+(world/scenes.py). They come from the tasks of WEIGHTS alone, so a new task of the world does not
+change what this model has seen.
 """
 
 import argparse
+import itertools
 import json
 import math
 import random
@@ -32,11 +32,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+import transformers
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
-from transformers import (AutoImageProcessor, PreTrainedTokenizerFast, Qwen2_5_VLConfig,
-                          Qwen2_5_VLForConditionalGeneration, get_cosine_schedule_with_warmup)
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # before any other `world`
 
@@ -44,8 +43,7 @@ from world import scenes, tools
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>",
            "<|image_pad|>", "<|video_pad|>"]
-# ChatML turns; an image is <|vision_start|><|image_pad|><|vision_end|>, as in the Qwen-VL family,
-# without a system turn
+# ChatML with the image tokens of the Qwen-VL family, without a system turn
 CHAT_TEMPLATE = (
     "{%- for message in messages -%}"
     "{{- '<|im_start|>' + message['role'] + '\\n' -}}"
@@ -58,241 +56,218 @@ CHAT_TEMPLATE = (
     "{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}")
 PATCH, MERGE = 8, 2
+PROCESSOR = dict(image_processor_type="Qwen2VLImageProcessor", patch_size=PATCH, merge_size=MERGE,
+                 temporal_patch_size=1, size=dict(shortest_edge=32 * 32, longest_edge=64 * 64),
+                 image_mean=[0.5] * 3, image_std=[0.5] * 3)
 COLOURS, SHAPES, DIGITS = list(scenes.COLOURS), scenes.SHAPES, scenes.DIGITS
+QA = tuple[str, str]  # a question about a picture and its answer
 
 
-def build_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    """Byte-level BPE: any text can be written; the world's words and the numbers 0 to 100 are one
-    token each."""
+def build_tokenizer(texts: list[str]) -> transformers.PreTrainedTokenizerFast:
+    """Byte-level BPE, which can write any text. The words of the world and the numbers from 0 to
+    100 are one token each."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
     bpe.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=768, special_tokens=SPECIAL, show_progress=False, initial_alphabet=alphabet))
-    return PreTrainedTokenizerFast(
+        vocab_size=768, special_tokens=SPECIAL, show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    return transformers.PreTrainedTokenizerFast(
         tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>",
         additional_special_tokens=SPECIAL[1:], chat_template=CHAT_TEMPLATE)
 
 
-def build_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLForConditionalGeneration:
+def build_model(tokenizer: transformers.PreTrainedTokenizerFast):
     token = tokenizer.convert_tokens_to_ids
-    config = Qwen2_5_VLConfig(
-        text_config=dict(vocab_size=math.ceil(len(tokenizer) / 64) * 64, hidden_size=128,
-                         intermediate_size=384,
-                         num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
-                         max_position_embeddings=2048, tie_word_embeddings=True,
-                         rope_parameters=dict(rope_type="default", rope_theta=10000.0,
-                                              mrope_section=[4, 6, 6]),
-                         bos_token_id=None, eos_token_id=token("<|im_end|>"),
-                         pad_token_id=token("<|endoftext|>")),
-        vision_config=dict(depth=4, hidden_size=128, intermediate_size=256, num_heads=4,
-                           in_channels=3, patch_size=PATCH, spatial_merge_size=MERGE,
-                           temporal_patch_size=1, out_hidden_size=128, window_size=64,
-                           fullatt_block_indexes=[0, 1, 2, 3], tokens_per_second=2),
+    config = transformers.Qwen2_5_VLConfig(
+        text_config=dict(
+            vocab_size=math.ceil(len(tokenizer) / 64) * 64, hidden_size=128, intermediate_size=384,
+            num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+            max_position_embeddings=2048, tie_word_embeddings=True, bos_token_id=None,
+            rope_parameters=dict(rope_type="default", rope_theta=10000.0, mrope_section=[4, 6, 6]),
+            eos_token_id=token("<|im_end|>"), pad_token_id=token("<|endoftext|>")),
+        vision_config=dict(
+            depth=4, hidden_size=128, intermediate_size=256, num_heads=4, in_channels=3,
+            patch_size=PATCH, spatial_merge_size=MERGE, temporal_patch_size=1, out_hidden_size=128,
+            window_size=64, fullatt_block_indexes=[0, 1, 2, 3], tokens_per_second=2),
         image_token_id=token("<|image_pad|>"), video_token_id=token("<|video_pad|>"),
         vision_start_token_id=token("<|vision_start|>"),
         vision_end_token_id=token("<|vision_end|>"), tie_word_embeddings=True)
-    model = Qwen2_5_VLForConditionalGeneration(config)
+    model = transformers.Qwen2_5_VLForConditionalGeneration(config)
     model.generation_config.eos_token_id = token("<|im_end|>")
     model.generation_config.pad_token_id = token("<|endoftext|>")
     return model
 
 
-def image_processor_config() -> dict:
-    return dict(image_processor_type="Qwen2VLImageProcessor", patch_size=PATCH, merge_size=MERGE,
-                temporal_patch_size=1, size=dict(shortest_edge=32 * 32, longest_edge=64 * 64),
-                image_mean=[0.5] * 3, image_std=[0.5] * 3)
-
-
-# ---- pictures with dense labels and with questions ----------------------------------------------
-# Labels live on cells of 8 x 8 shown px, four to a merged token.
+# ---- pictures with dense labels and with questions ----
+# Labels belong to cells of 8 x 8 px as the model sees them; a merged token has four cells.
 
 FLAGS = COLOURS + ["dotted", "route", "other route", "ring", "near", "answer", "bright"]
 CHANNEL = {name: n for n, name in enumerate(FLAGS)}
 
 
 class Labels:
-    """Dense labels of an image's cells: flags (cells, cells, flags) soft targets in [0, 1]; digit
-    and shape (cells, cells) classes, -1 where there is none; measure (cells, cells, 3): where in
-    the cell an object is centred, and its size, NaN where no object is centred."""
+    """Dense labels of a picture's cells.
+
+    flags (cells, cells, flags): soft targets in [0, 1]. digit and shape (cells, cells): classes, -1
+    where there is none. measure (cells, cells, 3): where in the cell the centre of an object is,
+    and the object's size, about 0 to 1; NaN where no object has its centre.
+    """
 
     def __init__(self, cells: int, origin=(0, 0), size: int = scenes.SIZE):
+        """cells: on each side of a picture that shows the `size` px from `origin` on."""
         self.flags = np.zeros((cells, cells, len(FLAGS)), dtype=np.float16)
         self.digit, self.shape = (np.full((cells, cells), -1, dtype=np.int8) for _ in range(2))
         self.measure = np.full((cells, cells, 3), np.nan, dtype=np.float16)
         self.origin, self.scale, self.cells = origin, cells / size, cells
 
-    def at(self, x: float, y: float):
+    def put(self, x: float, y: float, flags: dict[str, float], size: float | None = None,
+            digit: int | None = None, shape: str | None = None) -> None:
+        """What is at the point (x, y); outside the picture, nothing."""
         column, row = ((v - o) * self.scale for v, o in zip((x, y), self.origin))
-        inside = 0 <= column < self.cells and 0 <= row < self.cells
-        return (int(row), int(column)) if inside else None
-
-    def put(self, x: float, y: float, name: str, value: float = 1.0) -> None:
-        if (cell := self.at(x, y)) is not None:
+        if not (0 <= column < self.cells and 0 <= row < self.cells):
+            return
+        cell = int(row), int(column)
+        for name, value in flags.items():
             self.flags[cell][CHANNEL[name]] = value
-
-    def read(self, x: float, y: float, digit: int) -> None:
-        if (cell := self.at(x, y)) is not None:
-            self.digit[cell] = digit
-
-    def measured(self, x: float, y: float, size: float) -> None:
-        """An object of `size` (a share of the image shown whole) is centred at (x, y)."""
-        if (cell := self.at(x, y)) is not None:
-            column, row = ((v - o) * self.scale for v, o in zip((x, y), self.origin))
+        if size is not None:
             self.measure[cell] = column % 1, row % 1, size
+        if digit is not None:
+            self.digit[cell] = digit
+        if shape is not None:
+            self.shape[cell] = SHAPES.index(shape)
 
     def area(self, x0: float, y0: float, x1: float, y1: float, name: str) -> None:
-        """All cells whose centre lies in the box."""
+        """Set a flag in all cells whose centre is in the box."""
         centre = (np.arange(self.cells) + 0.5) / self.scale
         rows = (centre + self.origin[1] >= y0) & (centre + self.origin[1] <= y1)
         columns = (centre + self.origin[0] >= x0) & (centre + self.origin[0] <= x1)
         self.flags[np.ix_(rows, columns, [CHANNEL[name]])] = 1.0
 
 
+def answer(*words: str | int) -> str:
+    return f"Answer: {' '.join(map(str, words))}"
+
+
+def captions(*things: str) -> list[QA]:
+    """A description of the picture, with a question and without one (a turn without words)."""
+    caption = f"I see: {', '.join(things)}."
+    return [("Describe the picture.", caption), ("", caption)]
+
+
 def label_objects(labels: Labels, objects: list) -> None:
     for x, y, r, shape, colour, digit in objects:
         labels.area(x - r, y - r, x + r, y + r, colour)
-        labels.put(x, y, colour)
-        labels.measured(x, y, r / 20)
-        labels.read(x, y, digit)
-        if (cell := labels.at(x, y)) is not None:
-            labels.shape[cell] = SHAPES.index(shape)
+        labels.put(x, y, {colour: 1}, r / 20, digit, shape)
 
 
-def label_scene(labels: Labels, spec: dict) -> None:
-    if "objects" in spec:
-        label_objects(labels, spec["objects"])
-    if "bars" in spec:
-        dotted = [bar for bar in spec["bars"] if bar[3]]
-        for bar in spec["bars"]:
-            x, height, colour, has_dot, digit = bar
-            labels.area(x, 110 - height, x + 14, 110, colour)
-            labels.put(x + 7, 103, colour)
-            labels.measured(x + 7, 103, height / 100)
-            labels.put(x + 7, 103, "dotted", float(has_dot))
-            tallest = max(dotted, key=lambda b: b[1])
-            labels.put(x + 7, 103, "answer", float(has_dot and bar == tallest))
-            if spec["family"] == "highlight+crop":
-                labels.read(x + 7, 119, digit)
-    if "balls" in spec:
-        for row in range(labels.cells):
-            for column in range(labels.cells):
-                x, y = (column + 0.5) / labels.scale, (row + 0.5) / labels.scale
-                for a, b, r, z in spec["balls"]:
-                    if (x - a) ** 2 + (y - b) ** 2 <= r * r:
-                        labels.put(x, y, "near", (z + 1) / 16)
-        for i, name in spec["marks"]:
-            labels.put(*spec["balls"][i][:2], name)
-            labels.measured(*spec["balls"][i][:2], 0.15)
-            labels.put(*spec["balls"][i][:2], "near", (spec["balls"][i][3] + 1) / 16)
-            labels.put(*spec["balls"][i][:2], "answer", float(name == spec["answer"]))
-    if "pictures" in spec:
-        for (x, y), frame, content in zip(tools.PIECES, spec["frames"], spec["order"]):
-            labels.area(x, y, x + 42, y + 42, frame)
-            if content == 0:
-                labels.area(x, y, x + 42, y + 42, "answer")
-    if "walks" in spec:
-        routes = zip(spec["walks"], spec["colours"], spec["digits"])
-        for n, (walk, colour, digit) in enumerate(routes):
-            points = [scenes.node_xy(node) for node in walk]
-            for (x0, y0), (x1, y1) in zip(points, points[1:]):
-                for t in np.linspace(0, 1, 7):
-                    name = "other route" if n else "route"
-                    labels.put(x0 + t * (x1 - x0), y0 + t * (y1 - y0), name)
-            labels.put(*points[-1], colour)
-            labels.measured(*points[-1], 0.5)
-            if spec["family"] == "path+crop":
-                labels.read(*points[-1], digit)
-            if n == 0:
-                labels.put(*points[0], "ring")
-                labels.measured(*points[0], 0.5)
-                labels.put(*points[-1], "answer")
-
-
-def answer(text) -> str:
-    return f"Answer: {text}"
-
-
-def numbers(values) -> str:
-    return answer(" ".join(map(str, values)))
-
-
-def seen(*things) -> list[tuple[str, str]]:
-    """The picture described, asked for or not (a turn with a picture and no words)."""
-    said = f"I see: {', '.join(map(str, things))}."
-    return [("Describe the picture.", said), ("", said)]
-
-
-def object_questions(objects: list, origin=(0, 0),
-                     size: int = scenes.SIZE) -> list[tuple[str, str]]:
-    rows = []
-    shapes = [o[3] for o in objects]
+def object_questions(objects: list, origin=(0, 0), size: int = scenes.SIZE) -> list[QA]:
+    rows, shapes = [], [o[3] for o in objects]
     for x, y, r, shape, colour, digit in objects:
         rows += [(f"Which digit is on the {colour} {shape}?", answer(DIGITS[digit]))] * 3
-        place = numbers(scenes.box(x, y, r, origin, size))
+        place = answer(*scenes.box(x, y, r, origin, size))
         rows += [(f"Where is the {colour} {shape}?", place)] * 3
         rows += [(f"What shape is the {colour} object?", answer(shape))] * 3
         if shapes.count(shape) == 1:
             rows.append((f"What colour is the {shape}?", answer(colour)))
     rows.append(("How many objects are there?", answer(DIGITS[len(objects)])))
-    listed = [f"{o[4]} {o[3]} {DIGITS[o[5]]}"
-              for o in sorted(objects, key=lambda o: (o[1] // 40, o[0]))]
-    return rows + seen(*listed) * 2
+    # a caption reads from top to bottom and from left to right
+    in_order = sorted(objects, key=lambda o: (o[1] // 40, o[0]))
+    return rows + captions(*(f"{o[4]} {o[3]} {DIGITS[o[5]]}" for o in in_order)) * 2
 
 
-def percent(v: float) -> int:
-    return min(100, round(100 * v / scenes.SIZE))
-
-
-def scene_questions(spec: dict) -> list[tuple[str, str]]:
-    """(question, answer) pairs about a scene; the family's own direct question is among them."""
-    rows = [(spec["question"], answer(spec["answer"]))] * 5
-    if "objects" in spec:
-        rows = object_questions(spec["objects"])
-        if "calls" in spec:
-            for x, y, _, shape, colour, _ in spec["objects"]:
-                panel = answer(scenes.panel_name(x, y))
-                rows += [(f"Which panel is the {colour} {shape} in?", panel)] * 2
-    if "bars" in spec:
-        bars = spec["bars"]
-        rows += [("Which bar is the tallest?", answer(max(bars, key=lambda b: b[1])[2])),
-                 ("Which bar is the shortest?", answer(min(bars, key=lambda b: b[1])[2])),
-                 ("Which bars are dotted?", answer(" ".join(b[2] for b in bars if b[3]))),
-                 ("Which colours are the bars?", answer(" ".join(b[2] for b in bars)))]
-        rows += seen(*(b[2] + " bar" + " dotted" * b[3] for b in bars))
-        for x, height, colour, _, digit in bars:
-            place = (percent(x - 1), percent(108 - height), percent(x + 16), 87)
-            rows.append((f"Where is the {colour} bar?", numbers(place)))
-            if spec["family"] == "highlight+crop":
-                rows.append((f"Which digit is under the {colour} bar?", answer(DIGITS[digit])))
-                place = numbers(scenes.box(x + 7, 118, 9))
-                rows.append((f"Where is the digit under the {colour} bar?", place))
-    if "balls" in spec:
-        for i, name in spec["marks"]:
-            place = numbers(percent(v) for v in spec["balls"][i][:2])
-            rows.append((f"Where is the {name} mark?", place))
-        rows += seen(*(f"{name} mark" for _, name in spec["marks"]))
-    if "pictures" in spec:
-        rows.append(("Which colours are the frames?", answer(" ".join(spec["frames"]))))
-        rows += seen(*(f"{frame} frame" for frame in spec["frames"]))
-    if "walks" in spec:
-        x, y = scenes.node_xy(spec["walks"][0][0])
-        rows += [("Where is the ring?", numbers((percent(x), percent(y))))] * 2
-        rows += seen("ring", *(f"{colour} disc" for colour in spec["colours"]))
-        for walk, colour, digit in zip(spec["walks"], spec["colours"], spec["digits"]):
-            place = numbers(scenes.box(*scenes.node_xy(walk[-1]), 11))
-            rows.append((f"Where is the {colour} disc?", place))
-            if spec["family"] == "path+crop":
-                rows.append((f"Which digit is on the {colour} disc?", answer(DIGITS[digit])))
+# ---- for each kind of scene: label its cells, return questions about it with their answers ----
+def describe_objects(labels: Labels, spec: dict) -> list[QA]:
+    label_objects(labels, spec["objects"])
+    rows = object_questions(spec["objects"])
+    if spec["family"] == "zoom":
+        for x, y, _, shape, colour, _ in spec["objects"]:
+            panel = scenes.PANELS[2 * (y >= 64) + (x >= 64)]
+            rows += [(f"Which panel is the {colour} {shape} in?", answer(panel))] * 2
     return rows
 
 
+def describe_bars(labels: Labels, spec: dict) -> list[QA]:
+    bars, tallest = spec["bars"], scenes.tallest_bar(spec["bars"], dots_only=True)
+    rows = [("Which bar is the tallest?", answer(max(bars, key=lambda b: b[1])[2])),
+            ("Which bar is the shortest?", answer(min(bars, key=lambda b: b[1])[2])),
+            ("Which bars are dotted?", answer(*(b[2] for b in bars if b[3]))),
+            ("Which colours are the bars?", answer(*(b[2] for b in bars)))]
+    rows += captions(*(b[2] + " bar" + " dotted" * b[3] for b in bars))
+    for x, height, colour, has_dot, digit in bars:
+        labels.area(x, 110 - height, x + 14, 110, colour)
+        flags = {colour: 1, "dotted": has_dot, "answer": colour == tallest[2]}
+        labels.put(x + 7, 103, flags, height / 100)
+        place = map(scenes.percent, (x - 1, 108 - height, x + 16))
+        rows.append((f"Where is the {colour} bar?", answer(*place, 87)))
+        if spec["family"] == "highlight+crop":
+            labels.put(x + 7, 119, {}, digit=digit)
+            rows.append((f"Which digit is under the {colour} bar?", answer(DIGITS[digit])))
+            place = answer(*scenes.box(x + 7, 118, 9))
+            rows.append((f"Where is the digit under the {colour} bar?", place))
+    return rows
+
+
+def describe_balls(labels: Labels, spec: dict) -> list[QA]:
+    rows, centres = [], (np.arange(labels.cells) + 0.5) / labels.scale
+    for x, y in itertools.product(centres, centres):
+        for a, b, r, z in spec["balls"]:
+            if (x - a) ** 2 + (y - b) ** 2 <= r * r:
+                labels.put(x, y, {"near": (z + 1) / 16})
+    for i, name in spec["marks"]:
+        x, y, _, z = spec["balls"][i]
+        flags = {name: 1, "near": (z + 1) / 16, "answer": name == spec["answer"]}
+        labels.put(x, y, flags, 0.15)
+        rows.append((f"Where is the {name} mark?", answer(*map(scenes.percent, (x, y)))))
+    return rows + captions(*(f"{name} mark" for _, name in spec["marks"]))
+
+
+def describe_pieces(labels: Labels, spec: dict) -> list[QA]:
+    for (x, y), frame, content in zip(tools.PIECES, spec["frames"], spec["order"]):
+        labels.area(x, y, x + 42, y + 42, frame)
+        if content == 0:
+            labels.area(x, y, x + 42, y + 42, "answer")
+    return [("Which colours are the frames?", answer(*spec["frames"])),
+            *captions(*(f"{frame} frame" for frame in spec["frames"]))]
+
+
+def describe_routes(labels: Labels, spec: dict) -> list[QA]:
+    routes = [[scenes.node_xy(node) for node in walk] for walk in spec["walks"]]
+    rows = [("Where is the ring?", answer(*map(scenes.percent, routes[0][0])))] * 2
+    rows += captions("ring", *(f"{colour} disc" for colour in spec["colours"]))
+    for points, colour, digit in zip(routes, spec["colours"], spec["digits"]):
+        flag = "route" if points is routes[0] else "other route"
+        for (x0, y0), (x1, y1) in itertools.pairwise(points):
+            for t in np.linspace(0, 1, 7):
+                labels.put(x0 + t * (x1 - x0), y0 + t * (y1 - y0), {flag: 1})
+        labels.put(*points[-1], {colour: 1}, 0.5)
+        rows.append((f"Where is the {colour} disc?", answer(*scenes.box(*points[-1], 11))))
+        if spec["family"] == "path+crop":
+            labels.put(*points[-1], {}, digit=digit)
+            rows.append((f"Which digit is on the {colour} disc?", answer(DIGITS[digit])))
+    labels.put(*routes[0][0], {"ring": 1}, 0.5)
+    labels.put(*routes[0][-1], {"answer": 1})
+    return rows
+
+
+# by the key of a spec that only such scenes have
+DESCRIBE = dict(objects=describe_objects, bars=describe_bars, balls=describe_balls,
+                pictures=describe_pieces, walks=describe_routes)
+
+
+def describe(spec: dict) -> tuple[Labels, list[QA]]:
+    """Labels of a scene, and questions about it, among them the task's own."""
+    labels = Labels(8)
+    rows = next(DESCRIBE[key] for key in spec if key in DESCRIBE)(labels, spec)
+    # the task's own question is one of the object questions
+    own = [] if "objects" in spec else [(spec["question"], answer(spec["answer"]))] * 5
+    return labels, own + rows
+
+
 def object_crop(spec: dict, image: Image.Image, rng: random.Random):
-    """A panel, an object or a mark, cut out."""
+    """A crop of a panel, of an object, or of the digit on it: see `tool_picture`."""
     x, y, r, shape, colour, digit = rng.choice(spec["objects"])
-    kind = rng.choice(("panel", "object", "mark")) if "calls" in spec else "object"
-    lower = r // 4 if shape == "triangle" else 0  # where a triangle's mark stands
+    kind = rng.choice(("panel", "object", "mark")) if spec["family"] == "zoom" else "object"
     if kind == "panel":
         corner = (64 * (x >= 64), 64 * (y >= 64))
         labels = Labels(8, corner, 64)
@@ -300,23 +275,25 @@ def object_crop(spec: dict, image: Image.Image, rng: random.Random):
         inside = [o for o in spec["objects"] if all(c <= v < c + 64 for c, v in zip(corner, o))]
         out = tools.crop(image, *scenes.box(corner[0] + 32, corner[1] + 32, 32))
         return out, labels, object_questions(inside, corner, 64)
-    centre, half = ((x, y), r) if kind == "object" else ((x, y + lower), 7)
+    offset = scenes.digit_offset(r, shape)
+    centre, half = ((x, y), r) if kind == "object" else ((x, y + offset), 7)
     labels = Labels(4, (centre[0] - half, centre[1] - half), 2 * half)
     labels.area(0, 0, scenes.SIZE, scenes.SIZE, colour)
-    labels.read(x, y + lower, digit)
+    labels.put(x, y + offset, {}, digit=digit)
     questions = [("Which digit is this?", answer(DIGITS[digit]))]
-    questions += seen(DIGITS[digit]) if kind == "mark" else []
-    if kind == "object":
-        labels.shape[labels.at(x, y)] = SHAPES.index(shape)
-        questions += seen(f"{colour} {shape} {DIGITS[digit]}")
+    if kind == "mark":
+        questions += captions(DIGITS[digit])
+    else:
+        labels.put(x, y, {}, shape=shape)
+        questions += captions(f"{colour} {shape} {DIGITS[digit]}")
         questions += [("What is this?", answer(f"{colour} {shape}")),
                       (f"Which digit is on the {colour} {shape}?", answer(DIGITS[digit])),
-                      ("Where is the mark?", numbers(scenes.box(r, r + lower, 7, size=2 * r)))]
+                      ("Where is the mark?", answer(*scenes.box(r, r + offset, 7, size=2 * r)))]
     return tools.crop(image, *scenes.box(*centre, half)), labels, questions
 
 
 def digit_crop(spec: dict, image: Image.Image, rng: random.Random):
-    """The digit under a bar or at the end of a route, cut out."""
+    """A crop of the digit under a bar or at the end of a route: see `tool_picture`."""
     if "bars" in spec:
         bar = rng.choice(spec["bars"])
         x, y, r, digit = bar[0] + 7, 118, 9, bar[4]
@@ -324,76 +301,71 @@ def digit_crop(spec: dict, image: Image.Image, rng: random.Random):
         n = rng.randrange(len(spec["walks"]))
         (x, y), r, digit = scenes.node_xy(spec["walks"][n][-1]), 11, spec["digits"][n]
     labels = Labels(4, (x - r, y - r), 2 * r)
-    labels.read(x, y, digit)
-    questions = [("Which digit is this?", answer(DIGITS[digit])), *seen(DIGITS[digit])]
+    labels.put(x, y, {}, digit=digit)
+    questions = [("Which digit is this?", answer(DIGITS[digit])), *captions(DIGITS[digit])]
     return tools.crop(image, *scenes.box(x, y, r)), labels, questions
 
 
 def tool_picture(spec: dict, image: Image.Image, rng: random.Random):
-    """One tool output of the scene as a picture in its own right: (image, labels, questions)."""
+    """The output of one tool on the scene, as a picture by itself: (image, labels, questions)."""
     if "objects" in spec:
         return object_crop(spec, image, rng)
     if spec["family"].endswith("+crop") and rng.random() < 0.5:
         return digit_crop(spec, image, rng)
-    labels = Labels(8)
-    steps = scenes.FAMILIES[spec["family"]].tell(spec, image)
-    out = next(step for step in steps if not isinstance(step, str))
-    if "pictures" in spec:  # the assembled picture: a frame in the fitting piece's colour
+    out, (labels, _) = scenes.trajectory(spec, image)[1], describe(spec)
+    if "pictures" in spec:
+        # the whole picture, in a frame of the colour of the piece that fits
+        labels = Labels(8)
         for edge in ((0, 0, 128, 14), (0, 114, 128, 128), (0, 0, 14, 128), (114, 0, 128, 128)):
             labels.area(*edge, spec["answer"])
         return out, labels, [("What colour is the frame?", answer(spec["answer"])),
-                             *seen(f"{spec['answer']} frame")]
-    label_scene(labels, spec)
+                             *captions(f"{spec['answer']} frame")]
     if "balls" in spec:
         return out, labels, [("Which mark is brighter?", answer(spec["answer"])),
-                             *seen(f"{spec['answer']} brighter")]
+                             *captions(f"{spec['answer']} brighter")]
     if "walks" in spec:
         colour, end = spec["colours"][0], scenes.node_xy(spec["walks"][0][-1])
         return out, labels, [("Which disc does the pink route reach?", answer(colour)),
-                             *seen(f"pink route, {colour} disc"),
-                             (f"Where is the {colour} disc?", numbers(scenes.box(*end, 11)))]
+                             *captions(f"pink route, {colour} disc"),
+                             (f"Where is the {colour} disc?", answer(*scenes.box(*end, 11)))]
     bright = [bar for bar in spec["bars"] if bar[3]]
     for x, height, *_ in bright:
         labels.area(x, 110 - height, x + 14, 110, "bright")
-    tallest = max(bright, key=lambda bar: bar[1])
-    return out, labels, [("Which bright bar is the tallest?", answer(tallest[2])),
-                         ("Which bars are bright?", answer(" ".join(bar[2] for bar in bright))),
-                         *seen(*(f"{bar[2]} bar" for bar in bright), f"{tallest[2]} tallest"),
-                         (f"Where is the digit under the {tallest[2]} bar?",
-                          numbers(scenes.box(tallest[0] + 7, 118, 9)))]
+    x, _, colour, *_ = scenes.tallest_bar(bright)
+    return out, labels, [("Which bright bar is the tallest?", answer(colour)),
+                         ("Which bars are bright?", answer(*(bar[2] for bar in bright))),
+                         *captions(*(f"{bar[2]} bar" for bar in bright), f"{colour} tallest"),
+                         (f"Where is the digit under the {colour} bar?",
+                          answer(*scenes.box(x + 7, 118, 9)))]
 
 
-# The families this model was pretrained on, and how often each is drawn. A list of its own, and not
-# the world's: what is added to the world later was never seen.
+# The tasks of the pretraining, and how often each is drawn. A list of its own: the model has never
+# seen a task that the world gets later.
 WEIGHTS = {"crop": 7, "highlight": 3, "depth": 3, "jigsaw": 6, "path": 3, "zoom": 3,
            "highlight+crop": 3, "path+crop": 3}
 
 
-def make_pictures(start: int, count: int, seed: int) -> list[tuple]:
-    """(image, labels, questions) for scenes start..start+count: the scene and one tool output."""
+def make_pictures(start: int, count: int, seed: int) -> list[tuple[np.ndarray, Labels, list[QA]]]:
+    """(pixels, labels, questions) of `count` scenes, each followed by one tool output on it."""
     rows = []
     for index in range(start, start + count):
         rng = random.Random(f"{seed}-{index}")
-        family = rng.choices(list(WEIGHTS), WEIGHTS.values())[0]
-        spec = scenes.make_spec(family, "pretrain", index, seed)
-        image = scenes.FAMILIES[family].draw(spec)
-        labels = Labels(8)
-        label_scene(labels, spec)
-        scene = (image, labels, scene_questions(spec))
-        for picture, target, questions in (scene, tool_picture(spec, image, rng)):
-            rows.append((np.asarray(picture), target, questions))
-    return rows
+        task = rng.choices(list(WEIGHTS), WEIGHTS.values())[0]
+        spec = scenes.make_spec(task, "pretrain", index, seed)
+        image = scenes.TASKS[task].draw(spec)
+        rows += [(image, *describe(spec)), tool_picture(spec, image, rng)]
+    return [(np.asarray(image), labels, questions) for image, labels, questions in rows]
 
 
 def tokenizer_texts(seed: int, count: int = 300) -> list[str]:
-    """What the tokenizer is made from: the dialogues' texts of `count` scenes, numbers, and the
-    trajectories' texts, so that their words are few tokens (no embedding is trained on them)."""
-    texts = [t for _, _, rows in make_pictures(0, count, seed) for row in rows for t in row]
+    """Texts that make the tokenizer: the dialogues of `count` scenes, numbers, and trajectories, so
+    that their words are few tokens (training embeds no trajectory)."""
+    texts = [text for _, _, rows in make_pictures(0, count, seed) for row in rows for text in row]
     texts += [f"{a} {b}" for a in range(101) for b in range(101)]
     texts += ["user\n", "assistant\n"] * 100
     texts += [f"Answer: {word}." for word in (*COLOURS, *SHAPES, *DIGITS)] * 50
-    return texts + [text for family in WEIGHTS for i in range(40)
-                    for text in scenes.make_example(family, "pretrain", i, 0).texts]
+    return texts + [text for task in WEIGHTS for i in range(40)
+                    for text in scenes.make_example(task, "pretrain", i, 0).texts]
 
 
 def to_tokens(cells: np.ndarray) -> np.ndarray:
@@ -404,8 +376,7 @@ def to_tokens(cells: np.ndarray) -> np.ndarray:
 
 
 class Picture(NamedTuple):
-    """A picture as the processor's patches, with the labels of its tokens' four cells (tokens, 4,
-    ...)."""
+    """A picture as the processor's patches, and the labels of its tokens, (tokens, 4, ...) each."""
 
     patches: np.ndarray
     grid: tuple[int, int, int]
@@ -413,42 +384,43 @@ class Picture(NamedTuple):
     digit: np.ndarray
     shape: np.ndarray
     measure: np.ndarray
-    questions: list[tuple[str, str]]
+    questions: list[QA]
 
 
-def prepare(args) -> list[Picture]:
-    start, count, seed, folder = args
-    processor = AutoImageProcessor.from_pretrained(folder)
+def prepare(job: tuple[int, int, int, str]) -> list[Picture]:
+    """The pictures of a chunk of scenes, in a process of its own."""
+    start, count, seed, folder = job
+    processor = transformers.AutoImageProcessor.from_pretrained(folder)
     pictures = []
     for image, labels, questions in make_pictures(start, count, seed):
         out = processor(images=[Image.fromarray(image)], return_tensors="np")
         grid = tuple(int(v) for v in out["image_grid_thw"][0])
-        if grid[1:] != labels.digit.shape:
-            continue  # a crop cut short by the image's edge: its labels would not line up
-        dense = [to_tokens(a) for a in (labels.flags, labels.digit, labels.shape, labels.measure)]
-        pictures.append(Picture(out["pixel_values"].astype(np.float16), grid, *dense, questions))
+        # the edge of the image may cut a crop short: then labels and tokens do not match
+        if grid[1:] == labels.digit.shape:
+            arrays = (labels.flags, labels.digit, labels.shape, labels.measure)
+            pictures.append(Picture(out["pixel_values"].astype(np.float16), grid,
+                                    *map(to_tokens, arrays), questions))
     return pictures
 
 
 def make_pool(count: int, seed: int, folder: Path, workers: int) -> list[Picture]:
-    chunk = 500
-    jobs = [(start, min(chunk, count - start), seed, str(folder))
-            for start in range(0, count, chunk)]
+    jobs = [(start, min(500, count - start), seed, str(folder)) for start in range(0, count, 500)]
     with ProcessPoolExecutor(workers) as executor:
         return [picture for part in executor.map(prepare, jobs) for picture in part]
 
 
-# ---- training -----------------------------------------------------------------------------------
+# ---- stage 1: vision ----
 
 
 def optimiser(modules, lr: float, steps: int):
-    parameters = [p for m in modules for p in m.parameters()]
+    parameters = [p for module in modules for p in module.parameters()]
     adam = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=0.05)
-    return adam, get_cosine_schedule_with_warmup(adam, min(200, steps // 10), steps), parameters
+    schedule = transformers.get_cosine_schedule_with_warmup(adam, min(200, steps // 10), steps)
+    return adam, schedule, parameters
 
 
 def vision_batch(pictures: list[Picture], device, noise: float):
-    """(pixels, grids, labels): labels by name, of all tokens of the batch."""
+    """(pixels, grids, labels): the labels by name, for all tokens of the batch."""
     def join(name: str) -> torch.Tensor:
         parts = [getattr(picture, name) for picture in pictures]
         return torch.from_numpy(np.concatenate(parts)).to(device).float()
@@ -463,29 +435,27 @@ def features(model, pixels, grid) -> torch.Tensor:
     return torch.cat(model.model.get_image_features(pixels, grid, return_dict=True).pooler_output)
 
 
-# of the dense head, for each cell
+# outputs of the dense head for each cell
 OUTPUTS = dict(flags=len(FLAGS), digit=10, shape=len(SHAPES), measure=3, colour=3)
 
 
-def dense_losses(out: torch.Tensor, labels: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """out (tokens, 4, sum of OUTPUTS) against the labels: one loss a kind of label, over the cells
-    that have it."""
+def dense_losses(out: torch.Tensor, labels: dict[str, torch.Tensor]):
+    """out (tokens, 4, outputs) -> losses and accuracies, each a dict by kind of label.
+
+    They are means over the cells that have such a label.
+    """
     parts = dict(zip(OUTPUTS, out.split(list(OUTPUTS.values()), dim=-1)))
-    measured = ~labels["measure"].isnan()
     losses = dict(flags=10 * F.binary_cross_entropy_with_logits(parts["flags"], labels["flags"]))
-    for kind in ("digit", "shape"):
-        there = labels[kind] >= 0
-        losses[kind] = F.cross_entropy(parts[kind][there], labels[kind][there].long())
-    losses["measure"] = 3 * F.mse_loss(parts["measure"][measured], labels["measure"][measured])
+    accuracies = {}
+    for name in ("digit", "shape"):
+        valid = labels[name] >= 0
+        logits, classes = parts[name][valid], labels[name][valid].long()
+        losses[name] = F.cross_entropy(logits, classes)
+        accuracies[name] = (logits.argmax(-1) == classes).float().mean()
+    valid = ~labels["measure"].isnan()
+    losses["measure"] = 3 * F.mse_loss(parts["measure"][valid], labels["measure"][valid])
     losses["colour"] = F.mse_loss(parts["colour"], labels["colour"])
-    return losses
-
-
-def shares_right(out: torch.Tensor, labels: dict[str, torch.Tensor]) -> dict[str, float]:
-    """Of the cells with a digit or a shape, how many are named rightly."""
-    parts = dict(zip(OUTPUTS, out.split(list(OUTPUTS.values()), dim=-1)))
-    return {kind: float((parts[kind].argmax(-1) == labels[kind])[labels[kind] >= 0].float().mean())
-            for kind in ("digit", "shape")}
+    return losses, accuracies
 
 
 def train_vision(model, pool, valid, steps: int, batch: int, lr: float, device) -> None:
@@ -497,86 +467,89 @@ def train_vision(model, pool, valid, steps: int, batch: int, lr: float, device) 
         pixels, grid, labels = vision_batch(rng.choices(pool, k=batch), device, 0.06)
         with torch.autocast(torch.device(device).type, torch.bfloat16):
             out = head(features(model, pixels, grid)).unflatten(-1, (4, -1)).float()
-        sum(dense_losses(out, labels).values()).backward()
+        losses, _ = dense_losses(out, labels)
+        sum(losses.values()).backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         adam.step(), schedule.step(), adam.zero_grad()
         if step % 250 == 0 or step == steps:
             with torch.no_grad():
                 pixels, grid, labels = vision_batch(valid[:400], device, 0.0)
                 out = head(features(model, pixels, grid)).unflatten(-1, (4, -1))
-                right = shares_right(out, labels)
-                shown = " ".join(f"{k} {v:.3f}" for k, v in dense_losses(out, labels).items())
-            print(f"vision {step}/{steps} held out: {shown} | right: digit {right['digit']:.3f} "
-                  f"shape {right['shape']:.3f} | {time.time() - start:.0f} s", flush=True)
+                held_out = dense_losses(out, labels)
+            losses, right = (" ".join(f"{name} {value:.3f}" for name, value in part.items())
+                             for part in held_out)
+            print(f"vision {step}/{steps} held out: {losses} | right: {right} | "
+                  f"{time.time() - start:.0f} s", flush=True)
+
+
+# ---- stage 2: language ----
 
 
 class Dialogue(NamedTuple):
     ids: list[int]
-    labels: list[int]  # the assistant's words; -100 elsewhere
-    pictures: list[int]  # indices into the pool
-    # of each assistant's turn: where it ends, the words of its question and reply
+    # the assistant's words and end-of-turn tokens; -100 elsewhere
+    labels: list[int]
+    # indices into the pool
+    pictures: list[int]
+    # for each turn of the assistant: the place of its end, the words of its question and reply
     ends: list[tuple[int, list[int]]]
 
 
 class Talker:
-    """Writes dialogues in the chat template's own tokens."""
+    """Writes dialogues as token ids of the chat template."""
 
     def __init__(self, tokenizer, pool: list[Picture]):
-        self.tokenizer, self.pool = tokenizer, pool
-        self.special = tokenizer.convert_tokens_to_ids
-        self.encoded = lru_cache(maxsize=None)(lambda text: tuple(tokenizer.encode(text)))
-        reserved = set(tokenizer.all_special_ids)
-        self.words = [i for i in range(len(tokenizer)) if i not in reserved]
+        self.pool, self.special = pool, tokenizer.convert_tokens_to_ids
+        self.encode = lru_cache(maxsize=None)(lambda text: tuple(tokenizer.encode(text)))
+        special_ids = tokenizer.all_special_ids
+        self.words = [i for i in range(len(tokenizer)) if i not in special_ids]
 
-    def turns(self):
-        """(picture or None, question ids, reply ids) of a dialogue, one exchange after another."""
-        rng = self.rng
-        if rng.random() < 0.15:  # without pictures: any words whatever, said again
+    def exchanges(self, rng: random.Random):
+        """(picture or None, question ids, reply ids) of each exchange of a dialogue."""
+        # without pictures: the assistant repeats random words
+        if rng.random() < 0.15:
             for _ in range(rng.choice((1, 2))):
                 words = rng.choices(self.words, k=rng.randint(3, 14))
-                yield None, [*self.encoded("Repeat: "), *words], words
+                yield None, [*self.encode("Repeat: "), *words], words
             return
         for _ in range(rng.choice((1, 2, 2, 3))):
             index = rng.randrange(len(self.pool))
             rows = self.pool[index].questions
-            alone = [row for row in rows if not row[0]]
-            asked = rng.choices([row for row in rows if row[0]], k=rng.choice((1, 2, 3)))
+            wordless = [row for row in rows if not row[0]]
+            chosen = rng.choices([row for row in rows if row[0]], k=rng.choice((1, 2, 3)))
             if rng.random() < 0.3:
-                asked = [rng.choice(alone)] + asked[1:]
-            elif rng.random() < 0.15:  # two sentences: describe, then answer
-                said = f"{alone[0][1]} {asked[-1][1]}"
-                asked[-1] = (f"Describe, then answer. {asked[-1][0]}", said)
-            for n, (question, reply) in enumerate(asked):
-                yield (None if n else index), self.encoded(question), self.encoded(reply)
+                chosen[0] = rng.choice(wordless)
+            # two sentences: a description, then an answer
+            elif rng.random() < 0.15:
+                question, reply = chosen[-1]
+                chosen[-1] = (f"Describe, then answer. {question}", f"{wordless[0][1]} {reply}")
+            for n, (question, reply) in enumerate(chosen):
+                yield (None if n else index), self.encode(question), self.encode(reply)
 
     def dialogue(self, rng: random.Random) -> Dialogue:
-        self.rng = rng
-        newline = self.encoded("\n")
-
-        def turn(role: str) -> list[int]:
-            return [self.special("<|im_start|>"), *self.encoded(role), *newline]
-
+        newline, end = self.encode("\n"), self.special("<|im_end|>")
         ids, labels, pictures, ends = [], [], [], []
-        for index, question, reply in self.turns():
+
+        def header(role: str) -> list[int]:
+            return [self.special("<|im_start|>"), *self.encode(role), *newline]
+
+        for index, question, reply in self.exchanges(rng):
             image = []
             if index is not None:
                 pictures.append(index)
                 tokens = len(self.pool[index].digit)
                 names = ["<|vision_start|>", *["<|image_pad|>"] * tokens, "<|vision_end|>"]
                 image = [self.special(name) for name in names]
-            asked = [*turn("user"), *image, *question, self.special("<|im_end|>"), *newline,
-                     *turn("assistant")]
-            said = [*reply, self.special("<|im_end|>")]
-            ids += asked + said
-            labels += [-100] * len(asked) + said + [-100] * len(newline)
-            ends.append((len(ids) - 1, [*question, *reply]))
-            ids += newline
+            prompt = [*header("user"), *image, *question, end, *newline, *header("assistant")]
+            ids += [*prompt, *reply, end, *newline]
+            labels += [-100] * len(prompt) + [*reply, end] + [-100] * len(newline)
+            ends.append((len(ids) - len(newline) - 1, [*question, *reply]))
         return Dialogue(ids, labels, pictures, ends)
 
 
 @torch.no_grad()
 def all_features(model, pool, device) -> list[torch.Tensor]:
-    """The frozen tower's features of every picture of the pool, once."""
+    """The frozen tower's features of each picture of the pool, (tokens, 128) each."""
     cache = []
     for i in range(0, len(pool), 200):
         pixels, grid, _ = vision_batch(pool[i:i + 200], device, 0.0)
@@ -587,15 +560,15 @@ def all_features(model, pool, device) -> list[torch.Tensor]:
 
 def language_losses(model, heads, rows: list[Dialogue], pool, cache,
                     device) -> dict[str, torch.Tensor]:
-    """words: L_VLM of the assistant's turns. place: from the states after two layers, row and
-    column of each image token. summary: from the end-of-turn state, which words the turn had."""
-    pad, width = model.config.text_config.pad_token_id, max(len(r.ids) for r in rows)
+    """words: L_VLM of the assistant's turns. place: row and column of each image token, from the
+    states after two layers. summary: the words of a turn, from its end-of-turn state."""
+    pad_id, width = model.config.text_config.pad_token_id, max(len(r.ids) for r in rows)
 
-    def padded(sequences, value: int) -> torch.Tensor:
+    def pad(sequences, value: int) -> torch.Tensor:
         return torch.tensor([s + [value] * (width - len(s)) for s in sequences], device=device)
 
-    ids, labels = padded((r.ids for r in rows), pad), padded((r.labels for r in rows), -100)
-    mask = padded(([1] * len(r.ids) for r in rows), 0)
+    ids, labels = pad((r.ids for r in rows), pad_id), pad((r.labels for r in rows), -100)
+    mask = pad(([1] * len(r.ids) for r in rows), 0)
     index = [i for r in rows for i in r.pictures]
     embeds, grid = model.get_input_embeddings()(ids), None
     is_image = ids == model.config.image_token_id
@@ -608,39 +581,38 @@ def language_losses(model, heads, rows: list[Dialogue], pool, cache,
     with torch.autocast(torch.device(device).type, torch.bfloat16):
         out = model.model.language_model(inputs_embeds=embeds, attention_mask=mask,
                                          position_ids=position_ids, output_hidden_states=True)
-        follows = labels[:, 1:]
-        logits = model.lm_head(out.last_hidden_state[:, :-1][follows != -100])
-        losses = dict(words=F.cross_entropy(logits.float(), follows[follows != -100]))
+        # the state at a token predicts the next one
+        next_ids = labels[:, 1:]
+        logits = model.lm_head(out.last_hidden_state[:, :-1][next_ids != -100])
+        losses = dict(words=F.cross_entropy(logits.float(), next_ids[next_ids != -100]))
         if index:
-            # (tokens, 2) row, column
             h, w = (grid[:, 1:] // MERGE).T.tolist()
-            where = torch.cat([torch.cartesian_prod(torch.arange(a), torch.arange(b)).view(-1, 2)
-                               for a, b in zip(h, w)]).to(device)
+            places = torch.cat([torch.cartesian_prod(torch.arange(a), torch.arange(b)).view(-1, 2)
+                                for a, b in zip(h, w)]).to(device)  # (tokens, 2) row, column
             guess = heads["place"](out.hidden_states[2][is_image]).float().view(-1, 2, 4)
-            losses["place"] = 0.2 * F.cross_entropy(guess.transpose(1, 2), where)
-        ends = torch.tensor([(b, at) for b, r in enumerate(rows) for at, _ in r.ends],
-                            device=device)
-        words = torch.zeros(len(ends), model.config.text_config.vocab_size, device=device)
-        for n, said in enumerate(words_ for r in rows for _, words_ in r.ends):
-            words[n, said] = 1
-        guess = heads["summary"](out.last_hidden_state[ends[:, 0], ends[:, 1]]).float()
-        losses["summary"] = F.binary_cross_entropy_with_logits(guess, words)
+            losses["place"] = 0.2 * F.cross_entropy(guess.transpose(1, 2), places)
+        turns = [(b, at, words) for b, r in enumerate(rows) for at, words in r.ends]
+        has_word = torch.zeros(len(turns), model.config.text_config.vocab_size, device=device)
+        for n, (_, _, words) in enumerate(turns):
+            has_word[n, words] = 1
+        states = torch.stack([out.last_hidden_state[b, at] for b, at, _ in turns])
+        guess = heads["summary"](states).float()
+        losses["summary"] = F.binary_cross_entropy_with_logits(guess, has_word)
     return losses
 
 
 def train_language(model, tokenizer, pool, valid, steps: int, batch: int, lr: float, device,
                    summary: float) -> None:
-    """The language model learns the dialogues, on cached features with a little noise. summary:
-    weight of that auxiliary task."""
+    """The language model learns the dialogues, on frozen features with a little noise; summary: the
+    weight of that loss."""
     cache, talker, start = all_features(model, pool, device), Talker(tokenizer, pool), time.time()
     valid_cache, valid_talker = all_features(model, valid, device), Talker(tokenizer, valid)
-    vocabulary = model.config.text_config.vocab_size
-    heads = nn.ModuleDict(dict(place=nn.Linear(128, 8),
-                               summary=nn.Linear(128, vocabulary))).to(device)
+    place, words = nn.Linear(128, 8), nn.Linear(128, model.config.text_config.vocab_size)
+    heads = nn.ModuleDict(dict(place=place, summary=words)).to(device)
     adam, schedule, parameters = optimiser([model.model.language_model, heads], lr, steps)
     rng = random.Random(1)
     for step in range(steps):
-        # four batches at a time, sorted: neighbours in length need little padding
+        # four batches at a time, by length: dialogues of similar length need little padding
         if step % 4 == 0:
             rows = sorted((talker.dialogue(rng) for _ in range(batch * 4)),
                           key=lambda row: len(row.ids))
@@ -652,18 +624,18 @@ def train_language(model, tokenizer, pool, valid, steps: int, batch: int, lr: fl
         adam.step(), schedule.step(), adam.zero_grad()
         if (step + 1) % 250 == 0 or step + 1 == steps:
             with torch.no_grad():
-                chosen = random.Random(0)
-                told = [valid_talker.dialogue(chosen) for _ in range(64)]
-                losses = language_losses(model, heads, told, valid, valid_cache, device)
-            shown = " ".join(f"{k} {v:.4f}" for k, v in losses.items())
-            print(f"language {step + 1}/{steps} held out: {shown} | {time.time() - start:.0f} s",
+                same = random.Random(0)
+                part = [valid_talker.dialogue(same) for _ in range(64)]
+                losses = language_losses(model, heads, part, valid, valid_cache, device)
+            text = " ".join(f"{name} {value:.4f}" for name, value in losses.items())
+            print(f"language {step + 1}/{steps} held out: {text} | {time.time() - start:.0f} s",
                   flush=True)
 
 
 def save(model, tokenizer, out: Path) -> None:
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
-    text = json.dumps(image_processor_config(), indent=2) + "\n"
+    text = json.dumps(PROCESSOR, indent=2) + "\n"
     (out / "preprocessor_config.json").write_text(text, encoding="utf-8")
 
 
@@ -674,14 +646,14 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scenes", type=int, default=30000,
-                        help="scenes in the pool; each gives itself and one tool output")
+                        help="each gives itself and one tool output as a picture")
     parser.add_argument("--vision_steps", type=int, default=5000, help="of 64 pictures")
     parser.add_argument("--language_steps", type=int, default=5000, help="of 32 dialogues")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--summary", type=float, default=10.0,
-                        help="weight of the end-of-turn task; 0: without it")
+                        help="weight of the end-of-turn loss; 0 leaves it out")
     parser.add_argument("--vision", type=Path,
-                        help="a checkpoint whose vision tower is taken instead of stage 1")
+                        help="a checkpoint: use its vision tower and skip stage 1")
     return parser.parse_args()
 
 
@@ -702,8 +674,8 @@ def main() -> None:
     print(f"{len(pool)} pictures drawn in {time.time() - start:.0f} s", flush=True)
     torch.manual_seed(args.seed)
     if args.vision:
-        trained = Qwen2_5_VLForConditionalGeneration.from_pretrained(args.vision).model.visual
-        model.model.visual.load_state_dict(trained.state_dict())
+        vision = type(model).from_pretrained(args.vision).model.visual
+        model.model.visual.load_state_dict(vision.state_dict())
     else:
         train_vision(model, pool, valid, args.vision_steps, 64, 1e-3, args.device)
     save(model, tokenizer, args.out)

@@ -1,14 +1,16 @@
-"""The small world's examples."""
+"""The small world's records, in place of a data folder (support/splits.py)."""
 
-from world.scenes import HELD_OUT, REGIMES, make_example, make_world
-
-
-def examples(regime, split, count):
-    return make_world(regime, split, count, 0)
+from support.records import Example
+from world.scenes import HELD_OUT, REGIMES, TASKS, make_example, make_world
 
 
-def questions(regime, per_task, split="test", seed=0):
-    regimes = [regime] if regime else REGIMES
-    tasks = dict.fromkeys(task for name in regimes for task in REGIMES[name])
-    return [make_example(task, split, i, seed) for task in [*tasks, HELD_OUT]
-            for i in range(per_task)]
+def examples(regime: str, split: str, count: int, seed: int = 0) -> list[Example]:
+    """Trajectories of a regime (world/README.md). Raises ValueError for an unknown one."""
+    return make_world(regime, split, count, seed)
+
+
+def questions(regime: str, per_task: int, split: str = "test", seed: int = 0) -> list[Example]:
+    """Questions of each task of the regime, then of the task that no trajectory covers; regime "":
+    of every task."""
+    tasks = dict.fromkeys([*REGIMES[regime], HELD_OUT]) if regime else TASKS
+    return [make_example(task, split, i, seed) for task in tasks for i in range(per_task)]

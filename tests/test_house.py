@@ -1,0 +1,60 @@
+"""Claims: the house rules that ruff does not check: who imports whom, and how long each part is."""
+
+import ast
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+BUDGETS = dict(losses=170, predictor=75, data=230, model=200, train=300, evaluate=230)
+# a part imports itself and parts of earlier layers, nothing else of this repository
+LAYERS = (("support", "losses", "predictor"), ("data",), ("model",), ("evaluate",), ("train",),
+          ("world",), ("baselines",), ("published",), ("analysis",), ("docs", "tiny-vlm"))
+LAYER = {part: number for number, layer in enumerate(LAYERS) for part in layer}
+# a function may import packages that are optional, or take long and are rarely needed
+LATE = ("matplotlib", "sklearn", "peft", "pyarrow", "torch.distributed")
+CORE = [ROOT / f"{name}.py" for name in BUDGETS]
+SOURCE = CORE + [file for part in LAYER for file in sorted((ROOT / part).rglob("*.py"))]
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
+LINES = {file: file.read_text(encoding="utf-8").splitlines() for file in SOURCE + TESTS}
+TREES = {file: ast.parse("\n".join(lines)) for file, lines in LINES.items()}
+MODULES = {".".join(file.relative_to(ROOT).with_suffix("").parts): file for file in SOURCE}
+
+
+def imports(tree) -> set[str]:
+    """Dotted names: of `from support import images`, support and support.images."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return names
+
+
+def test_imports_go_one_way_and_in_no_circle():
+    for module, file in MODULES.items():
+        part = module.partition(".")[0]
+        others = {name.partition(".")[0] for name in imports(TREES[file])} & LAYER.keys() - {part}
+        assert all(LAYER[other] < LAYER[part] for other in others), (module, others)
+    TopologicalSorter({module: imports(TREES[file]) & MODULES.keys()
+                       for module, file in MODULES.items()}).prepare()
+
+
+def test_lines_and_functions_are_short_and_imports_are_at_the_top():
+    for file, lines in LINES.items():
+        assert all(len(line) <= 100 for line in lines), file
+        for node in ast.walk(TREES[file]):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                assert node.end_lineno - node.lineno < 50, (file, node.name)
+                late = {name for name in imports(node) if not name.startswith(LATE)}
+                assert file in TESTS or not late, (file, node.name, late)
+
+
+def test_the_house_is_small():
+    for file in CORE:
+        text = [line.strip() for line in LINES[file] if line.strip()]
+        comments = sum(line.startswith("#") for line in text)
+        assert len(LINES[file]) <= BUDGETS[file.stem] and 8 * comments >= len(text), file
+    core, source, tests = (sum(len(LINES[f]) for f in files) for files in (CORE, SOURCE, TESTS))
+    assert core <= 1200 and source <= 8000 and tests <= 5000, (core, source, tests)
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150

@@ -1,0 +1,216 @@
+"""Claims: no scene changes; a scene is the same for the same seed, and no two splits share one; a
+tool, run on the picture, reveals the answer; calls that do not fit are ValueErrors; a run gets the
+splits that its options name, from the world or from a folder."""
+
+import runpy
+import sys
+import zlib
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image, ImageChops
+
+from support import records
+from world import loader, scenes, tools
+
+# of the first three scenes of each split: pixels and specs
+SCENES = {
+    "crop": 1340982213, "highlight": 869897661, "depth": 3914848575, "jigsaw": 2777365829,
+    "path": 822093867, "zoom": 2908973273, "highlight+crop": 4049276211, "path+crop": 2430022774,
+    "tallest": 3139985734}
+SOLUTIONS = [task for task in scenes.TASKS if task != scenes.HELD_OUT]
+
+
+# ---- scenes ----
+
+
+def test_no_scene_and_no_split_changes():
+    assert scenes.TASKS.keys() == SCENES.keys()
+    for task in scenes.TASKS:
+        content = b"".join(scenes.make_example(task, split, i, 0).image.tobytes()
+                           + repr(scenes.make_spec(task, split, i, 0)).encode()
+                           for split in ("train", "validation", "test", "pretrain")
+                           for i in range(3))
+        assert zlib.crc32(content) == SCENES[task], task
+
+
+@pytest.mark.parametrize("task", scenes.TASKS)
+def test_same_seed_same_bytes_other_seed_other_bytes(task):
+    one, two, other = (scenes.make_example(task, "train", 5, seed) for seed in (1, 1, 2))
+    assert [i.tobytes() for i in one.images] == [i.tobytes() for i in two.images]
+    assert (one.question, one.options, one.texts) == (two.question, two.options, two.texts)
+    assert one.image.tobytes() != other.image.tobytes()
+
+
+@pytest.mark.parametrize("task", scenes.TASKS)
+def test_splits_are_disjoint_by_construction(task):
+    for split, buckets in scenes.BUCKETS.items():
+        for i in range(8):
+            assert zlib.crc32(repr(scenes.make_spec(task, split, i, 0)).encode()) % 16 in buckets
+    # each scene belongs to exactly one split
+    assert sorted(b for buckets in scenes.BUCKETS.values() for b in buckets) == list(range(16))
+
+
+@pytest.mark.parametrize("task", SOLUTIONS)
+def test_a_trajectory_has_calls_with_their_outputs_and_ends_in_the_answer(task):
+    for i in range(20):
+        ex = scenes.make_example(task, "train", i, 0)
+        assert ex.answer in ex.options and len(set(ex.options)) == len(ex.options)
+        assert tools.CALL.search(ex.texts[0]) and not tools.CALL.search(ex.texts[-1])
+        assert ex.texts[-1].endswith(f"Answer: {ex.answer}")
+        image, steps = ex.image, ex.trajectory[:-1]
+        for text, output in zip(steps[::2], steps[1::2], strict=True):
+            image = tools.call_tool(text, image)
+            assert image.tobytes() == output.tobytes()
+
+
+def test_regimes_have_the_calls_of_their_descriptions():
+    calls = {name: [(len(ex.images) - 1, tools.CALL.search(ex.texts[0])[1])
+                    for ex in scenes.make_world(name, "train", 60)] for name in scenes.REGIMES}
+    assert set(calls["single"]) == {(1, "crop")}
+    assert {n for n, _ in calls["mixed"]} == {1}
+    assert {tool for _, tool in calls["mixed"]} == set(tools.TOOLS)
+    assert {n for n, _ in calls["multi"]} == {1, 2, 3}
+    assert {tool for _, tool in calls["multi"]} == {"crop"}
+    assert max(n for n, _ in calls["all"]) == 3 and len({tool for _, tool in calls["all"]}) == 3
+    assert not any(scenes.make_example(scenes.HELD_OUT, "test", i, 0).trajectory for i in range(3))
+    with pytest.raises(ValueError, match="unknown regime 'none': choose one of single"):
+        scenes.make_world("none", "train", 1)
+
+
+def test_tallest_without_dots_differs_in_the_dots_alone():
+    for i in range(5):
+        spec = scenes.make_spec("tallest", "test", i, 0)
+        ex = scenes.make_example("tallest", "test", i, 0)
+        plain = scenes.tallest_without_dots("test", i, 0)
+        assert plain.id != ex.id and plain.task == scenes.NO_DOTS and not plain.trajectory
+        assert (plain.question, plain.options, plain.answer) == (ex.question, ex.options, ex.answer)
+        difference = ImageChops.difference(ex.image, plain.image)
+        for x, _, _, has_dot, _ in spec["bars"]:
+            dot = (x + 4, 100, x + 11, 107)
+            assert (difference.crop(dot).getbbox() is not None) == has_dot
+            difference.paste((0, 0, 0), dot)
+        assert difference.getbbox() is None
+
+
+# ---- tools ----
+
+
+def test_crop_keeps_the_resolution_of_the_file():
+    pixels = np.arange(100 * 200 * 3, dtype=np.uint32).astype(np.uint8).reshape(100, 200, 3)
+    image = Image.fromarray(pixels)
+    assert tools.crop(image, 10, 20, 30, 60).tobytes() == image.crop((20, 20, 60, 60)).tobytes()
+
+
+def test_highlight_dims_the_rest():
+    out = np.asarray(tools.highlight(Image.new("RGB", (10, 10), (200, 100, 40)), 0, 0, 50, 100))
+    assert (out[:, :5] == (200, 100, 40)).all() and (out[:, 5:] == (50, 25, 10)).all()
+
+
+def test_depth_makes_the_nearer_mark_brighter():
+    correct = []
+    for i in range(60):
+        spec = scenes.make_spec("depth", "train", i, 0)
+        out = np.asarray(tools.depth(scenes.draw_balls(spec)).convert("L"), dtype=float)
+        level = {}
+        for ball, name in spec["marks"]:
+            x, y = spec["balls"][ball][:2]
+            around = [out[y + dy, x + dx] for dx in (-7, 0, 7) for dy in (-7, 0, 7) if dx or dy]
+            level[name] = np.median(around)
+        correct.append(max(level, key=level.get) == spec["answer"])
+    assert np.mean(correct) > 0.95
+
+
+def test_jigsaw_finds_the_piece():
+    correct = []
+    for i in range(60):
+        spec = scenes.make_spec("jigsaw", "train", i, 0)
+        frame = np.asarray(tools.jigsaw(scenes.draw_jigsaw(spec)))[1, 1]
+        correct.append(tuple(frame) == scenes.COLOURS[spec["answer"]])
+    assert np.mean(correct) > 0.95
+
+
+def test_path_paints_the_route_to_its_end_and_no_other():
+    for i in range(30):
+        spec = scenes.make_spec("path", "train", i, 0)
+        out = np.asarray(scenes.trajectory(spec, scenes.draw_routes(spec))[1])
+        paint = (out == tools.ROUTE_PAINT).all(-1)
+        for n, walk in enumerate(spec["walks"]):
+            x, y = scenes.node_xy(walk[-1])
+            assert paint[max(0, y - 11):y + 12, max(0, x - 11):x + 12].any() == (n == 0), (i, n)
+
+
+@pytest.mark.parametrize("text, message", [
+    ("no call here", "no tool call"), ("[zoom 1 2 3 4]", "no tool call"),
+    ("[crop 1 2]", "wrong number of arguments"), ("[highlight 1 2 3]", "four numbers"),
+    ("[crop 5 5 5 9]", "is empty"), ("[jigsaw]", "scenes of the small world only"),
+    ("[crop 1 2 3 4 of 2]", "does not exist: there are 1"),
+    ("[crop 1 2 3 4 of 0]", "does not exist: there are 1")])
+def test_calls_that_do_not_fit_are_value_errors(text, message):
+    with pytest.raises(ValueError, match=message):
+        tools.call_tool(text, Image.new("RGB", (64, 64)))
+
+
+def test_a_call_acts_on_the_last_image_or_on_the_one_that_it_names():
+    images = [Image.new("RGB", (64, 64), "red"), Image.new("RGB", (32, 32), "blue")]
+    for text, colour, side in (("[crop 0 0 50 50]", (0, 0, 255), 16),
+                               ("[crop 0 0 50 50 of 1]", (255, 0, 0), 32)):
+        output = tools.call_tool(text, *images)
+        assert output.getpixel((0, 0)) == colour and output.size == (side, side)
+
+
+# ---- the examples of a run ----
+
+
+def settings(**changes):
+    return SimpleNamespace(**dict(data="", regime="mixed", train_examples=40, test_per_task=3,
+                                  outside_images=False, answer_prefix="Answer:") | changes)
+
+
+def test_the_worlds_splits_have_the_sizes_of_the_options():
+    train, validation, tests = loader.load_splits(settings())
+    assert [ex.id for ex in train] == [ex.id for ex in scenes.make_world("mixed", "train", 40)]
+    assert len(validation) == 4 and {ex.split for ex in validation} == {"validation"}
+    tasks = [*scenes.REGIMES["mixed"], scenes.HELD_OUT]
+    assert [ex.task for ex in tests] == [task for task in tasks for _ in range(3)]
+    assert {ex.split for ex in tests} == {"test"}
+    assert len(loader.load_splits(settings(train_examples=4))[1]) == 2
+
+
+def test_other_seeds_splits_and_all_tasks_at_once():
+    one, other = (loader.test_examples("", "single", 2, seed, "validation") for seed in (0, 1))
+    assert [ex.id for ex in one] == [ex.id for ex in other]
+    assert {ex.split for ex in one} == {"validation"}
+    assert one[0].image.tobytes() != other[0].image.tobytes()
+    assert [ex.task for ex in loader.test_examples("", "", 1)] == list(scenes.TASKS)
+
+
+def test_a_folder_gives_all_of_training_and_no_more_of_the_rest_than_the_world(tmp_path, capsys):
+    world = [ex for split, count in (("train", 30), ("validation", 9), ("test", 25))
+             for ex in scenes.make_world("mixed", split, count)]
+    records.write_folder(tmp_path / "set", world)
+    config = settings(data=str(tmp_path / "set"), answer_prefix="So:")
+    train, validation, tests = loader.load_splits(config)
+    assert "note: " in capsys.readouterr().out
+    assert len(train) == 30 and len(validation) == 4
+    assert [ex.task for ex in tests] == [t for t in scenes.REGIMES["mixed"] for _ in range(3)]
+    again = loader.load_splits(config)
+    assert [ex.id for part in again for ex in part] == \
+        [ex.id for part in (train, validation, tests) for ex in part]
+    assert len(loader.test_examples(config.data, "", 0, 0, "validation")) == 9
+    few = scenes.make_world("mixed", "train", 3)
+    with pytest.raises(ValueError, match='0 records in the validation split, 2 or more .*"split"'):
+        loader.limit_splits(few, config)
+
+
+def test_the_sample_is_a_folder_that_reads_back(tmp_path, monkeypatch):
+    out = tmp_path / "set"
+    monkeypatch.setattr(sys, "argv", ["sample", "--out", str(out), "--regime", "all",
+                                      "--count", "8"])
+    runpy.run_module("world.sample", run_name="__main__")
+    assert Image.open(out / "contact_sheet.png").width > 1000
+    splits = [ex.split for ex in records.read_folder(out)]
+    assert {split: splits.count(split) for split in splits} == dict(train=8, validation=2, test=2)
+    with pytest.raises(SystemExit, match="error: .*nothing is overwritten"):
+        runpy.run_module("world.sample", run_name="__main__")
