@@ -29,6 +29,7 @@ from support import adapters, answers, run, tables
 from support.chat import Chat, View
 from support.features import ImageEncoder, LoadedImage, load_images, with_pixels
 from support.files import read_json, write_json
+from support.method import Method
 from support.options import option, parse, room
 from support.processes import run_program
 from support.questions import answer_record, in_batches, make_question
@@ -150,10 +151,10 @@ def load_model(path: str | Path, device: str, min_pixels: int = 0, max_pixels: i
     return vlm.eval(), config, method_of(config).ways(config, vlm, checkpoint)
 
 
-def method_of(config):
-    """The class of a rival or variant; of Pearl and SFT, which have no ways of their own, none."""
+def method_of(config) -> type[Method]:
+    """The class of a rival or variant; for Pearl and SFT, which change nothing here, their base."""
     if config.method in ("pearl", "sft"):
-        return SimpleNamespace(ways=lambda *_: {}, shown=lambda example, _: example)
+        return Method
     return room("baselines", f"--method {config.method}").find(config.method)
 
 

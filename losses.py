@@ -112,20 +112,29 @@ class Losses(NamedTuple):
     """What a step returns."""
 
     # with its graph, for backward()
-    total: Tensor
+    total: Tensor | None
     # detached, for the log
     parts: dict[str, Tensor]
     # (h^_R, h_R), each (B, D) and detached, for the gauges; None: the method has no such pair
     pair: tuple[Tensor, Tensor] | None = None
 
+    @classmethod
+    def of(cls, total: Tensor, pair: tuple[Tensor, Tensor] | None, **terms: Tensor) -> "Losses":
+        parts = {name: value.detach() for name, value in dict(loss=total, **terms).items()}
+        return cls(total, parts, pair and tuple(x.detach() for x in pair))
 
-def average(results: list[Losses], shares: list[float]) -> Losses:
-    """One result for several passes: the weighted mean of each part, and all pairs together."""
-    parts = {name: sum(share * result.parts[name] for result, share in zip(results, shares))
-             for name in results[0].parts}
-    # pairs are joined and not averaged: the gauges compare each prediction with all targets
+
+def average(results: list[Losses], sizes: list[int] | None = None) -> dict[str, float]:
+    """The log's numbers of several passes: the mean of each part, weighted by the passes' sizes
+    (None: all have one size), and the gauges on all pairs together."""
+    sizes = sizes or [1] * len(results)
+    shares = [size / sum(sizes) for size in sizes]
+    metrics = {name: float(sum(share * result.parts[name]
+                               for share, result in zip(shares, results)))
+               for name in results[0].parts}
+    # pairs are joined and not averaged: a gauge compares each prediction with all targets
     pairs = [result.pair for result in results if result.pair]
-    return Losses(parts["loss"], parts, tuple(map(torch.cat, zip(*pairs))) if pairs else None)
+    return metrics | (collapse_gauges(*map(torch.cat, zip(*pairs))) if pairs else {})
 
 
 @torch.no_grad()

@@ -1,6 +1,4 @@
-"""The modules that Pearl trains beside the VLM and drops at inference.
-
-The predictor of section 3.4 is the VLM itself ("tied weights", after LLM-JEPA): K learnable [PRED]
+"""The modules that Pearl trains beside the VLM and drops at inference. The predictor of section 3.4 is the VLM itself ("tied weights", after LLM-JEPA): K learnable [PRED]
 tokens follow <I0, Q>, and the final-layer state of the last one is h^_R. With K = 0 there is no
 [PRED]: h^_R is then the state of the last prompt token. The latent predictor of Eq. 2 predicts the
 next state of a sequence from the current one.
@@ -40,8 +38,8 @@ class LatentPredictor(nn.Module):
         """h^_{t+1} .. h^_{t+d} from every h_t; each step starts from the forecast before it.
 
         states, embeddings (B, T, D); targets (B, T) is True where a state may be predicted.
-        Returns for i = 1..d the states (n, D) and the mask (B, T) of their positions t + i.
-        Example: targets 0 0 1 1 0 and d = 2 give positions 2, 3 for i = 1 and 3 for i = 2.
+        Returns for i = 1..d the states (n, D) and the mask (B, T) of their positions t + i:
+        targets 0 0 1 1 0 and d = 2 give positions 2, 3 for i = 1 and 3 for i = 2.
         Gradient: flows to states and through the steps; stops at the token embeddings.
         """
         # Eq. 2 must not change the token embeddings: here they are an input only
@@ -70,10 +68,9 @@ class Predictor(nn.Module):
         super().__init__()
         # Parameters of their own, and no rows of the vocabulary: LoRA freezes the embedding matrix,
         # and new rows in it would keep their first value (as they do in the release). They start
-        # at the token whose state they must predict, with noise to make them differ. Float32 even
-        # beside bfloat16 weights, which would lose small updates.
-        start = start.detach().float()
-        size = start.square().mean().sqrt()  # the embedding's own scale differs between models
+        # at the token whose state they must predict, with noise to make them differ.
+        start = start.detach().float()  # bfloat16 would lose small updates
+        size = start.square().mean().sqrt()
         noise = 0.1 * size * torch.randn(pred_tokens, dim, device=start.device)
         self.pred_tokens = nn.Parameter(start.repeat(pred_tokens, 1) + noise)  # (K, D)
         self.latent = LatentPredictor(dim, sees_next)

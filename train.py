@@ -16,25 +16,26 @@ Left out on purpose: the run's folder, processes and signals (support/run.py), r
 
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import get_cosine_schedule_with_warmup
 
 import evaluate
 import losses
-from data import StepRows, Trajectories, TrainingExample, View, Views, collate, load, make_views
+from data import StepRows, Trajectories, TrainingExample, Views, collate, load, make_views
 from losses import Losses
 from model import VLM, Encoded
 from predictor import Predictor
 from support import packing, processes, run, splits
 from support.chat import Chat
-from support.features import EncodedImage, ImageEncoder, LoadedImage
+from support.features import EncodedImage, ImageEncoder, LoadedImage, StoredTargets
+from support.method import Method
 from support.options import option, parse, room, value_of, with_options
 from support.records import Example
 
@@ -80,29 +81,28 @@ class Config:
     eval_every: int = option(50, "steps between validations; the best checkpoint is kept")
 
 
-class Pearl(nn.Module):
-    """Pearl's training step, and what it adds to the VLM. Every other method is a subclass that
-    overrides one of these methods."""
+class Pearl(Method):
+    """Pearl's training step. Every other method is a subclass that overrides a part of it, or of
+    Method (support/method.py)."""
 
-    # gradient norm above which a step is scaled down; share of the steps with a rising rate
-    clip, warmup, weight_decay, lora_dropout = 1.0, 0.05, 0.0, 0.0
-    sees_next = True  # the latent predictor reads the next token's embedding
-    target_limit = 8e9  # bytes of h_R to keep: 450,000 of a 7B in bfloat16 are 3.2e9
+    # whether the latent predictor reads the next token's embedding
+    sees_next = True
 
     def __init__(self, vlm: VLM, config: Config, world_size: int = 1):
         super().__init__()
         self.vlm, self.config = vlm, config
-        vlm.set_trainable(config.lora_rank, self.lora_dropout, config.train_vision)
-        if config.shard:
-            processes.shard_frozen(vlm.lm.get_decoder(), config.device, world_size)
-        vlm.to(config.device)
-        if config.gradient_checkpointing:
-            vlm.recompute_activations()
+        vlm.set_trainable(config, self.lora_dropout, world_size)
         # every image is encoded once in a step, and while the tower is frozen, once in a run
         self.encode_images = ImageEncoder(vlm.family, frozen=not config.train_vision)
-        self.targets: dict[tuple[str, int], Tensor] = {}
+        self.targets = StoredTargets(limit=0 if config.shard else 8e9)
         self.build_modules()
         self.to(config.device)
+
+    def build_modules(self) -> None:
+        """What Pearl adds to the VLM while it trains."""
+        start = self.vlm.lm.get_input_embeddings().weight[self.vlm.family.end_id]
+        self.predictor = Predictor(self.vlm.dim, self.config.pred_tokens, start, self.sees_next)
+        self.vlm.keep_start()
 
     def forward(self, batch: list[TrainingExample]) -> Losses:
         """The step as section 3 of the paper tells it."""
@@ -115,32 +115,22 @@ class Pearl(nn.Module):
         jepa = self.jepa(prediction, target.embedding, batch)  # Eq. 1
         nextlat = self.nextlat(full, target)  # Eq. 2
         total = losses.pearl_loss(vlm, jepa, nextlat, self.config.lambda_latent)  # Eq. 4
-        return report(total, prediction, target, vlm=vlm, jepa=jepa, nextlat=nextlat)
-
-    def build_modules(self) -> None:
-        """What Pearl adds to the VLM while it trains."""
-        start = self.vlm.lm.get_input_embeddings().weight[self.vlm.family.end_id]
-        self.predictor = Predictor(self.vlm.dim, self.config.pred_tokens, start, self.sees_next)
-        self.vlm.keep_start()
-
-    def encode(self, views: list[View], images: dict[str, EncodedImage],
-               injected: Tensor | None = None) -> Encoded:
-        return self.vlm(collate(views, self.vlm.pad_id), images, injected)
+        return Losses.of(total, (prediction, target.embedding), vlm=vlm, jepa=jepa, nextlat=nextlat)
 
     def encode_views(self, batch: list[TrainingExample],
                      images: dict[str, EncodedImage]) -> tuple[Encoded, Tensor]:
         """1. the full view, 2. h^_R of the input view."""
         full, inputs = ([example.views[n] for example in batch] for n in range(2))
-        if self.vlm.family.packs:  # both in one pass, with the same numbers
-            both = packing.add_branches(collate(full, self.vlm.pad_id), full, inputs)
-            encoded = self.vlm(both, images, self.predictor.pred_tokens)
-            return packing.full_view(encoded), encoded.embedding
-        prediction = self.encode(inputs, images, self.predictor.pred_tokens).embedding
-        return self.encode(full, images), prediction
+        pred_tokens, pad_id = self.predictor.pred_tokens, self.vlm.pad_id
+        # one pass for both where the family's attention allows it: the same numbers, less work
+        if self.vlm.family.packs:
+            return packing.encode_two_views(self.vlm, full, inputs, images, pred_tokens, collate)
+        prediction = self.vlm(collate(inputs, pad_id), images, pred_tokens).embedding
+        return self.vlm(collate(full, pad_id), images), prediction
 
     def encode_target(self, vlm: VLM, batch: list[TrainingExample],
                       images: dict[str, EncodedImage]) -> Encoded:
-        """3. R by this model; the embedding is h_R."""
+        """3. R alone by this model; the embedding is h_R."""
         return vlm(collate([example.views.target for example in batch], vlm.pad_id), images)
 
     @torch.no_grad()
@@ -149,22 +139,17 @@ class Pearl(nn.Module):
         # Deviation: the paper encodes R with the current model, and its targets collapse here
         # (losses.jepa_loss says why; --method current). The paper names "cached trajectory
         # embeddings" as a saving: fixed targets cannot collapse and cost no pass after the first.
-        # Under FSDP all processes must run the same layers, so there each step makes its own.
-        missing = [ex for ex in batch if ex.row not in self.targets or self.config.shard]
+        missing = [example for example in batch if example.row not in self.targets]
         new = {}
         if missing:
             with self.vlm.starting_model() as start:
-                # a vision tower that trains has another result now than at the start
+                # a vision tower that trains sees another image now than at the start
                 if self.config.train_vision:
-                    tool_images = [image for ex in missing for image in ex.images]
+                    tool_images = [image for example in missing for image in example.images]
                     images = ImageEncoder(start.family, frozen=False)(tool_images)
-                made = self.encode_target(start, missing, images).embedding
-            new = {ex.row: h for ex, h in zip(missing, made)}
-        h_R = torch.stack([new[ex.row] if ex.row in new else self.targets[ex.row].to(
-            self.vlm.device) for ex in batch])  # (B, D)
-        if h_R[0].nbytes * (len(self.targets) + len(new)) <= self.target_limit:
-            self.targets |= {row: h.cpu() for row, h in new.items()}
-        return Encoded(None, None, h_R, None)
+                h_R = self.encode_target(start, missing, images).embedding
+                new = {example.row: h for example, h in zip(missing, h_R)}
+        return Encoded(self.targets.look_up([example.row for example in batch], new))
 
     def jepa(self, prediction: Tensor, target: Tensor, batch: list[TrainingExample]) -> Tensor:
         return losses.jepa_loss(prediction, target, self.config.distance)
@@ -177,37 +162,10 @@ class Pearl(nn.Module):
                                                     self.config.horizon)
         return losses.nextlat_loss(full.states, forecasts)
 
-    # ---- what else a method may change: see baselines/ ----
-
-    @classmethod
-    def records(cls, records: list[Example], config: Config) -> list[Example]:
-        """The records of a split as this method learns them."""
-        return records
-
-    @classmethod
-    def shown(cls, example: Example, config: Config) -> Example:
-        """A record with its trajectory as this method shows it."""
-        return example
-
     @classmethod
     def views(cls, config: Config, chat: Chat, example: Example,
               images: list[LoadedImage]) -> Views:
         return make_views(chat, cls.shown(example, config), images, config.pred_tokens)
-
-    @classmethod
-    def ways(cls, config: Config, vlm: VLM, checkpoint: Path) -> dict[str, Callable]:
-        """More ways to answer: name -> function of an Evaluator (evaluate.py)."""
-        return {}
-
-    def prepare(self, datasets: list[Trajectories]) -> None:
-        """Work on whole data sets before the first step: none here."""
-
-    def after_step(self, step: int) -> None:
-        """Work after the optimiser has moved the weights: none here."""
-
-    def metrics(self, examples: list[Example]) -> dict[str, float]:
-        """More numbers for the log of each validation; examples: its records."""
-        return {}
 
 
 class SFT(Pearl):
@@ -218,17 +176,9 @@ class SFT(Pearl):
 
     def forward(self, batch: list[TrainingExample]) -> Losses:
         images = self.encode_images([image for example in batch for image in example.images])
-        full = self.encode([example.views.full for example in batch], images)
+        full = self.vlm(collate([example.views.full for example in batch], self.vlm.pad_id), images)
         vlm = losses.vlm_loss(full.states, full.batch.labels, self.vlm.logits)
-        return report(vlm, vlm=vlm)
-
-
-def report(total: Tensor, prediction: Tensor | None = None, target: Encoded | None = None,
-           **terms: Tensor) -> Losses:
-    """What a step returns: the total with its graph, all else detached."""
-    parts = {name: value.detach() for name, value in dict(loss=total, **terms).items()}
-    pair = None if target is None else (prediction.detach(), target.embedding.detach())
-    return Losses(total, parts, pair)
+        return Losses.of(vlm, None, vlm=vlm)
 
 
 def find_method(name: str) -> type[Pearl]:
@@ -240,26 +190,19 @@ def find_method(name: str) -> type[Pearl]:
 # ---- the run ------------------------------------------------------------------------------------
 
 
-def dataset(method: Pearl, examples: list[Example], split: str) -> Trajectories:
+def dataset(method: Pearl, examples: Sequence[Example], split: str) -> Trajectories:
     """A split as the method learns it."""
-    kind, config, family = type(method), method.config, method.vlm.family
+    kind, config, vlm = type(method), method.config, method.vlm
     return Trajectories(kind.records(examples, config), split, partial(kind.views, config),
-                        Chat(family, method.vlm.max_positions), method.encode_images.kept)
-
-
-def autocast(config: Config) -> torch.autocast:
-    """bfloat16 arithmetic on a GPU, and wherever the weights are bfloat16."""
-    kind = torch.device(config.device).type
-    return torch.autocast(kind, torch.bfloat16,
-                          enabled=kind == "cuda" or config.dtype == "bfloat16")
+                        Chat(vlm.family, vlm.max_positions), method.encode_images.kept)
 
 
 def fit(config: Config, this: run.Run) -> tuple | None:
     """The training loop. Returns (test examples, answers before, seconds); None: interrupted."""
     torch.manual_seed(config.seed)
     vlm = VLM(config.model, getattr(torch, config.dtype), config.min_pixels, config.max_pixels)
-    train_examples, valid_examples, tests = splits.load_splits(config)
-    # what cannot be asked stops here, before training
+    train_examples, valid_examples, tests = splits.load_splits(config, this.out / "splits.json")
+    # a question that cannot be asked stops the run here, before training
     evaluator = evaluate.Evaluator(vlm, tests, config.answer_prefix)
     method = find_method(config.method)(vlm, config, this.world_size)
     train_set = dataset(method, train_examples, "train")
@@ -273,16 +216,16 @@ def fit(config: Config, this: run.Run) -> tuple | None:
     module = this.start(method, optimizer, schedule, (train_examples, valid_examples, tests))
     before = this.once("before.json", lambda: evaluate.answer_questions(evaluator))
     method.train()
-    # the loop ends at config.steps, or after the step in which a signal came
     rows = StepRows(len(train_set), config.batch * config.accumulate, config.seed, this.step)
     ready = load(train_set, rows, config.batch, run.workers(config), this.rank, this.world_size)
+    # the loop ends at config.steps, or after the step in which a signal came
     for step, passes in this.steps(ready):
         optimizer.zero_grad(set_to_none=True)
         results = []
         for batch in passes:
             # several processes exchange their gradients once a step, after the last pass
             with this.exchange(module, last=batch is passes[-1]):
-                with autocast(config):
+                with run.autocast(config):
                     result = module(batch)
                 # every example weighs the same; DDP takes the mean over processes
                 (result.total * (this.world_size / config.accumulate)).backward()
@@ -293,9 +236,7 @@ def fit(config: Config, this: run.Run) -> tuple | None:
             optimizer.step()
             method.after_step(step)
         if this.logs(step):
-            _, parts, pair = losses.average(results, [1 / len(results)] * len(results))
-            gauges = losses.collapse_gauges(*pair) if pair else {}
-            this.log_step(step, parts, gauges, norm, schedule.get_last_lr()[0])
+            this.log_step(step, losses.average(results), norm, schedule.get_last_lr()[0])
         schedule.step()
         if this.validates(step):
             this.keep_best(method, step, validate(method, valid_set))
@@ -307,18 +248,14 @@ def fit(config: Config, this: run.Run) -> tuple | None:
 def validate(method: Pearl, dataset: Trajectories) -> dict[str, float]:
     """Mean loss parts over the validation examples, and the gauges on all of them together."""
     method.eval()
-    config, count, results, shares = method.config, len(dataset), [], []
-    rows = torch.arange(count).split(config.batch)
-    for (batch,) in load(dataset, [part.tolist() for part in rows], config.batch,
-                         run.workers(config)):
-        with autocast(config):
+    config, results, sizes = method.config, [], []
+    rows = [part.tolist() for part in torch.arange(len(dataset)).split(config.batch)]
+    for (batch,) in load(dataset, rows, config.batch, run.workers(config)):
+        with run.autocast(config):
             results.append(method(batch))
         # the last pass may be smaller
-        shares.append(len(batch) / count)
-    _, parts, pair = losses.average(results, shares)
-    metrics = {name: float(value) for name, value in parts.items()}
-    metrics |= losses.collapse_gauges(*pair) if pair else {}
-    metrics |= method.metrics(dataset.records)
+        sizes.append(len(batch))
+    metrics = losses.average(results, sizes) | method.metrics(dataset.records)
     method.train()
     return metrics
 
@@ -333,9 +270,9 @@ def train(config: Config, resume: bool = False) -> Path:
     return this.out
 
 
-def config_class(name: str) -> type[Config]:
-    """The options of a run with this method: Config's, and those of the method."""
-    return with_options(Config, find_method(name).__mro__)
+def config_class(method: str) -> type[Config]:
+    """Config with the method's own options."""
+    return with_options(Config, find_method(method).__mro__)
 
 
 def parse_config(argv: list[str] | None = None) -> Config:

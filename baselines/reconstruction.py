@@ -27,7 +27,7 @@ from support.files import read_tensors
 from support.options import option
 from support.questions import in_batches
 from support.records import Example
-from train import Config, Pearl, report
+from train import Config, Pearl
 
 LATENT_START, LATENT_END = "<|vision_start|>", "<|vision_end|>"
 
@@ -83,7 +83,7 @@ class Recon(Pearl):
         before = full.batch.inject_at.roll(-1, dims=1)  # (B, T)
         recon = losses.reconstruction_loss(self.predictor.predicted(full.states[before]),
                                            self.predictor.target(latents))
-        return report(vlm + self.config.lambda_latent * recon, vlm=vlm, recon=recon)
+        return losses.Losses.of(vlm + self.config.lambda_latent * recon, None, vlm=vlm, recon=recon)
 
     @classmethod
     def ways(cls, config, vlm: VLM, checkpoint: Path) -> dict[str, Callable]:

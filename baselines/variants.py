@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from tqdm import tqdm
 
-from data import Batch, Trajectories, TrainingExample
+from data import Batch, Trajectories, TrainingExample, collate
 from model import VLM, Encoded
 from support.features import EncodedImage
 from support.options import option
@@ -225,8 +225,8 @@ class TaskMean(Pearl):
                     if not example.bare:
                         groups.setdefault(self.group(example), []).append(example.row)
             for group in groups.values():
-                mean = torch.stack([self.targets[row] for row in group]).mean(dim=0)
-                self.targets |= dict.fromkeys(group, mean)
+                mean = torch.stack([self.targets.kept[row] for row in group]).mean(dim=0)
+                self.targets.kept |= dict.fromkeys(group, mean)
 
 
 class AnswerMean(TaskMean):
@@ -274,8 +274,9 @@ class TwoPasses(Pearl):
     def encode_views(self, batch: list[TrainingExample],
                      images: dict[str, EncodedImage]) -> tuple[Encoded, Tensor]:
         full, inputs = ([example.views[n] for example in batch] for n in range(2))
-        prediction = self.encode(inputs, images, self.predictor.pred_tokens).embedding
-        return self.encode(full, images), prediction
+        pred_tokens, pad_id = self.predictor.pred_tokens, self.vlm.pad_id
+        prediction = self.vlm(collate(inputs, pad_id), images, pred_tokens).embedding
+        return self.vlm(collate(full, pad_id), images), prediction
 
 
 @dataclass

@@ -164,18 +164,16 @@ class Run:
         every = max(1, self.config.steps // 20)
         return self.writes and (step % every == 0 or step == self.config.steps)
 
-    def log_step(self, step: int, parts: dict[str, Tensor], gauges: dict[str, float],
-                 norm: Tensor, lr: float) -> None:
+    def log_step(self, step: int, metrics: dict[str, float], norm: Tensor, lr: float) -> None:
         """A line of the log and of the screen."""
-        parts = {name: float(value) for name, value in parts.items()}
         seconds, count = time.time() - self.clock, max(1, step - self.clock_step)
         timing = dict(ms=1000 * seconds / count, waited=self.waited / max(1e-9, seconds))
         self.restart_clock(step)
-        log(self.out, "train", dict(step=step, **parts, **gauges, grad_norm=float(norm), lr=lr,
-                                    **timing))
-        terms = " ".join(f"{name} {value:.4f}" for name, value in parts.items())
+        log(self.out, "train", dict(step=step, **metrics, grad_norm=float(norm), lr=lr, **timing))
+        terms = " ".join(f"{name} {metrics[name]:.4f}" for name in ("loss", "vlm", "jepa",
+                         "nextlat", "recon") if name in metrics)
         shown = (" | r2 {r2:.2f} retrieval {retrieval:.2f} rank {effective_rank:.1f}"
-                 .format(**gauges) if gauges else "")
+                 .format(**metrics) if "r2" in metrics else "")
         left = int((self.config.steps - step) * timing["ms"] / 1000)
         print(f"{step:5d}/{self.config.steps} {terms}{shown} | lr {lr:.1e} grad {float(norm):.2f} "
               f"{timing['ms']:.0f} ms/step, {left // 60}:{left % 60:02d} left", flush=True)
@@ -196,7 +194,7 @@ class Run:
         names = ("loss", "r2", "effective_rank", "mean_cosine", "direct", "tool")
         shown = " ".join(f"{name} {metrics[name]:.3f}" for name in names if name in metrics)
         print(f"      validation: {shown}", flush=True)
-        if hint := collapse_hint(metrics, method.targets != {}):
+        if hint := collapse_hint(metrics, len(method.targets) > 0):
             print(f"      {hint}", flush=True)
         if metrics["loss"] < self.best:
             self.best = metrics["loss"]
@@ -209,9 +207,7 @@ class Run:
         """The state, where one is due: at each validation, at the end, and when a signal came."""
         if not (step % self.config.eval_every == 0 or step == self.config.steps or self.stopping):
             return
-        rows = list(self.method.targets)
-        own = dict(cpu=torch.get_rng_state(), rows=[list(row) for row in rows],
-                   targets=torch.stack([self.method.targets[row] for row in rows]) if rows else None)
+        own = dict(cpu=torch.get_rng_state(), targets=self.method.targets.state())
         if torch.cuda.is_available():
             own["cuda"] = torch.cuda.get_rng_state()
         write_state(self.own_state(), own)
@@ -242,7 +238,7 @@ class Run:
         torch.set_rng_state(own["cpu"])
         if "cuda" in own and torch.cuda.is_available():
             torch.cuda.set_rng_state(own["cuda"])
-        self.method.targets |= {tuple(row): h for row, h in zip(own["rows"], own["targets"] or ())}
+        self.method.targets.load(own["targets"])
         return state["step"], state["best"]
 
 
@@ -301,6 +297,13 @@ def save_best(out: Path, method, step: int, metrics: dict[str, float]) -> None:
     write_json(out / "best.json", dict(checkpoint=folder.name, step=step, valid=metrics))
     if before and before != folder.name:
         shutil.rmtree(out / before, ignore_errors=True)  # a resumed run removes what is left of it
+
+
+def autocast(config) -> torch.autocast:
+    """bfloat16 arithmetic on a GPU, and wherever the weights are bfloat16."""
+    kind = torch.device(config.device).type
+    return torch.autocast(kind, torch.bfloat16,
+                          enabled=kind == "cuda" or config.dtype == "bfloat16")
 
 
 # ---- the folder ---------------------------------------------------------------------------------
