@@ -1,7 +1,8 @@
-"""The modules that Pearl trains beside the VLM and drops at inference. The predictor of section 3.4 is the VLM itself ("tied weights", after LLM-JEPA): K learnable [PRED]
-tokens follow <I0, Q>, and the final-layer state of the last one is h^_R. With K = 0 there is no
-[PRED]: h^_R is then the state of the last prompt token. The latent predictor of Eq. 2 predicts the
-next state of a sequence from the current one.
+"""The modules that Pearl trains beside the VLM and drops at inference.
+
+The predictor of section 3.4 is the VLM itself ("tied weights", after LLM-JEPA): K learnable [PRED]
+tokens follow <I0, Q>, and the final-layer state of the last one is h^_R. With K = 0, h^_R is the
+state of the last prompt token. The latent predictor of Eq. 2 predicts the next state of a sequence.
 
 Letters: B batch, T sequence, D hidden size, K predictor tokens, n selected positions, d horizon.
 """
