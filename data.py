@@ -164,7 +164,7 @@ class StepRows(Sampler):
 
 
 def load(dataset: Trajectories, steps, batch: int, workers: int, rank: int = 0,
-         world_size: int = 1, pin: bool = False) -> Iterator[list[list[TrainingExample]]]:
+         world_size: int = 1) -> Iterator[list[list[TrainingExample]]]:
     """The passes of each step, prepared ahead by `workers` processes. steps: rows of each step."""
     def collate_step(rows: list[int]):
         try:
@@ -174,7 +174,8 @@ def load(dataset: Trajectories, steps, batch: int, workers: int, rank: int = 0,
 
     # the generator is the loader's own: it must not draw from the one that dropout uses
     loader = DataLoader(range(len(dataset)), batch_sampler=steps, collate_fn=collate_step,
-                        num_workers=workers, pin_memory=pin, generator=torch.Generator(),
+                        num_workers=workers, pin_memory=torch.cuda.is_available(),
+                        generator=torch.Generator(),
                         multiprocessing_context="fork" if workers else None)
     for passes in loader:
         if isinstance(passes, Exception):

@@ -1,59 +1,90 @@
-"""Explicit tool use: the model writes its own calls, each is really run, its image is appended."""
+"""Explicit tool use: the model writes its own calls, each is executed, its image is appended."""
 
 import re
 
+from support.features import LoadedImage, load_image, with_pixels
 from support.images import opened
+from support.questions import in_batches
 from world.tools import CALL, TOOLS, call_tool
 
-# an answer may hold brackets: [3, 4, 10, 12]; only a tool's own name makes them a call
-CALL_BEGUN = re.compile(rf"\[\s*(?:{'|'.join(TOOLS)})\b", re.IGNORECASE)
+# An answer may hold brackets too, [3, 4] or [Path A]: only a tool's name with a number behind it is
+# an attempt at a call
+ATTEMPT = re.compile(rf"\[\s*(?:{'|'.join(TOOLS)})\s+[-\d]", re.IGNORECASE)
 TURN_TOKENS = 56  # enough for any plan and call
 
 
-def answer(asker, limit: int) -> list[dict]:
-    """One record an example (asker: evaluate.Answerer), in rounds: everyone still talking writes
-    one turn, and the call in it is run.
+def answer(evaluator, limit: int) -> list[dict]:
+    """One dict per example (evaluate.Evaluator), in rounds: everyone who still talks writes one
+    turn, and the call in it is executed.
 
     A call that is malformed or does not fit its image ends the attempt, as does one call too many,
-    or a conversation that has grown beyond the model's positions: the record then says so in
-    `failed` and has no text.
+    or a conversation that has grown beyond the model's positions: `failed` then says so, and there
+    is no text.
     """
-    talks = [dict(turns=asker.serializer.turns(example)[:1], shown=[example.image],
-                  indices=numbers[:1], calls=0, tokens=0, images=0, passes=0)
-             for example, (numbers, _) in zip(asker.examples, asker.placed)]
-    active = talks
+    talks = [Talk(evaluator, example) for example in evaluator.examples]
     for _ in range(limit + 1):
-        for talk in active:
-            talk["view"] = view = asker.serializer.prompt(
-                talk["turns"], talk["indices"],
-                [asker.store.image_texts[i] for i in talk["indices"]])
-            room = asker.serializer.max_tokens - len(view.ids)
-            # behind its last position a model goes on, and writes nonsense
-            if room < TURN_TOKENS:
-                talk.update(text="", failed=f"{room} tokens left, a turn may need {TURN_TOKENS}")
-        active = [talk for talk in active if "text" not in talk]
-        views = [talk["view"] for talk in active]
-        for talk, said in zip(active, asker.generate(views, TURN_TOKENS) if views else []):
-            for cost in ("tokens", "images", "passes"):
-                talk[cost] += said[cost]
-            run_call(asker, talk, said["text"], limit)
-        active = [talk for talk in active if "text" not in talk]
-    kept = ("text", "failed", "calls", "tokens", "images", "passes")
-    return [{name: talk[name] for name in kept if name in talk} for talk in talks]
+        active = [talk for talk in talks if talk.has_room()]
+        texts = in_batches([talk.view() for talk in active],
+                           lambda views, numbers, active=active: generate(
+                               evaluator, views, [active[n] for n in numbers]), evaluator.batch)
+        for talk, text in zip(active, texts):
+            talk.read(text, limit)
+    return [talk.result for talk in talks]
 
 
-def run_call(asker, talk: dict, text: str, limit: int) -> None:
-    """Run the call in `text` and append its image; a text without one is the answer."""
-    if not CALL_BEGUN.search(text):
-        talk["text"] = text
-    elif talk["calls"] == limit:
-        talk.update(text="", failed="one call too many")
-    else:
-        try:
-            talk["shown"].append(call_tool(text, *map(opened, talk["shown"])))
-            talk["indices"] = talk["indices"] + [asker.store.add_image(talk["shown"][-1], text)]
-            said = text[:CALL.search(text).end()]
-            talk["turns"] = [*talk["turns"], ("assistant", [said]), ("user", talk["shown"][-1:])]
-            talk["calls"] += 1
-        except ValueError as error:
-            talk.update(text="", failed=str(error))
+def generate(evaluator, views: list, talks: list["Talk"]) -> list[str]:
+    """The next turn of each talk."""
+    family = evaluator.vlm.family
+    images = [image for talk in talks for image in with_pixels(talk.images, family)]
+    end, texts = evaluator.chat.end_id, []
+    made = evaluator.vlm.generate(views, images, evaluator.encode_images, TURN_TOKENS)
+    for talk, ids in zip(talks, made):
+        ids = ids[:ids.index(end) + 1] if end in ids else ids
+        for cost, value in dict(tokens=len(ids), images=len(talk.images), passes=len(ids)).items():
+            talk.result[cost] += value
+        texts.append(evaluator.decode(ids))
+    return texts
+
+
+class Talk:
+    """One example's conversation so far. result: its cost, and at last its text or `failed`."""
+
+    def __init__(self, evaluator, example):
+        self.chat, self.example = evaluator.chat, example
+        self.turns, self.pictures = self.chat.turns(example)[:1], [opened(example.image)]
+        self.images: list[LoadedImage] = [self.load(self.pictures[0])]
+        self.result = dict(calls=0, tokens=0, images=0, passes=0)
+
+    def load(self, picture) -> LoadedImage:
+        number = len(self.pictures)
+        return load_image(picture, f"{self.example.id}, call {number - 1}", self.chat.family,
+                          f"example {self.example.id}: the image of call {number - 1}")
+
+    def view(self):
+        return self.chat.prompt(self.turns, self.images)
+
+    def has_room(self) -> bool:
+        """Whether it still talks, and the model has positions left for a turn."""
+        if "text" in self.result:
+            return False
+        room = self.chat.max_tokens - len(self.view().ids)
+        if room < TURN_TOKENS:
+            self.result |= dict(text="",
+                                failed=f"{room} tokens left, a turn may need {TURN_TOKENS}")
+        return room >= TURN_TOKENS
+
+    def read(self, text: str, limit: int) -> None:
+        """Execute the call in `text` and append its image; a text without one is the answer."""
+        call = CALL.search(text)
+        if not call and not ATTEMPT.search(text):
+            self.result["text"] = text
+        elif self.result["calls"] == limit:
+            self.result |= dict(text="", failed="one call too many")
+        else:
+            try:
+                self.pictures.append(call_tool(text, *self.pictures))
+                self.images.append(self.load(self.pictures[-1]))
+                self.turns += [("assistant", [text[:call.end()]]), ("user", self.pictures[-1:])]
+                self.result["calls"] += 1
+            except ValueError as error:
+                self.result |= dict(text="", failed=str(error))
