@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from support.chat import Chat, View
@@ -210,19 +211,17 @@ class Batch:
 def collate(views: list[View], pad_id: int, left: bool = False) -> Batch:
     """Pad the views to the longest: on the right to train, on the left to generate."""
     # a causal model never looks at padding on the right; on the left, all rows end together
-    width = max(len(view.ids) for view in views)
+    side, width = "left" if left else "right", max(len(view.ids) for view in views)
     shift = [width - len(view.ids) if left else 0 for view in views]
-
-    def padded(rows: list[list], value) -> torch.Tensor:
-        rows = [[value] * before + row for before, row in zip(shift, rows)]
-        return torch.tensor([row + [value] * (width - len(row)) for row in rows])
-
-    return Batch(
-        ids=padded([view.ids for view in views], pad_id),
-        mask=padded([[True] * len(view.ids) for view in views], False),
-        # -100 is the value that cross-entropy ignores
-        labels=padded([view.labels for view in views], -100),
-        inject_at=padded([[n in view.inject_at for n in range(len(view.ids))] for view in views],
-                         False),
-        embed_at=torch.tensor([view.embed_at + before for view, before in zip(views, shift)]),
-        images=[image for view in views for image in view.images])
+    # -100 is the value that cross-entropy ignores
+    columns = dict(ids=(pad_id, [view.ids for view in views]),
+                   mask=(False, [[True] * len(view.ids) for view in views]),
+                   labels=(-100, [view.labels for view in views]),
+                   inject_at=(False, [[n in view.inject_at for n in range(len(view.ids))]
+                                      for view in views]))
+    return Batch(**{name: pad_sequence([torch.tensor(row, dtype=torch.tensor(value).dtype)
+                                        for row in rows], True, value, side)
+                    for name, (value, rows) in columns.items()},
+                 embed_at=torch.tensor([view.embed_at + before
+                                        for view, before in zip(views, shift)]),
+                 images=[image for view in views for image in view.images])

@@ -3,7 +3,7 @@
     python evaluate.py RUN                          # the table of a finished run
     python evaluate.py RUN --again --call_limit 3   # ask every question again, with tools too
     python evaluate.py tiny-vlm                     # an untrained checkpoint, on the whole world
-    python evaluate.py RUN --image FILE --question TEXT --options A B C    # ask one question
+    python evaluate.py RUN --image FILE --question TEXT --options A,B,C    # ask one question
 
 The ways to answer, each with a 95% interval (Wilson) per task:
   direct  the option with the largest log-probability behind "Answer:": what the model knows
@@ -39,10 +39,8 @@ from support.splits import test_questions
 
 class Evaluator:
     """Test questions for one model. Every way to answer returns one dict per example: the text and
-    its cost in tokens, images and forward passes.
-
-    Raises ValueError, before anything is asked, for a question that the model cannot be asked.
-    """
+    its cost in tokens, images and forward passes. Raises ValueError for a question that the model
+    cannot be asked, before anything is asked."""
 
     def __init__(self, vlm: VLM, examples: Sequence[Example], prefix: str = "Answer:",
                  batch: int = 64):
@@ -87,11 +85,10 @@ class Evaluator:
     def tool(self) -> list[dict | None]:
         """None where the example has no tool image. Calls and images are the record's own."""
         views = [q.tool for q in self.questions]
-        # room for the expert's last text and a few tokens more
         texts = [ex.texts[-1] for ex, view in zip(self.examples, views) if view]
-        longest = max((len(self.vlm.tokenizer(text, add_special_tokens=False).input_ids)
-                       for text in texts), default=0)
-        return self.generate(views, longest + 8)
+        # room for the longest of the experts' last texts and a few tokens more
+        lengths = [len(self.vlm.tokenizer(text).input_ids) for text in texts]
+        return self.generate(views, max(lengths, default=0) + 8)
 
     def generate(self, views: list[View | None], tokens: int) -> list[dict | None]:
         """Greedy decoding of each view."""
@@ -119,10 +116,8 @@ class Evaluator:
 
 def answer_questions(evaluator: Evaluator, free_tokens: int = 0,
                      ways: dict[str, Callable] | None = None) -> list[dict]:
-    """One record per example: for each way the text, whether it is right, and what it cost.
-
-    ways: more ways to answer, each from an Evaluator to one dict per example.
-    """
+    """One record per example: for each way to answer the text, whether it is right, its cost.
+    ways: more ways, each from an Evaluator to one dict per example."""
     vlm = evaluator.vlm
     was_training = vlm.training
     vlm.eval()
@@ -133,12 +128,8 @@ def answer_questions(evaluator: Evaluator, free_tokens: int = 0,
                           evaluator.prefix) for n, example in enumerate(evaluator.examples)]
 
 
-# ---- runs on disk -------------------------------------------------------------------------------
-
-
-def load_model(path: str | Path, device: str, min_pixels: int = 0, max_pixels: int = 0
-               ) -> tuple[VLM, SimpleNamespace, dict[str, Callable]]:
-    """A run's best checkpoint, or any other checkpoint; its config; its method's ways to answer."""
+def load_model(path: str | Path, device: str, min_pixels: int = 0, max_pixels: int = 0) -> tuple:
+    """(VLM, config, its method's ways to answer) of a run, or of any other checkpoint."""
     if not (Path(path) / "best.json").is_file():
         vlm = VLM(path, min_pixels=min_pixels, max_pixels=max_pixels).to(device)
         nothing = dict(data="", regime="", outside_images=False, answer_prefix="Answer:")
@@ -167,8 +158,7 @@ def merge(*arguments: str) -> None:
     adapters.save_merged(config, checkpoint, Path(arguments[1]), *arguments[2:])
 
 
-def report(out: Path, config, tests: Sequence[Example], before: list[dict],
-           seconds: float) -> None:
+def report(out: Path, config, tests: Sequence[Example], before: list, seconds: float) -> None:
     """Load the best checkpoint as a user would, answer the test questions, print and keep them."""
     vlm, config, ways = load_model(out, config.device)
     # the tool's answer is asked for in the way it was learned

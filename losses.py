@@ -41,7 +41,7 @@ def at_least_float32(logits: Tensor) -> Tensor:
 
 def distance(prediction: Tensor, target: Tensor, name: str) -> Tensor:
     """D(prediction, target) over the last dimension: (..., D), (..., D) -> (...)."""
-    # the cosine ignores length, so shrinking the target does not lower it
+    # blind to length, so shrinking the target does not lower it
     if name == "cosine":
         return 1 - F.cosine_similarity(prediction, target, dim=-1)
     # the Huber function with delta 1; a mean over D, so the value does not grow with the model
@@ -71,7 +71,6 @@ def jepa_loss(prediction: Tensor, target: Tensor, name: str = "cosine") -> Tenso
     # shares all weights, and with the current model's h_R the targets do collapse (README).
     # By default h_R comes from the frozen starting model, and detach() has nothing to stop.
     target = target.detach()
-    # a mean, so that lambda means the same at every batch size
     return distance(prediction, target, name).mean()
 
 
@@ -86,9 +85,8 @@ def nextlat_loss(states: Tensor, forecasts: list[tuple[Tensor, Tensor]]) -> Tens
     for forecast, positions in forecasts:
         # without the stop-gradient, making the next state easy to predict would lower the loss
         target = states[positions].detach()  # (n, D)
-        # Deviation: the paper writes one mean. For d > 1 we take a mean for each i, over those t
-        # that have all of t+1 .. t+i (docs/differences.md names other choices).
-        # a text shorter than i tokens has no such t, and the mean of nothing is NaN
+        # Deviation: the paper writes one mean; for d > 1 we take one for each i, over those t that
+        # have all of t+1 .. t+i. A shorter text has no such t, and the mean of nothing is NaN.
         if len(forecast):
             total = total + distance(forecast, target, "smoothl1").mean()
     return total / max(1, len(forecasts))
@@ -111,10 +109,8 @@ def reconstruction_loss(prediction: Tensor, target: Tensor, name: str = "mse") -
 class Losses(NamedTuple):
     """What a step returns."""
 
-    # with its graph, for backward()
-    total: Tensor | None
-    # detached, for the log
-    parts: dict[str, Tensor]
+    total: Tensor | None  # with its graph, for backward()
+    parts: dict[str, Tensor]  # detached, for the log
     # (h^_R, h_R), each (B, D) and detached, for the gauges; None: the method has no such pair
     pair: tuple[Tensor, Tensor] | None = None
 
@@ -143,14 +139,12 @@ def collapse_gauges(prediction: Tensor, target: Tensor) -> dict[str, float]:
 
     prediction, target (B, D). Returns {} for a single row. docs/logged.md explains each name.
     """
-    # making all targets alike also gives a low L_JEPA, and one row alone cannot show that
     if (batch := len(target)) < 2:
         return {}
     sizes = [x.float().square().mean().sqrt() for x in (prediction, target)]
-    # rows of unit length: this is what the cosine compares
+    # unit length: this is what the cosine compares
     pred, true = (F.normalize(x.float(), dim=-1) for x in (prediction, target))
     centred = true - true.mean(dim=0)
-    # targets that are all alike have no variance, and nothing may be divided by zero
     variance = centred.square().sum().clamp_min(1e-12)
     # standard deviation over the batch / root mean square
     spread = [((x - x.mean(dim=0)).square().mean() / x.square().mean().clamp_min(1e-12)).sqrt()

@@ -115,7 +115,7 @@ class VLM(nn.Module):
         width = batch.ids.shape[1] - batch.branch
         positions = self.family.positions(batch.ids[:, :width], batch.mask[:, :width],
                                           [images[i].grid for i in batch.images])
-        batch, is_image, positions = (x.to(self.device) for x in (batch, is_image, positions))
+        batch, is_image, positions = (x.to(self.lm.device) for x in (batch, is_image, positions))
 
         # placeholders get the embedding of some token here, and their own below
         embeds = self.lm.get_input_embeddings()(batch.ids)  # (B, T, D)
@@ -143,14 +143,10 @@ class VLM(nn.Module):
         inputs = self.embed(batch, images, injected)
         # the decoder without its head, and no cache: nothing is decoded here
         states = self.family.states(**inputs, use_cache=False).last_hidden_state  # (B, T, D)
-        batch = batch.to(self.device)
+        batch = batch.to(self.lm.device)
         rows = torch.arange(len(states), device=states.device)
         # one known position per view is its embedding
         return Encoded(states[rows, batch.embed_at], states, inputs["inputs_embeds"], batch)
-
-    def logits(self, states: Tensor) -> Tensor:
-        """(n, D) -> (n, V), apart from `forward`: few states need it, and it is wide."""
-        return self.lm.lm_head(states)
 
     @torch.no_grad()
     def log_probs(self, prompts: list[View], options: list[list[list[int]]],
@@ -167,7 +163,7 @@ class VLM(nn.Module):
             for option in own:
                 # the state before each token of the option predicts it
                 state = states[rows.index((n, *option[:-1])), first:first + len(option)]
-                log_p = at_least_float32(self.logits(state)).log_softmax(dim=-1)  # (tokens, V)
+                log_p = at_least_float32(self.lm.lm_head(state)).log_softmax(dim=-1)  # (tokens, V)
                 scores[-1].append(float(log_p[range(len(option)), option].sum()))
         return scores
 

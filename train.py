@@ -111,7 +111,7 @@ class Pearl(Method):
         full, prediction = self.encode_views(batch, images)
         # 3. Target view R, encoded apart from <I0, Q>: h_R (B, D)
         target = self.target(batch, images)
-        vlm = losses.vlm_loss(full.states, full.batch.labels, self.vlm.logits)  # Eq. 3
+        vlm = losses.vlm_loss(full.states, full.batch.labels, self.vlm.lm.lm_head)  # Eq. 3
         jepa = self.jepa(prediction, target.embedding, batch)  # Eq. 1
         nextlat = self.nextlat(full, target)  # Eq. 2
         total = losses.pearl_loss(vlm, jepa, nextlat, self.config.lambda_latent)  # Eq. 4
@@ -139,7 +139,7 @@ class Pearl(Method):
         # Deviation: the paper encodes R with the current model, and its targets collapse here
         # (losses.jepa_loss says why; --method current). The paper names "cached trajectory
         # embeddings" as a saving: fixed targets cannot collapse and cost no pass after the first.
-        missing = [example for example in batch if example.row not in self.targets]
+        missing = [example for example in batch if example.row not in self.targets.kept]
         new = {}
         if missing:
             with self.vlm.starting_model() as start:
@@ -177,7 +177,7 @@ class SFT(Pearl):
     def forward(self, batch: list[TrainingExample]) -> Losses:
         images = self.encode_images([image for example in batch for image in example.images])
         full = self.vlm(collate([example.views.full for example in batch], self.vlm.pad_id), images)
-        vlm = losses.vlm_loss(full.states, full.batch.labels, self.vlm.logits)
+        vlm = losses.vlm_loss(full.states, full.batch.labels, self.vlm.lm.lm_head)
         return Losses.of(vlm, None, vlm=vlm)
 
 

@@ -78,7 +78,7 @@ class Recon(Pearl):
         latents = torch.cat([latent_targets(images[image.key].features[0], self.config.latents)
                              for ex in batch for image in ex.images[1:]])  # (n, D)
         full = self.vlm(collate([ex.views.full for ex in batch], self.vlm.pad_id), images, latents)
-        vlm = losses.vlm_loss(full.states, full.batch.labels, self.vlm.logits)
+        vlm = losses.vlm_loss(full.states, full.batch.labels, self.vlm.lm.lm_head)
         # the state before each latent regresses the embedding that the latent stands for
         before = full.batch.inject_at.roll(-1, dims=1)  # (B, T)
         recon = losses.reconstruction_loss(self.predictor.predicted(full.states[before]),
@@ -192,7 +192,7 @@ def generate_latent(vlm: VLM, views: list[View], images: dict, scale: LatentScal
     while True:
         out = vlm.family.states(**inputs, past_key_values=cache, use_cache=True)
         state = out.last_hidden_state[:, -1]  # (B, D)
-        token = vlm.logits(state).argmax(dim=-1).tolist()
+        token = vlm.lm.lm_head(state).argmax(dim=-1).tolist()
         latent = torch.tensor([n > 0 for n in left], device=vlm.device)
         for row, n in enumerate(left):
             ended = bool(words[row]) and words[row][-1] == end_id

@@ -217,7 +217,7 @@ class ReleasePasses(Release):
         states = encoded.states
         wanted = encoded.batch.labels[:, 1:].clone()  # (3B, T-1) the token after each position
         wanted[count:] = -100  # a target view's are supervised in the full view
-        logits = losses.at_least_float32(self.vlm.logits(states[:, :-1]))  # (3B, T-1, V)
+        logits = losses.at_least_float32(self.vlm.lm.lm_head(states[:, :-1]))  # (3B, T-1, V)
         vlm = F.cross_entropy(logits.flatten(0, 1), wanted.flatten())
         _, prediction, target = encoded.embedding.split(count)  # (B, D) each
         jepa = losses.jepa_loss(prediction, target, "cosine")

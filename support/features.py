@@ -101,9 +101,6 @@ class StoredTargets:
     def __len__(self) -> int:
         return len(self.kept)
 
-    def __contains__(self, row: tuple[str, int]) -> bool:
-        return row in self.kept
-
     def look_up(self, rows: list[tuple[str, int]], new: dict[tuple[str, int], Tensor]) -> Tensor:
         """h_R (B, D) of these rows. new: those that were just made, on the model's device."""
         device = next(iter(new.values())).device if new else None

@@ -7,50 +7,37 @@ Letters: B batch, T sequence, A rows of positions.
 """
 
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 
-def shared_tokens(full_ids: list[int], input_ids: list[int], inject_at: tuple[int, ...]) -> int:
-    """How many first tokens of the input view, before any injected one, are the full view's."""
-    end = min(inject_at, default=len(input_ids))
-    same = [a == b for a, b in zip(full_ids, input_ids[:end])]
-    return (same + [False]).index(False)
-
-
-def add_branches(batch, full_views, input_views):
-    """A collated batch of full views -> the same with the rest of each input view behind it.
+def add_branches(full_views, input_views, collate):
+    """The full views as a batch, with the rest of each input view behind it.
 
         <I0, Q> and generation prompt | R | padding | [PRED] x K | padding
                      shared              full         branch
 
-    The branch sees what both views share, and itself; R never sees the branch. Since attention and
-    positions are given explicitly (`branch_inputs`), where the branch stands does not matter: at
-    the end, so that the full view's states are a slice. `embed_at` then points to h^_R (with K = 0
-    to the last shared token).
+    The branch sees what both views share, and itself; R never sees the branch. Attention and
+    positions are given explicitly (`branch_inputs`), so it does not matter where the branch stands:
+    at the end, the full view's states are a slice. `embed_at` points to h^_R (with K = 0 to the
+    last shared token).
     """
-    width = batch.ids.shape[1]
-    shared = [shared_tokens(full.ids, view.ids, view.inject_at)
-              for full, view in zip(full_views, input_views)]
-    tails = [view.ids[n:] for view, n in zip(input_views, shared)]
-    branch = max(map(len, tails))
-
-    def grown(tensor: Tensor, rows: list[list], value) -> Tensor:
-        rows = [row + [value] * (branch - len(row)) for row in rows]
-        extra = torch.tensor(rows, dtype=tensor.dtype).view(len(rows), branch)
-        return torch.cat([tensor, extra], dim=1)
-
-    injected = [[n + i in view.inject_at for i in range(len(tail))]
-                for view, n, tail in zip(input_views, shared, tails)]
-    return replace(
-        batch, ids=grown(batch.ids, tails, 0),
-        mask=grown(batch.mask, [[True] * len(tail) for tail in tails], False),
-        labels=grown(batch.labels, [[-100] * len(tail) for tail in tails], -100),
-        inject_at=grown(batch.inject_at, injected, False),
-        embed_at=torch.tensor([view.embed_at if view.embed_at < n else width + view.embed_at - n
-                               for view, n in zip(input_views, shared)]),
-        shared=torch.tensor(shared), branch=branch)
+    # how many first tokens the views share, [PRED] apart
+    ends = [min(view.inject_at, default=len(view.ids)) for view in input_views]
+    shared = [next((n for n in range(end) if full.ids[n] != view.ids[n]), end)
+              for full, view, end in zip(full_views, input_views, ends)]
+    batch = collate(full_views)
+    rest = collate([view._replace(ids=view.ids[n:], labels=view.labels[n:], images=[],
+                                  inject_at=[at - n for at in view.inject_at])
+                    for view, n in zip(input_views, shared)])
+    width, embed_at = batch.ids.shape[1], [view.embed_at for view in input_views]
+    joined = {name: torch.cat([getattr(batch, name), getattr(rest, name)], dim=1)
+              for name in ("ids", "mask", "labels", "inject_at")}
+    return replace(batch, **joined, branch=rest.ids.shape[1], shared=torch.tensor(shared),
+                   embed_at=torch.tensor([at if at < n else width + at - n
+                                          for at, n in zip(embed_at, shared)]))
 
 
 def branch_inputs(batch, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -75,7 +62,7 @@ def branch_inputs(batch, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor,
 
 def encode_two_views(vlm, full_views, input_views, images, pred_tokens: Tensor, collate):
     """The encoded full views, and the embedding h^_R (B, D) of the input views, in one pass."""
-    batch = add_branches(collate(full_views, vlm.pad_id), full_views, input_views)
+    batch = add_branches(full_views, input_views, partial(collate, pad_id=vlm.pad_id))
     encoded = vlm(batch, images, pred_tokens)
     batch, width = encoded.batch, encoded.batch.ids.shape[1] - encoded.batch.branch
     # the branches stand behind the full views
