@@ -225,7 +225,7 @@ class Run:
         file = self.out / "state.safetensors"
         if not file.is_file():
             return 0, math.inf
-        state, own = read_state(file), read_state(self.own_state())
+        state = read_state(file)
         with torch.no_grad():
             for name, tensor in trained_tensors(self.method).items():
                 saved = state["weights"].get(name)
@@ -235,10 +235,13 @@ class Run:
                 tensor.copy_(saved)
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
-        torch.set_rng_state(own["cpu"])
-        if "cuda" in own and torch.cuda.is_available():
-            torch.cuda.set_rng_state(own["cuda"])
-        self.method.targets.load(own["targets"])
+        # there is none for a process that the run did not have before
+        if self.own_state().is_file():
+            own = read_state(self.own_state())
+            torch.set_rng_state(own["cpu"])
+            if "cuda" in own and torch.cuda.is_available():
+                torch.cuda.set_rng_state(own["cuda"])
+            self.method.targets.load(own["targets"])
         return state["step"], state["best"]
 
 
@@ -313,7 +316,7 @@ def workers(config) -> int:
     """Processes that prepare data: as told, or for a folder one per core, eight at most."""
     if config.workers >= 0:
         return config.workers
-    return min(8, len(os.sched_getaffinity(0))) if config.data else 0
+    return min(8, os.cpu_count() or 1) if config.data else 0
 
 
 def absolute_paths(config):
