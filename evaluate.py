@@ -203,8 +203,8 @@ def ask(path: str, options: Options) -> list[dict]:
     config.data = options.data or config.data
     config.outside_images |= options.outside_images
     prefix = options.answer_prefix or config.answer_prefix
-    calls = options.call_limit or 3 * options.tool
-    if calls:
+    calls = options.call_limit or 3
+    if options.tool or options.call_limit:
         tool_use = room("baselines.tool_use", "calling tools")
         ways["call"] = lambda evaluator: tool_use.answer(evaluator, calls)
     if not options.image:
@@ -215,7 +215,7 @@ def ask(path: str, options: Options) -> list[dict]:
                       choices[0])
     evaluator = Evaluator(vlm, [example], prefix)
     if options.tool:
-        print(ways["call"](evaluator)[0])
+        tool_use.show(evaluator, calls, Path(options.image).stem)
     elif choices == [""]:
         print(evaluator.free(64)[0]["text"])
     else:

@@ -1,6 +1,7 @@
 """Explicit tool use: the model writes its own calls, each is executed, its image is appended."""
 
 import re
+from pathlib import Path
 
 from support.features import LoadedImage, load_image, with_pixels
 from support.images import opened
@@ -21,6 +22,11 @@ def answer(evaluator, limit: int) -> list[dict]:
     or a conversation that has grown beyond the model's positions: `failed` then says so, and there
     is no text.
     """
+    return [talk.result for talk in converse(evaluator, limit)]
+
+
+def converse(evaluator, limit: int) -> list["Talk"]:
+    """The finished conversation of each example (see `answer`)."""
     talks = [Talk(evaluator, example) for example in evaluator.examples]
     for _ in range(limit + 1):
         active = [talk for talk in talks if talk.has_room()]
@@ -29,7 +35,22 @@ def answer(evaluator, limit: int) -> list[dict]:
                                evaluator, views, [active[n] for n in numbers]), evaluator.batch)
         for talk, text in zip(active, texts):
             talk.read(text, limit)
-    return [talk.result for talk in talks]
+    return talks
+
+
+def show(evaluator, limit: int, stem: str) -> None:
+    """Print one conversation, and save each tool's picture as STEM-tool-N.png, N the next free."""
+    (talk,) = converse(evaluator, limit)
+    pictures, number = iter(talk.pictures[1:]), 0
+    for role, (part, *_) in talk.turns[1:]:
+        if role == "assistant":
+            print(part)
+            continue
+        while (file := Path(f"{stem}-tool-{number}.png")).exists():
+            number += 1
+        next(pictures).save(file)
+        print(f"-> {file}")
+    print(talk.result["text"] or f"({talk.result['failed']})")
 
 
 def generate(evaluator, views: list, talks: list["Talk"]) -> list[str]:
