@@ -7,7 +7,7 @@ import unicodedata
 import pytest
 
 from support.answers import (AnswerForm, common_form, contains, default_form, form_of, normalise,
-                             option_index, parse_answer, says)
+                             option_index, says)
 from support.records import Example
 
 COLOURS = ["red", "blue", "dark red"]
