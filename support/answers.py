@@ -9,12 +9,12 @@ from unicodedata import category, normalize
 
 TAG, COMMAND = r"</?\w[\w-]*>", r"\\(?:boxed|text\w*|math\w*)\s*\{"  # they change no value
 OPENED = rf"(?:{TAG}|{COMMAND}|[*_$`\"'“‘„«「『(（\[{{]){{,9}}"
-STATED = re.compile(r"(?is)\\boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}|<answer>(.*?)(?:</answer>|$)")
+STATED = re.compile(r"(?is)\\boxed\s*{((?:[^{}]|{[^{}]*})*)(?:}|$)|<answer>(.*?)(?:</answer>|$)")
 WORD = r"[^\W\d_\u0e00-\U0010ffff]+"  # from Thai on, scripts put no blanks between words
 # A number (also a date or range), a word (also p.m, don't, C++, C#, O-), a minus, any other sign.
 TOKEN = re.compile(rf"\.?\d+(?:[.,:/-]\d+)*|{WORD}(?:['.]{WORD})*(?:[+#]+|-(?!\w))?"
                    r"|-(?=\s*\d)|(?<!\w)-(?=\S)|[^\s-]")
-LETTER = re.compile(r"(?i)^(?:option )?([a-z])(?: [.:)\]](?: [*(])* (.+))?$")  # "B . blue"
+LETTER = re.compile(r"(?i)^(?:option (?:[*(] )*)?([a-z])(?: [.:)\]](?: [*(])* (.+))?$")  # "B ) red"
 
 
 class AnswerForm(NamedTuple):
@@ -55,9 +55,9 @@ def has_prefix(text: str, prefix: str) -> bool:
 
 def stated_answer(text: str, prefix: str) -> str | None:
     r"""What follows the last prefix or stands in the last \boxed{} or <answer>, if there is one."""
-    *before, last = re.split(_pattern(prefix), text, flags=re.IGNORECASE)
-    stated = last.strip() if before and prefix.strip() else None
-    inside = text if stated is None else prefix + stated  # the prefix may be "\boxed{"
+    prefix = re.sub(r"(?:<answer>|\\boxed\s*\{)*$", "", prefix.strip())  # found by STATED
+    *before, inside = re.split(_pattern(prefix), text, flags=re.IGNORECASE)
+    stated = inside.strip() if before and prefix else None
     while marked := STATED.findall(inside):
         stated = inside = "".join(marked[-1]).strip()
     return stated
