@@ -1,158 +1,130 @@
-"""Claims: what a text says is found however it is dressed, and never where it only looks alike; an
-answer is asked for in the form in which the data write it."""
+r"""Claims: a text says an option where nothing but punctuation around it, case, width or blanks
+tell them apart; signs and units do tell them apart. A number may be spelled in several ways, and a
+letter names its option. In doubt no option is said. An answer form is exactly the data's own."""
 
 import time
-import unicodedata
+from unicodedata import normalize
 
 import pytest
 
-from support.answers import (AnswerForm, common_form, contains, default_form, form_of, normalise,
-                             option_index, parse_answer, says)
+from support.answers import (AnswerForm, common_form, contains, default_form, form_of, has_prefix,
+                             option_index, says, stated_answer)
 from support.records import Example
 
-COLOURS = ["red", "blue", "dark red"]
+# One line: the options, of which the first is said, and after :: all the texts that say it.
+SAME = r"""
+red ~ blue ~ dark red :: red ~ Red! ~ (red) ~ "red." ~ “red” ~ *red* ~ **red**. ~ - red ~ `red`
+red ~ blue ~ dark red :: ＲＥＤ ~ red? ~ <b>red</b> ~ \text{red} ~ $\textbf{red}$ ~ \(red\) ~ [red]
+dark red ~ red ~ dark :: dark   red ~ dark-red ~ Dark Red!
+红色 ~ 蓝色 :: 红色。 ~ 「红色」
+लाल ~ लाली :: लाल।
+été ~ étés :: été ~ ÉTÉ.
+3 p.m. ~ 2 p.m. ~ don't ~ do :: 3 p.m ~ 3 P.M. ~ 3p.m.
+C ~ C++ ~ C# :: c. ~ (C)
+C++ ~ C# ~ C :: c++. ~ (C++)
+O- ~ O+ ~ O :: o-. ~ (O-)
+a ~ A :: (a) ~ a.
+<div> ~ <span> ~ ... :: <div>. ~ `<div>`
+1000 ~ 100 :: 1,000 ~ 1000.0 ~ 1,000.00 ~ １，０００
+$1200.50 ~ $120 :: $1,200.50 ~ $1200.5 ~ \$1,200.50.
+3 ~ 2 ~ 30 :: 3.0 ~ 3. ~ (3) ~ $3$ ~ $$3$$
+50% ~ 5% ~ 50 :: 50 % ~ 50\% ~ ５０％
+5 cm ~ 50 cm ~ 5 :: 5cm ~ 5\text{ cm} ~ 5 CM.
+-5 ~ 5 :: −5 ~ –5 ~ - 5 ~ **-5** ~ -5.0
+1/2 ~ 2 ~ 12 :: ½ ~ １/２
+5^2 ~ 52 ~ 5 2 :: 5²
+3-5 ~ 35 ~ 3 :: 3–5
+[3, 4, 10] ~ [3, 4] :: [3,4,10] ~ 3, 4, 10 ~ (3, 4, 10)
+B ~ A ~ C ~ D :: b ~ (B) ~ B. ~ **B** ~ Ｂ ~ option B ~ Option (B) ~ B. red ~ (B) red ~ **B.** red
+B. red ~ A. blue :: B ~ (b) ~ option B ~ red ~ B) Red. ~ **B. red** ~ Option B: red
+(B) -5 ~ (A) 5 :: -5 ~ B ~ B. -5
+"""
+# One line: the options, and after :: the texts that say none of them.
+NONE = r"""
+red ~ blue ~ dark red :: not red ~ no, red ~ red, I think ~ the red one ~ red or blue ~ non-red
+A ~ B ~ C ~ D :: A man is ~ A person ~ A and B ~ A or B ~ A, B ~ A/B ~ (A)(B) ~ A. B ~ E ~ D- ~ C++
+B. red ~ A. blue :: B. blue ~ C ~ A) red
+red ~ D ~ E ~ F :: reddish ~ red ✓ ~ ... ~ B ~ e.g. ~ e.g
+red ~ Red ~ no ~ no. :: RED ~ no
+15 ~ 1.5 ~ 1000 ~ 1 :: 1,5 ~ 1.000 ~ 1 000 ~ 1'000
+5 ~ 5% ~ 50 :: -5 ~ 5 cm ~ $5 ~ <5 ~ 5° ~ .5 ~ 5‰ ~ 5:00 ~ 5/1
+5 ~ 15 :: 3-5 ~ 3 to 5 ~ 1, 5 ~ 1/5 ~ $1 or $5
+2 ~ 12 :: 1/2 ~ ½ ~ \sqrt{2} ~ \frac{1}{2}
+52 ~ 105 ~ 1.1.1 ~ 100200 ~ x/y ~ xy :: 5² ~ 10⁵ ~ 1.1.10 ~ [100,200] ~ x*y ~ x
+"""
 
 
-def nfc(text):
-    return unicodedata.normalize("NFC", text)
+def table(rows):
+    return [[part.split(" ~ ") for part in row.split(" :: ")] for row in rows.strip().split("\n")]
 
 
-def nfd(text):
-    return unicodedata.normalize("NFD", text)
+@pytest.mark.parametrize("options, texts", table(SAME))
+def test_every_spelling_says_the_option(options, texts):
+    assert {text: option_index(text, options) for text in texts} == dict.fromkeys(texts, 0)
+    assert [option_index(option, options) for option in options] == list(range(len(options)))
 
 
-@pytest.mark.parametrize("text, options, prefix, right", [
-    ("Answer: seven.", ["seven", "six"], "Answer:", 0),
-    ("Answer: seven", ["seven.", "six."], "Answer:", 0),
-    ("Answer: 3 p.m.", ["2 p.m.", "3 p.m."], "Answer:", 1),
-    ("Answer: 3 p.m", ["2 p.m.", "3 p.m."], "Answer: ", 1),
-    ("It is. <answer>red</answer>", COLOURS, "<answer>", 0),
-    ("It is. <answer> red </answer>.", COLOURS, "Answer:", 0),
-    ("It is. \\boxed{red}", COLOURS, "\\boxed{", 0),
-    ("<answer>red</answer> That is all.", COLOURS, "<answer>", 0),
-    ("So \\boxed{\\text{red}} it is", COLOURS, "\\boxed{", 0),
-    ("It is. $\\boxed{\\text{red}}$.", COLOURS, "Answer:", 0),
-    ("\\boxed{1}, no: \\boxed{\\frac{1}{2}}", ["1", "\\frac{1}{2}"], "", 1),
-    ("<answer>\\boxed{red}</answer>", COLOURS, "<answer>", 0),
-    ("<answer>Answer: red</answer>", COLOURS, "Answer:", 0),
-    ("Final Answer: The final answer is $\\boxed{5}$. I hope so.", ["5", "4"], "Answer:", 0),
-    ("**Answer:** red", COLOURS, "Answer:", 0), ("**Answer: dark  red**", COLOURS, "Answer:", 2),
-    ("(Answer: red)", COLOURS, "Answer:", 0), ("Answer: \"red.\"", COLOURS, "Answer:", 0),
-    ("Answer: blue. Answer: red", COLOURS, "Answer:", 0),
-    ("Answer: " + nfc("bleu é"), [nfd("bleu é"), "rouge"], "Answer:", 0),
-    (nfd("Réponse : bleu"), ["bleu", "rouge"], nfc("Réponse :"), 0),
-    ("答案：红色。", ["红色", "蓝色"], "答案：", 0), ("正确答案：红色", ["红色", "蓝色"], "答案：", 0),
-    ("उत्तर: लाल।", ["लाल", "नीला"], "उत्तर:", 0),
-    ("Answer: Red", COLOURS, "Answer:", 0), ("Answer: a", ["A", "a"], "Answer:", 1),
-    ("red", COLOURS, "Answer:", 0), ("red", COLOURS, "", 0), ("Answer: 42.", ["42"], "Answer:", 0),
-    ("Answer: A", list("ABCD"), "Answer:", 0), ("Answer: (B)", list("ABCD"), "Answer:", 1),
-    ("Answer: B. blue", list("ABCD"), "Answer:", 1), ("B) blue", list("ABCD"), "Answer:", 1),
-    ("(B) blue", list("ABCD"), "Answer:", 1), ("b.", list("ABCD"), "Answer:", 1),
-    ("Answer: B", ["A. red", "B. blue"], "Answer:", 1), ("blue", ["(A) red", "(B) blue"], "", 1)])
-def test_the_option_that_a_text_says_counts_however_it_is_dressed(text, options, prefix, right):
-    assert says(text, options, prefix) == right
+@pytest.mark.parametrize("options, texts", table(NONE))
+def test_what_only_looks_alike_says_none(options, texts):
+    assert {text: option_index(text, options) for text in texts} == dict.fromkeys(texts)
 
 
-@pytest.mark.parametrize("text, options", [
-    ("Answer: RED", ["red", "Red"]),  # case is all that parts them
-    ("Answer: know", ["no", "yes"]), ("Answer: 10", ["1", "100"]), ("Answer: 3.5", ["3", "35"]),
-    ("Answer: the red one", ["red", "blue"]), ("Answer:", ["A"]), ("", ["A"]), ("...", ["A"]),
-    ("A man is", list("ABCD")), ("A person", list("ABCD")), ("I see", list("HIJK")),
-    ("B. red", ["A. red", "B. blue"]), ("E", list("ABCD")), ("e.g", list("DEF")),
-    ("red or blue", ["red", "blue"]), ("[3, 4]", ["3, 4"]), ("A*", ["A"]), ("$5", ["5"])])
-def test_what_only_looks_alike_is_no_option(text, options):
-    assert says(text, options, "Answer:") is None
+@pytest.mark.parametrize("text, prefix, stated, option", [
+    ("Blue. Answer: red.", "Answer:", "red.", 0), ("answer： red", "Answer:", "red", 0),
+    ("正确答案: red", "答案：", "red", 0), ("Answer: blue. Answer: red", "Answer: ", "red", 0),
+    ("This is red, island", "is", "red, island", None), ("**Answer:** red", "Answer:", "** red", 0),
+    (normalize("NFD", "Réponse : blue"), "Réponse :", "blue", 1), ("Answer:", "Answer:", "", None),
+    (r"So \boxed{\text{red}} it is", r"\boxed{", r"\text{red}", 0), ("red", "", None, 0),
+    (r"\boxed{red}. Answer: it is \boxed{blue}", "Answer:", "blue", 1), ("red", "is", None, 0),
+    (r"\boxed{red}, no, \boxed{blue}!", "", "blue", 1), (r"\boxed{red", r"\boxed{", "red", 0),
+    (r"<answer>Now \boxed{red}</answer> Yes", "<answer>", "red", 0), ("<answer>red", "", "red", 0),
+    ("<answer>Answer: red</answer>", "<answer>Answer:", "red</answer>", 0)])
+def test_a_reply_states_one_answer(text, prefix, stated, option):
+    assert stated_answer(text, prefix) == stated and says(text, ["red", "blue"], prefix) == option
 
 
-@pytest.mark.parametrize("text, bare", [
-    ("...", "..."), ("wait...", "wait..."), (".5", ".5"), ("3.", "3"), ("0.5", "0.5"),
-    ("etc..", "etc"), ("p.m.", "p.m"), ("<div>", "<div>"), ("**", "**"), (" a \n b ", "a b"),
-    ("'A' or 'B'", "'A' or 'B'"), ("(1) and (2)", "(1) and (2)"), ("((1))", "1"), ("f(x)", "f(x)"),
-    ("{1, 2}", "{1, 2}"), ("„rot“", "rot"), ("`x`", "x"), ("x}", "x"), ("۔", "۔"), ("سرخ۔", "سرخ")])
-def test_what_is_taken_off_around_a_text(text, bare):
-    assert normalise(text) == bare == normalise(bare)
-
-
-def test_the_prefix_is_found_as_a_word():
-    assert parse_answer("This island is red", "is") == "red"
-    assert parse_answer("This island", "is") == "This island"
-    assert parse_answer("The Answer: red ", "Answer: ") == "red"
-
-
-def test_two_options_that_are_one_are_none():
-    assert option_index("red", ["red", "red."]) is None
-
-
-@pytest.mark.parametrize("text, answer, right", [
-    ("It is Red.", "red", True), ("reddish", "red", False), ("I know", "no", False),
-    ("none", "one", False), ("10", "1", False), ("1.5", "1", False), ("0,1", "1", False),
-    ("-1", "1", False), ("1/2", "2", False), ("1, 2", "1", True), ("共1个", "1", True),
-    ("它是红色的", "红色", True), ("don't", "don", False), ("C++ it is", "C++", True),
-    ("A man is", "A", False), ("it is a man", "A", False), ("Option A is right", "A", True),
-    ("(A) man", "A", True), ("x is it", "x", True), (nfd("été"), nfc("été"), True)])
-def test_words_are_whole(text, answer, right):
-    assert contains(text, answer) is right
-
-
-# ---- forms ----
+@pytest.mark.parametrize("answer, text, right", [
+    ("red", "It is Red.", True), ("red", "reddish", False), ("红色", "它是红色的", True),
+    ("1", "1, 2", True), *[("1", text, False) for text in ("1.5", "0,1", "-1", "1/2", "10")],
+    ("C", "C++", False), ("C++", "C++ it is", True), ("don", "don't", False), ("A", "(A) man", True),
+    ("A", "Option A is", True), ("A", "A man is", False), ("A", "it is a man", False)])
+def test_words_are_found_whole(answer, text, right):
+    assert contains(text, answer) == right
 
 
 @pytest.mark.parametrize("text, answer, prefix, form", [
-    ("It is. Answer: red", "red", "Answer:", AnswerForm("Answer:", " ", "")),
-    ("It is. Answer: red.", "red", "Answer: ", AnswerForm("Answer:", " ", ".")),
-    ("It is. Answer: red.", "red.", "Answer:", AnswerForm("Answer:", " ", "")),
-    ("答案：红色", "红色", "答案：", AnswerForm("答案：", "", "")),
-    ("<answer>red</answer>", "red", "<answer>", AnswerForm("<answer>", "", "</answer>")),
-    ("So \\boxed{red}.", "red", "\\boxed{", AnswerForm("\\boxed{", "", "}.")),
-    ("Answer:\n(A)", "A", "Answer:", AnswerForm("Answer:", "\n(", ")")),
-    ("So **Answer:** \\boxed{A}", "A", "Answer:", AnswerForm("**Answer:", "** \\boxed{", "}")),
-    ("Answer: blue. Answer:  red", "red", "Answer:", AnswerForm("Answer:", "  ", "")),
-    ("red.", "red", "", AnswerForm("", "", ".")),
-    (nfd("Réponse : été"), nfc("été"), nfc("Réponse :"), AnswerForm(nfd("Réponse :"), " ", "")),
-    ("It is red", "red", "Answer:", None), ("Answer: 1.5", "1", "Answer:", None),
-    ("Answer: red, I think", "red", "Answer:", None), ("It is red", "red", "", None)])
+    ("Yes. Answer: red", "red", "Answer:", ("Answer:", " ", "")), ("x 1.5", "1", "x", None),
+    ("Answer: red.", "red.", "Answer:", ("Answer:", " ", "")), ("It is red", "red", "x", None),
+    ("ANSWER:\n(Red).", "red", "Answer: ", ("ANSWER:", "\n(", ").")), ("x", "x", "", ("", "", "")),
+    ("答案：红", "红", "答案:", ("答案：", "", "")), ("Answer: -5", "5", "Answer:", None),
+    ("<answer>red</answer>", "red", "<answer>", ("<answer>", "", "</answer>")),
+    (r"So $\boxed{red}$.", "red", r"\boxed{", (r"$\boxed{", "", "}$.")),
+    (r"**Answer:** \boxed{A}", "A", "Answer:", ("**Answer:", r"** \boxed{", "}")),
+    (normalize("NFD", "À : été"), "été", "À :", (normalize("NFD", "À :"), " ", ""))])
 def test_the_form_is_the_one_that_the_text_has(text, answer, prefix, form):
-    assert form_of(text, answer, prefix) == form
-    if form:
-        assert text.endswith(form.text(answer).replace(nfc(answer), answer)) or text == nfd(text)
+    assert form_of(text, answer, prefix) == (AnswerForm(*form) if form else None)
 
 
 @pytest.mark.parametrize("prefix, text", [
-    ("Answer:", "Answer: x"), ("Answer: ", "Answer: x"), ("Réponse :", "Réponse : x"),
-    ("is", "is x"), ("답:", "답: x"), ("=>", "=> x"), ("", "x"), ("答案：", "答案：x"), ("답：", "답：x"),
-    ("答案:", "答案:x"),
-    ("答案是", "答案是x"), ("คำตอบ", "คำตอบx"), ("<answer>", "<answer>x</answer>"),
-    ("\\boxed{", "\\boxed{x}"), ("<answer>\\boxed{", "<answer>\\boxed{x}</answer>"), ("(", "(x)"),
-    ("**Answer:**", "**Answer:** x")])
+    ("Answer: ", "Answer: x"), ("is", "is x"), ("답:", "답: x"), ("=>", "=> x"), ("", "x"),
+    ("答案：", "答案：x"), ("答案是", "答案是x"), ("<answer>", "<answer>x</answer>"),
+    (r"\boxed{", r"\boxed{x}"), (r"<answer>\boxed{", r"<answer>\boxed{x}</answer>")])
 def test_a_prefix_alone_makes_a_form(prefix, text):
-    assert default_form(prefix).text("x") == text
-    assert says(text, ["y", "x"], prefix) == 1  # what is asked for is what is read
+    assert default_form(prefix).text("x") == text and says(text, ["y", "x"], prefix) == 1
+    assert has_prefix(text, prefix) and not has_prefix("This", "is")
 
 
-def examples(*texts):
-    return [Example("1", "f", None, "q", COLOURS, "red", [text] if text else []) for text in texts]
+def test_the_most_frequent_form_of_the_data_is_the_common_one():
+    texts = ("Answer: red.", "", "Answer: red", "It is red", "Answer: red.", "So Answer: red.")
+    data = [Example("1", "t", None, "q", ["red"], "red", [text] if text else []) for text in texts]
+    assert common_form(data, "Answer:").text("blue") == "Answer: blue."
+    assert common_form(data[3:4], "Answer:") == default_form("Answer:")
 
 
-def test_the_most_frequent_form_of_the_data_is_asked_for():
-    many = examples("Answer: red.", "", "Answer: red", "It is red", "Answer: red.")
-    assert common_form(many, "Answer:").text("blue") == "Answer: blue."
-    assert common_form(examples("It is red", ""), "Answer:") == default_form("Answer:")
-
-
-def test_the_bare_answer_is_written_as_the_last_text_writes_it():
-    for text in ("<answer>red</answer>", "So <answer>red</answer>"):
-        assert examples(text)[0].answer_only("<answer>").trajectory == ["<answer>red</answer>"]
-    assert examples("So Answer: red.")[0].answer_only("Answer:").trajectory == ["Answer: red."]
-    assert examples("It is red")[0].answer_only("Answer: ").trajectory == ["Answer: red"]
-    assert examples("")[0].answer_only("").trajectory == ["red"]
-
-
-@pytest.mark.parametrize("text", ["( " * 200_000, "x " * 500_000, "{" * 200_000 + " Answer: x",
-                                  "**" * 200_000, "\\boxed{" * 50_000, "<a>" * 100_000])
-def test_long_texts_take_no_time(text):
-    start = time.process_time()  # however busy the machine is
+@pytest.mark.parametrize("part", ["( ", "x ", "{", "- *", "\\boxed{", "<a>", "[1,000 $", "**"])
+def test_long_texts_take_no_time(part):
+    start = time.process_time()
     for prefix in ("Answer:", ""):
-        form_of(text, "x", prefix)
-        says(text, ["x", "y"], prefix)
-    contains(text, "y")
-    assert time.process_time() - start < 5
+        form_of(part * 30_000, "x", prefix)
+        says(part * 30_000, ["x", "y"], prefix)
+    assert time.process_time() - start < 3
