@@ -1,5 +1,5 @@
-"""Images: how a picture is read (as a person sees it), and the store of all images of a data set,
-which encodes each once.
+"""Images: how a picture is read (`open_image` states the rule), and the store of all images of a
+data set, which encodes each once.
 
 Letters: P image tokens, D hidden size, S 1 + deepstack levels (Qwen3-VL).
 """
@@ -25,7 +25,9 @@ TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
          4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
          6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
          8: Image.Transpose.ROTATE_90}  # by EXIF orientation, so that the first pixel is top left
-SIZES: dict[tuple[Path, int, int], tuple[int, int]] = {}  # of files read so far, see image_size
+SIZES: dict[tuple[str, int, int], tuple[int, int]] = {}  # of files read lately, see image_size
+# Pillow only warns of a picture that would fill the memory; `_decoded` refuses it
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 def opened(picture: Picture) -> Image.Image:
@@ -33,61 +35,68 @@ def opened(picture: Picture) -> Image.Image:
 
 
 def image_size(picture: Picture) -> tuple[int, int]:
-    """(width, height) in px of the picture as `opened` shows it. No file is read a second time.
+    """(width, height) in px of the picture as `opened` shows it. A file that was read lately is not
+    read a second time.
 
-    A header is never asked: whether it counts sides before or after turning, and what it makes of
-    an orientation that no standard knows, depends on the format.
+    A header is never enough: whether it counts sides before or after turning, and how it treats an
+    orientation that no standard knows, depends on the format.
     """
     if not isinstance(picture, Path):
         return picture.size
-    return SIZES.get(_version(picture)) or opened(picture).size
+    return SIZES.get(file_version(picture)) or opened(picture).size
 
 
-def _version(file: Path) -> tuple[Path, int, int]:
-    """The file as it is now: another content under the same name is another version."""
-    found = file.stat()
-    return file, found.st_mtime_ns, found.st_size
+def file_version(file: Path) -> tuple[str, int, int]:
+    """(path, time in ns, bytes) of the file: another content under its name is another version."""
+    status = os.stat(file)
+    return str(file), status.st_mtime_ns, status.st_size
 
 
 def picture_digest(picture: Picture) -> str:
-    """Hash of the file's bytes, or of the pixels of an image in memory."""
-    if isinstance(picture, Path):
-        return hashlib.sha256(picture.read_bytes()).hexdigest()
-    head = f"{picture.mode} {picture.size}".encode()
-    return hashlib.sha256(head + picture.tobytes()).hexdigest()
+    """32 hex digits, equal for equal pixels, whatever file they come from."""
+    image = opened(picture).convert("RGB")
+    digest = hashlib.sha256(f"{image.size}".encode())
+    digest.update(image.tobytes())
+    return digest.hexdigest()[:32]
 
 
 def open_image(file: Path | BinaryIO, where: str) -> Image.Image:
-    """A picture as RGB, turned upright, read wholly, so that one cut short fails here and not
-    in the middle of a run. Raises ValueError or FileNotFoundError with `where`, file and mend."""
+    """A picture as the model is shown it: upright (as its metadata say), RGB with 8 bits, values of
+    16 bits divided by 257, transparency on white. It is read wholly.
+
+    Raises ValueError or FileNotFoundError, which name `where`, the file and the fix.
+    """
     try:
         if not isinstance(file, Path):
             return _decoded(file)
-        version = _version(file)
+        version = file_version(file)
         # not by its name: Pillow then maps uncompressed TIFF files with their sides swapped
         with open(file, "rb") as content:
             image = _decoded(content)
-        SIZES[version] = image.size
-        return image
     except FileNotFoundError:
         raise FileNotFoundError(f"{where}: image {file} not found; paths are relative to the "
                                 "data folder") from None
     except Exception as error:  # a decoder may fail in any way on foreign bytes
         raise ValueError(f"{where}: image {file} cannot be read ({error}); replace it or drop the "
                          "record") from None
+    # some 40 MB at most; a set of any size passes through
+    if len(SIZES) >= 100_000:
+        SIZES.clear()
+    SIZES[version] = image.size
+    return image
 
 
 def _decoded(content: BinaryIO) -> Image.Image:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        with Image.open(content) as image:
-            return as_rgb(upright(image))
+    with Image.open(content) as image:
+        if image.width * image.height > Image.MAX_IMAGE_PIXELS:
+            raise ValueError(f"{image.width} x {image.height} px are too many")
+        return as_rgb(upright(image))
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """Turned as its metadata say; what they say unreadably, or in no known value, turns nothing.
+    """Turned as its metadata say; not turned if they cannot be read or hold no known value.
 
-    Not Pillow's exif_transpose, which also writes the metadata anew and fails where it cannot.
+    Not by Pillow's exif_transpose, which also rewrites the metadata and fails where it cannot.
     """
     image.load()  # some metadata stand behind the pixels, and TIFF files are turned here already
     try:
@@ -98,11 +107,11 @@ def upright(image: Image.Image) -> Image.Image:
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
-    """As a person sees it: 16 bits scaled to 8, transparency on white. Raises ValueError where
-    white is not defined."""
+    """RGB by the rule of `open_image`; ValueError for floating point, whose white is undefined."""
     if image.mode == "F":
         raise ValueError("floating-point pixels: save it with 8 or 16 bits")
-    if image.mode.startswith("I"):  # convert() would clip all above 255 to white
+    # convert() would clip all above 255 to white
+    if image.mode.startswith("I"):
         values, clear = np.asarray(image), image.info.get("transparency")  # the grey that is clear
         grey = (values / 257).clip(0, 255).astype(np.uint8)
         image = Image.fromarray(grey if clear is None else np.where(values == clear, 255, grey))

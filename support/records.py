@@ -1,21 +1,30 @@
-"""Records: one question with its expert trajectory (`Example`), and a folder of them, checked.
+"""Records: one question with its expert trajectory (`Example`), and a folder of them (`Records`).
 
 A data folder holds trajectories.jsonl, one record a line, and the images that the records name
-(README, "Your own data").
+(docs/data.md). `read_folder` checks every line once and keeps only where it starts, so half a
+million records take seconds and a few MB. A record's line is parsed, and its pictures are opened,
+when the record is used.
 """
 
+import hashlib
 import itertools
 import json
+import os
 import re
 import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Iterator
+
+import numpy as np
 
 from support.answers import (contains, default_form, form_of, has_prefix, normalise, option_index,
                              stated_answer)
 from support.files import new_folder, on_disk
-from support.images import Picture, open_image, opened, picture_digest
+from support.images import Picture, file_version, open_image, opened
+from support.splits import (SPLITS, give_splits, pixel_hashes, progress, shared_pictures,
+                            short_hash)
 
 
 @dataclass
@@ -24,7 +33,7 @@ class Example:
 
     `trajectory` is R = (T1, I1, ..., IN, TN): a list of str (assistant text) and pictures (tool
     output), in order. Its first text holds the plan and the call, its last text the answer. It may
-    be empty where nothing is trained (the held-out family). `options` are the candidate answers,
+    be empty where nothing is trained (the held-out task). `options` are the candidate answers,
     `answer` is one of them; open-ended data have one option.
     """
 
@@ -67,7 +76,6 @@ class Example:
 
 
 FILE = "trajectories.jsonl"
-SPLITS = ("train", "validation", "test")
 
 
 def write_folder(out: Path, examples: list[Example]) -> None:
@@ -97,224 +105,225 @@ def record_line(ex: Example, names: list[str]) -> str:
     return json.dumps(record, ensure_ascii=False) + "\n"
 
 
-def read_folder(folder: str | Path, outside: bool = False, problems: list[str] | None = None,
-                notes: list[str] | None = None, answer_prefix: str = "Answer:") -> list[Example]:
-    """Read a folder in the format above. Every record and image is checked before any is used.
+# ---- a folder, read lazily ----------------------------------------------------------------------
 
-    Raises ValueError or FileNotFoundError naming file, line and mend; with a list for `problems` it
-    collects them there and goes on. outside: image paths and links may leave the folder. What can
-    be used and is odd is counted in `notes`, one sentence a kind; without a list it is warned of.
+# What is kept of a record. split: index in SPLITS, -1 if it has none yet; task: index in the names
+# of tasks; digest: of its line and of its pictures' sizes and times; picture: a hash of its
+# question's picture, of its pixels where they were read, else of its name.
+ROW = np.dtype([("start", np.int64), ("line", np.int32), ("split", np.int8), ("task", np.int32),
+                ("digest", np.uint64), ("picture", np.uint64)])
 
-    A record without "split" gets the split that other records give its image, else one by the hash
-    of the image's bytes (8 : 1 : 1): two questions on one image never fall on two sides.
+
+@dataclass(eq=False)
+class Records(Sequence):
+    """The records of a folder, or some of them: `records[row]` is an Example, a slice is Records.
+
+    A line is parsed and checked when its record is used, and no picture is opened. Raises
+    ValueError naming file and line if a record is not what it was when the folder was read.
     """
-    reader, examples = _Reader(Path(folder), outside, answer_prefix), []
-    for number, line in _lines(reader.folder):
+
+    folder: Path
+    answer_prefix: str
+    version: tuple[str, int, int]  # of the file of records
+    table: np.ndarray  # (N,) of ROW
+    task_names: list[str]
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, row):
+        if isinstance(row, slice):
+            return self.subset(range(len(self))[row])
+        found = self.table[row]  # raises IndexError
+        with open(self.folder / FILE, "rb") as file:
+            # after a change a line may start elsewhere
+            if file_version(self.folder / FILE) != self.version:
+                raise ValueError(f"{self.folder / FILE} has changed since it was read; leave the "
+                                 "data alone while they are in use")
+            file.seek(found["start"])
+            line = file.readline()
+        with naming(self.where(row)):
+            record, _ = checked_record(line, self.answer_prefix)
+        steps = [value if kind == "text" else self.folder / on_disk(value)
+                 for kind, value in record["trajectory"]]
+        return Example(record["id"], record["task"], self.folder / on_disk(record["image"]),
+                       record["question"], record["options"], record["answer"], steps,
+                       (*SPLITS, "")[found["split"]])
+
+    def subset(self, rows: Iterable[int]) -> "Records":
+        """The records of these rows, in this order."""
+        return replace(self, table=self.table[np.asarray(rows, dtype=np.int64)])
+
+    def split(self, name: str) -> "Records":
+        return self.subset(np.flatnonzero(self.table["split"] == SPLITS.index(name)))
+
+    @property
+    def tasks(self) -> list[str]:
+        """The task of each record; no line is read."""
+        return [self.task_names[code] for code in self.table["task"]]
+
+    def where(self, row: int) -> str:
+        return f"{self.folder / FILE}, line {self.table[row]['line']}"
+
+    def digest(self) -> str:
+        """Of all records. table["digest"] has each one's, to find the record that has changed."""
+        return hashlib.sha256(self.table["digest"].tobytes()).hexdigest()[:16]
+
+
+def read_folder(folder: str | Path, outside_images: bool = False, answer_prefix: str = "Answer:",
+                cache: str | Path | None = None, notes: list[str] | None = None,
+                problems: list[str] | None = None) -> Records:
+    """Check every line of a folder in the format above, in one pass.
+
+    Pictures must exist; they are opened here only if a record names no split, and then those of
+    all questions (support/splits.py). cache: a file that keeps what was read of them.
+    outside_images: image paths and links may leave the folder.
+    notes: gets one sentence, with a count, for each kind of unusual record; None: warns instead.
+    problems: gets every error, and those records are left out; None: the first one is raised, as
+    ValueError or FileNotFoundError naming file, line and fix.
+    """
+    reader, rows = _Reader(Path(folder), outside_images, answer_prefix), []
+    total = sum(1 for _ in read_lines(reader.path))
+    for line, number, start in progress(read_lines(reader.path), total, "reading records"):
         try:
-            examples.append(reader.example(line, number))
-        except (ValueError, FileNotFoundError) as error:
+            rows.append(reader.row(line, number, start))
+        except SameOptionTwice:
+            reader.unusual[TWICE].append(number)
+        except (ValueError, OSError) as error:
             if problems is None:
                 raise
             problems.append(str(error))
-    if not examples and not problems:
-        raise ValueError(f"{reader.folder / FILE} holds no record")
-    reader.assign_splits(examples)
-    for note in reader.notes(examples):
+    if not rows and not problems:
+        raise ValueError(f"{reader.path} holds no record that can be used")
+    records = Records(reader.folder, answer_prefix, reader.version, np.array(rows, ROW),
+                      list(reader.tasks))
+    table, found = records.table, reader.notes(total)
+    if (table["split"] < 0).any():
+        _, first, picture_of = np.unique(table["picture"], return_index=True, return_inverse=True)
+        hashes = pixel_hashes(records, first.tolist(), cache and Path(cache), problems)
+        table["picture"] = hashes[picture_of]
+        table["split"] = give_splits(table["split"], table["picture"])
+    for note in found + shared_pictures(reader.path, table["split"], table["picture"]):
         if notes is None:
             warnings.warn(note, stacklevel=2)
         else:
             notes.append(note)
-    return examples
+    return records
 
 
-def read_record(folder: str | Path, row: int, outside: bool = False,
+def read_record(folder: str | Path, row: int, outside_images: bool = False,
                 answer_prefix: str = "Answer:") -> Example:
-    """One record, by its number from 0, checked as `read_folder` does; no other image is read.
+    """The record in this row, counted from 0, and its pictures, checked; no other is parsed.
 
-    Its split is "" where it names none. Raises ValueError also for a row that is not there.
+    Its split is "" if it names none. Raises ValueError also if there is no such row.
     """
-    reader, rows = _Reader(Path(folder), outside, answer_prefix), list(_lines(Path(folder)))
-    if not 0 <= row < len(rows):
-        raise ValueError(f"{reader.folder / FILE} has no row {row}: it has {len(rows)}, counted "
-                         "from 0")
-    number, line = rows[row]
-    return reader.example(line, number)
+    reader = _Reader(Path(folder), outside_images, answer_prefix)
+    lines = list(itertools.islice(read_lines(reader.path), max(row, 0), max(row, 0) + 1))
+    if row < 0 or not lines:
+        raise ValueError(f"{reader.path} has no row {row}; rows are counted from 0")
+    table = np.array([reader.row(*lines[0])], ROW)
+    records = Records(reader.folder, answer_prefix, reader.version, table, list(reader.tasks))
+    for picture in records[0].images:
+        open_image(picture, records.where(0))
+    return records[0]
 
 
-def _lines(folder: Path) -> Iterator[tuple[int, bytes]]:
-    """The lines that hold something, with their numbers from 1."""
-    path = folder / FILE
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} not found: a data folder holds {FILE} and its images "
-                                "(see README, data format)")
-    with open(path, "rb") as file:  # a line ends at a line feed and nowhere else
+def read_lines(path: Path) -> Iterator[tuple[bytes, int, int]]:
+    """(line, its number from 1, its start in bytes) of each line that is not blank."""
+    start = 0
+    with open(path, "rb") as file:
+        # a line ends at a line feed and nowhere else
         for number, line in enumerate(file, start=1):
-            if line.strip():
-                yield number, line
+            if not line.isspace():
+                yield line, number, start
+            start += len(line)
+
+
+@contextmanager
+def naming(where: str) -> Iterator[None]:
+    """Errors inside begin with `where`."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise type(error)(f"{where}: {error}") from None
+
+
+# kinds of unusual records, and what is said of them
+TWICE = "have one option twice, or in two forms that count as one, and are left out"
+NO_PREFIX = ("have no {prefix!r} in the last text, with which questions are asked and replies "
+             "read: give --answer_prefix as these texts have it")
+OTHER_WORDS = ("give the answer in other words than the option's; a reply in such words counts as "
+               "wrong")
+
+
+class SameOptionTwice(ValueError):
+    """Leaves out a record, and not the whole folder."""
 
 
 class _Reader:
-    """The records of one folder, checked one after another, and what is remembered of them."""
+    """One pass over the lines of a folder. It remembers numbers and hashes, and no text."""
 
     def __init__(self, folder: Path, outside: bool, answer_prefix: str):
         self.folder, self.outside, self.prefix = folder, outside, answer_prefix
-        self.lines: dict[str, int] = {}  # by id
-        self.sound: dict[str, Path] = {}  # by name: images that were read, each once
-        self.digests: dict[Path, str] = {}  # of the files of the questions' images
-        self.without_prefix: list[int] = []  # lines
-        self.other_words: list[int] = []  # lines
+        self.path = folder / FILE
+        if not self.path.is_file():
+            raise FileNotFoundError(f"{self.path} not found: a data folder holds {FILE} and its "
+                                    "images (see README, data format)")
+        self.version = file_version(self.path)
+        self.ids: dict[int, int] = {}  # hash of an id -> number of its line
+        self.tasks: dict[str, int] = {}  # name -> code
+        self.listed: dict[str, dict[str, int]] = {}  # directory -> file -> stamp
+        self.unusual = {kind: [] for kind in (TWICE, NO_PREFIX, OTHER_WORDS)}  # numbers of lines
 
-    def example(self, line: bytes, number: int) -> Example:
-        """One line as an Example, whose split is "" where it names none."""
-        where = f"{self.folder / FILE}, line {number}"
-        record = _parse(line, where)
-        for key, kind in dict(id=str, image=str, question=str, options=list, answer=str,
-                              trajectory=list).items():
-            _need(isinstance(record.get(key), kind), where,
-                  f"field {key!r} must be a {kind.__name__}; found {record.get(key)!r:.80}")
-        name, question = (_text(record[key], key, where) for key in ("id", "question"))
-        task = _text(record.get("task", record.get("family", "questions")), "task", where)
-        options, answer = _options(record, where)
-        steps = [self._step(step, n, where) for n, step in enumerate(record["trajectory"])]
-        _need(bool(steps) and isinstance(steps[-1], str), where,
-              "the trajectory must end in a text that gives the answer")
-        image = self._image(_text(record["image"], "image", where), where)
+    def row(self, line: bytes, number: int, start: int) -> tuple:
+        """A line as a ROW. Raises ValueError or OSError naming file and line."""
+        with naming(f"{self.path}, line {number}"):
+            record, note = checked_record(line, self.prefix)
+            key = hash(record["id"])
+            if key in self.ids:
+                raise ValueError(f"id {record['id']!r} was used on line {self.ids[key]}; ids must "
+                                 "be unique")
+            stamps = [self.stamp(name) for name in picture_names(record)]
+        self.ids[key] = number
+        if note:
+            self.unusual[note].append(number)
         split = record.get("split")
-        _need(split is None or split in SPLITS, where,
-              f"split {split!r} is none of {', '.join(SPLITS)}")
-        _need(name not in self.lines, where,
-              f"id {name!r} was used on line {self.lines.get(name)}; ids must be unique")
-        self._check_last_text(steps[-1], options, answer, number, where)
-        self.lines[name] = number
-        if image not in self.digests:
-            self.digests[image] = picture_digest(image)
-        return Example(name, task, image, question, options, answer, steps, split or "")
+        return (start, number, SPLITS.index(split) if split else -1,
+                self.tasks.setdefault(record["task"], len(self.tasks)),
+                short_hash(line.strip() + repr(stamps).encode()),
+                short_hash(record["image"].encode()))
 
-    def _image(self, name: str, where: str) -> Path:
-        if name not in self.sound:
-            self.sound[name] = checked(self.folder, name, where, self.outside)
-        return self.sound[name]
+    def stamp(self, name: str) -> int:
+        """A hash of the picture's size and time. Raises OSError or ValueError if it is not there or
+        leaves the folder."""
+        directory, base = os.path.split(on_disk(name))
+        if directory not in self.listed:
+            self.listed[directory] = self.list_files(directory)
+        if base in self.listed[directory]:
+            return self.listed[directory][base]
+        # a link, a spelling that this file system takes for another, or nothing
+        path = inside(self.folder, name, self.outside)
+        if not path.is_file():
+            raise FileNotFoundError(f"image {path} not found; paths are relative to the data folder")
+        return _stamp(path.stat())
 
-    def _step(self, step, n: int, where: str) -> str | Path:
-        _need(isinstance(step, dict) and len(step) == 1 and next(iter(step)) in ("text", "image"),
-              where, f"trajectory step {n} must be {{'text': ...}} or {{'image': ...}}; "
-                     f"found {step!r:.80}")
-        kind, value = next(iter(step.items()))
-        value = _text(value, f"trajectory step {n}: {kind}", where)
-        return value if kind == "text" else self._image(value, where)
+    def list_files(self, directory: str) -> dict[str, int]:
+        """Its files, without links, which may leave the folder: one listing is faster than a look
+        for each name, above all over a network."""
+        try:
+            with os.scandir(inside(self.folder, directory, self.outside)) as entries:
+                return {entry.name: _stamp(entry.stat()) for entry in entries
+                        if entry.is_file(follow_symlinks=False)}
+        except (ValueError, OSError):  # `stamp` says what is wrong
+            return {}
 
-    def _check_last_text(self, text: str, options: list[str], answer: str, number: int,
-                         where: str) -> None:
-        """Raises ValueError where the last text says another answer than the field.
-
-        Where it says none of the options in so many words, the answer's own words, whole, and no
-        other option's will do; such a record is noted, and so is one without the prefix.
-        """
-        stated = stated_answer(text, self.prefix)
-        given = text if stated is None else stated
-        said = option_index(given, options)
-        others = [o for o in options if stated is not None and not contains(answer, o)]
-        clear = contains(given, answer) and not any(contains(given, o) for o in others)
-        if stated is None and said is None:
-            _need(clear, where,
-                  f"the last text of the trajectory does not contain the answer {answer!r:.80}")
-        else:
-            _need(clear if said is None else options[said] == answer, where,
-                  f"the last text says {given!r:.80} but the field 'answer' is {answer!r:.80}; "
-                  "correct one of them")
-        if not has_prefix(text, self.prefix):
-            self.without_prefix.append(number)
-        elif said is None:
-            self.other_words.append(number)
-
-    def assign_splits(self, examples: list[Example]) -> None:
-        """In place, by the digest of the image, where a record names none."""
-        named: dict[str, set[str]] = {}
-        for ex in examples:
-            if ex.split:
-                named.setdefault(self.digests[ex.image], set()).add(ex.split)
-        for ex in examples:
-            digest = self.digests[ex.image]
-            by_hash = {0: "test", 1: "validation"}.get(int(digest[:8], 16) % 10, "train")
-            splits = named.get(digest, set())
-            ex.split = ex.split or (next(iter(splits)) if len(splits) == 1 else by_hash)
-
-    def notes(self, examples: list[Example]) -> list[str]:
-        """One sentence for each kind of oddity, with its count."""
-        path, found = self.folder / FILE, []
-        if lines := self.without_prefix:
-            found.append(f"{path}: {len(lines)} of {len(examples)} last texts (line {lines[0]} is "
-                         f"the first) have no {self.prefix!r}, with which questions are "
-                         "asked and replies read: give --answer_prefix as these texts have it")
-        if lines := self.other_words:
-            found.append(f"{path}: {len(lines)} of {len(examples)} last texts (line {lines[0]} is "
-                         "the first) give the answer in other words than the option's; a reply in "
-                         "such words counts as wrong")
-        shown = {split: {self.digests[ex.image] for ex in examples if ex.split == split}
-                 for split in SPLITS}
-        for one, other in itertools.combinations(SPLITS, 2):
-            if shared := len(shown[one] & shown[other]):
-                found.append(f"{path}: {shared} of {len(shown[other])} {other} images are also in "
-                             f"{one}; give all records of an image one split")
-        return found
+    def notes(self, total: int) -> list[str]:
+        return [f"{self.path}: {len(lines)} of {total} records (line {lines[0]} is the first) "
+                + kind.format(prefix=self.prefix) for kind, lines in self.unusual.items() if lines]
 
 
-NOT_UNICODE = "is not valid Unicode text; save the file as UTF-8, without halves of characters"
-
-
-def _need(right: bool, where: str, message: str) -> None:
-    if not right:
-        raise ValueError(f"{where}: {message}")
-
-
-def _text(value, name: str, where: str) -> str:
-    """The value without blanks at its ends. Raises ValueError unless it is text, and not empty."""
-    _need(isinstance(value, str) and bool(value.strip()), where,
-          f"{name} must be a non-empty string; found {value!r:.80}")
-    try:
-        value.encode()
-    except UnicodeEncodeError:  # JSON can write what UTF-8 cannot
-        raise ValueError(f"{where}: {name} {NOT_UNICODE}") from None
-    return value.strip()
-
-
-def _options(record: dict, where: str) -> tuple[list[str], str]:
-    """The options, and the one of them that the answer is."""
-    options = [_text(option, "every option", where) for option in record["options"]]
-    normal = [normalise(option) for option in options]
-    for n, option in enumerate(normal):
-        _need(option not in normal[:n], where,
-              f"an option is there twice, or in two forms that count as one: {options!r:.200}")
-    answer = record["answer"].strip()
-    right = option_index(answer, options)
-    _need(right is not None, where, f"answer {answer!r:.80} is not among the options "
-                                    f"{options!r:.200}")
-    return options, options[right]
-
-
-def _parse(line: bytes, where: str) -> dict:
-    try:
-        record = json.loads(line.decode("utf-8-sig"), object_pairs_hook=_fields)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not valid JSON ({error.msg} at column {error.colno}); "
-                         "write one object a line") from None
-    except UnicodeDecodeError:
-        raise ValueError(f"{where}: the line {NOT_UNICODE}") from None
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
-    except RecursionError:
-        raise ValueError(f"{where}: nested too deeply; write the object that the README shows"
-                         ) from None
-    _need(isinstance(record, dict), where, f"expected a JSON object, found {type(record).__name__}")
-    return record
-
-
-def _fields(pairs: list[tuple]) -> dict:
-    """Of a field that is there twice, json would keep the last and say nothing."""
-    names = [name for name, _ in pairs]
-    if twice := next((name for n, name in enumerate(names) if name in names[:n]), None):
-        raise ValueError(f"field {twice!r} is there twice; keep one")
-    return dict(pairs)
+def _stamp(status: os.stat_result) -> int:
+    return hash((status.st_mtime_ns, status.st_size))  # numbers hash alike in all processes
 
 
 def inside(folder: Path, name: str, outside: bool = False) -> Path:
@@ -327,10 +336,119 @@ def inside(folder: Path, name: str, outside: bool = False) -> Path:
 
 
 def checked(folder: Path, name: str, where: str, outside: bool = False) -> Path:
-    try:
+    """A picture that is inside the folder and was read once. ValueError, FileNotFoundError."""
+    with naming(where):  # also names that no file can have
         path = inside(folder, name, outside)
-    except ValueError as error:  # also of names that no file can have
-        raise ValueError(f"{where}: {error}") from None
     open_image(path, where)
     return path
 
+
+# ---- one line -----------------------------------------------------------------------------------
+
+FIELDS = dict(id=str, image=str, question=str, options=list, answer=str, trajectory=list)
+NOT_UNICODE = "is not valid Unicode text; save the file as UTF-8, without halves of characters"
+
+
+def checked_record(line: bytes, prefix: str) -> tuple[dict, str]:
+    """(fields, kind of note or ""); texts without blanks at their ends, steps as (kind, value)."""
+    record = parse(line)
+    for key, kind in FIELDS.items():
+        if not isinstance(record.get(key), kind):
+            raise ValueError(f"field {key!r} must be a {kind.__name__}; found "
+                             f"{record.get(key)!r:.80}")
+    record["task"] = record.get("task", record.get("family", "questions"))
+    for key in ("id", "question", "task", "image"):
+        record[key] = _text(record[key], key)
+    steps = [_step(step, n) for n, step in enumerate(record["trajectory"])]
+    if not steps or steps[-1][0] != "text":
+        raise ValueError("the trajectory must end in a text that gives the answer")
+    if record.get("split") not in (None, *SPLITS):
+        raise ValueError(f"split {record['split']!r} is none of {', '.join(SPLITS)}")
+    options = [_text(option, "every option") for option in record["options"]]
+    if len(set(map(normalise, options))) < len(options):
+        raise SameOptionTwice("an option is there twice, or in two forms that count as one: "
+                              f"{options!r:.200}")
+    right = option_index(record["answer"], options)
+    if right is None:
+        raise ValueError(f"answer {record['answer']!r:.80} is not among the options "
+                         f"{options!r:.200}")
+    record |= dict(trajectory=steps, options=options, answer=options[right])
+    return record, _check_last_text(steps[-1][1], options, options[right], prefix)
+
+
+def parse(line: bytes) -> dict:
+    """The JSON object of a line. Raises ValueError."""
+    try:
+        record = json.loads(line.removeprefix(b"\xef\xbb\xbf").decode(), object_pairs_hook=_fields)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not valid JSON ({error.msg} at column {error.colno}); write one object "
+                         "a line") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"the line {NOT_UNICODE}") from None
+    except RecursionError:
+        raise ValueError("nested too deeply; write the object that the README shows") from None
+    if not isinstance(record, dict):
+        raise ValueError(f"expected a JSON object, found {type(record).__name__}")
+    return record
+
+
+def _fields(pairs: list[tuple]) -> dict:
+    """Of a field that is there twice, json would keep the last and say nothing."""
+    record, names = dict(pairs), [name for name, _ in pairs]
+    if len(record) < len(pairs):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"field {twice!r} is there twice; keep one")
+    return record
+
+
+def _text(value, name: str) -> str:
+    """The value without blanks at its ends. Raises ValueError unless it is text, and not empty."""
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"{name} must be a non-empty string; found {value!r:.80}")
+    try:
+        value.encode()
+    except UnicodeEncodeError:  # JSON can write what UTF-8 cannot
+        raise ValueError(f"{name} {NOT_UNICODE}") from None
+    return value.strip()
+
+
+def _step(step, n: int) -> tuple[str, str]:
+    """("text" or "image", value)"""
+    if not isinstance(step, dict) or len(step) != 1 or not step.keys() <= {"text", "image"}:
+        raise ValueError(f"trajectory step {n} must be {{'text': ...}} or {{'image': ...}}; found "
+                         f"{step!r:.80}")
+    [(kind, value)] = step.items()
+    return kind, _text(value, f"trajectory step {n}: {kind}")
+
+
+def picture_names(record: dict) -> list[str]:
+    """Of a checked record; the question's first."""
+    return [record["image"], *(name for kind, name in record["trajectory"] if kind == "image")]
+
+
+def _check_last_text(text: str, options: list[str], answer: str, prefix: str) -> str:
+    """Raises ValueError if the last text says another answer than the field.
+
+    Returns the kind of note that it needs, or "". If it says none of the options literally, it must
+    contain the answer's words, whole, and no other option's.
+    """
+    # most texts end in the prefix and the very answer: no options have to be compared
+    head, found, end = text.rpartition(prefix.strip() or "\0")
+    if found and not head[-1:].isalnum() and end.strip(" .") == answer:
+        return ""
+    stated = stated_answer(text, prefix)
+    given = text if stated is None else stated
+    said = option_index(given, options)
+    right = said is not None and options[said] == answer
+    if said is None:
+        others = [o for o in options if stated is not None and not contains(answer, o)]
+        right = contains(given, answer) and not any(contains(given, o) for o in others)
+    if not right and said is None and stated is None:
+        raise ValueError(f"the last text of the trajectory does not contain the answer "
+                         f"{answer!r:.80}")
+    if not right:
+        raise ValueError(f"the last text says {given!r:.80} but the field 'answer' is "
+                         f"{answer!r:.80}; correct one of them")
+    if not has_prefix(text, prefix):
+        return NO_PREFIX
+    return OTHER_WORDS if said is None else ""
