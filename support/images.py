@@ -25,8 +25,7 @@ TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
          4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
          6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
          8: Image.Transpose.ROTATE_90}  # by EXIF orientation, so that the first pixel is top left
-SIZES: dict[tuple[str, int, int], tuple[int, int]] = {}  # of files read lately, see image_size
-# Pillow only warns of a picture that would fill the memory; `_decoded` refuses it
+# Pillow only warns of a picture that would fill the memory; _decoded refuses it
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
@@ -35,15 +34,10 @@ def opened(picture: Picture) -> Image.Image:
 
 
 def image_size(picture: Picture) -> tuple[int, int]:
-    """(width, height) in px of the picture as `opened` shows it. A file that was read lately is not
-    read a second time.
-
-    A header is never enough: whether it counts sides before or after turning, and how it treats an
-    orientation that no standard knows, depends on the format.
-    """
-    if not isinstance(picture, Path):
-        return picture.size
-    return SIZES.get(file_version(picture)) or opened(picture).size
+    """(width, height) in px of the picture as `opened` shows it. A header is not enough: whether it
+    counts sides before or after turning, and how it treats an orientation that no standard knows,
+    depends on the format."""
+    return opened(picture).size
 
 
 def file_version(file: Path) -> tuple[str, int, int]:
@@ -69,21 +63,15 @@ def open_image(file: Path | BinaryIO, where: str) -> Image.Image:
     try:
         if not isinstance(file, Path):
             return _decoded(file)
-        version = file_version(file)
         # not by its name: Pillow then maps uncompressed TIFF files with their sides swapped
         with open(file, "rb") as content:
-            image = _decoded(content)
+            return _decoded(content)
     except FileNotFoundError:
         raise FileNotFoundError(f"{where}: image {file} not found; paths are relative to the "
                                 "data folder") from None
     except Exception as error:  # a decoder may fail in any way on foreign bytes
         raise ValueError(f"{where}: image {file} cannot be read ({error}); replace it or drop the "
                          "record") from None
-    # some 40 MB at most; a set of any size passes through
-    if len(SIZES) >= 100_000:
-        SIZES.clear()
-    SIZES[version] = image.size
-    return image
 
 
 def _decoded(content: BinaryIO) -> Image.Image:
