@@ -81,6 +81,19 @@ def _decoded(content: BinaryIO) -> Image.Image:
         return as_rgb(upright(image))
 
 
+def few_values(file: Path, shown: Image.Image) -> str:
+    """"0 to 15" if a picture uses few of its type's values, else "": if the model is shown nothing
+    above a quarter of white, or 16-bit values that all lie within some quarter of their range.
+
+    Such are 12-bit data in 16-bit files, and numbers of classes as pixels.
+    """
+    with Image.open(file) as header:
+        deep = header.mode.startswith("I")
+    extremes = shown.getextrema()
+    low, high = min(lo for lo, _ in extremes), max(hi for _, hi in extremes)
+    return f"{low} to {high}" if high < 64 or (deep and 0 < high - low < 64) else ""
+
+
 def upright(image: Image.Image) -> Image.Image:
     """Turned as its metadata say; not turned if they cannot be read or hold no known value.
 

@@ -186,23 +186,25 @@ def digests(records: Sequence[Example]) -> str:
 
 def read_folder(folder: str | Path, outside_images: bool = False, answer_prefix: str = "Answer:",
                 cache: str | Path | None = None, notes: list[str] | None = None,
-                problems: list[str] | None = None) -> Records:
+                problems: list[str] | None = None, by_pixels: bool = False) -> Records:
     """Check every line of a folder in the format above, in one pass.
 
-    Pictures must exist. Only if a record names no split are pictures opened, those of all questions
-    (support/picture_splits.py); `cache` is a file that keeps what was read of them.
+    Pictures must exist. They are opened, those of all questions, only if a record names no split
+    (support/picture_splits.py) or with by_pixels, to find the same picture in two splits whatever
+    its files are called. cache: a file that keeps what was read of them.
     outside_images: image paths and links may leave the folder.
     notes: gets one sentence, with a count, for each kind of unusual record; None: warns instead.
     problems: gets every error, and those records are left out; None: the first one is raised, as
     ValueError or FileNotFoundError naming file, line and fix.
     """
-    folder, rows = Path(folder), []
-    checker, path = Checker(folder, outside_images, answer_prefix), folder / FILE
+    folder, path, used = Path(folder), Path(folder) / FILE, 0
+    checker = Checker(folder, outside_images, answer_prefix)
     total = sum(1 for _ in read_lines(path))
-    version = file_version(path)
+    table, version = np.zeros(total, ROW), file_version(path)
     for line, number, start in progress(read_lines(path), total, "reading records"):
         try:
-            rows.append(checker.row(line, number, start))
+            table[used] = checker.row(line, number, start)
+            used += 1
         except SameOptionTwice:
             checker.unusual[TWICE].append(number)
         except (ValueError, OSError) as error:
@@ -210,11 +212,11 @@ def read_folder(folder: str | Path, outside_images: bool = False, answer_prefix:
                 raise
             problems.append(str(error))
     found = checker.notes(total)
-    if not rows and not problems:
+    if not used and not problems:
         raise ValueError("; ".join([f"{path} holds no record that can be used", *found]))
-    table = np.array(rows, ROW)
+    table = table[:used]
     records = Records(folder, answer_prefix, version, table, list(checker.tasks))
-    if (table["split"] < 0).any():
+    if by_pixels or (table["split"] < 0).any():
         # one row for each name of a picture
         _, first, picture_of = np.unique(table["picture"], return_index=True, return_inverse=True)
         hashes = pixel_hashes(records, first.tolist(), cache and Path(cache), problems)
