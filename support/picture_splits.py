@@ -8,7 +8,8 @@ compressed otherwise or under another name, stays on its side.
 import hashlib
 import itertools
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -46,13 +47,12 @@ def shared_pictures(file: Path, splits: np.ndarray, pictures: np.ndarray) -> lis
     return found
 
 
-def pixel_hashes(records: Sequence, rows: list[int], cache: Path | None,
-                 problems: list[str] | None) -> np.ndarray:
-    """(R,) uint64, a hash of the pixels of the question's picture in each of these R rows.
+def pixel_hashes(records, cache: Path | None, problems: list[str] | None) -> np.ndarray:
+    """(N,) uint64, a hash of the pixels of each question's picture. Every file is read once.
 
-    cache: a file that keeps the hashes; a picture whose file has the same size and time is not read
-    again, also after an interruption. problems: gets an error for each picture that cannot be read;
-    None: the first one is raised.
+    records: support.records.Records. cache: a file that keeps the hashes; a picture of the same
+    size and time is not read again, also after an interruption. problems: gets an error for each
+    picture that cannot be read; None: the first one is raised.
     """
     try:
         known = dict(np.load(cache).tolist()) if cache and cache.is_file() else {}
@@ -72,15 +72,21 @@ def pixel_hashes(records: Sequence, rows: list[int], cache: Path | None,
             problems.append(str(error))
             return 0
 
+    # one row for each name, in the order of the file
+    _, first, name_of = np.unique(records.table["picture"], return_index=True, return_inverse=True)
+    order = np.argsort(first)
+    hashes = np.zeros(len(first), np.uint64)
     try:
-        found = progress(_in_threads(hash_of, rows), len(rows), "reading pictures")
-        return np.fromiter(found, np.uint64, len(rows))
+        found = progress(_in_threads(hash_of, first[order].tolist()), len(first), "reading images")
+        for place, pixels in zip(order, found):
+            hashes[place] = pixels
     finally:
         if cache and known:
             partial = cache.with_name(cache.name + ".partial")
             with open(partial, "wb") as file:
                 np.save(file, np.array(list(known.items()), np.uint64))
             os.replace(partial, cache)
+    return hashes[name_of]
 
 
 def _in_threads(function: Callable, items: list) -> Iterator:
@@ -104,4 +110,6 @@ def short_hash(content: bytes) -> int:
 def progress(items: Iterable, total: int, what: str) -> Iterable:
     """The items, with a bar on stderr from the third second on, in the first of all processes."""
     others = os.environ.get("RANK", "0") != "0"
-    return tqdm(items, what, total, delay=2, disable=others)
+    # a log file gets a line each half minute, a terminal sees the bar move
+    interval = 0.5 if sys.stderr.isatty() else 30
+    return tqdm(items, what, total, delay=2, mininterval=interval, disable=others)

@@ -217,10 +217,7 @@ def read_folder(folder: str | Path, outside_images: bool = False, answer_prefix:
     table = table[:used]
     records = Records(folder, answer_prefix, version, table, list(checker.tasks))
     if by_pixels or (table["split"] < 0).any():
-        # one row for each name of a picture
-        _, first, picture_of = np.unique(table["picture"], return_index=True, return_inverse=True)
-        hashes = pixel_hashes(records, first.tolist(), cache and Path(cache), problems)
-        table["picture"] = hashes[picture_of]
+        table["picture"] = pixel_hashes(records, cache and Path(cache), problems)
         table["split"] = give_splits(table["split"], table["picture"])
     for note in found + shared_pictures(path, table["split"], table["picture"]):
         if notes is None:
