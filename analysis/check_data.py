@@ -45,8 +45,8 @@ class Checked(NamedTuple):
 class Checks(Dataset):
     """The check of each row, in any process."""
 
-    def __init__(self, examples: list[Example] | Records, config: train.Config):
-        self.examples, self.vlm, self.config = examples, VLM(config.model), config
+    def __init__(self, examples: list[Example] | Records, vlm: VLM, config: train.Config):
+        self.examples, self.vlm, self.config = examples, vlm, config
         self.common = common_form([ex for ex in examples if ex.split == config.test_split],
                                   config.answer_prefix)
         self.seen: dict[Path, tuple[str, str]] = {}
@@ -95,13 +95,14 @@ def token_count(example: Example, vlm: VLM, config: train.Config, common) -> int
 def check_data(config: train.Config) -> None:
     """Print what the data hold. Raises ValueError listing all faults."""
     config = dataclasses.replace(config, feature_cache="", workers=0)
-    start, faults, notes = time.time(), [], []
+    vlm, start, faults, notes = VLM(config.model), time.time(), [], []
     examples = list(chain(*load_examples(config))) if not config.data else read_folder(
         config.data, config.outside_images, config.answer_prefix, notes=notes, problems=faults,
         by_pixels=True)
     processes = min(os.cpu_count(), len(examples) // PER_PROCESS)
     # the results come in the order of the rows, whichever process has them
-    loader = DataLoader(Checks(examples, config), 16, collate_fn=list, num_workers=processes,
+    loader = DataLoader(Checks(examples, vlm, config), 16, collate_fn=list,
+                        num_workers=processes,
                         multiprocessing_context="fork" if processes else None)
     checked = list(progress(chain.from_iterable(loader), len(examples), "checking records"))
     # the first record that names an image comes last, and stays
@@ -129,7 +130,8 @@ def check_data(config: train.Config) -> None:
           "records")
     # an image may have been opened twice: to find its split, and to check it
     if faults := list(dict.fromkeys(faults)):
-        raise ValueError("\n  ".join([f"{len(faults)} faults:", *faults]))
+        count = f"{len(faults)} fault{'s' * (len(faults) > 1)}:"
+        raise ValueError("\n  ".join([count, *faults]))
 
 
 if __name__ == "__main__":

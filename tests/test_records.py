@@ -19,12 +19,11 @@ from world import tools
 
 RECORD = dict(id="1", image="a.png", question="q", options=["x", "y"], answer="x", split="train",
               trajectory=[{"text": "Answer: x"}])
-NO_SPLIT = {key: value for key, value in RECORD.items() if key != "split"}
+NO_SPLIT = dict(RECORD, split=None)
 
 
 def folder_of(folder, *rows):
     """A data folder of these records, or lines, about a red and a blue picture."""
-    folder.mkdir(exist_ok=True)
     for name, colour in (("a.png", "red"), ("b.png", "blue")):
         if not (folder / name).exists():
             Image.new("RGB", (32, 32), colour).save(folder / name)
@@ -34,17 +33,12 @@ def folder_of(folder, *rows):
 
 
 def numbered(*rows):
-    return [{**row, "id": str(n)} for n, row in enumerate(rows)]
+    return [dict(row, id=str(n)) for n, row in enumerate(rows)]
 
 
-def answering(options, answer, text):
-    return {**RECORD, "options": options, "answer": answer, "trajectory": [{"text": text}]}
-
-
-def read(tmp_path, *rows, prefix="Answer:", **options):
+def read(tmp_path, *rows, **options):
     notes = []
-    found = read_folder(folder_of(tmp_path, *rows), notes=notes, answer_prefix=prefix, **options)
-    return found, notes
+    return read_folder(folder_of(tmp_path, *rows), notes=notes, **options), notes
 
 
 @pytest.fixture
@@ -52,19 +46,15 @@ def work(monkeypatch):
     """Returns how many lines were parsed, and how many pictures opened, since it was last asked."""
     done = []
 
-    def noted(name, function):
-        def noting(*args):
-            done.append(name)
-            return function(*args)
-        return noting
-
     def counts():
-        found = done.count("parsed"), done.count("opened")
+        found = done.count("_parse"), done.count("_decoded")
         done.clear()
         return found
 
-    monkeypatch.setattr(record_checks, "_parse", noted("parsed", record_checks._parse))
-    monkeypatch.setattr(images, "_decoded", noted("opened", images._decoded))
+    for module, name in ((record_checks, "_parse"), (images, "_decoded")):
+        function = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda content, name=name, function=function:
+                            done.append(name) or function(content))
     return counts
 
 
@@ -73,14 +63,13 @@ def work(monkeypatch):
 
 def test_lines_are_parsed_once_and_pictures_opened_when_they_are_used(tmp_path, work):
     steps = [{"text": "call"}, {"image": "b.png"}, {"text": "Answer: x"}]
-    rows = numbered(*[{**RECORD, "trajectory": steps, "split": SPLITS[n % 3], "task": "uvw"[n % 3]}
+    rows = numbered(*[dict(RECORD, trajectory=steps, split=SPLITS[n % 3], task="uvw"[n % 3])
                       for n in range(300)])
     found, _ = read(tmp_path, *rows)
     assert work() == (300, 0)
     assert len(found) == 300 and found.tasks[:4] == ["u", "v", "w", "u"] and len(found[2:9]) == 7
     tests = pickle.loads(pickle.dumps(found.split("test")))
-    assert len(digests(found)) == 16 * 300 and len(pickle.dumps(found)) < 300 * 60
-    assert len(tests) == 100 and work() == (0, 0)
+    assert len(tests) == 100 and len(pickle.dumps(found)) < 300 * 60 and work() == (0, 0)
     example = tests[-1]
     assert (example.id, example.split, found.subset([5, 3])[1].id) == ("299", "test", "3")
     assert work() == (2, 0)
@@ -89,7 +78,7 @@ def test_lines_are_parsed_once_and_pictures_opened_when_they_are_used(tmp_path, 
 
 
 def test_one_row_is_read_alone(tmp_path, work):
-    folder = folder_of(tmp_path, b"{", b"", {**NO_SPLIT, "image": "b.png"}, {**RECORD, "id": "2"})
+    folder = folder_of(tmp_path, b"{", b"", dict(NO_SPLIT, image="b.png"), dict(RECORD, id="2"))
     assert [read_record(folder, 1).split, read_record(folder, 2).id] == ["", "2"]
     assert work() == (2, 2)
     for row, message in ((3, "no row 3"), (-1, "no row -1"), (0, "line 1: not valid JSON")):
@@ -98,7 +87,7 @@ def test_one_row_is_read_alone(tmp_path, work):
 
 
 def test_digests_show_the_record_that_changed_and_open_no_picture(tmp_path, work):
-    rows = numbered(RECORD, {**RECORD, "image": "b.png"}, RECORD)
+    rows = numbered(RECORD, dict(RECORD, image="b.png"), RECORD)
 
     def changed():
         now = digests(read(tmp_path, *rows)[0])
@@ -110,21 +99,18 @@ def test_digests_show_the_record_that_changed_and_open_no_picture(tmp_path, work
     assert changed() == [1]
     rows[2]["question"] = "other"
     assert changed() == [1, 2] and work()[1] == 0
-    red, blue = (Example("1", "t", Image.new("RGB", (4, 4), colour), "q", ["x"], "x", ["x"])
-                 for colour in ("red", "blue"))
-    assert len(digests([red])) == 16 and digests([red]) != digests([blue])
 
 
 def test_what_changed_or_cannot_be_read_says_so_when_it_is_used(tmp_path):
     (tmp_path / "broken.png").write_bytes(b"\x89PNG")
-    found, _ = read(tmp_path, {**RECORD, "image": "broken.png"})
+    found, _ = read(tmp_path, dict(RECORD, image="broken.png"))
     message = r"image .*broken.png cannot be read .*; replace it or drop the record"
     with pytest.raises(ValueError, match=message):
         opened(found[0].image)
     with pytest.raises(ValueError, match=f"{FILE}, line 1: {message}"):
         read_record(tmp_path, 0)
     with pytest.raises(ValueError, match=f"{FILE}, line 2: {message}"):
-        read(tmp_path, *numbered(RECORD, {**NO_SPLIT, "image": "broken.png"}))
+        read(tmp_path, *numbered(RECORD, dict(NO_SPLIT, image="broken.png")))
     with pytest.raises(ValueError, match=f"{FILE} has changed since it was read"):
         found[0]
 
@@ -136,29 +122,27 @@ def test_a_picture_is_in_one_split_whatever_its_files_are(tmp_path):
     """Ten files of one picture: other names, formats and compression, and one turned by EXIF."""
     turned, shown = Image.Exif(), np.arange(600, dtype=np.uint8).reshape(10, 20, 3)
     turned[0x112] = 6
-    names = [f"{n}.{'bmp' if n == 8 else 'png'}" for n in range(10)]
-    for n, name in enumerate(names[:9]):
-        Image.fromarray(shown).save(tmp_path / name, compress_level=n)
-    Image.fromarray(np.rot90(shown)).save(tmp_path / "9.png", exif=turned)
-    rows = numbered(*[{**NO_SPLIT, "image": name} for name in names])
+    for n in range(9):
+        Image.fromarray(shown).save(tmp_path / f"{n}", "BMP" if n == 8 else "PNG", compress_level=n)
+    Image.fromarray(np.rot90(shown)).save(tmp_path / "9", "PNG", exif=turned)
+    rows = numbered(*[dict(NO_SPLIT, image=f"{n}") for n in range(10)])
     assert len({ex.split for ex in read(tmp_path, *rows)[0]}) == 1
     for split in SPLITS:
-        found, notes = read(tmp_path, *rows[:7], {**rows[7], "split": split}, *rows[8:])
+        found, notes = read(tmp_path, *rows[:7], dict(rows[7], split=split), *rows[8:])
         assert {ex.split for ex in found} == {split} and not notes
 
 
 def test_shares_of_the_splits_and_the_cache_of_what_was_read(tmp_path, work):
     for n in range(300):
         Image.new("RGB", (2, 2), (n % 256, n // 256, 0)).save(tmp_path / f"{n}.png")
-    rows = numbered(*[{**NO_SPLIT, "image": f"{n % 300}.png"} for n in range(600)])
-    cache = tmp_path / "cache.npy"
+    rows = numbered(*[dict(NO_SPLIT, image=f"{n % 300}.png") for n in range(600)])
+    cache, picture = tmp_path / "cache.npy", (tmp_path / "8.png").read_bytes()
     found, _ = read(tmp_path, *rows, cache=cache)
     shares = [len(found.split(split)) for split in SPLITS]
     assert 430 < shares[0] < 530 and min(shares) > 30 and work()[1] == 300
     assert (read(tmp_path, *rows, cache=str(cache))[0].table == found.table).all()
     assert work()[1] == 0
     os.utime(tmp_path / "7.png", (0, 0))
-    picture = (tmp_path / "8.png").read_bytes()
     (tmp_path / "8.png").write_bytes(b"")
     with pytest.raises(ValueError, match="line 9: image .*8.png cannot be read"):
         read(tmp_path, *rows, cache=cache)
@@ -173,7 +157,7 @@ def test_shares_of_the_splits_and_the_cache_of_what_was_read(tmp_path, work):
 
 def test_pictures_in_two_splits_are_counted(tmp_path):
     pairs = (("train", "a.png"), ("test", "a.png"), ("test", "b.png"), ("validation", "b.png"))
-    rows = numbered(*[{**RECORD, "split": split, "image": image} for split, image in pairs])
+    rows = numbered(*[dict(RECORD, split=split, image=image) for split, image in pairs])
     found, notes = read(tmp_path, *rows)
     assert [ex.split for ex in found] == [split for split, _ in pairs]
     assert [note.partition(": ")[2].partition(";")[0] for note in notes] == [
@@ -183,36 +167,33 @@ def test_pictures_in_two_splits_are_counted(tmp_path):
     assert [len(read(tmp_path, *rows, by_pixels=by)[1]) for by in (False, True)] == [1, 2]
 
 
-# ---- the answer and the last text ----
+# ---- the records ----
 
 
-@pytest.mark.parametrize("options, answer, text, prefix", [
-    (["A", "B"], "A", "It is A. Answer: B", "Answer:"), (["no", "yes"], "no", "I know", "Answer:"),
-    (["one", "none"], "one", "I count none. Answer: none", "Answer:"), (["A", "B"], "A", "B", ""),
-    (["red", "blue"], "red", "Answer: red or blue", "Answer:"), (["x"], "x", "no idea", "Answer:"),
-    (["1", "10"], "1", "Answer: 10", "Answer:"), (["红", "蓝"], "红", "红？答案：蓝", "答案：")])
-def test_a_last_text_with_another_answer_is_refused(tmp_path, options, answer, text, prefix):
-    rows = numbered(answering(["x"], "x", f"{prefix} x"), answering(options, answer, text))
-    with pytest.raises(ValueError, match="line 2: the last text (says .* but the field 'answer'|of "
-                                         "the trajectory does not contain the answer)"):
-        read(tmp_path, *rows, prefix=prefix)
-
-
-@pytest.mark.parametrize("options, answer, text, prefix, option", [
+@pytest.mark.parametrize("options, answer, text, prefix, right", [
+    (["A", "B"], "A", "It is A. Answer: B", "Answer:", ""), (["A", "B"], "A", "B", "", ""),
+    (["no", "yes"], "no", "I know", "Answer:", ""), (["x"], "x", "no idea", "Answer:", ""),
+    (["red", "blue"], "red", "Answer: red or blue", "Answer:", ""),
+    (["1", "10"], "1", "Answer: 10", "Answer:", ""), (["红", "蓝"], "红", "答案：蓝", "答案：", ""),
     (["A", "B"], "A", "Answer: (A)", "Answer:", "A"), (["x"], "x", "x", "", "x"),
     (["red", "blue"], "red.", "Not blue. Answer: Red.", "Answer: ", "red"),
     (["A. red", "B. blue"], "b", "Answer: B", "Answer:", "B. blue"),
-    (["红", "蓝"], "红", "答案：红。", "答案：", "红"), (["x", "X"], "X", "Answer: X", "Answer:", "X")
-    ])
-def test_the_answer_is_the_option_that_it_means(tmp_path, options, answer, text, prefix, option):
-    found, notes = read(tmp_path, answering(options, answer, text), prefix=prefix)
-    assert found[0].answer == option and not notes
+    (["x", "X"], "X", "Answer: X", "Answer:", "X"), (["红"], "红", "答案：红", "答案：", "红")])
+def test_the_last_text_must_say_the_answer(tmp_path, options, answer, text, prefix, right):
+    row = dict(RECORD, options=options, answer=answer, trajectory=[{"text": text}])
+    if right:
+        found, notes = read(tmp_path, row, answer_prefix=prefix)
+        assert found[0].answer == right and not notes
+    else:
+        with pytest.raises(ValueError, match="line 1: the last text (says .* but the field 'answer'"
+                                             "|of the trajectory does not contain the answer)"):
+            read(tmp_path, row, answer_prefix=prefix)
 
 
 def test_unusual_records_are_counted(tmp_path):
     texts = ("Answer: x", "It is x, not y", "<answer>x</answer>", "Answer: the x", "X")
-    twice = [{**RECORD, "options": options} for options in (["x", "x"], ["x", "y", "Y.", "y."])]
-    rows = numbered(*[answering(["x", "y"], "x", text) for text in texts], *twice)
+    twice = [dict(RECORD, options=options) for options in (["x", "x"], ["x", "y", "Y.", "y."])]
+    rows = numbered(*[dict(RECORD, trajectory=[{"text": text}]) for text in texts], *twice)
     found, notes = read(tmp_path, *rows)
     assert [ex.id for ex in found] == ["0", "1", "2", "3", "4"]
     assert "2 of 7 records (line 6 is the first) have one option twice" in notes[0]
@@ -225,12 +206,9 @@ def test_unusual_records_are_counted(tmp_path):
         read(tmp_path, *twice)
 
 
-# ---- the file ----
-
 BAD = [
     ({"question": None}, "field 'question' must be a str"), ({"id": 7}, "must be a str; found 7"),
     ({"answer": "z"}, "'z' is not among the options"), ({"options": []}, "'x' is not among the"),
-    ({"options": ["x", " "]}, "every option must be a non-empty string"),
     ({"options": ["x", 3]}, "every option must be .*; found 3"), ({"id": " "}, "id must be a non"),
     ({"question": "\ud800"}, "question is not valid Unicode"), ({"split": "dev"}, "is none of"),
     ({"image": "\ud800.png"}, "image is not valid Unicode"), ({"image": "c.png"}, "c.png not foun"),
@@ -239,7 +217,6 @@ BAD = [
     ({"image": "../a.png"}, "image ../a.png leaves the data folder.*--outside_images"),
     ({"image": "/etc/hostname"}, "leaves the data folder"), ({"trajectory": []}, "must end in"),
     ({"trajectory": [{"image": "../b.png"}, {"text": "x"}]}, "leaves the data folder"),
-    ({"trajectory": [{"image": "c.png"}, {"text": "x"}]}, "c.png not found"),
     ({"trajectory": [{"image": "a.png"}]}, "must end in a text"), ({"id": "0"}, "used on line 1"),
     ({"trajectory": [{"text": " "}]}, "step 0: text must be"), (b"[]", "expected a JSON object"),
     ({"trajectory": [{"sound": "a"}]}, "step 0 must be"), (b"NaN", "expected a JSON object"),
@@ -249,57 +226,54 @@ BAD = [
 
 
 def test_bad_records_are_refused_with_line_and_fix_one_by_one_or_all_at_once(tmp_path):
-    rows = [row if isinstance(row, bytes) else {**RECORD, "id": str(n), **row}
+    rows = [row if isinstance(row, bytes) else dict(RECORD, id=str(n)) | row
             for n, (row, _) in enumerate(BAD, start=2)]
-    first, problems = {**RECORD, "id": "0"}, []
+    first, problems = dict(RECORD, id="0"), []
     for row, (_, message) in zip(rows, BAD):
         with pytest.raises((ValueError, OSError), match=f"{FILE}, line 2: .*({message})"):
             read(tmp_path, first, row)
-    found, _ = read(tmp_path, first, *rows, {**RECORD, "id": "last"}, problems=problems)
+    found, _ = read(tmp_path, first, *rows, dict(RECORD, id="last"), problems=problems)
     assert [ex.id for ex in found] == ["0", "last"] and len(problems) == len(BAD)
     assert all(f"line {n}: " in problem for n, problem in enumerate(problems, start=2))
     with pytest.raises(FileNotFoundError, match=f"{FILE} not found"):
         read_folder(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match="holds no record"):
-        read(tmp_path, b"\n \n")
 
 
 def test_links_out_of_the_folder_are_refused_unless_allowed(tmp_path):
-    folder = folder_of(tmp_path / "set")
+    (folder := tmp_path / "set").mkdir()
     Image.new("RGB", (9, 9)).save(tmp_path / "secret.png")
     for target, link in (("secret.png", "link.png"), ("", "up"), ("set/a.png", "inner.png")):
         os.symlink(tmp_path / target, folder / link)
     for name in ("link.png", "up/secret.png"):
         with pytest.raises(ValueError, match=f"line 1: image {name} leaves the data folder"):
-            read(folder, {**RECORD, "image": name})
-        found, _ = read(folder, {**RECORD, "image": name}, outside_images=True)
+            read(folder, dict(RECORD, image=name))
+        found, _ = read(folder, dict(RECORD, image=name), outside_images=True)
         assert opened(found[0].image).size == (9, 9)
-    assert read(folder, {**RECORD, "image": "inner.png"})[0]
+    assert read(folder, dict(RECORD, image="inner.png"))[0]
 
 
 def test_texts_of_all_scripts_and_separators_survive(tmp_path):
     """Line separators inside a text, right-to-left script, CRLF, a byte order mark, a long line."""
     texts = ["\u202eשלום x", "a\u2028b\u2029c\x85d\x0be x", "👩‍🚀 x", "x " * 2_000_000]
-    rows = numbered(*[{**RECORD, "question": text} for text in texts])
+    rows = numbered(*[dict(RECORD, question=text) for text in texts])
     lines = [json.dumps(row, ensure_ascii=False).encode() + b"\r" for row in rows]
     found, _ = read(tmp_path, b"\xef\xbb\xbf" + lines[0], b" ", *lines[1:])
     assert [ex.question for ex in found] == [text.strip() for text in texts]
 
 
 def test_a_folder_survives_the_round_trip_whatever_its_ids_are(tmp_path, mixed):
-    picture = Image.new("RGB", (8, 8), "red")
+    picture, out = Image.new("RGB", (8, 8), "red"), tmp_path / "set"
     given = mixed + [Example(name, "t", picture, "q", ["x"], "x", ["Answer: x"], split="test")
                      for name in ("a/b", "../up", "A", "a", "é?*", "record-0", "." * 300)]
-    write_folder(tmp_path / "set", given)
-    for one, back in zip(given, read_folder(tmp_path / "set"), strict=True):
+    write_folder(out, given)
+    for one, back in zip(given, read_folder(out), strict=True):
         for name in ("id", "task", "question", "options", "answer", "texts", "split"):
             assert getattr(one, name) == getattr(back, name)
         assert [i.tobytes() for i in one.images] == [opened(i).tobytes() for i in back.images]
-    with pytest.raises(FileExistsError, match="nothing is overwritten"):
-        write_folder(tmp_path / "set", given)
-    with pytest.raises(ValueError, match="two of the examples .* have one id"):
-        write_folder(tmp_path / "other", given + given[:1])
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["set"]
+    for place, error in ((out, "nothing is overwritten"), (tmp_path / "other", "have one id")):
+        with pytest.raises((OSError, ValueError), match=error):
+            write_folder(place, given if place == out else given + given[:1])
+    assert list(tmp_path.iterdir()) == [out]
 
 
 def test_the_documents_record_is_read(tmp_path):
@@ -309,5 +283,5 @@ def test_the_documents_record_is_read(tmp_path):
     for name in (record["image"], record["trajectory"][1]["image"]):
         Image.new("RGB", (64, 64)).save(tmp_path / name)
     example, = read(tmp_path, record)[0]
-    assert example.answer == "seven" and example.task == record["task"] == "crop"
-    assert len(example.images) == 2 and tools.CALL.search(example.texts[0])
+    assert (example.answer, example.task, len(example.images)) == ("seven", record["task"], 2)
+    assert tools.CALL.search(example.texts[0])
