@@ -201,7 +201,7 @@ def fit(config: Config, this: run.Run) -> tuple | None:
     """The training loop. Returns (test examples, answers before, seconds); None: interrupted."""
     torch.manual_seed(config.seed)
     vlm = VLM(config.model, getattr(torch, config.dtype), config.min_pixels, config.max_pixels)
-    train_examples, valid_examples, tests = splits.load_splits(config, this.out / "splits.json")
+    train_examples, valid_examples, tests = splits.load_splits(config)
     # a question that cannot be asked stops the run here, before training
     evaluator = evaluate.Evaluator(vlm, tests, config.answer_prefix)
     method = find_method(config.method)(vlm, config, this.world_size)

@@ -1,107 +1,137 @@
-"""Read and serialise every record once, as a run would, and report: trains nothing.
+"""Read every record and every image of a data folder, as a run would, and list all faults.
 
     python analysis/check_data.py --data DIR --model MODEL      # takes the options of train.py
 
-Every rule that stops train.py stops here too, because train.py's own code is what runs: records,
-images and answers (support/records.py), splits with enough records (world/loader.py), views that
-fit (train.prepared), and questions that fit, asked directly and with the expert's tool
-(evaluate.Answerer). Where train.py stops at the first fault, this goes on and names them all.
+It trains nothing, but the code of a run makes the views and questions (`token_count`), so a fault
+that would stop train.py at some step is found here. The exit status is 1 if there is one. Without
+--data the small world is checked.
 """
 
 import dataclasses
+import os
 import sys
+import time
+from collections import Counter
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
+
+from torch.utils.data import DataLoader, Dataset
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import evaluate  # noqa: E402
 import train  # noqa: E402
 from model import VLM  # noqa: E402
 from support.answers import common_form  # noqa: E402
-from support.images import image_size  # noqa: E402
-from support.records import SPLITS, Example, read_folder  # noqa: E402
+from support.images import few_values, open_image  # noqa: E402
+from support.picture_splits import SPLITS, progress  # noqa: E402
+from support.records import Example, Records, read_folder  # noqa: E402
 from world.loader import drawn, load_examples  # noqa: E402
 
-SHOWN = 20  # problems that are printed
+PER_PROCESS = 200  # records for which a further process pays
 
 
-class Sizes(NamedTuple):
-    """What one record takes, in tokens; 0 where the run does not serialise it so."""
+class Checked(NamedTuple):
+    """What the check of a record shows."""
 
-    view: int  # the longest of its views
-    answer: int  # its longest option, with prefix and end of turn
+    task: str
+    split: str
+    # tokens of the longest text that the run makes of it
+    tokens: int
+    # image, or record if it is faulty -> (its fault, its values if they are few)
+    found: dict[str, tuple[str, str]]
+
+
+class Checks(Dataset):
+    """The check of each row, in any process."""
+
+    def __init__(self, examples: list[Example] | Records, vlm: VLM, config: train.Config):
+        self.examples, self.vlm, self.config = examples, vlm, config
+        self.common = common_form([ex for ex in examples if ex.split == config.test_split],
+                                  config.answer_prefix)
+        self.seen: dict[Path, tuple[str, str]] = {}
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, row: int) -> Checked:
+        example, tokens = self.examples[row], 0
+        where = self.examples.where(row) if self.config.data else f"record {example.id}"
+        found = {str(image): self.look(image, where) for image in example.images
+                 if isinstance(image, Path)}
+        # the code of a run would stop at a faulty image, which is listed already
+        if not any(fault for fault, _ in found.values()):
+            try:
+                tokens = token_count(example, self.vlm, self.config, self.common)
+            except ValueError as error:
+                found[where] = f"{where}: {error}", ""
+        return Checked(example.task, example.split, tokens, found)
+
+    def look(self, file: Path, where: str) -> tuple[str, str]:
+        """See Checked.found. Many records may name an image; a process opens it once."""
+        if file not in self.seen:
+            try:
+                self.seen[file] = "", few_values(file, open_image(file, where))
+            except (ValueError, OSError) as error:
+                self.seen[file] = str(error), ""
+        return self.seen[file]
+
+
+def token_count(example: Example, vlm: VLM, config: train.Config, common) -> int:
+    """The tokens of the longest view, or question with its longest answer, that the run makes.
+    Raises ValueError naming the example."""
+    found = [0]
+    if example.split in ("train", "validation"):
+        views = train.prepared([example], vlm, config).views
+        found += [len(view.ids) for three in views for view in three]
+    if example.split == config.test_split or (example.split == "validation" and config.track):
+        asker = evaluate.Answerer(vlm, [example], config.answer_prefix)
+        # the form of all questions, not of this one alone
+        asker.common = common
+        asker.check_lengths()
+    return max(found)
 
 
 def check_data(config: train.Config) -> None:
-    """Print what is there. Raises ValueError naming what cannot be used."""
+    """Print what the data hold. Raises ValueError listing all faults."""
     config = dataclasses.replace(config, feature_cache="", workers=0)
-    vlm, problems, notes = VLM(config.model), [], []
+    vlm, start, faults, notes = VLM(config.model), time.time(), [], []
+    examples = list(chain(*load_examples(config))) if not config.data else read_folder(
+        config.data, config.outside_images, config.answer_prefix, notes=notes, problems=faults,
+        by_pixels=True)
+    processes = min(os.cpu_count(), len(examples) // PER_PROCESS)
+    # the results come in the order of the rows, whichever process has them
+    loader = DataLoader(Checks(examples, vlm, config), 16, collate_fn=list,
+                        num_workers=processes,
+                        multiprocessing_context="fork" if processes else None)
+    checked = list(progress(chain.from_iterable(loader), len(examples), "checking records"))
+    # the first record that names an image comes last, and stays
+    found = dict(chain(*(record.found.items() for record in reversed(checked))))
+    faults += [fault for fault, _ in reversed(found.values()) if fault]
+    if few := [f"{file} ({values})" for file, (_, values) in found.items() if values]:
+        notes.append(f"{len(few)} images use few of their values, so that the model sees little in "
+                     f"them; stretch the values to the range: {', '.join(few)}")
     if config.data:
-        examples = read_folder(config.data, config.outside_images, problems, notes,
-                               config.answer_prefix)
-    else:
-        examples = [example for part in load_examples(config) for example in part]
-    common = common_form([ex for ex in examples if ex.split == config.test_split],
-                         config.answer_prefix)
-    usable, sizes = [], []
-    for example in examples:
+        sound = [row for row, record in enumerate(checked)
+                 if not any(fault for fault, _ in record.found.values())]
         try:
-            sizes.append(serialised(example, vlm, config, common))
-            usable.append(example)
+            drawn(examples.subset(sound), config)
         except ValueError as error:
-            problems.append(str(error))
-    report(examples, config, vlm, sizes)
-    if cut := sum(size.answer > config.free_tokens > 0 for size in sizes):
-        notes.append(f"{cut} questions have options that take more than --free_tokens "
-                     f"{config.free_tokens}: their free answers would be cut")
+            faults.append(str(error))
+    splits, tasks = (Counter(record[n] for record in checked) for n in (1, 0))
+    print(f"{config.data or config.regime}: {len(checked)} records are well-formed; "
+          + ", ".join(f"{splits[split]} {split}" for split in SPLITS))
+    print("  tasks: " + ", ".join(f"{count} {task}" for task, count in tasks.items()))
+    print(f"  the longest text has {max((record.tokens for record in checked), default=0)} tokens")
     for note in notes:
         print(f"note: {note}")
-    refuse(problems, usable, config)
-
-
-def serialised(example: Example, vlm: VLM, config: train.Config, common) -> Sizes:
-    """As the run will, by the record's split. Raises ValueError naming the record."""
-    view = answer = 0
-    if example.split in ("train", "validation"):
-        views = train.prepared([example], vlm, config).views
-        view = max(len(view.ids) for three in views for view in three)
-    if example.split == config.test_split or (example.split == "validation" and config.track):
-        asker = evaluate.Answerer(vlm, [example], config.answer_prefix)
-        asker.common = common  # of all questions, not of this one alone
-        asker.check_lengths()
-        [answer] = asker.answer_tokens()
-    return Sizes(view, answer)
-
-
-def report(examples: list[Example], config: train.Config, vlm: VLM, sizes: list[Sizes]) -> None:
-    counts = ", ".join(f"{sum(ex.split == split for ex in examples)} {split}" for split in SPLITS)
-    print(f"{config.data or config.regime}: {len(examples)} records are well-formed; {counts}")
-    for family in dict.fromkeys(ex.task for ex in examples):
-        calls = [len(ex.images) - 1 for ex in examples if ex.task == family]
-        print(f"  {family}: {len(calls)} records, {min(calls)} to {max(calls)} tool images")
-    if views := [size.view for size in sizes if size.view]:
-        limit = min(config.max_tokens, vlm.max_positions)
-        print(f"  tokens of the longest view: {sum(views) / len(views):.0f} on average, at most "
-              f"{max(views)} (limit {limit})")
-    if answers := [size.answer for size in sizes if size.answer]:
-        print(f"  tokens of the longest option, with prefix and end of turn: {max(answers)}")
-    if pixels := [image_size(picture) for ex in examples for picture in ex.images]:
-        print(f"  images: {len(pixels)}, from {min(pixels)} to {max(pixels)} px")
-
-
-def refuse(problems: list[str], usable: list[Example], config: train.Config) -> None:
-    """Raises ValueError, if there is a reason: records, or splits that are left too small."""
-    said = []
-    if problems := list(dict.fromkeys(problems)):
-        said += [f"{len(problems)} records cannot be used:", *problems[:SHOWN]]
-        said += [f"... and {len(problems) - SHOWN} more"] * (len(problems) > SHOWN)
-    if config.data:
-        try:
-            drawn(usable, config)
-        except ValueError as error:
-            said.append(str(error))
-    if said:
-        raise ValueError("\n  ".join(said))
+    seconds = time.time() - start
+    print(f"checked in {seconds:.0f} s, {1000 * seconds / max(1, len(checked)):.1f} s for 1,000 "
+          "records")
+    # an image may have been opened twice: to find its split, and to check it
+    if faults := list(dict.fromkeys(faults)):
+        count = f"{len(faults)} fault{'s' * (len(faults) > 1)}:"
+        raise ValueError("\n  ".join([count, *faults]))
 
 
 if __name__ == "__main__":

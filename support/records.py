@@ -1,21 +1,28 @@
-"""Records: one question with its expert trajectory (`Example`), and a folder of them, checked.
+"""Records: one question with its expert trajectory (`Example`), and a folder of them (`Records`).
 
 A data folder holds trajectories.jsonl, one record a line, and the images that the records name
-(README, "Your own data").
+(docs/data.md). `read_folder` checks every line once and keeps only where it starts, so half a
+million records take seconds and a few MB. A line is parsed again, and its pictures are opened, when
+the record is used.
 """
 
-import itertools
 import json
 import re
 import warnings
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
-from typing import Iterator
 
-from support.answers import (contains, default_form, form_of, has_prefix, normalise, option_index,
-                             stated_answer)
+import numpy as np
+
+from support.answers import default_form, form_of
 from support.files import new_folder, on_disk
-from support.images import Picture, open_image, opened, picture_digest
+from support.images import Picture, file_version, opened, picture_digest
+from support.picture_splits import (SPLITS, give_splits, pixel_hashes, progress, shared_pictures,
+                                    short_hash)
+from support.record_checks import (FILE, TWICE, Checker, SameOptionTwice, checked, checked_record,
+                                   picture_names, read_lines)
 
 
 @dataclass
@@ -24,7 +31,7 @@ class Example:
 
     `trajectory` is R = (T1, I1, ..., IN, TN): a list of str (assistant text) and pictures (tool
     output), in order. Its first text holds the plan and the call, its last text the answer. It may
-    be empty where nothing is trained (the held-out family). `options` are the candidate answers,
+    be empty where nothing is trained (the held-out task). `options` are the candidate answers,
     `answer` is one of them; open-ended data have one option.
     """
 
@@ -65,11 +72,10 @@ class Example:
     def answer_only(self, answer_prefix: str) -> "Example":
         """No trajectory: the answer straight after the question, as the last text writes it."""
         form = form_of(self.texts[-1], self.answer, answer_prefix) if self.texts else None
-        return replace(self, bare=True, trajectory=[(form or default_form(answer_prefix)).text(self.answer)])
+        text = (form or default_form(answer_prefix)).text(self.answer)
+        return replace(self, bare=True, trajectory=[text])
 
 
-FILE = "trajectories.jsonl"
-SPLITS = ("train", "validation", "test")
 
 
 def write_folder(out: Path, examples: list[Example]) -> None:
@@ -99,244 +105,153 @@ def record_line(ex: Example, names: list[str]) -> str:
     return json.dumps(record, ensure_ascii=False) + "\n"
 
 
-def read_folder(folder: str | Path, outside: bool = False, problems: list[str] | None = None,
-                notes: list[str] | None = None, answer_prefix: str = "Answer:") -> list[Example]:
-    """Read a folder in the format above. Every record and image is checked before any is used.
+# ---- a folder, read lazily ----------------------------------------------------------------------
 
-    Raises ValueError or FileNotFoundError naming file, line and mend; with a list for `problems` it
-    collects them there and goes on. outside: image paths and links may leave the folder. What can
-    be used and is odd is counted in `notes`, one sentence a kind; without a list it is warned of.
+# what is kept of a record
+ROW = np.dtype([
+    # where its line starts, in bytes, and the line's number
+    ("start", np.int64), ("line", np.int32),
+    # index in SPLITS, -1 if it has none yet; index in the names of the tasks
+    ("split", np.int8), ("task", np.int32),
+    # hash of the line and of its pictures' sizes and times
+    ("digest", np.uint64),
+    # hash of the question's picture: of its pixels if they were read, else of its name
+    ("picture", np.uint64)])
 
-    A record without "split" gets the split that other records give its image, else one by the hash
-    of the image's bytes (8 : 1 : 1): two questions on one image never fall on two sides.
+
+@dataclass(eq=False)
+class Records(Sequence):
+    """The records of a folder, or some of them: `records[row]` is an Example, a slice is Records.
+
+    A line is parsed and checked when its record is used; no picture is opened. Raises ValueError
+    naming file and line if a line no longer passes, or if the file has changed.
     """
-    reader, examples = _Reader(Path(folder), outside, answer_prefix), []
-    for number, line in _lines(reader.folder):
+
+    folder: Path
+    answer_prefix: str
+    # of the file of records
+    version: tuple[str, int, int]
+    table: np.ndarray  # (N,) of ROW
+    task_names: list[str]
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, row):
+        if isinstance(row, slice):
+            return self.subset(range(len(self))[row])
+        # raises IndexError, which ends a loop
+        kept = self.table[row]
+        with open(self.folder / FILE, "rb") as file:
+            # in another file the line may start elsewhere
+            if file_version(self.folder / FILE) != self.version:
+                raise ValueError(f"{self.folder / FILE} has changed since it was read; leave the "
+                                 "data alone while they are in use")
+            file.seek(kept["start"])
+            line = file.readline()
+        record = _record(line, self.answer_prefix, self.where(row))
+        return _example(record, self.folder, (*SPLITS, "")[kept["split"]])
+
+    def subset(self, rows: Iterable[int]) -> "Records":
+        """The records of these rows, in this order."""
+        return replace(self, table=self.table[np.asarray(rows, dtype=np.int64)])
+
+    def split(self, name: str) -> "Records":
+        return self.subset(np.flatnonzero(self.table["split"] == SPLITS.index(name)))
+
+    @property
+    def tasks(self) -> list[str]:
+        """The task of each record; no line is read."""
+        return [self.task_names[code] for code in self.table["task"]]
+
+    def where(self, row: int) -> str:
+        return f"{self.folder / FILE}, line {self.table[row]['line']}"
+
+
+def digests(records: Sequence[Example]) -> str:
+    """16 hex digits for each record. A resumed run names the record where they first differ.
+
+    Of a folder: of lines, and of pictures' sizes and times, so that no picture is opened. Of
+    records in memory: of texts and pixels.
+    """
+    if isinstance(records, Records):
+        return records.table["digest"].astype(">u8").tobytes().hex()
+    found = ""
+    for ex in records:
+        parts = (ex.id, ex.task, ex.question, *ex.options, ex.answer, ex.image, *ex.trajectory)
+        contents = [part if isinstance(part, str) else picture_digest(part) for part in parts]
+        found += f"{short_hash(repr(contents).encode()):016x}"
+    return found
+
+
+def read_folder(folder: str | Path, outside_images: bool = False, answer_prefix: str = "Answer:",
+                cache: str | Path | None = None, notes: list[str] | None = None,
+                problems: list[str] | None = None, by_pixels: bool = False) -> Records:
+    """Check every line of a folder in the format above, in one pass.
+
+    Pictures must exist. They are opened, those of all questions, only if a record names no split
+    (support/picture_splits.py) or with by_pixels, to find the same picture in two splits whatever
+    its files are called. cache: a file that keeps what was read of them.
+    outside_images: image paths and links may leave the folder.
+    notes: gets one sentence, with a count, for each kind of unusual record; None: warns instead.
+    problems: gets every error, and those records are left out; None: the first one is raised, as
+    ValueError or FileNotFoundError naming file, line and fix.
+    """
+    folder, path, used = Path(folder), Path(folder) / FILE, 0
+    checker = Checker(folder, outside_images, answer_prefix)
+    total = sum(1 for _ in read_lines(path))
+    table, version = np.zeros(total, ROW), file_version(path)
+    for line, number, start in progress(read_lines(path), total, "reading records"):
         try:
-            examples.append(reader.example(line, number))
-        except (ValueError, FileNotFoundError) as error:
+            table[used] = checker.row(line, number, start)
+            used += 1
+        except SameOptionTwice:
+            checker.unusual[TWICE].append(number)
+        except (ValueError, OSError) as error:
             if problems is None:
                 raise
             problems.append(str(error))
-    if not examples and not problems:
-        raise ValueError(f"{reader.folder / FILE} holds no record")
-    reader.assign_splits(examples)
-    for note in reader.notes(examples):
+    found = checker.notes(total)
+    if not used and not problems:
+        raise ValueError("; ".join([f"{path} holds no record that can be used", *found]))
+    table = table[:used]
+    records = Records(folder, answer_prefix, version, table, list(checker.tasks))
+    if by_pixels or (table["split"] < 0).any():
+        table["picture"] = pixel_hashes(records, cache and Path(cache), problems)
+        table["split"] = give_splits(table["split"], table["picture"])
+    for note in found + shared_pictures(path, table["split"], table["picture"]):
         if notes is None:
             warnings.warn(note, stacklevel=2)
         else:
             notes.append(note)
-    return examples
+    return records
 
 
-def read_record(folder: str | Path, row: int, outside: bool = False,
+def read_record(folder: str | Path, row: int, outside_images: bool = False,
                 answer_prefix: str = "Answer:") -> Example:
-    """One record, by its number from 0, checked as `read_folder` does; no other image is read.
+    """The record in this row, from 0, and its pictures, checked; no other line is parsed.
 
-    Its split is "" where it names none. Raises ValueError also for a row that is not there.
+    Its split is "" if it names none. Raises ValueError also if there is no such row.
     """
-    reader, rows = _Reader(Path(folder), outside, answer_prefix), list(_lines(Path(folder)))
-    if not 0 <= row < len(rows):
-        raise ValueError(f"{reader.folder / FILE} has no row {row}: it has {len(rows)}, counted "
-                         "from 0")
-    number, line = rows[row]
-    return reader.example(line, number)
+    folder = Path(folder)
+    for line, number, _ in islice(read_lines(folder / FILE), row, row + 1) if row >= 0 else ():
+        where = f"{folder / FILE}, line {number}"
+        record = _record(line, answer_prefix, where)
+        for name in picture_names(record):
+            checked(folder, name, where, outside_images)
+        return _example(record, folder, record.get("split") or "")
+    raise ValueError(f"{folder / FILE} has no row {row}; rows are counted from 0")
 
 
-def _lines(folder: Path) -> Iterator[tuple[int, bytes]]:
-    """The lines that hold something, with their numbers from 1."""
-    path = folder / FILE
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} not found: a data folder holds {FILE} and its images "
-                                "(see README, data format)")
-    with open(path, "rb") as file:  # a line ends at a line feed and nowhere else
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                yield number, line
-
-
-class _Reader:
-    """The records of one folder, checked one after another, and what is remembered of them."""
-
-    def __init__(self, folder: Path, outside: bool, answer_prefix: str):
-        self.folder, self.outside, self.prefix = folder, outside, answer_prefix
-        self.lines: dict[str, int] = {}  # by id
-        self.sound: dict[str, Path] = {}  # by name: images that were read, each once
-        self.digests: dict[Path, str] = {}  # of the files of the questions' images
-        self.without_prefix: list[int] = []  # lines
-        self.other_words: list[int] = []  # lines
-
-    def example(self, line: bytes, number: int) -> Example:
-        """One line as an Example, whose split is "" where it names none."""
-        where = f"{self.folder / FILE}, line {number}"
-        record = _parse(line, where)
-        for key, kind in dict(id=str, image=str, question=str, options=list, answer=str,
-                              trajectory=list).items():
-            _need(isinstance(record.get(key), kind), where,
-                  f"field {key!r} must be a {kind.__name__}; found {record.get(key)!r:.80}")
-        name, question = (_text(record[key], key, where) for key in ("id", "question"))
-        task = _text(record.get("task", record.get("family", "questions")), "task", where)
-        options, answer = _options(record, where)
-        steps = [self._step(step, n, where) for n, step in enumerate(record["trajectory"])]
-        _need(bool(steps) and isinstance(steps[-1], str), where,
-              "the trajectory must end in a text that gives the answer")
-        image = self._image(_text(record["image"], "image", where), where)
-        split = record.get("split")
-        _need(split is None or split in SPLITS, where,
-              f"split {split!r} is none of {', '.join(SPLITS)}")
-        _need(name not in self.lines, where,
-              f"id {name!r} was used on line {self.lines.get(name)}; ids must be unique")
-        self._check_last_text(steps[-1], options, answer, number, where)
-        self.lines[name] = number
-        if image not in self.digests:
-            self.digests[image] = picture_digest(image)
-        return Example(name, task, image, question, options, answer, steps, split or "")
-
-    def _image(self, name: str, where: str) -> Path:
-        if name not in self.sound:
-            self.sound[name] = checked(self.folder, name, where, self.outside)
-        return self.sound[name]
-
-    def _step(self, step, n: int, where: str) -> str | Path:
-        _need(isinstance(step, dict) and len(step) == 1 and next(iter(step)) in ("text", "image"),
-              where, f"trajectory step {n} must be {{'text': ...}} or {{'image': ...}}; "
-                     f"found {step!r:.80}")
-        kind, value = next(iter(step.items()))
-        value = _text(value, f"trajectory step {n}: {kind}", where)
-        return value if kind == "text" else self._image(value, where)
-
-    def _check_last_text(self, text: str, options: list[str], answer: str, number: int,
-                         where: str) -> None:
-        """Raises ValueError where the last text says another answer than the field.
-
-        Where it says none of the options in so many words, the answer's own words, whole, and no
-        other option's will do; such a record is noted, and so is one without the prefix.
-        """
-        stated = stated_answer(text, self.prefix)
-        given = text if stated is None else stated
-        said = option_index(given, options)
-        others = [o for o in options if stated is not None and not contains(answer, o)]
-        clear = contains(given, answer) and not any(contains(given, o) for o in others)
-        if stated is None and said is None:
-            _need(clear, where,
-                  f"the last text of the trajectory does not contain the answer {answer!r:.80}")
-        else:
-            _need(clear if said is None else options[said] == answer, where,
-                  f"the last text says {given!r:.80} but the field 'answer' is {answer!r:.80}; "
-                  "correct one of them")
-        if not has_prefix(text, self.prefix):
-            self.without_prefix.append(number)
-        elif said is None:
-            self.other_words.append(number)
-
-    def assign_splits(self, examples: list[Example]) -> None:
-        """In place, by the digest of the image, where a record names none."""
-        named: dict[str, set[str]] = {}
-        for ex in examples:
-            if ex.split:
-                named.setdefault(self.digests[ex.image], set()).add(ex.split)
-        for ex in examples:
-            digest = self.digests[ex.image]
-            by_hash = {0: "test", 1: "validation"}.get(int(digest[:8], 16) % 10, "train")
-            splits = named.get(digest, set())
-            ex.split = ex.split or (next(iter(splits)) if len(splits) == 1 else by_hash)
-
-    def notes(self, examples: list[Example]) -> list[str]:
-        """One sentence for each kind of oddity, with its count."""
-        path, found = self.folder / FILE, []
-        if lines := self.without_prefix:
-            found.append(f"{path}: {len(lines)} of {len(examples)} last texts (line {lines[0]} is "
-                         f"the first) have no {self.prefix!r}, with which questions are "
-                         "asked and replies read: give --answer_prefix as these texts have it")
-        if lines := self.other_words:
-            found.append(f"{path}: {len(lines)} of {len(examples)} last texts (line {lines[0]} is "
-                         "the first) give the answer in other words than the option's; a reply in "
-                         "such words counts as wrong")
-        shown = {split: {self.digests[ex.image] for ex in examples if ex.split == split}
-                 for split in SPLITS}
-        for one, other in itertools.combinations(SPLITS, 2):
-            if shared := len(shown[one] & shown[other]):
-                found.append(f"{path}: {shared} of {len(shown[other])} {other} images are also in "
-                             f"{one}; give all records of an image one split")
-        return found
-
-
-NOT_UNICODE = "is not valid Unicode text; save the file as UTF-8, without halves of characters"
-
-
-def _need(right: bool, where: str, message: str) -> None:
-    if not right:
-        raise ValueError(f"{where}: {message}")
-
-
-def _text(value, name: str, where: str) -> str:
-    """The value without blanks at its ends. Raises ValueError unless it is text, and not empty."""
-    _need(isinstance(value, str) and bool(value.strip()), where,
-          f"{name} must be a non-empty string; found {value!r:.80}")
+def _record(line: bytes, answer_prefix: str, where: str) -> dict:
     try:
-        value.encode()
-    except UnicodeEncodeError:  # JSON can write what UTF-8 cannot
-        raise ValueError(f"{where}: {name} {NOT_UNICODE}") from None
-    return value.strip()
-
-
-def _options(record: dict, where: str) -> tuple[list[str], str]:
-    """The options, and the one of them that the answer is."""
-    options = [_text(option, "every option", where) for option in record["options"]]
-    normal = [normalise(option) for option in options]
-    for n, option in enumerate(normal):
-        _need(option not in normal[:n], where,
-              f"an option is there twice, or in two forms that count as one: {options!r:.200}")
-    answer = record["answer"].strip()
-    right = option_index(answer, options)
-    _need(right is not None, where, f"answer {answer!r:.80} is not among the options "
-                                    f"{options!r:.200}")
-    return options, options[right]
-
-
-def _parse(line: bytes, where: str) -> dict:
-    try:
-        record = json.loads(line.decode("utf-8-sig"), object_pairs_hook=_fields)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not valid JSON ({error.msg} at column {error.colno}); "
-                         "write one object a line") from None
-    except UnicodeDecodeError:
-        raise ValueError(f"{where}: the line {NOT_UNICODE}") from None
+        return checked_record(line, answer_prefix)[0]
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
-    except RecursionError:
-        raise ValueError(f"{where}: nested too deeply; write the object that the README shows"
-                         ) from None
-    _need(isinstance(record, dict), where, f"expected a JSON object, found {type(record).__name__}")
-    return record
 
 
-def _fields(pairs: list[tuple]) -> dict:
-    """Of a field that is there twice, json would keep the last and say nothing."""
-    names = [name for name, _ in pairs]
-    if twice := next((name for n, name in enumerate(names) if name in names[:n]), None):
-        raise ValueError(f"field {twice!r} is there twice; keep one")
-    return dict(pairs)
-
-
-def inside(folder: Path, name: str, outside: bool = False) -> Path:
-    """folder / name. Raises ValueError if that, links followed, leaves the folder and must not."""
-    path = folder / on_disk(name)
-    if not outside and not path.resolve().is_relative_to(folder.resolve()):
-        raise ValueError(f"image {name} leaves the data folder; copy it there, or allow it with "
-                         "--outside_images")
-    return path
-
-
-def checked(folder: Path, name: str, where: str, outside: bool = False) -> Path:
-    try:
-        path = inside(folder, name, outside)
-    except ValueError as error:  # also of names that no file can have
-        raise ValueError(f"{where}: {error}") from None
-    open_image(path, where)
-    return path
-
-
-
-def digests(records):
-    return "x"
+def _example(record: dict, folder: Path, split: str) -> Example:
+    steps = [value if kind == "text" else folder / on_disk(value)
+             for kind, value in record["trajectory"]]
+    return Example(record["id"], record["task"], folder / on_disk(record["image"]),
+                   record["question"], record["options"], record["answer"], steps, split)

@@ -452,10 +452,14 @@ def refuse_other_inputs(out: Path, model: str, now: dict, splits: tuple) -> None
                if began["model"].get(name) != now["model"].get(name)]
     if changed:
         found = f"{', '.join(changed)} of the model {model}"
-    for name, before, after, split in zip(("training", "validation", "test"), began["data"],
-                                          now["data"], splits):
-        if not found and before != after:
-            found = f"the {name} records"
+    for name, before, after, records in zip(("training", "validation", "test"), began["data"],
+                                            now["data"], splits):
+        if not found and len(before) != len(after):
+            found = f"the number of {name} records"
+        elif not found and before != after:  # 16 digits a record
+            row = next(n for n in range(len(records))
+                       if before[16 * n:16 * n + 16] != after[16 * n:16 * n + 16])
+            found = f"{name} record {records[row].id!r}"
     if found:
         raise ValueError(f"{out} began with other inputs than it finds now ({found}): restore "
                          "them, or begin a new run with another --out")

@@ -1,194 +1,287 @@
-"""Claims: a record that says two answers is refused, one that says it in an unusual way is counted;
-one image is on one side; what is odd in a file is said with its line, and nothing is dropped."""
+"""Claims: a folder's lines are each parsed once at the start and its pictures not opened; a record
+is read when it is used. A bad record is refused with file, line and fix, or listed with all others;
+an unusual one is counted. One picture is in one split, whatever its files are called."""
 
-import hashlib
 import json
-import shutil
-import warnings
+import os
+import pickle
+from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
-from support import records
-from support.records import Example, read_folder, write_folder
+from support import images, record_checks
+from support.images import opened
+from support.picture_splits import SPLITS
+from support.records import FILE, Example, digests, read_folder, read_record, write_folder
+from world import tools
 
-RECORD = dict(id="1", image="a.png", question="q", options=["x", "y"], answer="x",
+RECORD = dict(id="1", image="a.png", question="q", options=["x", "y"], answer="x", split="train",
               trajectory=[{"text": "Answer: x"}])
+NO_SPLIT = dict(RECORD, split=None)
 
 
-def folder_of(tmp_path, *rows):
+def folder_of(folder, *rows):
+    """A data folder of these records, or lines, about a red and a blue picture."""
     for name, colour in (("a.png", "red"), ("b.png", "blue")):
-        if not (tmp_path / name).exists():
-            Image.new("RGB", (32, 32), colour).save(tmp_path / name)
-    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
-    (tmp_path / records.FILE).write_text("\n".join(lines), encoding="utf-8")
-    return tmp_path
+        if not (folder / name).exists():
+            Image.new("RGB", (32, 32), colour).save(folder / name)
+    lines = [row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows]
+    (folder / FILE).write_bytes(b"\n".join(lines))
+    return folder
 
 
-def answering(options, answer, text):
-    return {**RECORD, "options": options, "answer": answer, "trajectory": [{"text": text}]}
+def numbered(*rows):
+    return [dict(row, id=str(n)) for n, row in enumerate(rows)]
 
 
-def read(tmp_path, *rows, prefix="Answer:"):
+def read(tmp_path, *rows, **options):
     notes = []
-    return read_folder(folder_of(tmp_path, *rows), notes=notes, answer_prefix=prefix), notes
+    return read_folder(folder_of(tmp_path, *rows), notes=notes, **options), notes
 
 
-# ---- the answer and the last text ----
+@pytest.fixture
+def work(monkeypatch):
+    """Returns how many lines were parsed, and how many pictures opened, since it was last asked."""
+    done = []
+
+    def counts():
+        found = done.count("_parse"), done.count("_decoded")
+        done.clear()
+        return found
+
+    for module, name in ((record_checks, "_parse"), (images, "_decoded")):
+        function = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda content, name=name, function=function:
+                            done.append(name) or function(content))
+    return counts
 
 
-@pytest.mark.parametrize("options, answer, text, prefix", [
-    (["A", "B"], "A", "It is grey. Answer: B", "Answer:"),
-    (["one", "none"], "one", "I count none. Answer: none", "Answer:"),
-    (["1", "10"], "1", "Answer: 10", "Answer:"), (["1", "2"], "1", "Answer: 1.5", "Answer:"),
-    (["no", "yes"], "no", "Answer: know", "Answer:"), (["no", "yes"], "no", "I know", "Answer:"),
-    (["A", "B"], "A", "Answer: B. Answer: A? No. \\boxed{B}", "Answer:"),
-    (["A", "B"], "A", "A it is. <answer>B</answer>", "Answer:"),
-    (["A", "B"], "A", "Answer: A man is", "Answer:"), (["5"], "5", "Answer: -5", "Answer:"),
-    (["red", "blue"], "red", "reddish", "Answer:"), (["5"], "5", "The Answer:", "Answer:"),
-    (["red", "blue"], "red", "Answer: red or blue", "Answer:"),
-    (["A. red", "B. blue"], "A. red", "Answer: B", "Answer:"),
-    (["红", "蓝"], "红", "红还是？答案：蓝", "答案："), (["A", "B"], "A", "B", "")])
-def test_a_last_text_with_another_answer_is_refused_with_its_line(tmp_path, options, answer, text,
-                                                                  prefix):
-    row = {**answering(options, answer, text), "id": "2"}
-    with pytest.raises(ValueError, match="line 2: the last text (says .* but the field 'answer'|of "
-                                         "the trajectory does not contain the answer)"):
-        read(tmp_path, answering(["x"], "x", f"{prefix} x"), row, prefix=prefix)
+# ---- read when it is used ----
 
 
-@pytest.mark.parametrize("options, answer, text, prefix", [
-    (["A", "B"], "A", "It is. Answer: A", "Answer:"), (["A", "B"], "A", "Answer: (A)", "Answer:"),
-    (["A", "B"], "A", "Answer: A. red", "Answer:"), (["5."], "5.", "Answer: \\boxed{5}", "Answer:"),
-    (["red", "blue"], "red", "Not blue. Answer: Red.", "Answer: "), (["x"], "x", "x", ""),
-    (["A. red", "B. blue"], "B. blue", "Answer: B", "Answer:"),
-    (["红", "蓝"], "红", "答案：红。", "答案："), (["x"], "x", "<answer>x</answer>", "<answer>")])
-def test_the_same_answer_in_another_dress_is_taken_without_a_word(tmp_path, options, answer, text,
-                                                                  prefix):
-    found, notes = read(tmp_path, answering(options, answer, text), prefix=prefix)
-    assert found[0].answer == answer and not notes
+def test_lines_are_parsed_once_and_pictures_opened_when_they_are_used(tmp_path, work):
+    steps = [{"text": "call"}, {"image": "b.png"}, {"text": "Answer: x"}]
+    rows = numbered(*[dict(RECORD, trajectory=steps, split=SPLITS[n % 3], task="uvw"[n % 3])
+                      for n in range(300)])
+    found, _ = read(tmp_path, *rows)
+    assert work() == (300, 0)
+    assert len(found) == 300 and found.tasks[:4] == ["u", "v", "w", "u"] and len(found[2:9]) == 7
+    tests = pickle.loads(pickle.dumps(found.split("test")))
+    assert len(tests) == 100 and len(pickle.dumps(found)) < 300 * 60 and work() == (0, 0)
+    example = tests[-1]
+    assert (example.id, example.split, found.subset([5, 3])[1].id) == ("299", "test", "3")
+    assert work() == (2, 0)
+    assert [opened(picture).size for picture in example.images] == [(32, 32)] * 2
+    assert work() == (0, 2) and [ex.id for ex in found] == [row["id"] for row in rows]
 
 
-def test_texts_without_prefix_and_in_other_words_are_taken_and_counted(tmp_path):
-    rows = [answering(["x", "y"], "x", text) for text in
-            ("Answer: x", "It is x, not y", "<answer>x</answer>", "Answer: the x", "X")]
-    found, notes = read(tmp_path, *[{**row, "id": str(n)} for n, row in enumerate(rows)])
-    assert len(found) == 5 and len(notes) == 2
-    assert "3 of 5 last texts (line 2 is the first) have no 'Answer:'" in notes[0]
-    assert "--answer_prefix" in notes[0]
-    assert "1 of 5 last texts (line 4 is the first) give the answer in other words" in notes[1]
+def test_one_row_is_read_alone(tmp_path, work):
+    folder = folder_of(tmp_path, b"{", b"", dict(NO_SPLIT, image="b.png"), dict(RECORD, id="2"))
+    assert [read_record(folder, 1).split, read_record(folder, 2).id] == ["", "2"]
+    assert work() == (2, 2)
+    for row, message in ((3, "no row 3"), (-1, "no row -1"), (0, "line 1: not valid JSON")):
+        with pytest.raises(ValueError, match=message):
+            read_record(folder, row)
 
 
-def test_without_a_list_for_notes_they_are_warned_of(tmp_path):
-    with pytest.warns(UserWarning, match="have no 'Answer:'"):
-        read_folder(folder_of(tmp_path, answering(["x"], "x", "x")))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        read_folder(folder_of(tmp_path, RECORD))
+def test_digests_show_the_record_that_changed_and_open_no_picture(tmp_path, work):
+    rows = numbered(RECORD, dict(RECORD, image="b.png"), RECORD)
+
+    def changed():
+        now = digests(read(tmp_path, *rows)[0])
+        return [n for n in range(3) if now[16 * n:16 * n + 16] != first[16 * n:16 * n + 16]]
+
+    first = digests(read(tmp_path, *rows)[0])
+    assert changed() == []
+    os.utime(tmp_path / "b.png", (0, 0))
+    assert changed() == [1]
+    rows[2]["question"] = "other"
+    assert changed() == [1, 2] and work()[1] == 0
 
 
-def test_the_answer_is_the_option_that_it_means(tmp_path):
-    for options, answer, right in ((["Red", "x"], "red.", "Red"), (["A. x", "B. y"], "b", "B. y"),
-                                   (["\u00e9"], "e\u0301", "\u00e9")):
-        [ex], _ = read(tmp_path, answering(options, answer, f"Answer: {answer}"))
-        assert ex.answer == right and ex.answer in ex.options
-
-
-@pytest.mark.parametrize("options", [["x", "x."], ["x", "x "], ["x", "<b>x</b>"], ["x", '"x"'],
-                                     ["\u00e9", "e\u0301", "x"]])
-def test_options_that_would_count_as_one_are_refused(tmp_path, options):
-    with pytest.raises(ValueError, match="line 1: an option is there twice, or in two forms"):
-        read(tmp_path, answering(options, options[0], f"Answer: {options[0]}"))
-    assert read(tmp_path, answering(["x", "X"], "X", "Answer: X"))[0][0].answer == "X"
+def test_what_changed_or_cannot_be_read_says_so_when_it_is_used(tmp_path):
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG")
+    found, _ = read(tmp_path, dict(RECORD, image="broken.png"))
+    message = r"image .*broken.png cannot be read .*; replace it or drop the record"
+    with pytest.raises(ValueError, match=message):
+        opened(found[0].image)
+    with pytest.raises(ValueError, match=f"{FILE}, line 1: {message}"):
+        read_record(tmp_path, 0)
+    with pytest.raises(ValueError, match=f"{FILE}, line 2: {message}"):
+        read(tmp_path, *numbered(RECORD, dict(NO_SPLIT, image="broken.png")))
+    with pytest.raises(ValueError, match=f"{FILE} has changed since it was read"):
+        found[0]
 
 
 # ---- splits ----
 
 
-def test_one_image_is_on_one_side_whatever_it_is_called(tmp_path):
-    """Copies under twenty names; hashes of the names would fall on all three sides."""
-    folder_of(tmp_path)
-    names = [f"copy-{n}.png" for n in range(20)]
-    for name in names:
-        shutil.copy(tmp_path / "a.png", tmp_path / name)
-    found, notes = read(tmp_path, *[{**RECORD, "id": n, "image": n} for n in names])
-    assert len({ex.split for ex in found}) == 1 and not notes
-    digest = hashlib.sha256((tmp_path / "a.png").read_bytes()).digest()
-    by_hash = {0: "test", 1: "validation"}.get(int.from_bytes(digest[:4]) % 10, "train")
-    assert found[0].split == by_hash
+def test_a_picture_is_in_one_split_whatever_its_files_are(tmp_path):
+    """Ten files of one picture: other names, formats and compression, and one turned by EXIF."""
+    turned, shown = Image.Exif(), np.arange(600, dtype=np.uint8).reshape(10, 20, 3)
+    turned[0x112] = 6
+    for n in range(9):
+        Image.fromarray(shown).save(tmp_path / f"{n}", "BMP" if n == 8 else "PNG", compress_level=n)
+    Image.fromarray(np.rot90(shown)).save(tmp_path / "9", "PNG", exif=turned)
+    rows = numbered(*[dict(NO_SPLIT, image=f"{n}") for n in range(10)])
+    assert len({ex.split for ex in read(tmp_path, *rows)[0]}) == 1
+    for split in SPLITS:
+        found, notes = read(tmp_path, *rows[:7], dict(rows[7], split=split), *rows[8:])
+        assert {ex.split for ex in found} == {split} and not notes
 
 
-def test_a_record_without_split_goes_where_its_image_is(tmp_path):
-    for split in records.SPLITS:
-        rows = [{**RECORD, "id": "1"}, {**RECORD, "id": "2", "split": split}, {**RECORD, "id": "3"}]
-        found, notes = read(tmp_path, *rows)
-        assert [ex.split for ex in found] == [split] * 3 and not notes
-
-
-def test_shares_of_the_splits(tmp_path):
-    rows = []
+def test_shares_of_the_splits_and_the_cache_of_what_was_read(tmp_path, work):
     for n in range(300):
         Image.new("RGB", (2, 2), (n % 256, n // 256, 0)).save(tmp_path / f"{n}.png")
-        rows.append({**RECORD, "id": str(n), "image": f"{n}.png"})
-    found, _ = read(tmp_path, *rows)
-    count = {split: sum(ex.split == split for ex in found) for split in records.SPLITS}
-    assert 215 < count["train"] < 265 and all(15 < count[s] < 50 for s in ("validation", "test"))
+    rows = numbered(*[dict(NO_SPLIT, image=f"{n % 300}.png") for n in range(600)])
+    cache, picture = tmp_path / "cache.npy", (tmp_path / "8.png").read_bytes()
+    found, _ = read(tmp_path, *rows, cache=cache)
+    shares = [len(found.split(split)) for split in SPLITS]
+    assert 430 < shares[0] < 530 and min(shares) > 30 and work()[1] == 300
+    assert (read(tmp_path, *rows, cache=str(cache))[0].table == found.table).all()
+    assert work()[1] == 0
+    os.utime(tmp_path / "7.png", (0, 0))
+    (tmp_path / "8.png").write_bytes(b"")
+    with pytest.raises(ValueError, match="line 9: image .*8.png cannot be read"):
+        read(tmp_path, *rows, cache=cache)
+    (tmp_path / "8.png").write_bytes(picture)
+    assert work()[1] == 2 and len(read(tmp_path, *rows, cache=cache)[0]) == 600
+    assert work()[1] == 1  # what was read before the error is not read again
+    cache.write_text("something else")
+    with pytest.raises(ValueError, match="cache.npy is not a cache of pictures' hashes; delete it"):
+        read(tmp_path, *rows, cache=cache)
+    assert cache.read_text() == "something else"
 
 
-def test_images_on_two_sides_are_counted(tmp_path):
-    rows = [{**RECORD, "id": str(n), "split": split, "image": image} for n, (split, image) in
-            enumerate([("train", "a.png"), ("test", "a.png"), ("test", "b.png"), ("train", "a.png"),
-                       ("validation", "b.png")])]
+def test_pictures_in_two_splits_are_counted(tmp_path):
+    pairs = (("train", "a.png"), ("test", "a.png"), ("test", "b.png"), ("validation", "b.png"))
+    rows = numbered(*[dict(RECORD, split=split, image=image) for split, image in pairs])
     found, notes = read(tmp_path, *rows)
-    assert [ex.split for ex in found] == [row["split"] for row in rows]
+    assert [ex.split for ex in found] == [split for split, _ in pairs]
     assert [note.partition(": ")[2].partition(";")[0] for note in notes] == [
         "1 of 2 test images are also in train", "1 of 2 test images are also in validation"]
+    (tmp_path / "c.png").write_bytes((tmp_path / "a.png").read_bytes())
+    rows[1]["image"] = "c.png"
+    assert [len(read(tmp_path, *rows, by_pixels=by)[1]) for by in (False, True)] == [1, 2]
 
 
-def test_each_image_is_read_once(tmp_path, monkeypatch):
-    opened = []
-    monkeypatch.setattr(records, "open_image", lambda file, where: opened.append(file))
-    steps = [{"text": "call"}, {"image": "b.png"}, {"text": "Answer: x"}]
-    read(tmp_path, *[{**RECORD, "id": str(n), "trajectory": steps} for n in range(5)])
-    assert len(opened) == 2
+# ---- the records ----
 
 
-# ---- the file ----
+@pytest.mark.parametrize("options, answer, text, prefix, right", [
+    (["A", "B"], "A", "It is A. Answer: B", "Answer:", ""), (["A", "B"], "A", "B", "", ""),
+    (["no", "yes"], "no", "I know", "Answer:", ""), (["x"], "x", "no idea", "Answer:", ""),
+    (["red", "blue"], "red", "Answer: red or blue", "Answer:", ""),
+    (["1", "10"], "1", "Answer: 10", "Answer:", ""), (["红", "蓝"], "红", "答案：蓝", "答案：", ""),
+    (["A", "B"], "A", "Answer: (A)", "Answer:", "A"), (["x"], "x", "x", "", "x"),
+    (["red", "blue"], "red.", "Not blue. Answer: Red.", "Answer: ", "red"),
+    (["A. red", "B. blue"], "b", "Answer: B", "Answer:", "B. blue"),
+    (["x", "X"], "X", "Answer: X", "Answer:", "X"), (["红"], "红", "答案：红", "答案：", "红")])
+def test_the_last_text_must_say_the_answer(tmp_path, options, answer, text, prefix, right):
+    row = dict(RECORD, options=options, answer=answer, trajectory=[{"text": text}])
+    if right:
+        found, notes = read(tmp_path, row, answer_prefix=prefix)
+        assert found[0].answer == right and not notes
+    else:
+        with pytest.raises(ValueError, match="line 1: the last text (says .* but the field 'answer'"
+                                             "|of the trajectory does not contain the answer)"):
+            read(tmp_path, row, answer_prefix=prefix)
 
 
-@pytest.mark.parametrize("line", ['{"id": "1", "id": "2"}', '{"a": {"b": 1, "b": 2}}'])
-def test_a_field_that_is_there_twice_is_refused(tmp_path, line):
-    with pytest.raises(ValueError, match="line 2: field '.*' is there twice; keep one"):
-        read(tmp_path, RECORD, line)
-
-
-@pytest.mark.parametrize("field", ["id", "image", "question", "family", "answer"])
-def test_broken_unicode_is_one_sentence_with_line_and_field(tmp_path, field):
-    row = {**RECORD, field: "x \ud800"}
-    with pytest.raises(ValueError, match=f"line 1: .*{field}.*(not valid Unicode|not among)"):
-        read(tmp_path, row)
-    (tmp_path / records.FILE).write_bytes(b'{"id": "\xff"}')
-    with pytest.raises(ValueError, match="line 1: the line is not valid Unicode text"):
+def test_unusual_records_are_counted(tmp_path):
+    texts = ("Answer: x", "It is x, not y", "<answer>x</answer>", "Answer: the x", "X")
+    twice = [dict(RECORD, options=options) for options in (["x", "x"], ["x", "y", "Y.", "y."])]
+    rows = numbered(*[dict(RECORD, trajectory=[{"text": text}]) for text in texts], *twice)
+    found, notes = read(tmp_path, *rows)
+    assert [ex.id for ex in found] == ["0", "1", "2", "3", "4"]
+    assert "2 of 7 records (line 6 is the first) have one option twice" in notes[0]
+    assert "3 of 7 records (line 2 is the first) have no 'Answer:' in the last text" in notes[1]
+    assert "1 of 7 records (line 4 is the first) give the answer in other words" in notes[2]
+    with pytest.warns(UserWarning) as warned:
         read_folder(tmp_path)
+    assert [str(warning.message) for warning in warned] == notes
+    with pytest.raises(ValueError, match="no record that can be used; .*have one option twice"):
+        read(tmp_path, *twice)
 
 
-def test_problems_are_collected_and_the_rest_is_read(tmp_path):
-    rows = [RECORD, {**answering(["x", "y"], "x", "Answer: y"), "id": "2"}, RECORD,
-            {**RECORD, "id": "4"}]
-    problems = []
-    found = read_folder(folder_of(tmp_path, *rows), problems=problems)
-    assert [ex.id for ex in found] == ["1", "4"] and len(problems) == 2
-    assert "line 2: the last text says 'y'" in problems[0] and "used on line 1" in problems[1]
+BAD = [
+    ({"question": None}, "field 'question' must be a str"), ({"id": 7}, "must be a str; found 7"),
+    ({"answer": "z"}, "'z' is not among the options"), ({"options": []}, "'x' is not among the"),
+    ({"options": ["x", 3]}, "every option must be .*; found 3"), ({"id": " "}, "id must be a non"),
+    ({"question": "\ud800"}, "question is not valid Unicode"), ({"split": "dev"}, "is none of"),
+    ({"image": "\ud800.png"}, "image is not valid Unicode"), ({"image": "c.png"}, "c.png not foun"),
+    ({"task": 3}, "task must be a non-empty"), ({"family": 3}, "task must be a non-empty"),
+    ({"image": "a\0b.png"}, "null"), ({"image": "."}, "not found"), ({"image": "n" * 999}, "name"),
+    ({"image": "../a.png"}, "image ../a.png leaves the data folder.*--outside_images"),
+    ({"image": "/etc/hostname"}, "leaves the data folder"), ({"trajectory": []}, "must end in"),
+    ({"trajectory": [{"image": "../b.png"}, {"text": "x"}]}, "leaves the data folder"),
+    ({"trajectory": [{"image": "a.png"}]}, "must end in a text"), ({"id": "0"}, "used on line 1"),
+    ({"trajectory": [{"text": " "}]}, "step 0: text must be"), (b"[]", "expected a JSON object"),
+    ({"trajectory": [{"sound": "a"}]}, "step 0 must be"), (b"NaN", "expected a JSON object"),
+    (b"{", "not valid JSON"), (b'{"id": "1"} {"id": "2"}', "not valid JSON .*one object a line"),
+    (b"[" * 100_000, "nested too deeply|not valid JSON"), (b'{"id": "\xff"}', "save .* as UTF-8"),
+    (b'{"a": {"b": 1, "b": 2}}', "field 'b' is there twice; keep one")]
 
 
-def test_ids_that_are_no_file_names_are_written_and_read_back(tmp_path):
-    picture = Image.new("RGB", (8, 8), "red")
-    given = [Example(name, "f", picture, "q", ["x"], "x", ["Answer: x"], split="train")
-             for name in ("a/b", "../up", "A", "a", "é?*", "record-0", "." * 300)]
-    write_folder(tmp_path / "set", given)
-    back = read_folder(tmp_path / "set")
-    assert [ex.id for ex in back] == [ex.id for ex in given]
-    assert len({ex.image for ex in back}) == len(given)
-    with pytest.raises(ValueError, match="two of the examples .* have one id"):
-        write_folder(tmp_path / "other", given + given[:1])
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["set"]
+def test_bad_records_are_refused_with_line_and_fix_one_by_one_or_all_at_once(tmp_path):
+    rows = [row if isinstance(row, bytes) else dict(RECORD, id=str(n)) | row
+            for n, (row, _) in enumerate(BAD, start=2)]
+    first, problems = dict(RECORD, id="0"), []
+    for row, (_, message) in zip(rows, BAD):
+        with pytest.raises((ValueError, OSError), match=f"{FILE}, line 2: .*({message})"):
+            read(tmp_path, first, row)
+    found, _ = read(tmp_path, first, *rows, dict(RECORD, id="last"), problems=problems)
+    assert [ex.id for ex in found] == ["0", "last"] and len(problems) == len(BAD)
+    assert all(f"line {n}: " in problem for n, problem in enumerate(problems, start=2))
+    with pytest.raises(FileNotFoundError, match=f"{FILE} not found"):
+        read_folder(tmp_path / "nowhere")
+
+
+def test_links_out_of_the_folder_are_refused_unless_allowed(tmp_path):
+    (folder := tmp_path / "set").mkdir()
+    Image.new("RGB", (9, 9)).save(tmp_path / "secret.png")
+    for target, link in (("secret.png", "link.png"), ("", "up"), ("set/a.png", "inner.png")):
+        os.symlink(tmp_path / target, folder / link)
+    for name in ("link.png", "up/secret.png"):
+        with pytest.raises(ValueError, match=f"line 1: image {name} leaves the data folder"):
+            read(folder, dict(RECORD, image=name))
+        found, _ = read(folder, dict(RECORD, image=name), outside_images=True)
+        assert opened(found[0].image).size == (9, 9)
+    assert read(folder, dict(RECORD, image="inner.png"))[0]
+
+
+def test_texts_of_all_scripts_and_separators_survive(tmp_path):
+    """Line separators inside a text, right-to-left script, CRLF, a byte order mark, a long line."""
+    texts = ["\u202eשלום x", "a\u2028b\u2029c\x85d\x0be x", "👩‍🚀 x", "x " * 2_000_000]
+    rows = numbered(*[dict(RECORD, question=text) for text in texts])
+    lines = [json.dumps(row, ensure_ascii=False).encode() + b"\r" for row in rows]
+    found, _ = read(tmp_path, b"\xef\xbb\xbf" + lines[0], b" ", *lines[1:])
+    assert [ex.question for ex in found] == [text.strip() for text in texts]
+
+
+def test_a_folder_survives_the_round_trip_whatever_its_ids_are(tmp_path, mixed):
+    picture, out = Image.new("RGB", (8, 8), "red"), tmp_path / "set"
+    given = mixed + [Example(name, "t", picture, "q", ["x"], "x", ["Answer: x"], split="test")
+                     for name in ("a/b", "../up", "A", "a", "é?*", "record-0", "." * 300)]
+    write_folder(out, given)
+    for one, back in zip(given, read_folder(out), strict=True):
+        for name in ("id", "task", "question", "options", "answer", "texts", "split"):
+            assert getattr(one, name) == getattr(back, name)
+        assert [i.tobytes() for i in one.images] == [opened(i).tobytes() for i in back.images]
+    for place, error in ((out, "nothing is overwritten"), (tmp_path / "other", "have one id")):
+        with pytest.raises((OSError, ValueError), match=error):
+            write_folder(place, given if place == out else given + given[:1])
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_the_documents_record_is_read(tmp_path):
+    page = (Path(images.__file__).parent.parent / "docs" / "data.md").read_text(encoding="utf-8")
+    record, _ = json.JSONDecoder().raw_decode(" ".join(page[page.index('{"id"'):].split()))
+    (tmp_path / "images").mkdir()
+    for name in (record["image"], record["trajectory"][1]["image"]):
+        Image.new("RGB", (64, 64)).save(tmp_path / name)
+    example, = read(tmp_path, record)[0]
+    assert (example.answer, example.task, len(example.images)) == ("seven", record["task"], 2)
+    assert tools.CALL.search(example.texts[0])

@@ -1,0 +1,115 @@
+"""Splits: which records train, which validate and which test, so that no picture is in two splits.
+
+A record without "split" gets the split that other records give its question's picture, else one by
+the hash of the picture's pixels (8 : 1 : 1). The pixels count and not the file: the same picture,
+compressed otherwise or under another name, stays on its side.
+"""
+
+import hashlib
+import itertools
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from support.images import Picture, file_version, open_image, picture_digest
+
+SPLITS = ("train", "validation", "test")
+
+
+def give_splits(named: np.ndarray, pictures: np.ndarray) -> np.ndarray:
+    """(N,) int8, a split for each record, as an index in SPLITS.
+
+    named: (N,) int8, the split that each record names; -1: none. pictures: (N,) uint64, a hash of
+    its question's picture.
+    """
+    shown, picture_of = np.unique(pictures, return_inverse=True)  # (P,), (N,)
+    splits_of = np.zeros(len(shown), np.int8)  # bit s: a record of the picture names split s
+    for code in range(len(SPLITS)):
+        splits_of[picture_of[named == code]] |= 1 << code
+    by_hash = np.select([shown % 10 == 0, shown % 10 == 1], [2, 1], 0)
+    # pictures with one named split keep to it; with several there is no right one
+    given = np.select([splits_of == 1, splits_of == 2, splits_of == 4], [0, 1, 2], by_hash)
+    return np.where(named < 0, given[picture_of], named).astype(np.int8)
+
+
+def shared_pictures(file: Path, splits: np.ndarray, pictures: np.ndarray) -> list[str]:
+    """A sentence for each two splits of a file of records that share pictures. (N,), (N,)"""
+    shown, found = [np.unique(pictures[splits == code]) for code in range(len(SPLITS))], []
+    for one, other in itertools.combinations(range(len(SPLITS)), 2):
+        if shared := len(np.intersect1d(shown[one], shown[other])):
+            found.append(f"{file}: {shared} of {len(shown[other])} {SPLITS[other]} images are also "
+                         f"in {SPLITS[one]}; give all records of an image one split")
+    return found
+
+
+def pixel_hashes(records, cache: Path | None, problems: list[str] | None) -> np.ndarray:
+    """(N,) uint64, a hash of the pixels of each question's picture. Every file is read once.
+
+    records: support.records.Records. cache: a file that keeps the hashes; a picture of the same
+    size and time is not read again, also after an interruption. problems: gets an error for each
+    picture that cannot be read; None: the first one is raised.
+    """
+    try:
+        known = dict(np.load(cache).tolist()) if cache and cache.is_file() else {}
+    except (ValueError, EOFError):
+        raise ValueError(f"{cache} is not a cache of pictures' hashes; delete it") from None
+
+    def hash_of(row: int) -> int:
+        try:
+            file = records[row].image
+            version = short_hash(repr(file_version(file)).encode())
+            if version not in known:
+                known[version] = pixel_hash(open_image(file, records.where(row)))
+            return known[version]
+        except (ValueError, OSError) as error:
+            if problems is None:
+                raise
+            problems.append(str(error))
+            return 0
+
+    # one row for each name, in the order of the file
+    _, first, name_of = np.unique(records.table["picture"], return_index=True, return_inverse=True)
+    order = np.argsort(first)
+    hashes = np.zeros(len(first), np.uint64)
+    try:
+        found = progress(_in_threads(hash_of, first[order].tolist()), len(first), "reading images")
+        for place, pixels in zip(order, found):
+            hashes[place] = pixels
+    finally:
+        if cache and known:
+            partial = cache.with_name(cache.name + ".partial")
+            with open(partial, "wb") as file:
+                np.save(file, np.array(list(known.items()), np.uint64))
+            os.replace(partial, cache)
+    return hashes[name_of]
+
+
+def _in_threads(function: Callable, items: list) -> Iterator:
+    """The results in order. Threads are enough: Pillow decodes, and hashlib hashes, without
+    Python's lock."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        # not all at once: a waiting call takes more memory than its result
+        for start in range(0, len(items), 1000):
+            yield from pool.map(function, items[start:start + 1000])
+
+
+def pixel_hash(picture: Picture) -> int:
+    return int(picture_digest(picture)[:16], 16)
+
+
+def short_hash(content: bytes) -> int:
+    """64 bits, the same in every process."""
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest())
+
+
+def progress(items: Iterable, total: int, what: str) -> Iterable:
+    """The items, with a bar on stderr from the third second on, in the first of all processes."""
+    others = os.environ.get("RANK", "0") != "0"
+    # a log file gets a line each half minute, a terminal sees the bar move
+    interval = 0.5 if sys.stderr.isatty() else 30
+    return tqdm(items, what, total, delay=2, mininterval=interval, disable=others)
