@@ -1,1 +1,1 @@
-"""Readers of published data: trajectories for training, benchmarks for evaluation (README.md)."""
+"""Readers of published data: trajectories to train on, benchmarks to evaluate with (README.md)."""
