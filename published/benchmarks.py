@@ -1,13 +1,11 @@
 """V*, MMVP and BLINK in their published layouts, answered by the model's own `generate`.
 
     python published/benchmarks.py vstar vstar_bench --model MODEL_OR_RUN --out predictions.jsonl
-    python published/benchmarks.py mmvp  MMVP        --model MODEL_OR_RUN --out predictions.jsonl
     python published/benchmarks.py blink BLINK --configs Counting Jigsaw --model ... --out ...
 
-Decoding is greedy, at most four tokens. Answers are written batch by batch, and the same command
-continues an interrupted run. The first line of --out says what made it; another model needs
-another file. Strict score: the answer is the right letter. Lenient score: it names the right letter
-and no other (see letters_in).
+Decoding is greedy, at most four tokens. The same command continues an interrupted run; another
+model needs another --out, whose first line says what made it. Strict score: the answer is the right
+letter. Lenient score: it names the right letter and no other (see letters_in).
 """
 
 import argparse
@@ -21,14 +19,13 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 from string import ascii_uppercase as LETTERS
-from typing import Iterator, NamedTuple
+from typing import Iterable, NamedTuple
 
 import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import evaluate  # noqa: E402
-from data import View  # noqa: E402
 from model import VLM  # noqa: E402
 from published.common import digest, open_boxes, parquet_rows, text_file  # noqa: E402
 from support.files import write_text  # noqa: E402
@@ -36,16 +33,10 @@ from support.images import Picture, open_image  # noqa: E402
 from support.processes import run_program  # noqa: E402
 from support.records import Example, checked  # noqa: E402
 
-# name on the hub, files, and the fields of a row, its id first
-LAYOUTS = dict(
-    vstar=("craigwu/vstar_bench", "test_questions.jsonl",
-           ("question_id", "image", "text", "label", "category")),
-    mmvp=("MMVP/MMVP", "Questions.csv", ("Index", "Question", "Options", "Correct Answer")),
-    blink=("BLINK-Benchmark/BLINK", "*/val-*.parquet", ("idx", "question", "choices", "answer")))
 INSTRUCTION = "Answer with the option's letter from the given choices directly."
 # items whose label is confirmed to be wrong (lmms-eval, issue 1018, which counts from 0)
 MMVP_WRONG = {100, 280}
-# an article is followed by a word, but not by one of these
+# an article or a pronoun is followed by a word, but not by one of these
 NO_NOUNS = "and|or|nor|not|but|is|because|since|vs"
 
 
@@ -66,7 +57,7 @@ class Item(NamedTuple):
 
 
 def choices_in(text: str) -> dict[str, str]:
-    """Letter -> text of choices such as "(A) red (B) blue", on one line or on several."""
+    # letter -> text of "(A) red (B) blue", on one line or on several
     choices = {}
     for letter, choice in re.findall(r"\(([A-Za-z])\)\s*(.*?)\s*(?=\([A-Za-z]\)|\n|$)", text):
         # in order: another letter in parentheses is a word
@@ -75,30 +66,26 @@ def choices_in(text: str) -> dict[str, str]:
     return choices
 
 
-def with_options(words: str, choices: dict[str, str]) -> str:
-    options = "\n".join(f"{letter}. {choice}" for letter, choice in choices.items())
-    return f"{words}\nOptions:\n{options}\n{INSTRUCTION}"
-
-
-def make_item(where: str, name: str, group: str, images: list[Picture], prompt: str,
-              choices: dict[str, str], label: str, wrong: bool = False) -> Item:
-    """Raises ValueError for a label that is not the letter of a choice, such as "(b)"."""
+def make_item(where: str, name: str, group: str, images: list[Picture], words: str,
+              choices: dict[str, str], label: str) -> Item:
+    # a label such as B, B. or (b)
     match = re.fullmatch(r"\(?([A-Za-z])\)?\.?", str(label).strip())
     if not match or match[1].upper() not in choices:
         raise ValueError(f"{where}: the label {label!r} is none of the choices "
                          f"{', '.join(choices)}")
     text = choices[match[1].upper()]
     right = "".join(letter for letter in choices if choices[letter] == text)
-    # of two choices, the other one
-    corrected = "".join(letter for letter in choices if letter not in right) if wrong else right
-    return Item(where, str(name), group, images, prompt, choices, right, corrected)
+    options = "\n".join(f"{letter}. {choice}" for letter, choice in choices.items())
+    prompt = f"{words}\nOptions:\n{options}\n{INSTRUCTION}"
+    return Item(where, str(name), group, images, prompt, choices, right, right)
 
 
 def vstar_item(row: dict, where: str, file: Path) -> Item:
-    # the text has options and instruction
+    words = row["text"]
+    # as published: the words have options and instruction
     return make_item(where, row["question_id"], row["category"],
-                     [checked(file.parent, row["image"], where)], row["text"],
-                     choices_in(row["text"]), row["label"])
+                     [checked(file.parent, row["image"], where)], words, choices_in(words),
+                     row["label"])._replace(prompt=words)
 
 
 def mmvp_item(row: dict, where: str, file: Path) -> Item:
@@ -107,68 +94,74 @@ def mmvp_item(row: dict, where: str, file: Path) -> Item:
     index, choices = int(row["Index"]), choices_in(row["Options"])
     # the hub has the name with a blank, and much code without
     folder = "MMVP Images" if (file.parent / "MMVP Images").is_dir() else "MMVP_Images"
+    images = [checked(file.parent, f"{folder}/{index}.jpg", where)]
     # items 1 and 2 are a pair
-    return make_item(where, str(index), str((index - 1) // 2),
-                     [checked(file.parent, f"{folder}/{index}.jpg", where)],
-                     with_options(row["Question"], choices), choices, row["Correct Answer"],
-                     index in MMVP_WRONG)
+    item = make_item(where, str(index), str((index - 1) // 2), images, row["Question"], choices,
+                     row["Correct Answer"])
+    # of two choices, the other one is right
+    others = "".join(letter for letter in choices if letter not in item.label)
+    return item._replace(corrected=others) if index in MMVP_WRONG else item
 
 
 def blink_item(row: dict, where: str, file: Path) -> Item:
-    choices = {letter: str(text).strip() for letter, text in zip(LETTERS, row["choices"])}
-    # by number: image_10 is behind image_2
-    names = sorted((key for key in row if re.fullmatch(r"image_\d+", key) and row[key]),
-                   key=lambda key: int(key.removeprefix("image_")))
-    if not names:
+    images = [open_image(io.BytesIO(row[key]["bytes"]), where)
+              for key in (f"image_{n}" for n in range(1, 100)) if row.get(key)]
+    if not images:
         raise ValueError(f"{where}: no image")
-    images = [open_image(io.BytesIO(row[key]["bytes"]), where) for key in names]
-    return make_item(where, row["idx"], file.parent.name, images,
-                     with_options(row["question"], choices), choices, row["answer"])
+    choices = {letter: str(text).strip() for letter, text in zip(LETTERS, row["choices"])}
+    return make_item(where, row["idx"], file.parent.name, images, row["question"], choices,
+                     row["answer"])
 
 
-def rows_of(file: Path) -> Iterator[dict]:
+# name on the hub, files, and the fields that a row must have, its id first
+LAYOUTS = dict(
+    vstar=(vstar_item, "craigwu/vstar_bench", "test_questions.jsonl",
+           ("question_id", "image", "text", "label", "category")),
+    mmvp=(mmvp_item, "MMVP/MMVP", "Questions.csv",
+          ("Index", "Question", "Options", "Correct Answer")),
+    blink=(blink_item, "BLINK-Benchmark/BLINK", "*/val-*.parquet",
+           ("idx", "question", "choices", "answer")))
+
+
+def rows_of(file: Path) -> Iterable[dict]:
     if file.suffix == ".parquet":
-        yield from parquet_rows([file], "BLINK")
-        return
+        return parquet_rows([file])
     with text_file(file) as lines:
         if file.suffix == ".csv":
-            yield from csv.DictReader(lines)
-            return
-        for number, line in enumerate(lines, start=1):
-            try:
-                yield json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{file}, line {number}: not valid JSON ({error})") from None
+            return [*csv.DictReader(lines)]
+        try:
+            # with the line ends, so that the error has the line's number
+            return json.loads(f"[{','.join(filter(str.strip, lines))}]")
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{file}: not valid JSON ({error})") from None
 
 
 def read_items(kind: str, folder: Path, configs: list[str] = ()) -> list[Item]:
-    """All items of a benchmark. Raises FileNotFoundError for another layout, and ValueError, naming
-    file and item, for a row without a field, a wrong label or an id that is there twice."""
-    (layout, pattern, fields), items = LAYOUTS[kind], {}
-    make_row = dict(vstar=vstar_item, mmvp=mmvp_item, blink=blink_item)[kind]
+    """All items of a benchmark. FileNotFoundError for another layout; ValueError names the item."""
+    (convert, layout, pattern, fields), items = LAYOUTS[kind], {}
     for config in configs or ["*"]:
-        if not (files := sorted(folder.glob(pattern.replace("*", config, 1)))):
-            raise FileNotFoundError(f"{folder} holds no {pattern.replace('*', config, 1)}; "
-                                    f"expected the layout of {layout}")
+        name = pattern.replace("*", config, 1)
+        if not (files := sorted(folder.glob(name))):
+            raise FileNotFoundError(f"{folder} holds no {name}; expected the layout of {layout}")
         for file in files:
             for number, row in enumerate(rows_of(file), start=1):
                 where = f"{file}, row {number}, item {row.get(fields[0])}"
                 # a CSV row that is too short has None
                 if missing := [name for name in fields if row.get(name) is None]:
                     raise ValueError(f"{where}: no field {missing[0]!r}; found {[*row]}")
-                item = make_row(row, where, file)
+                item = convert(row, where, file)
                 if (item.group, item.id) in items:
                     raise ValueError(f"{where}: an item with this id is there twice")
                 items[item.group, item.id] = item
+    if not items:
+        raise ValueError(f"{folder} holds no items")
     return [*items.values()]
 
 
 def letters_in(text: str, letters: str) -> tuple[str, str]:
-    """(strict, lenient) answer letter; "" where there is none, or more than one.
-
-    Strict: A, (A), A., "A. red", "Answer: A", "A is right". Lenient: also "It is A". None: "A man
-    is", "I think" (the English words), "A and B".
-    """
+    """(strict, lenient) answer letter; "" where there is none, or more than one."""
+    # strict: A, (A), A., "A. red", "Answer: A", "A is right"; lenient: also "It is A"; none: "A man
+    # is", "I think" (English words), "A and B"
     text = re.sub(r"[*_`\"$\[\]{}]+", " ", open_boxes(text)[0]).strip()
     letter = rf"(?<!\w)(?<!\w['’-])([{letters}])(?!['’-]?\w)"
     # the article or the pronoun, unless "option" or the like is before it
@@ -184,29 +177,31 @@ def letters_in(text: str, letters: str) -> tuple[str, str]:
 
 
 def scores(kind: str, records: list[dict]) -> dict[str, list[float]]:
-    """Rows of the table: name -> [n, strict %, lenient %]. A pair is right where both items are."""
-    groups = defaultdict(list)
+    # rows of the table: name -> [n, strict %, lenient %]
+    def row(sets: list[list[dict]], label: str = "label") -> list[float]:
+        # a pair is right where both of its items are
+        right = [[all(r[how] and r[how] in r[label] for r in one) for one in sets]
+                 for how in ("strict", "lenient")]
+        return [len(sets), *(100 * sum(sets) / len(sets) for sets in right)]
+
+    groups, items = defaultdict(list), [[record] for record in records]
     for record in records:
         groups[record["group"]].append(record)
-    items, pairs = [[record] for record in records], list(groups.values())
-    table = {name: ([[r] for r in group], "label") for name, group in groups.items()}
-    table["all"] = items, "label"
-    if kind == "mmvp":
-        table = {f"{unit}, labels {name}": (sets, label)
-                 for label, name in (("label", "as published"), ("corrected", "corrected"))
-                 for unit, sets in (("items", items), ("pairs", pairs))}
-    return {name: [len(sets), *(100 / len(sets) * sum(
-        all(r[how] and r[how] in r[label] for r in one) for one in sets)
-        for how in ("strict", "lenient"))] for name, (sets, label) in table.items()}
+    if kind != "mmvp":
+        return {name: row([[r] for r in group]) for name, group in groups.items()} | {
+            "all": row(items)}
+    return {f"{unit}, labels {name}": row(sets, label)
+            for label, name in (("label", "as published"), ("corrected", "corrected"))
+            for unit, sets in (("items", items), ("pairs", [*groups.values()]))}
 
 
 class Questions(evaluate.Answerer):
-    """Items as questions to one model. Raises ValueError, naming file and item, for a text with
-    the model's special tokens and for a prompt that leaves no room for the answer."""
+    """Items as questions to one model. Raises ValueError naming the file and the item."""
 
     def __init__(self, vlm: VLM, items: list[Item], tokens: int):
-        # over all items, so that all are checked before the first is asked; a question's further
-        # pictures take the place of a trajectory's (see `prompt`)
+        # All items are checked before the first is asked: their texts must be free of the model's
+        # special tokens, and leave room for the answer. A question's further pictures take the
+        # place of a trajectory's (see `prompt`)
         super().__init__(vlm, [Example(item.source, item.group, item.images[0], item.prompt,
                                        list(item.choices), item.label[0], item.images[1:])
                                for item in items])
@@ -214,32 +209,30 @@ class Questions(evaluate.Answerer):
             ids = view.ids + tokens * [self.serializer.end_id]
             self.serializer.check_length(view._replace(ids=ids), example)
 
-    def prompt(self, example: Example, place, turns: int) -> View:
+    def prompt(self, example: Example, place, turns: int):
         # every picture is before the question, in the same turn
         return self.serializer.prompt([("user", [*example.images, example.question])], *place)
 
 
 def origin(items: list[Item], tokens: int, questions: Questions | None = None) -> dict:
-    """What makes predictions; without questions, what is known before the model is loaded."""
-    # without the source: a folder may move
-    parts = dict(items=[[*item._replace(source="", images=[*map(digest, item.images)])]
-                        for item in items])
+    # what makes predictions; without questions, as far as it is known before the model is loaded
+    parts = dict(items=[
+        # without the source: a folder may move
+        [*item._replace(source="", images=[*map(digest, item.images)])] for item in items])
     if questions:
         lm, processor = questions.vlm.lm, questions.vlm.family.processor
-        images = type(getattr(processor, "image_processor", processor)).__name__
-        # the prompts' ids depend on tokenizer, chat template and image sizes
-        parts |= dict(dtype=str(lm.dtype), image_processor=[images, processor.to_dict()],
-                      prompts=[view.ids for view in questions.prompts], weights=[
-                          (name, list(p.shape), hashlib.sha256(p.detach().cpu().contiguous()
-                           .flatten().view(torch.uint8).numpy()).hexdigest())
-                          for name, p in lm.named_parameters()])
-    return dict(tokens=tokens) | {name: hashlib.sha256(json.dumps(
-        part, sort_keys=True, default=str).encode()).hexdigest() for name, part in parts.items()}
+        parts |= dict(dtype=str(lm.dtype), image_processor=processor.to_dict(), weights=[
+            (name, hashlib.sha256(p.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+             .hexdigest()) for name, p in lm.named_parameters()])
+        # token ids depend on tokenizer, chat template and image sizes
+        parts["prompts"] = [view.ids for view in questions.prompts]
+    return dict(tokens=tokens) | {
+        name: hashlib.sha256(json.dumps(part, sort_keys=True, default=str).encode()).hexdigest()
+        for name, part in parts.items()}
 
 
 def earlier_lines(out: Path, made_by: dict) -> list[str]:
-    """The lines of a predictions file, the first of which says what made it. Raises ValueError
-    where it does not, or differs from made_by."""
+    # of a predictions file, whose first line must be about made_by
     if not out.exists():
         return []
     with text_file(out) as lines:
@@ -247,12 +240,12 @@ def earlier_lines(out: Path, made_by: dict) -> list[str]:
         lines = [line[:-1] for line in lines if line.endswith("\n")]
     try:
         header = dict(json.loads(lines[0])["made_by"])
+    # a file that says nothing, or is of another kind
     except (IndexError, KeyError, TypeError, ValueError):
-        raise ValueError(f"{out} does not say what made its predictions (its first line has no "
-                         "\"made_by\"): choose another --out") from None
+        header = {}
     if differences := [key for key, value in made_by.items() if header.get(key) != value]:
-        raise ValueError(f"{out} holds predictions made with other {', '.join(differences)} "
-                         f"(by {header.get('model')}): choose another --out")
+        raise ValueError(f"{out} does not say that the same {', '.join(differences)} made its "
+                         f"predictions (its model: {header.get('model')}): choose another --out")
     return lines
 
 
@@ -264,14 +257,14 @@ def predict(vlm: VLM, items: list[Item], out: Path, tokens: int, batch: int,
     lines = earlier_lines(out, made_by) or [
         json.dumps(dict(made_by=dict(model=model or vlm.path) | made_by), ensure_ascii=False)]
     write_text(out, "".join(line + "\n" for line in lines))
-    records = map(json.loads, lines[1:])
-    replies = {(record["group"], record["id"]): record["reply"] for record in records}
-    rows = [n for n, item in enumerate(items) if (item.group, item.id) not in replies]
-    for start in tqdm(range(0, len(rows), batch), unit=" batches"):
-        part = rows[start:start + batch]
-        answers = questions.generate([questions.prompts[row] for row in part], tokens)
+    replies = {(r["group"], r["id"]): r["reply"] for r in map(json.loads, lines[1:])}
+    waiting = [(item, prompt) for item, prompt in zip(items, questions.prompts)
+               if (item.group, item.id) not in replies]
+    for start in tqdm(range(0, len(waiting), batch), unit=" batches"):
+        part = waiting[start:start + batch]
+        answers = questions.generate([prompt for _, prompt in part], tokens)
         with open(out, "a", encoding="utf-8", newline="\n") as file:
-            for item, answer in zip((items[row] for row in part), answers):
+            for (item, _), answer in zip(part, answers):
                 replies[item.group, item.id] = answer["text"]
                 file.write(json.dumps(record_of(item, answer["text"]), ensure_ascii=False) + "\n")
             # on the disk before the next batch: a crash loses one batch at most
@@ -293,8 +286,7 @@ def main() -> None:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kind", choices=[*LAYOUTS])
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--model", required=True,
-                        help="checkpoint folder, hub id, or run folder of train.py")
+    parser.add_argument("--model", required=True, help="checkpoint, hub id, or run of train.py")
     parser.add_argument("--out", type=Path, required=True, help="predictions, one line an item")
     parser.add_argument("--configs", nargs="*", default=[], help="of BLINK; default: all; the "
                         "paper's: Counting IQ_Test Jigsaw Relative_Reflectance Spatial_Relation")
@@ -321,8 +313,7 @@ def main() -> None:
         print(f"{name:32s}{n:5d}{strict:8.1f}{lenient:9.1f}")
     if names := [f"{item.id} of {item.group}" for item in items
                  if len(set(item.choices.values())) < len(item.choices)]:
-        print(f"{len(names)} items have the same choice twice, and each letter of the right text "
-              f"counts: {', '.join(names)}")
+        print(f"{len(names)} items have one choice twice, both letters count: {', '.join(names)}")
 
 
 if __name__ == "__main__":

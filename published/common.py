@@ -26,23 +26,17 @@ HALF = re.compile(r"(?i)^\s*<\s*(?:think|answer)\s*>\s*|\s*<\s*/\s*(?:think|answ
 ANSWER = re.compile(r"(?is)<\s*answer\s*>(.*?)(?:<\s*/\s*answer\s*>|$)")
 # the end of a trajectory in this repository
 GIVEN = re.compile(r"(?:^|\s)Answer:\s*(\S.*?)\s*$")
-# text with braces nested at most three deep
-NESTED = r"[^{}]*"
-for _ in range(3):
-    NESTED = rf"[^{{}}]*(?:\{{{NESTED}\}}[^{{}}]*)*"
-# the end of the text may cut a box off
-BOX = re.compile(rf"(\$?)\\(?:boxed|fbox)\s*\{{({NESTED})(?:\}}|$)(\$?)")
+# with braces nested twice inside; the end of the text may cut a box off
+BOX = re.compile(r"(\$?)\\(?:boxed|fbox)\s*\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)(?:\}|$)(\$?)")
 FONT = re.compile(r"\\(?:text|textbf|textit|texttt|mathrm|mathbf|mathit)\s*\{([^{}]*)\}")
 
 
 @contextmanager
 def text_file(file: Path) -> Iterator[TextIO]:
-    """A text file, with or without a byte order mark. FileNotFoundError, ValueError name it."""
+    """A text file, with or without a byte order mark. Raises ValueError if it is not UTF-8."""
     try:
         with open(file, encoding="utf-8-sig") as text:
             yield text
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{file} not found") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{file}: not UTF-8 (byte {error.start}); save it as UTF-8") from None
 
@@ -72,26 +66,25 @@ def read_list(file: Path) -> Iterator:
             buffer, start = (buffer[start:] + more).lstrip(), 0
 
 
-def parquet_rows(files: list[Path], name: str) -> Iterator[dict]:
-    # optional: only the sets that are published as parquet need it
+def parquet_rows(files: list[Path]) -> Iterator[dict]:
+    # optional: only ThinkMorph and BLINK need it
     try:
         import pyarrow.parquet as parquet
     except ImportError:
-        raise ValueError(f"{name} is published as parquet, which needs one more package: "
-                         "pip install pyarrow") from None
+        raise ValueError(f"{files[0]} needs one more package: pip install pyarrow") from None
     for file in files:
         for batch in parquet.ParquetFile(file).iter_batches(32):
             yield from batch.to_pylist()
 
 
 def digest(picture: Picture) -> str:
-    """A name for what a picture shows: equal pixels have one name, in whatever file."""
+    # equal pixels have one name, in whatever file
     image = opened(picture).convert("RGB")
     return hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest()[:32]
 
 
 def clean(text: str) -> str:
-    """A turn without the placeholders at its start and end: all that a question has."""
+    # a question has no other markup than placeholders
     return EDGES.sub("", text).strip()
 
 

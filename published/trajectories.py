@@ -5,9 +5,8 @@
     python published/trajectories.py pixelreasoner data.json --images UNZIPPED --out DIR
     python published/trajectories.py mix A=2 B=1 --count 6000 --out DIR  # weights of such folders
 
-The report counts the records, the changes (a record's field "remarks") and what was left out, with
-reasons. Records are converted one at a time. DIR appears when it is complete: after an interruption
-the same command starts anew. Questions on one picture share one copy of it.
+Records are converted one at a time. The report counts changes (a record's field "remarks") and what
+was left out, with reasons. After an interruption the same command starts anew.
 """
 
 import argparse
@@ -15,12 +14,12 @@ import io
 import json
 import random
 import re
+import shutil
 import sys
 from collections import Counter, defaultdict
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Iterable, Iterator
+from typing import Iterator
 
 from PIL import Image, ImageChops, ImageStat
 from tqdm import tqdm
@@ -34,17 +33,12 @@ from support.images import Picture, open_image  # noqa: E402
 from support.processes import run_program  # noqa: E402
 from world import tools  # noqa: E402
 
+# (id, reason) of a record that is left out
+Skip = tuple[str, str]
 # mean difference, in levels of 255, up to which a picture is another one resampled
 LIKE = 6.0
 CALL = re.compile(r"(?s)<tool_call>(.*?)</tool_call>")
-UNREADABLE = "image cannot be read"
 OTHER_ANSWER = "its last words give another answer than its answer field"
-# remarks on records that are kept
-PUBLISHED_PICTURE = "a call here gives another picture than the published one, which was kept"
-ERROR_REPLY = "a call answered by an error was left out with its reply; the words before it stay"
-ANNOUNCEMENT = "words beside a tool's picture (usually its size) were left out"
-AFTER_CALL = "words after a call, which nothing answers, were left out"
-TEXT_ONLY = "the second, text-only reasoning (full_text_only_thought) was left out"
 
 
 @dataclass
@@ -52,10 +46,6 @@ class Converted(records.Example):
     remarks: list[str] = field(default_factory=list)
     # digest of the question's picture
     pixels: str = ""
-
-
-# (id, reason) of a record that is left out
-Skip = tuple[str, str]
 
 
 def convert(kind: str, sources: list[Path], images: Path | None) -> Iterator[Converted | Skip]:
@@ -71,21 +61,20 @@ def convert(kind: str, sources: list[Path], images: Path | None) -> Iterator[Con
             yield name, "a call that is not JSON"
         except (KeyError, IndexError, TypeError, AttributeError) as error:
             yield name, f"field missing or of another type: {error!r}"
-        except UnicodeEncodeError:
-            yield name, "a text holds half a character (lone surrogate)"
         # without the details, which differ between records
         except (ValueError, OSError) as error:
             yield name, str(error).split(":")[0]
 
 
 def example(name: str, task: str, picture: Picture, image: Image.Image, question: str, answer: str,
-            steps: list[str | Picture], remarks: Iterable[str] = ()) -> Converted:
-    """A converted record; image: its picture, read. Raises ValueError where a text is missing."""
+            steps: list[str | Picture], remarks: list[str] = ()) -> Converted:
+    # image: the picture, read
     texts = [question, answer, *(step for step in steps if isinstance(step, str))]
     if not all(texts):
         raise ValueError("no question, no answer, or a text of the trajectory is empty")
-    # raises UnicodeEncodeError for half a character, which JSON can write and UTF-8 cannot
-    "".join([name, task, *texts]).encode()
+    # JSON can write such a half, and UTF-8 cannot
+    if re.search("[\ud800-\udfff]", "".join([name, task, *texts])):
+        raise ValueError("a text holds half a character (lone surrogate)")
     # by the picture, 98 : 1 : 1, so that all questions on it are on one side in every set
     pixels = digest(image)
     split = {0: "test", 1: "validation"}.get(int(pixels, 16) % 100, "train")
@@ -95,26 +84,21 @@ def example(name: str, task: str, picture: Picture, image: Image.Image, question
 
 
 def read_image(folder: Path, names: list[str], what: str) -> tuple[Path, Image.Image]:
-    """The only image of a list. Raises ValueError; what: the images, for its message."""
+    # what: the images, for the message
     if len(names) != 1:
         raise ValueError(f"{len(names)} images {what}, not one")
     path = folder / on_disk(names[0])
     if not path.resolve().is_relative_to(folder.resolve()):
         raise ValueError("image path leaves the data folder")
-    if not path.is_file():
-        raise ValueError("image not found")
-    return path, open_image(path, UNREADABLE)
+    return path, open_image(path, "image not found or not readable")
 
 
 def hundredths(box: list[float]) -> list[int]:
-    """A box (x0, y0, x1, y1) in [0, 1] -> hundredths, outwards. ValueError where it is none."""
-    numbers = isinstance(box, list) and all(isinstance(v, (int, float)) for v in box)
-    if not numbers or len(box) != 4:
+    # (x0, y0, x1, y1) in [0, 1] -> hundredths, outwards
+    if not (isinstance(box, list) and len(box) == 4 and all(type(v) in (int, float) for v in box)):
         raise ValueError("box is not four numbers")
-    if not all(0 <= v <= 1 for v in box):
-        raise ValueError("box leaves the image")
-    if box[2] <= box[0] or box[3] <= box[1]:
-        raise ValueError("box is empty")
+    if not (0 <= box[0] < box[2] <= 1 and 0 <= box[1] < box[3] <= 1):
+        raise ValueError("box is empty or leaves the image")
     # rounded first: as a float, 100 * 0.07 is above 7
     x0, y0, x1, y1 = (round(100 * v, 6) for v in box)
     return [int(x0), int(y0), -int(-x1 // 1), -int(-y1 // 1)]
@@ -135,8 +119,8 @@ def last_text(words: str, answer: str) -> str:
 
 
 def lvr(name: str, row: dict, images: Path) -> Iterator[Converted | Skip]:
-    """{dataset, question_id, image: [path], conversations: [{from, value}], bboxes: [[...]]}; boxes
-    are x0, y0, x1, y1 in [0, 1]."""
+    # {dataset, question_id, image: [path], conversations: [{from, value}], bboxes: [[...]]}; boxes
+    # are x0, y0, x1, y1 in [0, 1]
     turns = [turn["value"] for turn in row["conversations"]]
     for n in range(2, len(turns), 2):
         yield f"{name}-turn{n // 2 + 1}", "a further turn: its question may depend on the first"
@@ -162,39 +146,37 @@ def thinkmorph_rows(folder: Path) -> Iterator[dict]:
     files = sorted(folder.glob("data/*.parquet")) or sorted(folder.glob("*.parquet"))
     if not files:
         raise FileNotFoundError(
-            f"{folder} holds no data/train-*.parquet; download it with: hf download "
-            f"--repo-type dataset ThinkMorph/{folder.name} --local-dir {folder}")
-    return (row | {"folder": folder.name} for row in parquet_rows(files, "ThinkMorph"))
+            f"{folder} holds no data/*.parquet; get it with: hf download --repo-type dataset "
+            f"ThinkMorph/{folder.name} --local-dir {folder}")
+    return (row | {"folder": folder.name} for row in parquet_rows(files))
 
 
 def thinkmorph(name: str, row: dict, _: None) -> Iterator[Converted]:
-    """pid, question, answer, problem_image_0, resoning_thought_0 (sic), reasoning_image_0,
-    resoning_thought_1, and further pictures and thoughts where there are any."""
-    problems = [key for key in row if re.fullmatch(r"problem_image_\d+", key) and row[key]]
-    if len(problems) > 1:
-        raise ValueError(f"{len(problems)} images beside the question, not one")
-
-    def picture(key: str) -> Image.Image:
-        return open_image(io.BytesIO(row[key]["bytes"]), UNREADABLE)
-
-    image, steps, n = picture("problem_image_0"), [], 0
+    # pid, question, answer, problem_image_0, resoning_thought_0 (sic), reasoning_image_0,
+    # resoning_thought_1, and further pictures and thoughts where there are any
+    images = {key: open_image(io.BytesIO(row[key]["bytes"]), "image not readable") for key in row
+              if re.fullmatch(r"(problem|reasoning)_image_\d+", key) and row[key]}
+    if "problem_image_1" in images:
+        raise ValueError("several images beside the question, not one")
+    steps, n = [], 0
     # the first reasoning picture is required
-    while n == 0 or row.get(f"reasoning_image_{n}"):
-        steps += [open_boxes(row[f"resoning_thought_{n}"])[0], picture(f"reasoning_image_{n}")]
+    while n == 0 or f"reasoning_image_{n}" in images:
+        steps += [open_boxes(row[f"resoning_thought_{n}"])[0], images[f"reasoning_image_{n}"]]
         n += 1
     words, stated = split_answer(row[f"resoning_thought_{n}"])
     # the field may have the markup of an answer, or be the answer alone
     answer = split_answer(str(row["answer"]))[1] or open_boxes(str(row["answer"]))[0]
     if stated and not alike(stated, answer):
         raise ValueError(OTHER_ANSWER)
-    yield example(name, row["folder"], image, image, clean(row["question"]), answer,
-                  [*steps, last_text(words, answer)],
-                  [TEXT_ONLY] if row.get("full_text_only_thought") else [])
+    remarks = ["its text-only reasoning is left out"] if row.get("full_text_only_thought") else []
+    problem, steps = images["problem_image_0"], [*steps, last_text(words, answer)]
+    yield example(name, row["folder"], problem, problem, clean(row["question"]), answer, steps,
+                  remarks)
 
 
 def pixelreasoner(name: str, row: dict, images: Path) -> Iterator[Converted]:
-    """message_list of {role, content: [{text} or {image} or {video}]}; the roles are system, user,
-    then assistant and user alternately."""
+    # message_list of {role, content: [{text} or {image} or {video}]}; the roles are system, user,
+    # then assistant and user alternately
     def contents(message: dict, kind: str) -> list:
         return [item[kind] for item in message["content"] if item.get(kind)]
 
@@ -210,17 +192,16 @@ def pixelreasoner(name: str, row: dict, images: Path) -> Iterator[Converted]:
         if len(parts) != 3 or "<tool_call>" in parts[0] + parts[2]:
             raise ValueError("a turn with no call, several calls or an unfinished one is answered")
         words = f"{pending} {open_boxes(parts[0])[0]}".strip()
-        remarks += [AFTER_CALL] if open_boxes(parts[2])[0] else []
+        remarks += ["words after a call are left out"] if open_boxes(parts[2])[0] else []
         # an error comes without a picture: its call goes, and its words join the next turn's
         pending = "" if names else words
         if not names:
-            remarks.append(ERROR_REPLY)
+            remarks.append("a call that failed is left out with its reply, but not its words")
             continue
-        box, target = arguments(parts[1], pictures)
         file, published = read_image(images, names, "answer one call")
-        box, crop = matching_crop(box, pictures[target - 1], published)
-        remarks += [] if crop else [PUBLISHED_PICTURE]
-        remarks += [ANNOUNCEMENT] if "".join(contents(reply, "text")).strip() else []
+        box, target, crop = run_call(parts[1], pictures, published)
+        remarks += [] if crop else ["box and picture as published: no region shows the picture"]
+        remarks += ["words beside a tool's picture are left out"] if contents(reply, "text") else []
         steps += [crop_text(words, box, target if target < len(pictures) else 0), crop or file]
         pictures.append(crop or published)
     last = " ".join(contents(talk[-1], "text"))
@@ -231,51 +212,44 @@ def pixelreasoner(name: str, row: dict, images: Path) -> Iterator[Converted]:
                   answer, [*steps, last_text(words, answer)], remarks)
 
 
-def arguments(call: str, pictures: list[Image.Image]) -> tuple[list[float], int]:
-    """The box of a JSON call, in [0, 1], and the number of its image."""
-    call = json.loads(call)
-    given = call["arguments"]
+def run_call(call: str, pictures: list[Image.Image],
+             published: Image.Image) -> tuple[list[int], int, Image.Image | None]:
+    # our call's numbers, the number of its image and its crop, for the region that the published
+    # picture shows; without such a region, the crop is None
+    given = json.loads(call)["arguments"]
     box, target = given.get("bbox_2d") or given.get("bbox"), given.get("target_image")
     if not box:
-        raise ValueError(f"a call to another tool than crop ({call.get('name')})")
+        raise ValueError("a call to another tool than crop")
     target = len(pictures) if target is None else int(target)
     if not 1 <= target <= len(pictures):
         raise ValueError("a call names an image that was not shown")
-    # Deviation: larger numbers are pixels. The authors' tool takes a box with a single 1 for
+    image = pictures[target - 1]
+    # Deviation: numbers above 1 are pixels. The authors' tool takes a box with a single 1 for
     # pixels, and so cuts a box at the right edge out of the top left corner
     if max(box) > 1:
-        box = [v / pictures[target - 1].size[n % 2] for n, v in enumerate(box)]
-    return box, target
-
-
-def matching_crop(box: list[float], image: Image.Image,
-                  published: Image.Image) -> tuple[list[int], Image.Image | None]:
-    """(the call's numbers, its crop) of the region that the published picture shows.
-
-    Without such a region the numbers are the box's, and the crop is None.
-    """
-    nearest, (x0, y0, x1, y1) = (LIKE, hundredths(box), None), box
+        box = [v / image.size[n % 2] for n, v in enumerate(box)]
+    difference, numbers, crop = LIKE, hundredths(box), None
     # the published picture was resized when it was saved, so both are compared at one small size
-    scale = min(1.0, 96 / max(published.size))
-    small = tuple(max(1, round(length * scale)) for length in published.size)
-    reference = published.resize(small, Image.Resampling.BILINEAR)
+    small = published.copy()
+    small.thumbnail((96, 96), Image.Resampling.BILINEAR)
+    x0, y0, x1, y1 = box
     # the authors' tool pads by a tenth of the image, other versions by a tenth of the box, or not
     for dx, dy in ((0.1, 0.1), (0.1 * (x1 - x0), 0.1 * (y1 - y0)), (0, 0)):
         region = [max(0.0, x0 - dx), max(0.0, y0 - dy), min(1.0, x1 + dx), min(1.0, y1 + dy)]
         pixels = [v * image.size[n % 2] for n, v in enumerate(region)]
-        cut = image.resize(small, Image.Resampling.BILINEAR, box=pixels)
-        difference = sum(ImageStat.Stat(ImageChops.difference(cut, reference)).mean) / 3
-        if difference < nearest[0]:
-            nearest = difference, hundredths(region), tools.crop(image, *hundredths(region))
-    return nearest[1:]
+        cut = image.resize(small.size, Image.Resampling.BILINEAR, box=pixels)
+        # of the three colours
+        new = sum(ImageStat.Stat(ImageChops.difference(cut, small)).mean) / 3
+        if new < difference:
+            difference, numbers = new, hundredths(region)
+            crop = tools.crop(image, *numbers)
+    return numbers, target, crop
 
 
 def mix(sources: dict[Path, float], count: int, seed: int) -> Iterator[Converted | Skip]:
-    """`count` training examples of folders in our format, by weight, and all other splits.
-
-    Left out: what the reader of data folders refuses, and records whose picture is in a stricter
-    split (test before validation before training) of any folder.
-    """
+    # `count` training examples of folders in our format, by weight, and all other splits. Left out:
+    # what the reader of data folders refuses, and records whose picture is in a stricter
+    # split (test before validation before training) of any folder
     rng, pools, strictest = random.Random(seed), [], {}
     for n, folder in enumerate(sources, start=1):
         # the number tells folders of one name apart, and so their ids
@@ -301,8 +275,8 @@ def mix(sources: dict[Path, float], count: int, seed: int) -> Iterator[Converted
                 yield f"{name}/{ex.id}", f"{ex.split} record whose picture is in a {split} split"
         share = round(count * weight / sum(sources.values()))
         if share > len(train):
-            raise ValueError(f"{name} has {len(train)} training records, its share of {count} is "
-                             f"{share}: lower --count or its weight")
+            raise ValueError(f"{name} has {len(train)} training records, and its share is {share}: "
+                             "lower --count or its weight")
         rng.shuffle(train)
         for row in train[:share] + others:
             ex = examples[row]
@@ -334,13 +308,11 @@ def write(examples: Iterator[Converted | Skip], out: Path) -> None:
                 for remark in ex.remarks:
                     remarks[remark].append(ex.id)
         if not kinds:
-            raise ValueError("no record could be used: " + "; ".join(
-                f"{len(ids)} x {reason} (first: {ids[0]})" for reason, ids in left_out.items()))
+            raise ValueError(f"no record could be used for {out}: {'; '.join(left_out)}")
     print(f"{out}: {kinds.total()} records kept, {sum(map(len, left_out.values()))} left out")
     for (task, split, calls), count in sorted(kinds.items()):
         print(f"  kept {count:7d}  {task}, {split}, {calls} tool image{'s' * (calls != 1)}")
-    print("  split by picture, all questions on one picture on one side: " + ", ".join(
-        f"{len(pictures[split])} {split}" for split in records.SPLITS if split in pictures))
+    print(f"  split by picture: {', '.join(f'{len(v)} {split}' for split, v in pictures.items())}")
     for title, reasons in (("with remark", remarks), ("left out", left_out)):
         for reason, ids in sorted(reasons.items(), key=lambda item: -len(item[1])):
             print(f"  {title} {len(ids):7d}  {reason}; first: {', '.join(ids[:3])}")
@@ -350,11 +322,11 @@ def save(picture: Picture, folder: Path, pixels: str) -> str:
     # a copy and no link: a change of the copy must not reach the original
     name = f"images/{pixels}{picture.suffix.lower() if isinstance(picture, Path) else '.png'}"
     # a file that exists is this very picture, of another question
-    with suppress(FileExistsError), open(folder / name, "xb") as target:
+    if not (folder / name).exists():
         if isinstance(picture, Path):
-            target.write(picture.read_bytes())
+            shutil.copyfile(picture, folder / name)
         else:
-            picture.save(target, format="PNG")
+            picture.save(folder / name)
     return name
 
 
@@ -362,8 +334,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kind", choices=["lvr", "thinkmorph", "pixelreasoner", "mix"])
-    parser.add_argument("sources", nargs="+",
-                        help="JSON files; parquet folders; FOLDER=WEIGHT of a mixture")
+    parser.add_argument("sources", nargs="+", help="JSON files; parquet folders; FOLDER=WEIGHT")
     parser.add_argument("--images", type=Path, help="folder that the image paths are relative to")
     parser.add_argument("--out", type=Path, required=True, help="new folder to write")
     parser.add_argument("--count", type=int, default=10000, help="training examples of a mixture")
@@ -371,11 +342,10 @@ def main() -> None:
     args = parser.parse_args()
     if args.kind == "mix":
         parts = [re.fullmatch(r"(.+)=(\d+(?:\.\d+)?)", source) for source in args.sources]
-        if not all(parts):
-            parser.error("write a mixture as FOLDER=WEIGHT FOLDER=WEIGHT ...")
-        sources = {Path(part[1]).resolve(): float(part[2]) for part in parts}
+        sources = {Path(part[1]).resolve(): float(part[2]) for part in parts if part}
         if len(sources) < len(parts) or not any(sources.values()):
-            parser.error("a folder is named twice in the mixture, or all its weights are 0")
+            parser.error("write a mixture as FOLDER=WEIGHT FOLDER=WEIGHT ..., with no folder twice "
+                         "and not all weights 0")
         return write(mix(sources, args.count, args.seed), args.out)
     if args.kind != "thinkmorph" and not (args.images and args.images.is_dir()):
         parser.error("--images must name the folder that the image paths are relative to")
