@@ -130,10 +130,10 @@ def rows_of(file: Path) -> Iterable[dict]:
         if file.suffix == ".csv":
             return [*csv.DictReader(lines)]
         try:
-            # with the line ends, so that the error has the line's number
-            return json.loads(f"[{','.join(filter(str.strip, lines))}]")
+            return [json.loads(line) for line in lines if line.strip()]
         except json.JSONDecodeError as error:
-            raise ValueError(f"{file}: not valid JSON ({error})") from None
+            # the line itself
+            raise ValueError(f"{file}: not valid JSON: {error.doc:.80}") from None
 
 
 def read_items(kind: str, folder: Path, configs: list[str] = ()) -> list[Item]:

@@ -1,8 +1,7 @@
-"""Claims: records in the published layouts become our trajectories with the right crops and words;
-markup goes and words that look like it stay; what cannot be used is counted with a reason and ends
-no conversion; a written call gives the picture behind it, or the record says why not; questions on
-one picture are on one side and share one file; no file of the user's is touched; a mixture has the
-requested shares and shares no picture between its sides; a long list is read in little memory."""
+"""Claims: published records become our trajectories with the right crops and words; markup goes and
+words that look like it stay; what cannot be used is counted with a reason; a call gives the picture
+behind it, or a remark says why not; questions on one picture are on one side and share one file; no
+file of the user's is touched; a mixture has its shares; long lists are read in little memory."""
 
 import io
 import json
@@ -35,7 +34,6 @@ def pictures(tmp_path, monkeypatch):
     (folder := tmp_path / "pictures").mkdir()
     scene(7).save(folder / "a.jpg", quality=90)
     Image.new("RGB", (40, 40), "blue").save(folder / "crop.png")
-    Image.new("RGB", (40, 40), "blue").save(tmp_path / "outside.png")
     (folder / "broken.jpg").write_bytes((folder / "a.jpg").read_bytes()[:900])
     monkeypatch.setattr(published, "read_list", iter)
     monkeypatch.setattr(published, "thinkmorph_rows", iter)
@@ -52,9 +50,6 @@ def check_calls(ex):
     return len(shown) - 1
 
 
-# ---- records of the three sets ----
-
-
 def turns(question="<image>\nWhat is there?", answer="<lvr>\n<answer> a dog </answer>"):
     return [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
 
@@ -64,17 +59,13 @@ def lvr(**changed):
                 bboxes=[[0.5, 0.0, 0.745, 0.5]]) | changed
 
 
-def png(picture):
-    picture.save(file := io.BytesIO(), format="PNG")
-    return {"bytes": file.getvalue()}
-
-
-HELPER = png(Image.new("RGB", (40, 40), "blue"))
+Image.new("RGB", (40, 40), "blue").save(file := io.BytesIO(), format="PNG")
+BLUE_PNG = {"bytes": file.getvalue()}
 
 
 def thinkmorph(**changed):
-    return dict(pid="7", question="<image>Which?", answer="A", problem_image_0=png(scene(7)),
-                reasoning_image_0=HELPER, folder="Jigsaw_Assembly",
+    return dict(pid="7", question="<image>Which?", answer="A", problem_image_0=BLUE_PNG,
+                reasoning_image_0=BLUE_PNG, folder="Jigsaw_Assembly",
                 resoning_thought_0="<think>I will \\boxed{assemble} it.</think><image_start>",
                 resoning_thought_1="<image_end><think>It fits.</think>") | changed
 
@@ -87,8 +78,8 @@ def trace(*contents, image="a.jpg"):
 
 
 def a_call(box=(0.1, 0.2, 0.3, 0.4), target=1, words="Look.", after=""):
-    call = dict(name="crop_image_normalized", arguments=dict(bbox_2d=list(box), target_image=target))
-    return [{"text": f"{words} <tool_call>\n{json.dumps(call)}\n</tool_call>{after}"}]
+    call = json.dumps(dict(name="crop", arguments=dict(bbox_2d=list(box), target_image=target)))
+    return [{"text": f"{words} <tool_call>\n{call}\n</tool_call>{after}"}]
 
 
 BLUE, END = [{"image": "crop.png"}], [{"text": "So \\boxed{\\text{C}}"}]
@@ -97,37 +88,35 @@ ERROR, SIZE = [{"text": "\nCropped image is too small: 12x9\n"}], [{"text": "(Im
 
 @pytest.mark.parametrize("kind, row, reason", [
     ("lvr", ["no object"], "of another type"),
-    ("lvr", lvr(bboxes=[[0.5, 0, 0.5, 1]]), "box is empty"), ("lvr", lvr(bboxes=[]), "no box"),
-    ("lvr", lvr(bboxes=[[0.5, 0, 1.2, 1]]), "leaves the image"),
-    ("lvr", lvr(bboxes=[[0.5, 0, float("nan"), 1]]), "leaves the image"),
-    ("lvr", lvr(bboxes=[0.1, 0.1, 0.5, 0.5]), "not four numbers"),
-    ("lvr", lvr(bboxes=[[0, 0, 1]]), "not four numbers"),
-    ("lvr", lvr(image=["b.png"]), "image not found"),
-    ("lvr", lvr(image=["broken.jpg"]), "not readable"),
-    ("lvr", lvr(image=["../outside.png"]), "image path leaves the data folder"),
-    ("lvr", lvr(image=["a.jpg", "crop.png"]), "2 images beside the question"),
-    ("lvr", lvr(conversations=turns()[:1]), "field missing"),
-    ("lvr", lvr(conversations=turns("half \ud83d")), "half a character"),
-    ("lvr", lvr(conversations=turns(answer="<answer></answer>")), "no answer"),
-    ("thinkmorph", thinkmorph(reasoning_image_0=None), "field missing"),
-    ("thinkmorph", thinkmorph(problem_image_1=HELPER), "several images beside the question"),
-    ("thinkmorph", thinkmorph(resoning_thought_0="<think></think>"), "is empty"),
+    *(("lvr", lvr(**changed), reason) for changed, reason in (
+        (dict(bboxes=[[0.5, 0, 0.5, 1]]), "box is empty"), (dict(bboxes=[]), "no box"),
+        (dict(bboxes=[[0.5, 0, float("nan"), 1]]), "leaves the image"),
+        (dict(bboxes=[0.1, 0.5]), "not four numbers"), (dict(bboxes=[[0, 0, 1]]), "four numbers"),
+        (dict(image=["b.png"]), "image not found"), (dict(image=["broken.jpg"]), "not readable"),
+        (dict(image=["../outside.png"]), "image path leaves the data folder"),
+        (dict(image=["a.jpg", "crop.png"]), "2 images beside the question"),
+        (dict(conversations=turns()[:1]), "field missing"),
+        (dict(conversations=turns("half \ud83d")), "half a character"),
+        (dict(conversations=turns(answer="<answer></answer>")), "no answer"))),
+    *(("thinkmorph", thinkmorph(**changed), reason) for changed, reason in (
+        (dict(reasoning_image_0=None), "field missing"),
+        (dict(problem_image_1=BLUE_PNG), "several images beside the question"),
+        (dict(resoning_thought_0="<think></think>"), "is empty"))),
     *(("thinkmorph", thinkmorph(resoning_thought_1=words, answer=answer), "another answer")
       for words, answer in (("<answer>B</answer>", "A"), ("So \\boxed{B}", "A"), ("Answer: B", "A"),
                             ("Answer: B <answer>A</answer>", "A"), ("It is. Answer: 10", "1"),
                             ("<answer>know</answer>", "no"))),
-    ("pixelreasoner", dict(message_list=[dict(role="user", content=[{"video": ["1"]}])]), "video"),
-    ("pixelreasoner", trace([{"text": "no idea"}]), "no boxed answer"),
-    ("pixelreasoner", trace(a_call(target=2), BLUE, END), "was not shown"),
-    ("pixelreasoner", trace([{"text": "Hm."}], [{"text": "Go on."}], END), "with no call"),
-    ("pixelreasoner", trace(a_call(), BLUE + BLUE, END), "2 images answer one call"),
-    ("pixelreasoner", trace([{"text": a_call()[0]["text"] * 2}], BLUE, END), "several calls"),
-    ("pixelreasoner", trace([{"text": "<tool_call>{}</tool_call>"}], BLUE, END), "field missing"),
-    ("pixelreasoner", trace([{"text": "<tool_call>{</tool_call>"}], BLUE, END), "not JSON"),
-    ("pixelreasoner", trace(a_call(), BLUE), "in turn up to an answer"),
-    ("pixelreasoner", trace(a_call(), BLUE, a_call()), "last turn calls a tool"),
+    *(("pixelreasoner", trace(*contents), reason) for contents, reason in (
+        ([[{"video": ["1.png"]}]], "video"), ([[{"text": "no idea"}]], "no boxed answer"),
+        ([a_call(target=2), BLUE, END], "was not shown"), ([a_call(), BLUE], "speak in turn"),
+        ([[{"text": "Hm."}], [{"text": "Go on."}], END], "with no call"),
+        ([a_call(), BLUE + BLUE, END], "2 images answer one call"),
+        ([[{"text": a_call()[0]["text"] * 2}], BLUE, END], "several calls"),
+        ([[{"text": "<tool_call>{}</tool_call>"}], BLUE, END], "field missing"),
+        ([[{"text": "<tool_call>{</tool_call>"}], BLUE, END], "not JSON"),
+        ([a_call(), BLUE, a_call()], "last turn calls a tool"))),
     ("pixelreasoner", trace(END, image=None), "0 images beside the question")])
-def test_what_cannot_be_used_is_counted_with_its_reason(pictures, tmp_path, kind, row, reason, capsys):
+def test_what_cannot_be_used_is_counted(pictures, tmp_path, kind, row, reason, capsys):
     good = dict(lvr=lvr(), thinkmorph=thinkmorph(), pixelreasoner=trace(END))[kind]
     published.write(published.convert(kind, [[row, good]], pictures), tmp_path / "out")
     kept, *_, left = capsys.readouterr().out.splitlines()
@@ -148,7 +137,7 @@ def test_lvr_boxes_become_calls_and_every_turn_is_counted(pictures, tmp_path, ca
     call, crop, last = ex.trajectory
     assert (ex.question, ex.answer, last) == ("What is there?", "a dog", "Answer: a dog")
     assert ex.task == "flickr30k" and call.endswith("[crop 50 0 75 50]") and ex.remarks == []
-    assert crop.size == (150, 200) and [check_calls(ex) for ex in (ex, two, one, both)] == [1, 2, 1, 2]
+    assert crop.size == (150, 200) and [*map(check_calls, (ex, two, one, both))] == [1, 2, 1, 2]
     assert two.texts[1].endswith("[crop 50 50 90 90 of 1]") and "7 29 57 58" in exact.texts[0]
     published.write(iter(converted), tmp_path / "out")
     report = capsys.readouterr().out
@@ -178,9 +167,9 @@ def test_a_long_list_is_read_in_little_memory(tmp_path, monkeypatch):
         for text in (json.dumps(values), json.dumps(values, indent=1), "[ ]"):
             file.write_text(text, encoding="utf-8")
             assert list(common.read_list(file)) == json.loads(text)
-    for text in ("{}", "[1, 2", "[1, {]"):
-        file.write_text(text, encoding="utf-8")
-        with pytest.raises(ValueError, match="must be a JSON list|record 2: not valid JSON"):
+    for text in (b"{}", b"[1, 2", b"[1, {]", b"[\xe4]"):
+        file.write_bytes(text)
+        with pytest.raises(ValueError, match="must be a|record 2: not valid|json: not UTF-8"):
             list(common.read_list(file))
     file.write_text(json.dumps(["x" * 1000] * 3000), encoding="utf-8")
     tracemalloc.start()
@@ -233,20 +222,25 @@ def test_the_call_is_that_of_the_region_in_the_published_picture(pictures, tmp_p
     assert numbers == [pytest.approx(100 * v, abs=1) for v in region] and check_calls(ex) == 1
 
 
-@pytest.mark.parametrize("thought, answer, text", [
-    ("</image_start><think>It fits.</think><answer>A</answer>", "A", "It fits. Answer: A"),
-    ("It is \\boxed{A}.", "A", "It is A. Answer: A"), ("So \\boxed{A", "A", "So A Answer: A"),
-    ("So $\\boxed{\\text{(A)}}$", "\\boxed{A}", "So (A) Answer: A"),
-    ("$\\boxed{\\boxed{A}}$ at $\\fbox {x{y}{z}}.", "x{y}{z}", "A at $x{y}{z}. Answer: x{y}{z}"),
-    ("At \\boxed{\\frac{1}{2}}", "\\boxed{\\frac{1}{2}}", "At \\frac{1}{2} Answer: \\frac{1}{2}"),
-    ("<IMAGE_END> < think >Fits</think ><answer>\\boxed{A}", "<answer>A", "Fits Answer: A"),
-    ("It fits. Answer: A", "A", "It fits. Answer: A"), ("It fits.", "A", "It fits. Answer: A"),
-    ("It fits.</think>Yes.<answer>A. red</answer>", "A", "It fits. Yes. Answer: A"),
-    ("It fits.</think>Yes, \\boxed{A}", "A", "It fits. Yes, A Answer: A"),
-    ("No <answer>B</answer>, but <answer> A", "A", "No B , but Answer: A"),
-    # words of the text, which are not at the place of markup
-    ("1 < 2, <b> and <image> or <think>.", "A", "1 < 2, <b> and <image> or <think>. Answer: A")])
-def test_no_markup_is_left_in_thinkmorph_and_words_like_it_stay(pictures, thought, answer, text):
+# a last thought, the answer field, the last text; the end is about words that are no markup
+MARKUP = r"""
+</image_start><think>It fits.</think><answer>A</answer>  #  A  #  It fits. Answer: A
+It is \boxed{A}.  #  A  #  It is A. Answer: A
+So $\boxed{\text{(A)}}$  #  \boxed{A}  #  So (A) Answer: A
+$\boxed{\boxed{A}}$ at $\fbox {x{y}{z}}.  #  x{y}{z}  #  A at $x{y}{z}. Answer: x{y}{z}
+At \boxed{\frac{1}{2}}  #  \boxed{\frac{1}{2}}  #  At \frac{1}{2} Answer: \frac{1}{2}
+<IMAGE_END> < think >Fits</think ><answer>\boxed{A}  #  <answer>A  #  Fits Answer: A
+It fits. Answer: A  #  A  #  It fits. Answer: A
+It fits.</think>Yes.<answer>A. red</answer>  #  A  #  It fits. Yes. Answer: A
+It fits.</think>Yes, \boxed{A}  #  A  #  It fits. Yes, A Answer: A
+No <answer>B</answer>, but <answer> A  #  A  #  No B , but Answer: A
+So \boxed{A  #  A  #  So A Answer: A
+1 < 2, <b> and <image> or <think>.  #  A  #  1 < 2, <b> and <image> or <think>. Answer: A"""
+
+
+@pytest.mark.parametrize("case", MARKUP.strip().split("\n"))
+def test_no_markup_is_left_in_thinkmorph_and_words_like_it_stay(pictures, case):
+    thought, answer, text = case.split("  #  ")
     question = "Which tag shows a picture, <image> or <think> or \\boxed{}?"
     [ex] = published.convert("thinkmorph", [[thinkmorph(
         resoning_thought_1=thought, answer=answer, question="<image>\n" + question)]], None)
@@ -254,21 +248,16 @@ def test_no_markup_is_left_in_thinkmorph_and_words_like_it_stay(pictures, though
 
 
 def test_thinkmorph_with_further_pictures_and_without_pyarrow(pictures, tmp_path, monkeypatch):
-    row = thinkmorph(reasoning_image_1=HELPER, resoning_thought_2="Done.", full_text_only_thought="x")
+    row = thinkmorph(reasoning_image_1=BLUE_PNG, resoning_thought_2="2", full_text_only_thought="x")
     [ex] = published.convert("thinkmorph", [[row]], None)
-    assert ex.texts == ["I will assemble it.", "It fits.", "Done. Answer: A"]
-    assert ex.task == "Jigsaw_Assembly" and ex.images[1].size == (40, 40)
-    assert "text-only" in ex.remarks[0]
+    assert ex.texts == ["I will assemble it.", "It fits.", "2 Answer: A"]
+    assert ex.task == "Jigsaw_Assembly" and "text-only" in ex.remarks[0] and len(ex.images) == 3
     monkeypatch.undo()
     (tmp_path / "train-0.parquet").touch()
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    for folder, error, message in ((tmp_path, ValueError, "pip install pyarrow"),
-                                   (pictures, FileNotFoundError, "hf download")):
-        with pytest.raises(error, match=message):
+    for folder, message in ((tmp_path, "pip install pyarrow"), (pictures, "hf download")):
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
             list(published.convert("thinkmorph", [folder], None))
-
-
-# ---- writing and mixing ----
 
 
 def folder_of(folder, ids, split="train", first=0):
@@ -280,59 +269,49 @@ def folder_of(folder, ids, split="train", first=0):
     return folder
 
 
-def everything(folder):
-    return {file: file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
-
-
-def test_folders_of_one_name_mix_and_nothing_else_changes(tmp_path, capsys):
-    """Two folders a/x and b/x with the same ids, other pictures: every record keeps its own."""
+def test_folders_of_one_name_mix_and_nothing_else_changes(tmp_path, capsys, as_program):
+    """Folders of one name with the same ids; the last record of `one` has the same option twice."""
     ids, out = [f"q {n}" for n in range(19)] + ["q_0"], tmp_path / "mixed"
-    one, two = folder_of(tmp_path / "a/x", ids), folder_of(tmp_path / "b/x", ids, first=20)
-    before = everything(one) | everything(two)
-    published.write(published.mix({one: 3.0, two: 1.0}, 20, 0), out)
-    assert "left out      20  training record beyond its folder's share" in capsys.readouterr().out
-    mixed = read_folder(out)
-    assert Counter(ex.task for ex in mixed) == dict(a=15, b=5)
-    shown = {(ex.task, ex.id): opened(ex.image).tobytes() for ex in read_folder(one) + read_folder(two)}
-    assert all(shown[ex.task, ex.id.partition("/")[2]] == opened(ex.image).tobytes() for ex in mixed)
+    one, two = folder_of(tmp_path / "a/x", ids), folder_of(tmp_path / "b/x", ids[:5], first=20)
+    tested = folder_of(tmp_path / "c/x", ids[:2], "test")
+    valid = folder_of(tmp_path / "d/x", ids[:2], "validation", first=1)
+    first, _, rest = (one / FILE).read_text(encoding="utf-8").rpartition('"b"')
+    (one / FILE).write_text(f'{first}"a"{rest}', encoding="utf-8")
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*.*")}
+    published.write(published.mix({one: 3.0, two: 1.0, tested: 0.0, valid: 0.0}, 12, 0), out)
+    report, mixed, left = capsys.readouterr().out, read_folder(out), "record whose picture is in a"
+    assert Counter((ex.task, ex.split) for ex in mixed) == {
+        ("a", "train"): 9, ("b", "train"): 3, ("c", "test"): 2, ("d", "validation"): 1}
+    for line in (f"2  train {left} test split", f"1  train {left} validation split; first: 1-x/q 2",
+                 f"1  validation {left} test split; first: 4-x/q 0", "1  an option is there twice",
+                 "9  training record beyond its folder's share"):
+        assert f"left out       {line}" in report
+    shown = {ex.id: opened(ex.image).tobytes() for ex in mixed}
+    assert len(set(shown.values())) == len(shown) == 15
+    assert shown["3-x/q 1"] == opened(one / "images" / "record.1-0.png").tobytes()
     # a later change of the mixture changes nothing else, and a picture is written once
     for file in (out / "images").iterdir():
         assert not file.is_symlink() and file.stat().st_nlink == 1
         file.write_bytes(b"changed")
-        published.save(scene(0), out, file.stem)
-        assert file.read_bytes() == b"changed"
-    assert everything(one) | everything(two) == before
+        assert published.save(scene(0), out, file.stem) and file.read_bytes() == b"changed"
+    assert {file: file.read_bytes() for file in before} == before
 
     def interrupted():
-        yield from published.mix({one: 1.0}, 20, 0)
+        yield from published.mix({two: 1.0}, 5, 0)
         raise KeyboardInterrupt
 
     for examples, folder, error in ((interrupted(), "new", KeyboardInterrupt),
-                                    (published.mix({one: 1.0}, 21, 0), "new", ValueError),
+                                    (published.mix({two: 1.0}, 6, 0), "new", ValueError),
                                     (iter([]), "mixed", FileExistsError)):
         with pytest.raises(error, match="lower --count|nothing is overwritten|^$"):
             published.write(examples, tmp_path / folder)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "mixed"]
+    with pytest.raises(SystemExit):
+        as_program(published.__file__, "mix", f"{one}=1", f"{one}/../x=2", "--out", out)
+    assert "no folder twice" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "c", "d", "mixed"]
 
 
-def test_a_picture_of_two_folders_is_on_one_side_of_the_mixture(tmp_path, capsys):
-    """And a record that the reader refuses, here with the same option twice, is left out."""
-    train = folder_of(tmp_path / "a/train", [f"t{n}" for n in range(9)])
-    first, _, rest = (train / FILE).read_text(encoding="utf-8").rpartition('"b"')
-    (train / FILE).write_text(f'{first}"a"{rest}', encoding="utf-8")
-    tested = folder_of(tmp_path / "a/tested", ["a", "b"], "test")
-    valid = folder_of(tmp_path / "a/valid", ["c", "d"], "validation", first=1)
-    published.write(published.mix({train: 1.0, tested: 0.0, valid: 0.0}, 5, 0), tmp_path / "mixed")
-    sides = [(opened(ex.image).tobytes(), ex.split) for ex in read_folder(tmp_path / "mixed")]
-    assert Counter(split for _, split in sides) == dict(train=5, validation=1, test=2)
-    report, left = capsys.readouterr().out, "record whose picture is in a"
-    for line in (f"2  train {left} test split", f"1  train {left} validation split; first: 1-train/t",
-                 f"1  validation {left} test split; first: 3-valid/c", "1  an option is there twice"):
-        assert f"left out       {line}" in report
-    assert len({picture for picture, _ in sides}) == 8
-
-
-def test_the_script_reads_files_of_windows_in_any_locale(pictures, tmp_path, as_program, capsys):
+def test_the_script_reads_files_of_windows_in_any_locale(pictures, tmp_path):
     """With a byte order mark, Windows line ends, words that are not ASCII, and several files."""
     files, out = [tmp_path / "a.json", tmp_path / "b.json"], tmp_path / "new" / "out"
     rows = [lvr(conversations=turns("<image>\r\nWas heißt 犬?", "<answer>Hündin</answer>"))]
@@ -342,13 +321,8 @@ def test_the_script_reads_files_of_windows_in_any_locale(pictures, tmp_path, as_
     done = subprocess.run(
         [sys.executable, published.__file__, "lvr", *files, "--images", pictures, "--out", out],
         capture_output=True, encoding="utf-8", env={**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0"})
+    # the second is the progress bar
     assert "2 records kept, 0 left out" in done.stdout and "2 records [" in done.stderr
     one, two = read_folder(out)
     assert one.answer == two.answer == "Hündin" and one.question == "Was heißt 犬?"
     assert one.id != two.id and b"\r" not in (out / FILE).read_bytes()
-    files[0].write_bytes("[ä]".encode("latin-1"))
-    for args, message in ((["lvr", files[0], "--images", pictures], f"error: {files[0]}: not UTF-8"),
-                          (["mix", f"{tmp_path}=1", f"{tmp_path}/new/..=2"], "no folder twice")):
-        with pytest.raises(SystemExit) as ended:
-            as_program(published.__file__, *args, "--out", tmp_path / "again")
-        assert message in str(ended.value.code) + capsys.readouterr().err
