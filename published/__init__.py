@@ -1,1 +1,0 @@
-"""Readers of published data: trajectories for training, benchmarks for evaluation (README.md)."""

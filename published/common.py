@@ -1,108 +1,124 @@
-r"""What both readers share: files as text, parquet rows, a picture's digest, texts without markup.
+r"""Shared by both readers: text files, parquet rows, digests of pictures, texts without markup.
 
-Published texts carry the markup of the models they were made for: <think>, <answer>, <image_start>,
-\boxed{}. None of it means anything here, and a tag that is left becomes a word that is learned.
+Published texts carry the markup of the models that they were made for. It is known by its place: a
+placeholder (<image>, <lvr>) is at the start or the end of a turn, and <think>, <answer> or \boxed{}
+enclose a part of a model's turn. Elsewhere the same letters are words ("<image> or <img>?").
 """
 
 import hashlib
 import json
 import re
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Iterator
+from typing import Iterator, TextIO
 
 from support.images import Picture, opened
 
-TAG = re.compile(r"\s*<\s*/?\s*\|?\s*(?:answer|think|image(?:_start|_end|_\d+)?|lvr(?:_\w+)?)"
-                 r"\s*\|?\s*/?\s*>\s*", re.IGNORECASE)
-ANSWER = re.compile(r"<\s*answer\s*>(.*?)(?:<\s*/\s*answer\s*>|$)", re.DOTALL | re.IGNORECASE)
-GIVEN = re.compile(r"(?:^|\s)Answer:\s*(\S.*?)\s*$")  # the last words of a trajectory here
-BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
+# characters read at a time
+CHUNK = 1 << 20
+# between two values of a JSON list, or behind the last one
+SEPARATOR = re.compile(r"\s*(?:,\s*|(?=\]))")
+PLACEHOLDER = r"<\s*/?\s*\|?(?:image|lvr)\w*\|?\s*>"
+EDGES = re.compile(rf"(?i)^(?:\s*{PLACEHOLDER})+|(?:{PLACEHOLDER}\s*)+$")
+PAIR = re.compile(r"(?is)\s*<\s*(think|answer)\s*>\s*(.*?)\s*<\s*/\s*\1\s*>\s*")
+# a prompt may already open a thought, and a limit on tokens may cut off a closing tag
+HALF = re.compile(r"(?i)^\s*<\s*(?:think|answer)\s*>\s*|\s*<\s*/\s*(?:think|answer)\s*>\s*")
+ANSWER = re.compile(r"(?is)<\s*answer\s*>(.*?)(?:<\s*/\s*answer\s*>|$)")
+# the end of a trajectory in this repository
+GIVEN = re.compile(r"(?:^|\s)Answer:\s*(\S.*?)\s*$")
+# with braces nested twice inside; the end of the text may cut a box off
+BOX = re.compile(r"(\$?)\\(?:boxed|fbox)\s*\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)(?:\}|$)(\$?)")
 FONT = re.compile(r"\\(?:text|textbf|textit|texttt|mathrm|mathbf|mathit)\s*\{([^{}]*)\}")
 
 
-# ---- files -----------------------------------------------------------------------------------
-
-
-def read_text(file: Path) -> str:
-    """A text file, with or without a byte order mark. FileNotFoundError, ValueError name it."""
+@contextmanager
+def text_file(file: Path) -> Iterator[TextIO]:
+    """A text file, with or without a byte order mark. Raises ValueError if it is not UTF-8."""
     try:
-        return file.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{file} not found") from None
+        with open(file, encoding="utf-8-sig") as text:
+            yield text
     except UnicodeDecodeError as error:
         raise ValueError(f"{file}: not UTF-8 (byte {error.start}); save it as UTF-8") from None
 
 
-def parse(text: str, where: str):
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not valid JSON ({error})") from None
+def read_list(file: Path) -> Iterator:
+    """The values of a JSON list. Raises ValueError naming the file and the invalid record."""
+    # one at a time: the file may be larger than the memory
+    decoder, record = json.JSONDecoder(), 1
+    with text_file(file) as text:
+        buffer = text.read(CHUNK)
+        if not (opening := re.match(r"\s*\[\s*", buffer)):
+            raise ValueError(f"{file} must be a JSON list of records")
+        start = opening.end()
+        while not buffer.startswith("]", start):
+            try:
+                value, end = decoder.raw_decode(buffer, start)
+            except json.JSONDecodeError:
+                end = len(buffer)
+            # without its separator a value may be cut off: 12 of 123
+            if after := SEPARATOR.match(buffer, end):
+                yield value
+                start, record = after.end(), record + 1
+                continue
+            more = text.read(max(CHUNK, len(buffer) - start))
+            if not more:
+                raise ValueError(f"{file}, record {record}: not valid JSON, or the file is cut off")
+            buffer, start = (buffer[start:] + more).lstrip(), 0
 
 
-def parquet_rows(files: list[Path], name: str) -> Iterator[dict]:
-    """Rows of parquet files; name: the data set, for the message where no reader is installed."""
+def parquet_rows(files: list[Path]) -> Iterator[dict]:
+    # optional: only ThinkMorph and BLINK need it
     try:
         import pyarrow.parquet as parquet
     except ImportError:
-        raise ValueError(f"{name} is published as parquet, which needs one more package: "
-                         "pip install pyarrow") from None
+        raise ValueError(f"{files[0]} needs one more package: pip install pyarrow") from None
     for file in files:
         for batch in parquet.ParquetFile(file).iter_batches(32):
             yield from batch.to_pylist()
 
 
 def digest(picture: Picture) -> str:
-    """A name for what a picture shows: equal for equal pixels, whatever file they come from."""
+    # equal pixels have one name, in whatever file
     image = opened(picture).convert("RGB")
     return hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest()[:32]
 
 
-# ---- texts -----------------------------------------------------------------------------------
-
-
-def unboxed(text: str) -> tuple[str, list[str]]:
-    r"""The text with every \boxed{...} replaced by what is in it, and what was in them.
-
-    Braces in a box may nest, and a box that the end of the text cuts off reaches to it.
-    """
-    contents, start = [], 0
-    while match := BOX.search(text, start):
-        end, depth = match.end(), 1
-        while end < len(text) and depth:
-            depth += {"{": 1, "}": -1}.get(text[end], 0)
-            end += 1
-        inner = unboxed(text[match.end():end - (depth == 0)])[0]
-        inner = FONT.sub(r"\1", inner).strip(" $")
-        before, after = text[:match.start()], text[end:]
-        if before.endswith("$") and after.startswith("$"):  # the formula is the box alone
-            before, after = before[:-1], after[1:]
-        contents.append(inner)
-        text, start = before + inner + after, len(before) + len(inner)
-    return text, contents
-
-
 def clean(text: str) -> str:
-    return unboxed(TAG.sub(" ", text))[0].strip()
+    # a question has no other markup than placeholders
+    return EDGES.sub("", text).strip()
+
+
+def open_boxes(text: str) -> tuple[str, list[str]]:
+    r"""A model's turn without markup, and the contents of its boxes, \boxed{...}."""
+    contents = []
+
+    def content(match: re.Match) -> str:
+        before, inner, after = match.groups()
+        contents.append(FONT.sub(r"\1", open_boxes(inner)[0]).strip(" $"))
+        # two dollar signs mark a formula, which was the box alone
+        return contents[-1] if before and after else before + contents[-1] + after
+
+    # placeholders may be outside and inside a pair of tags
+    text = clean(HALF.sub(" ", PAIR.sub(r" \2 ", clean(text)), count=1))
+    return BOX.sub(content, text).strip(), contents
 
 
 def split_answer(text: str) -> tuple[str, str]:
-    r"""(words, answer) of a text that gives its answer in <answer> tags, boxed or after "Answer:".
-
-    The last one counts; a box's content stays among the words. Without any the answer is "".
-    """
+    r"""(words, last answer) of a model's turn; the answer is tagged, boxed or after "Answer:"."""
     if tagged := list(ANSWER.finditer(text)):
         last = tagged[-1]
-        return clean(text[:last.start()] + " " + text[last.end():]), clean(last[1])
-    words, boxes = unboxed(TAG.sub(" ", text).strip())
-    if not boxes and (named := GIVEN.search(words)):
-        return words[:named.start()].strip(), named[1]
-    return words.strip(), boxes[-1] if boxes else ""
+        return open_boxes(text[:last.start()] + " " + text[last.end():])[0], open_boxes(last[1])[0]
+    # a sentence may need what is in the box, so the words keep it
+    words, boxes = open_boxes(text)
+    if not boxes and (given := GIVEN.search(words)):
+        return words[:given.start()].strip(), given[1]
+    return words, boxes[-1] if boxes else ""
 
 
-def alike(said: str, answer: str) -> bool:
-    """Whether two spellings name one answer, marks and case aside; also "(B)" for "B. red"."""
-    a, b = (re.sub(r"[\s$().,:;*\"'\[\]]+", " ", text).strip().casefold()
-            for text in (said, answer))
-    short, long = sorted((a, b), key=len)
-    return a == b or (len(short) == 1 and short.isalpha() and long.split(" ")[0] == short)
+def alike(one: str, other: str) -> bool:
+    """Whether two spellings are one answer, without marks and case; also "(B)" and "B. red"."""
+    one, other = (re.sub(r"[\s$().,:;*\"'\[\]]+", " ", text).strip().casefold()
+                  for text in (one, other))
+    # a letter alone stands for the choice that begins with it
+    short, long = sorted((one, other), key=len)
+    return one == other or (len(short) == 1 and short.isalpha() and long.split(" ")[0] == short)

@@ -5,11 +5,8 @@
     python published/trajectories.py pixelreasoner data.json --images UNZIPPED --out DIR
     python published/trajectories.py mix A=2 B=1 --count 6000 --out DIR  # weights of such folders
 
-Nothing is dropped in silence: the report says how many records were kept, what was changed in them
-(each such record says so itself, in "remarks"), how many were left out, why, and which came first.
-Every picture is copied into DIR, named after its pixels: one that several questions share is there
-once, and no file of yours is linked or written to. Layouts as published in 2025, after the data
-sets' cards and the code that reads them; what of them is kept and why stands in README.md here.
+Records are converted one at a time. The report counts changes (a record's field "remarks") and what
+was left out, with reasons. After an interruption the same command starts anew.
 """
 
 import argparse
@@ -19,572 +16,341 @@ import random
 import re
 import shutil
 import sys
-import tempfile
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Callable, Iterator, NamedTuple
+from typing import Iterator
 
 from PIL import Image, ImageChops, ImageStat
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from published.common import (GIVEN, alike, clean, digest, parquet_rows,  # noqa: E402
-                              parse, read_text, split_answer)
+from published.common import (GIVEN, alike, clean, digest, open_boxes,  # noqa: E402
+                              parquet_rows, read_list, split_answer)
 from support import records  # noqa: E402
-from support.images import Picture, open_image, opened  # noqa: E402
+from support.files import new_folder, on_disk  # noqa: E402
+from support.images import Picture, open_image  # noqa: E402
 from support.processes import run_program  # noqa: E402
-from support.records import Example  # noqa: E402
 from world import tools  # noqa: E402
 
-Skip = tuple[str, str]  # (id, reason)
-
-PUBLISHED_PICTURE = ("a tool's picture is not what the call before it gives here; "
-                     "kept as published")
-NO_PICTURE = "a call that no picture follows; kept as words"
-ERROR_REPLY = "a call answered by an error, taken out with its reply; the words before it kept"
-ANNOUNCEMENT = "words beside a tool's picture (as a rule its size) left out"
-AFTER_CALL = "words after a call, which nothing answers, left out"
-TEXT_ONLY = "the second, text-only reasoning (full_text_only_thought) left out"
+# (id, reason) of a record that is left out
+Skip = tuple[str, str]
+# mean difference, in levels of 255, up to which a picture is another one resampled
+LIKE = 6.0
+CALL = re.compile(r"(?s)<tool_call>(.*?)</tool_call>")
 OTHER_ANSWER = "its last words give another answer than its answer field"
 
 
 @dataclass
-class Converted(Example):
-    """An example, what was changed in it, and its question's picture's digest, which splits it."""
-
+class Converted(records.Example):
     remarks: list[str] = field(default_factory=list)
-    picture: str = ""
+    # digest of the question's picture
+    pixels: str = ""
 
 
-# ---- what all sets share ---------------------------------------------------------------------
+def convert(kind: str, sources: list[Path], images: Path | None) -> Iterator[Converted | Skip]:
+    """The records of a published set, or why they are left out. images: folder of image paths."""
+    rows, key, convert_row = dict(lvr=(read_list, "question_id", lvr),
+                                  thinkmorph=(thinkmorph_rows, "pid", thinkmorph),
+                                  pixelreasoner=(read_list, "qid", pixelreasoner))[kind]
+    for n, row in enumerate(row for source in sources for row in rows(source)):
+        name = f"{kind}-{row.get(key, n) if isinstance(row, dict) else n}-{n}"
+        try:
+            yield from convert_row(name, row, images)
+        except json.JSONDecodeError:
+            yield name, "a call that is not JSON"
+        except (KeyError, IndexError, TypeError, AttributeError) as error:
+            yield name, f"field missing or of another type: {error!r}"
+        # without the details, which differ between records
+        except (ValueError, OSError) as error:
+            yield name, str(error).split(":")[0]
 
 
-def checked_box(box: list[float]) -> list[float]:
-    """Raises ValueError for a box (x0, y0, x1, y1) that is empty or leaves the image, [0, 1]^2."""
-    numbers = isinstance(box, list) and all(isinstance(v, (int, float)) for v in box)
-    if not numbers or len(box) != 4:
-        raise ValueError("box is not four numbers")
-    if not all(0 <= v <= 1 for v in box):
-        raise ValueError("box leaves the image")
-    if box[2] <= box[0] or box[3] <= box[1]:
-        raise ValueError("box is empty")
-    return box
+def example(name: str, task: str, picture: Picture, image: Image.Image, question: str, answer: str,
+            steps: list[str | Picture], remarks: list[str] = ()) -> Converted:
+    # image: the picture, read
+    texts = [question, answer, *(step for step in steps if isinstance(step, str))]
+    if not all(texts):
+        raise ValueError("no question, no answer, or a text of the trajectory is empty")
+    # JSON can write such a half, and UTF-8 cannot
+    if re.search("[\ud800-\udfff]", "".join([name, task, *texts])):
+        raise ValueError("a text holds half a character (lone surrogate)")
+    # by the picture, 98 : 1 : 1, so that all questions on it are on one side in every set
+    pixels = digest(image)
+    split = {0: "test", 1: "validation"}.get(int(pixels, 16) % 100, "train")
+    # no choices are published with these sets: the answer is the only one
+    return Converted(name, task, picture, question, [answer], answer, steps, split,
+                     list(dict.fromkeys(remarks)), pixels)
+
+
+def read_image(folder: Path, names: list[str], what: str) -> tuple[Path, Image.Image]:
+    # what: the images, for the message
+    if len(names) != 1:
+        raise ValueError(f"{len(names)} images {what}, not one")
+    path = folder / on_disk(names[0])
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise ValueError("image path leaves the data folder")
+    return path, open_image(path, "image not found or not readable")
 
 
 def hundredths(box: list[float]) -> list[int]:
-    """A box in [0, 1] -> hundredths, outwards. Raises ValueError as checked_box does."""
-    x0, y0, x1, y1 = (round(100 * v, 6) for v in checked_box(box))  # 100 * 0.07 is above 7
+    # (x0, y0, x1, y1) in [0, 1] -> hundredths, outwards
+    if not (isinstance(box, list) and len(box) == 4 and all(type(v) in (int, float) for v in box)):
+        raise ValueError("box is not four numbers")
+    if not (0 <= box[0] < box[2] <= 1 and 0 <= box[1] < box[3] <= 1):
+        raise ValueError("box is empty or leaves the image")
+    # rounded first: as a float, 100 * 0.07 is above 7
+    x0, y0, x1, y1 = (round(100 * v, 6) for v in box)
     return [int(x0), int(y0), -int(-x1 // 1), -int(-y1 // 1)]
 
 
 def crop_text(words: str, box: list[int], of: int = 0) -> str:
-    """The words and the call, `of` an earlier image than the last where that is not 0."""
+    # of: the number of the image, 0 for the last one
     return f"{words} [crop {' '.join(map(str, box))}{f' of {of}' if of else ''}]".strip()
 
 
-def final(words: str, answer: str) -> str:
-    """The last text. Raises ValueError where the words already give another answer."""
-    if said := GIVEN.search(words):
-        if not alike(said[1], answer):
+def last_text(words: str, answer: str) -> str:
+    # the words may give the answer already
+    if given := GIVEN.search(words):
+        if not alike(given[1], answer):
             raise ValueError(OTHER_ANSWER)
-        words = words[:said.start()]
+        words = words[:given.start()]
     return f"{words} Answer: {answer}".strip()
 
 
-def side(picture: str) -> str:
-    """The split of all questions on a picture, 98 : 1 : 1: the same in every set and mixture."""
-    return {0: "test", 1: "validation"}.get(int(picture, 16) % 100, "train")
-
-
-def example(ex: Example, seen: Image.Image, remarks: list[str] = ()) -> Converted:
-    """The example with its split, and a remark for each call that does not give what follows it.
-
-    seen: ex.image, read. Raises ValueError where a text is missing.
-    """
-    if not ex.question or not ex.answer:
-        raise ValueError("no question" if not ex.question else "no answer")
-    if not all(ex.texts):
-        raise ValueError("a text of the trajectory is empty")
-    "".join([ex.question, ex.answer, *ex.texts]).encode()  # raises where half a character stands
-    picture = digest(seen)
-    found = dict.fromkeys([*remarks, *differing(seen, ex.trajectory)])
-    return Converted(**{**vars(ex), "split": side(picture)}, remarks=list(found), picture=picture)
-
-
-def open_ended(name: str, family: str, image: Picture, question: str, answer: str,
-               steps: list) -> Example:
-    """No choices are published with these data: the answer is its only option."""
-    return Example(name, family, image, question, [answer], answer, steps)
-
-
-def differing(image: Image.Image, steps: list) -> Iterator[str]:
-    """A remark for each call that our executor, on the pictures shown so far, answers otherwise."""
-    shown = [image]
-    for step, following in zip(steps, [*steps[1:], ""]):
-        if not isinstance(step, str):
-            shown.append(opened(step))
-        elif tools.CALL.search(step) and isinstance(following, str):
-            yield NO_PICTURE
-        elif tools.CALL.search(step):
-            try:
-                given = digest(tools.call_tool(step, *shown))
-            except ValueError:
-                given = ""
-            if given != digest(following):
-                yield PUBLISHED_PICTURE
-
-
-def converted(name: str, convert: Callable[..., Converted], *args) -> Converted | Skip:
-    try:
-        return convert(name, *args)
-    except (KeyError, IndexError, TypeError, AttributeError) as error:
-        return name, f"field missing or of another type: {error!r}"
-    except UnicodeEncodeError:
-        return name, "a text holds half a character (lone surrogate)"
-    except (ValueError, OSError) as error:
-        return name, str(error).split(":")[0]
-
-
-def read_list(files: Path | list[Path]) -> Iterator[dict]:
-    for file in [files] if isinstance(files, Path) else files:
-        listed = parse(read_text(file), str(file))
-        if not isinstance(listed, list):
-            found = type(listed).__name__
-            raise ValueError(f"{file} must be a JSON list of records, found {found}")
-        yield from listed
-
-
-def image_file(folder: Path, name: str) -> Path:
-    try:
-        path = records.inside(folder, name)
-    except ValueError:
-        raise ValueError("image path leaves the data folder") from None
-    if not path.is_file():
-        raise ValueError("image not found")
-    return path
-
-
-def read_image(file: Path | io.BytesIO) -> Image.Image:
-    try:
-        return open_image(file, "")
-    except ValueError:
-        raise ValueError("image cannot be read") from None
-
-
-# ---- LVR -------------------------------------------------------------------------------------
-
-
-def lvr(files: Path | list[Path], images: Path) -> Iterator[Converted | Skip]:
-    """LVR: {dataset, question_id, image: [path], conversations: [{from, value}], bboxes: [[...]]}.
-
-    Boxes are x0, y0, x1, y1 in [0, 1]. Every box of the first turn is cropped out of the question's
-    picture (the authors' release takes the first). A later turn is left out: its question may lean
-    on the one before it, and an example here begins with its question.
-    """
-    for n, record in enumerate(read_list(files)):
-        known = record if isinstance(record, dict) else {}
-        name = f"lvr-{known.get('dataset', 'set')}-{known.get('question_id', n)}-{n}"
-        yield converted(name, lvr_example, record, images)
-        turns = known.get("conversations")
-        for turn in range(1, len(turns) // 2 if isinstance(turns, list) else 0):
-            yield f"{name}-turn{turn + 1}", "a further turn: its question may lean on the first"
-
-
-def lvr_example(name: str, record: dict, images: Path) -> Converted:
-    paths = record["image"] if isinstance(record["image"], list) else [record["image"]]
-    if len(paths) != 1:
-        raise ValueError(f"{len(paths)} images beside the question, not one")
-    path = image_file(images, paths[0])
-    image = read_image(path)
-    said = [turn["value"] for turn in record["conversations"]]
-    words, answer = split_answer(said[1])
+def lvr(name: str, row: dict, images: Path) -> Iterator[Converted | Skip]:
+    # {dataset, question_id, image: [path], conversations: [{from, value}], bboxes: [[...]]}; boxes
+    # are x0, y0, x1, y1 in [0, 1]
+    turns = [turn["value"] for turn in row["conversations"]]
+    for n in range(2, len(turns), 2):
+        yield f"{name}-turn{n // 2 + 1}", "a further turn: its question may depend on the first"
+    names = row["image"] if isinstance(row["image"], list) else [row["image"]]
+    path, image = read_image(images, names, "beside the question")
+    # a turn has as many boxes as <lvr> marks, or one
+    boxes, marks = row["bboxes"], [turn.count("<lvr>") or 1 for turn in turns[1::2]]
+    if not boxes or len(marks) > 1 and sum(marks) != len(boxes):
+        raise ValueError("no box, or several turns without saying which box belongs to which")
+    words, answer = split_answer(turns[1])
     steps = []
-    for box in map(hundredths, first_boxes(said[1::2], record["bboxes"])):
+    # the authors' release takes the first box alone
+    for box in map(hundredths, boxes[:marks[0]] if len(marks) > 1 else boxes):
         look = "Look closer at the region that matters." if not steps else "Look here, too."
+        # each crop is of the question's picture, not of the crop before
         steps += [crop_text(look, box, of=1 if steps else 0), tools.crop(image, *box)]
-    steps.append(final(words if answer else "", answer or words))
-    family = str(record.get("dataset", "lvr"))
-    return example(open_ended(name, family, path, clean(said[0]), answer or words, steps), image)
-
-
-def first_boxes(answers: list[str], boxes: list) -> list:
-    """The boxes of the first turn: one for each <lvr> of its answer; without these, each turn's."""
-    marks = [answer.count("<lvr>") for answer in answers]
-    if not isinstance(boxes[0], list):
-        raise ValueError("box is not four numbers")
-    if len(answers) == 1:
-        return boxes
-    if marks[0] and sum(marks) == len(boxes):
-        return boxes[:marks[0]]
-    if len(answers) == len(boxes):
-        return boxes[:1]
-    raise ValueError("several turns, and which box belongs to which is not said")
-
-
-# ---- ThinkMorph ------------------------------------------------------------------------------
-
-
-def parquet_files(folder: Path) -> list[Path]:
-    files = sorted(folder.glob("data/*.parquet")) or sorted(folder.glob("*.parquet"))
-    if not files:
-        raise FileNotFoundError(
-            f"{folder} holds no data/train-*.parquet; download it with: huggingface-cli download "
-            f"--repo-type dataset ThinkMorph/{folder.name} --local-dir {folder}")
-    return files
+    steps.append(last_text(words if answer else "", answer or words))
+    yield example(name, str(row.get("dataset", "lvr")), path, image, clean(turns[0]),
+                  answer or words, steps)
 
 
 def thinkmorph_rows(folder: Path) -> Iterator[dict]:
-    return parquet_rows(parquet_files(folder), "ThinkMorph")
+    files = sorted(folder.glob("data/*.parquet")) or sorted(folder.glob("*.parquet"))
+    if not files:
+        raise FileNotFoundError(
+            f"{folder} holds no data/*.parquet; get it with: hf download --repo-type dataset "
+            f"ThinkMorph/{folder.name} --local-dir {folder}")
+    return (row | {"folder": folder.name} for row in parquet_rows(files))
 
 
-def thinkmorph(folders: list[Path]) -> Iterator[Converted | Skip]:
-    """ThinkMorph: pid, question, answer, problem_image_0, resoning_thought_0 (sic),
-    reasoning_image_0, resoning_thought_1 (sic).
-
-    Further pictures of the reasoning (reasoning_image_1, ...) are used where there are any.
-    """
-    for folder in folders:
-        for n, row in enumerate(thinkmorph_rows(folder)):
-            name = f"{folder.name}-{row.get('pid', n)}-{n}"
-            yield converted(name, thinkmorph_example, row, folder.name)
-
-
-def thinkmorph_example(name: str, row: dict, family: str) -> Converted:
-    problems = [key for key in row if re.fullmatch(r"problem_image_\d+", key) and row[key]]
-    if len(problems) > 1:
-        raise ValueError(f"{len(problems)} images beside the question, not one")
-    problem, steps, n = read_image(io.BytesIO(row["problem_image_0"]["bytes"])), [], 0
-    while n == 0 or row.get(f"reasoning_image_{n}"):  # the first is needed
-        helper = read_image(io.BytesIO(row[f"reasoning_image_{n}"]["bytes"]))
-        steps += [clean(row[f"resoning_thought_{n}"]), helper]
+def thinkmorph(name: str, row: dict, _: None) -> Iterator[Converted]:
+    # pid, question, answer, problem_image_0, resoning_thought_0 (sic), reasoning_image_0,
+    # resoning_thought_1, and further pictures and thoughts where there are any
+    images = {key: open_image(io.BytesIO(row[key]["bytes"]), "image not readable") for key in row
+              if re.fullmatch(r"(problem|reasoning)_image_\d+", key) and row[key]}
+    if "problem_image_1" in images:
+        raise ValueError("several images beside the question, not one")
+    steps, n = [], 0
+    # the first reasoning picture is required
+    while n == 0 or f"reasoning_image_{n}" in images:
+        steps += [open_boxes(row[f"resoning_thought_{n}"])[0], images[f"reasoning_image_{n}"]]
         n += 1
-    words, said = split_answer(row[f"resoning_thought_{n}"])
-    answer = split_answer(str(row["answer"]))[1] or clean(str(row["answer"]))
-    if said and not alike(said, answer):
+    words, stated = split_answer(row[f"resoning_thought_{n}"])
+    # the field may have the markup of an answer, or be the answer alone
+    answer = split_answer(str(row["answer"]))[1] or open_boxes(str(row["answer"]))[0]
+    if stated and not alike(stated, answer):
         raise ValueError(OTHER_ANSWER)
-    steps.append(final(words, answer))
-    remarks = [TEXT_ONLY] if row.get("full_text_only_thought") else []
-    ex = open_ended(name, family, problem, clean(row["question"]), answer, steps)
-    return example(ex, problem, remarks)
+    remarks = ["its text-only reasoning is left out"] if row.get("full_text_only_thought") else []
+    problem, steps = images["problem_image_0"], [*steps, last_text(words, answer)]
+    yield example(name, row["folder"], problem, problem, clean(row["question"]), answer, steps,
+                  remarks)
 
 
-# ---- PixelReasoner ---------------------------------------------------------------------------
+def pixelreasoner(name: str, row: dict, images: Path) -> Iterator[Converted]:
+    # message_list of {role, content: [{text} or {image} or {video}]}; the roles are system, user,
+    # then assistant and user alternately
+    def contents(message: dict, kind: str) -> list:
+        return [item[kind] for item in message["content"] if item.get(kind)]
 
-CALL = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
-LIKE = 6.0  # mean difference, in levels of 255, up to which a picture is another one resampled
-
-
-def pixelreasoner(files: Path | list[Path], images: Path) -> Iterator[Converted | Skip]:
-    """PixelReasoner: message_list of {role, content: [{text} or {image} or {video}]}.
-
-    The turns are system, user, then assistant and user in turn. The assistant's JSON call becomes
-    ours, and the picture what our call gives, if it shows what was published.
-    """
-    for n, record in enumerate(read_list(files)):
-        qid = record.get("qid", n) if isinstance(record, dict) else n
-        yield converted(f"pixelreasoner-{qid}-{n}", trace, record, images)
-
-
-def contents(message: dict, kind: str) -> list:
-    return [item[kind] for item in message["content"] if item.get(kind)]
-
-
-def trace(name: str, record: dict, images: Path) -> Converted:
-    first, *talk = [m for m in record["message_list"] if m["role"] != "system"]
+    first, *talk = [m for m in row["message_list"] if m["role"] != "system"]
     if any(contents(message, "video") for message in [first, *talk]):
         raise ValueError("video")
-    if len(found := contents(first, "image")) != 1:
-        raise ValueError(f"{len(found)} images beside the question, not one")
-    roles = ["assistant", "user"] * (len(talk) // 2) + ["assistant"]
-    if [message["role"] for message in talk] != roles:
+    path, image = read_image(images, contents(first, "image"), "beside the question")
+    if [m["role"] for m in talk] != ["assistant", "user"] * (len(talk) // 2) + ["assistant"]:
         raise ValueError("assistant and tool do not speak in turn up to an answer")
-    path = image_file(images, found[0])
-    shown, steps, remarks, waiting = [read_image(path)], [], [], ""
-    for said, reply in zip(talk[0::2], talk[1::2]):
-        words, call, after = with_call(" ".join(contents(said, "text")))
-        words = f"{waiting} {words}".strip()
-        remarks += [AFTER_CALL] if after else []
-        if not (pictures := contents(reply, "image")):
-            waiting = words
-            remarks.append(ERROR_REPLY)
+    pictures, steps, remarks, pending = [image], [], [], ""
+    for turn, reply in zip(talk[0::2], talk[1::2]):
+        parts, names = CALL.split(" ".join(contents(turn, "text"))), contents(reply, "image")
+        if len(parts) != 3 or "<tool_call>" in parts[0] + parts[2]:
+            raise ValueError("a turn with no call, several calls or an unfinished one is answered")
+        words = f"{pending} {open_boxes(parts[0])[0]}".strip()
+        remarks += ["words after a call are left out"] if open_boxes(parts[2])[0] else []
+        # an error comes without a picture: its call goes, and its words join the next turn's
+        pending = "" if names else words
+        if not names:
+            remarks.append("a call that failed is left out with its reply, but not its words")
             continue
-        waiting = ""
-        box, picture, target = answered(call, shown, images, pictures)
-        steps += [crop_text(words, box, of=target if target < len(shown) else 0), picture]
-        shown.append(opened(picture))
-        remarks += [ANNOUNCEMENT] if "".join(contents(reply, "text")).strip() else []
+        file, published = read_image(images, names, "answer one call")
+        box, target, crop = run_call(parts[1], pictures, published)
+        remarks += [] if crop else ["box and picture as published: no region shows the picture"]
+        remarks += ["words beside a tool's picture are left out"] if contents(reply, "text") else []
+        steps += [crop_text(words, box, target if target < len(pictures) else 0), crop or file]
+        pictures.append(crop or published)
     last = " ".join(contents(talk[-1], "text"))
-    if "<tool_call>" in last:
-        raise ValueError("its last turn calls a tool")
-    words, answer = split_answer(f"{waiting} {last}")
-    if not answer:
-        raise ValueError("no boxed answer at the end")
-    steps.append(final(words, answer))
-    question = clean(" ".join(contents(first, "text")))
-    return example(open_ended(name, "pixelreasoner", path, question, answer, steps), shown[0],
-                   remarks)
+    words, answer = split_answer(f"{pending} {last}")
+    if "<tool_call>" in last or not answer:
+        raise ValueError("its last turn calls a tool, or has no boxed answer at its end")
+    yield example(name, "pixelreasoner", path, image, clean(" ".join(contents(first, "text"))),
+                  answer, [*steps, last_text(words, answer)], remarks)
 
 
-def with_call(text: str) -> tuple[str, str, str]:
-    """(words, the JSON of the call, what follows it) of a turn that calls a tool."""
-    count = text.count("<tool_call>")
-    if count != 1 or not CALL.search(text):
-        raise ValueError("a turn with several calls or an unfinished one" if count
-                         else "a user's turn that answers no call")
-    before, call, after = CALL.split(text)
-    return clean(before), call, clean(after)
-
-
-def answered(call: str, shown: list[Image.Image], images: Path,
-             pictures: list[str]) -> tuple[list[int], Picture, int]:
-    """(the box in hundredths, the picture, the number of the image it is cut from) of one call."""
-    if len(pictures) != 1:
-        raise ValueError(f"{len(pictures)} images answer one call")
-    box, target = arguments(call, shown)
-    return *located(box, shown[target - 1], image_file(images, pictures[0])), target
-
-
-def arguments(call: str, shown: list[Image.Image]) -> tuple[list[float], int]:
-    """The box of a JSON call, in [0, 1], and the number of its image.
-
-    Deviation: numbers up to 1 are shares of a side and larger ones pixels; the authors' own tool
-    takes a box for pixels as soon as one number is 1, and so cuts a box that touches the right
-    edge out of the top left corner.
-    """
-    try:
-        call = json.loads(call)
-    except json.JSONDecodeError:
-        raise ValueError("a call that is not JSON") from None
-    given = call["arguments"]
+def run_call(call: str, pictures: list[Image.Image],
+             published: Image.Image) -> tuple[list[int], int, Image.Image | None]:
+    # our call's numbers, the number of its image and its crop, for the region that the published
+    # picture shows; without such a region, the crop is None
+    given = json.loads(call)["arguments"]
     box, target = given.get("bbox_2d") or given.get("bbox"), given.get("target_image")
     if not box:
-        raise ValueError(f"a call to another tool than crop ({call.get('name')})")
-    target = len(shown) if target is None else int(target)
-    if not 1 <= target <= len(shown):
+        raise ValueError("a call to another tool than crop")
+    target = len(pictures) if target is None else int(target)
+    if not 1 <= target <= len(pictures):
         raise ValueError("a call names an image that was not shown")
-    if all(isinstance(v, (int, float)) for v in box) and max(box) > 1:
-        box = [v / shown[target - 1].size[n % 2] for n, v in enumerate(box)]
-    return checked_box(box), target
-
-
-def padded(box: list[float], size: tuple[int, int]) -> Iterator[list[float]]:
-    """What the tool may have cut out for a box, in [0, 1].
-
-    As released, a tenth of the image's side more on every side, in one version 600 px at most;
-    others pad by a tenth of the box, or not at all.
-    """
+    image = pictures[target - 1]
+    # Deviation: numbers above 1 are pixels. The authors' tool takes a box with a single 1 for
+    # pixels, and so cuts a box at the right edge out of the top left corner
+    if max(box) > 1:
+        box = [v / image.size[n % 2] for n, v in enumerate(box)]
+    difference, numbers, crop = LIKE, hundredths(box), None
+    # the published picture was resized when it was saved, so both are compared at one small size
+    small = published.copy()
+    small.thumbnail((96, 96), Image.Resampling.BILINEAR)
     x0, y0, x1, y1 = box
-    more = [(0.1, 0.1), (min(0.1, 600 / size[0]), min(0.1, 600 / size[1])),
-            (0.1 * (x1 - x0), 0.1 * (y1 - y0)), (0, 0)]
-    for dx, dy in dict.fromkeys(more):
-        yield [max(0.0, x0 - dx), max(0.0, y0 - dy), min(1.0, x1 + dx), min(1.0, y1 + dy)]
-
-
-def located(box: list[float], image: Image.Image, file: Path) -> tuple[list[int], Picture]:
-    """The call's numbers and its picture: of the region that the published picture shows.
-
-    The published picture was resized when it was saved, so both are compared at one small size, and
-    the picture that is kept is our own tool's. If the published one shows nothing that the tool may
-    have cut out for this box, it stays, and the box as well.
-    """
-    stored, found = read_image(file), []
-    scale = min(1.0, 96 / max(stored.size))
-    small = tuple(max(1, round(length * scale)) for length in stored.size)
-    reference = stored.resize(small, Image.Resampling.BILINEAR)
-    for region in padded(box, image.size):
+    # the authors' tool pads by a tenth of the image, other versions by a tenth of the box, or not
+    for dx, dy in ((0.1, 0.1), (0.1 * (x1 - x0), 0.1 * (y1 - y0)), (0, 0)):
+        region = [max(0.0, x0 - dx), max(0.0, y0 - dy), min(1.0, x1 + dx), min(1.0, y1 + dy)]
         pixels = [v * image.size[n % 2] for n, v in enumerate(region)]
-        width, height = pixels[2] - pixels[0], pixels[3] - pixels[1]
-        cut = image.resize(small, Image.Resampling.BILINEAR, box=pixels)
-        difference = sum(ImageStat.Stat(ImageChops.difference(cut, reference)).mean) / 3
-        stretch = width / height * stored.size[1] / stored.size[0]
-        if difference <= LIKE and 0.85 < stretch < 1 / 0.85:  # sides were rounded to 28 px
-            resized = max(abs(width - stored.size[0]), abs(height - stored.size[1])) > 1
-            found.append((resized, difference, region))
-    if not found:
-        return hundredths(box), file
-    region = min(found)[2]
-    nearest = [round(100 * v) for v in region]
-    if nearest[2] <= nearest[0] or nearest[3] <= nearest[1]:  # less than a hundredth wide
-        nearest = hundredths(region)
-    return nearest, tools.crop(image, *nearest)
-
-
-# ---- mixtures --------------------------------------------------------------------------------
+        cut = image.resize(small.size, Image.Resampling.BILINEAR, box=pixels)
+        # of the three colours
+        new = sum(ImageStat.Stat(ImageChops.difference(cut, small)).mean) / 3
+        if new < difference:
+            difference, numbers = new, hundredths(region)
+            crop = tools.crop(image, *numbers)
+    return numbers, target, crop
 
 
 def mix(sources: dict[Path, float], count: int, seed: int) -> Iterator[Converted | Skip]:
-    """`count` training examples of folders in our format, by weight, none twice.
-
-    The other splits are taken whole. A picture in the test split of one folder is in no other split
-    of the mixture, and one in a validation split is not in training: such records are left out.
-    """
-    rng, total, pools, strictest = random.Random(seed), sum(sources.values()), {}, {}
-    for folder in sources:
-        name = different(folder.resolve().name, pools)
-        pools[name] = of_folder(folder, name)
-        for ex in pools[name]:
-            rank = records.SPLITS.index(ex.split)
-            strictest[ex.picture] = max(rank, strictest.get(ex.picture, 0))
-    for pool, (folder, weight) in zip(pools.values(), sources.items()):
+    # `count` training examples of folders in our format, by weight, and all other splits. Left out:
+    # what the reader of data folders refuses, and records whose picture is in a stricter
+    # split (test before validation before training) of any folder
+    rng, pools, strictest = random.Random(seed), [], {}
+    for n, folder in enumerate(sources, start=1):
+        # the number tells folders of one name apart, and so their ids
+        name, problems = f"{n}-{folder.name}", []
+        examples = records.read_folder(folder, problems=problems)
+        for where, _, reason in (problem.partition(": ") for problem in problems):
+            yield where, reason.split(":")[0]
+        # the reader passes over remarks
+        with open(folder / records.FILE, encoding="utf-8-sig", errors="replace") as lines:
+            found = [json.loads(line) for line in lines if '"remarks": ["' in line]
+        remarks = {record["id"].strip(): record["remarks"] for record in found}
+        pixels = [digest(ex.image) for ex in examples]
+        pools.append((name, examples, pixels, remarks))
+        for ex, key in zip(examples, pixels):
+            strictest[key] = max(records.SPLITS.index(ex.split), strictest.get(key, 0))
+    for (name, examples, pixels, remarks), weight in zip(pools, sources.values()):
         train, others = [], []
-        for ex in pool:
-            split = records.SPLITS[strictest[ex.picture]]
-            if split != ex.split:
-                yield ex.id, f"{ex.split} record whose picture is in a {split} split"
+        for row, ex in enumerate(examples):
+            split = records.SPLITS[strictest[pixels[row]]]
+            if split == ex.split:
+                (train if split == "train" else others).append(row)
             else:
-                (train if split == "train" else others).append(ex)
-        share = round(count * weight / total)
+                yield f"{name}/{ex.id}", f"{ex.split} record whose picture is in a {split} split"
+        share = round(count * weight / sum(sources.values()))
         if share > len(train):
-            raise ValueError(f"{folder} has {len(train)} training records, its share of {count} "
-                             f"is {share}: lower --count or its weight")
+            raise ValueError(f"{name} has {len(train)} training records, and its share is {share}: "
+                             "lower --count or its weight")
         rng.shuffle(train)
-        yield from train[:share] + others
-        yield from ((ex.id, "training record beyond its folder's share") for ex in train[share:])
-
-
-def of_folder(folder: Path, name: str) -> list[Converted]:
-    """The folder's examples, the name before their ids, with the remarks they were written with."""
-    examples, remarks = records.read_folder(folder), {}
-    for line in (folder / records.FILE).read_bytes().split(b"\n"):
-        if line.strip():
-            record = json.loads(line.decode("utf-8-sig"))
-            remarks[record["id"].strip()] = record.get("remarks", [])
-    return [Converted(**{**vars(ex), "id": f"{name}-{ex.id}"}, remarks=remarks[ex.id],
-                      picture=digest(ex.image)) for ex in examples]
-
-
-def different(name: str, taken) -> str:
-    """The name, with a number behind it where it is taken; case does not tell two names apart."""
-    taken = {other.casefold() for other in taken}
-    numbered = (f"{name}-{n}" if n > 1 else name for n in range(1, len(taken) + 2))
-    return next(free for free in numbered if free.casefold() not in taken)
-
-
-# ---- writing ---------------------------------------------------------------------------------
-
-
-class Kept(NamedTuple):
-    """What the report needs of a record that was written."""
-
-    id: str
-    task: str
-    split: str
-    calls: int
-    picture: str
-    remarks: list[str]
+        for row in train[:share] + others:
+            ex = examples[row]
+            yield Converted(**vars(ex) | dict(id=f"{name}/{ex.id}"), pixels=pixels[row],
+                            remarks=remarks.get(ex.id, []))
+        for row in train[share:]:
+            yield f"{name}/{examples[row].id}", "training record beyond its folder's share"
 
 
 def write(examples: Iterator[Converted | Skip], out: Path) -> None:
-    """Write what is good, one at a time, and report on the rest. `out` appears when it is whole."""
-    if out.exists():
-        raise FileExistsError(f"{out} exists already: choose a new folder, nothing is overwritten")
-    kept, skipped, ids = [], {}, set()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f"{out.name}.", suffix=".partial",
-                                     dir=out.parent) as partial:
-        folder = Path(partial) / "data"
-        (folder / "images").mkdir(parents=True)
+    """Write the examples, one at a time, and report. `out` appears when it is complete."""
+    kinds, pictures = Counter(), defaultdict(set)
+    # ids by reason
+    remarks, left_out = defaultdict(list), defaultdict(list)
+    with new_folder(out) as folder:
+        (folder / "images").mkdir()
         with open(folder / records.FILE, "x", encoding="utf-8", newline="\n") as file:
-            for ex in examples:
+            for ex in tqdm(examples, unit=" records"):
                 if isinstance(ex, tuple):
-                    skipped.setdefault(ex[1], []).append(ex[0])
+                    left_out[ex[1]].append(ex[0])
                     continue
-                ex.id = unused(re.sub(r"[^\w.-]", "_", ex.id), ids)
-                names = [save(ex.image, folder, ex.picture)]
-                names += [save(picture, folder) for picture in ex.images[1:]]
+                names = [save(ex.image, folder, ex.pixels)]
+                names += [save(picture, folder, digest(picture)) for picture in ex.images[1:]]
                 record = json.loads(records.record_line(ex, names))
-                record |= dict(remarks=ex.remarks) if ex.remarks else {}
+                record |= {"remarks": ex.remarks} if ex.remarks else {}
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
-                kept.append(Kept(ex.id, ex.task, ex.split, len(names) - 1, ex.picture,
-                                 ex.remarks))
-        if not kept:
-            raise ValueError("no record could be used: " + "; ".join(
-                f"{len(names)} x {why} (first: {names[0]})" for why, names in skipped.items()))
-        folder.rename(out)
-    report(out, kept, skipped)
+                kinds[ex.task, ex.split, len(names) - 1] += 1
+                pictures[ex.split].add(ex.pixels)
+                for remark in ex.remarks:
+                    remarks[remark].append(ex.id)
+        if not kinds:
+            raise ValueError(f"no record could be used for {out}: {'; '.join(left_out)}")
+    print(f"{out}: {kinds.total()} records kept, {sum(map(len, left_out.values()))} left out")
+    for (task, split, calls), count in sorted(kinds.items()):
+        print(f"  kept {count:7d}  {task}, {split}, {calls} tool image{'s' * (calls != 1)}")
+    print(f"  split by picture: {', '.join(f'{len(v)} {split}' for split, v in pictures.items())}")
+    for title, reasons in (("with remark", remarks), ("left out", left_out)):
+        for reason, ids in sorted(reasons.items(), key=lambda item: -len(item[1])):
+            print(f"  {title} {len(ids):7d}  {reason}; first: {', '.join(ids[:3])}")
 
 
-def unused(name: str, ids: set[str]) -> str:
-    """The name, or the name and the next free number; ids: those given out, which it joins."""
-    free, n = name, 1
-    while free.casefold() in ids:
-        n += 1
-        free = f"{name}-{n}"
-    ids.add(free.casefold())
-    return free
-
-
-def save(picture: Picture, folder: Path, shows: str = "") -> str:
-    """Copy a picture to images/, named after its pixels (`shows`, their digest, where it is known).
-
-    A name that is there already holds this very picture. A copy and no link: through a link a later
-    change of the copy would reach the original.
-    """
-    suffix = picture.suffix.lower() if isinstance(picture, Path) else ".png"
-    name = f"images/{shows or digest(picture)}{suffix}"
-    if (folder / name).exists():
-        return name
-    with open(folder / name, "xb") as target:
+def save(picture: Picture, folder: Path, pixels: str) -> str:
+    # a copy and no link: a change of the copy must not reach the original
+    name = f"images/{pixels}{picture.suffix.lower() if isinstance(picture, Path) else '.png'}"
+    # a file that exists is this very picture, of another question
+    if not (folder / name).exists():
         if isinstance(picture, Path):
-            with open(picture, "rb") as source:
-                shutil.copyfileobj(source, target)
+            shutil.copyfile(picture, folder / name)
         else:
-            picture.save(target, format="PNG")
+            picture.save(folder / name)
     return name
-
-
-def report(out: Path, kept: list[Kept], skipped: dict[str, list[str]]) -> None:
-    print(f"{out}: {len(kept)} records kept, {sum(map(len, skipped.values()))} left out")
-    numbers, pictures, remarks = {}, {}, {}
-    for record in kept:
-        key = record.task, record.split, record.calls
-        numbers[key] = numbers.get(key, 0) + 1
-        pictures.setdefault(record.split, set()).add(record.picture)
-        for remark in record.remarks:
-            remarks.setdefault(remark, []).append(record.id)
-    for (family, split, calls), count in sorted(numbers.items()):
-        print(f"  kept {count:7d}  {family}, {split}, {calls} tool image{'s' * (calls != 1)}")
-    print("  split by picture, all questions on one picture on one side: " + ", ".join(
-        f"{len(pictures[split])} {split}" for split in records.SPLITS if split in pictures))
-    for title, found in (("with remark", remarks), ("left out", skipped)):
-        for reason, names in sorted(found.items(), key=lambda item: -len(item[1])):
-            print(f"  {title} {len(names):7d}  {reason}; first: {', '.join(names[:3])}")
-
-
-# ---- the command line ------------------------------------------------------------------------
-
-
-def weights(parser: argparse.ArgumentParser, sources: list[str]) -> dict[Path, float]:
-    pairs = [source.rpartition("=") for source in sources]
-    if any(not name or not re.fullmatch(r"\d+(\.\d+)?", weight) for name, _, weight in pairs):
-        parser.error("write a mixture as FOLDER=WEIGHT FOLDER=WEIGHT ...")
-    if len({Path(name).resolve() for name, _, _ in pairs}) < len(pairs):
-        parser.error("a folder is named twice in the mixture")
-    if not sum(float(weight) for _, _, weight in pairs):
-        parser.error("the weights of the mixture are all 0")
-    return {Path(name): float(weight) for name, _, weight in pairs}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kind", choices=["lvr", "thinkmorph", "pixelreasoner", "mix"])
-    parser.add_argument("sources", nargs="+",
-                        help="JSON files; parquet folders; FOLDER=WEIGHT of a mixture")
+    parser.add_argument("sources", nargs="+", help="JSON files; parquet folders; FOLDER=WEIGHT")
     parser.add_argument("--images", type=Path, help="folder that the image paths are relative to")
     parser.add_argument("--out", type=Path, required=True, help="new folder to write")
     parser.add_argument("--count", type=int, default=10000, help="training examples of a mixture")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    paths = [Path(source) for source in args.sources]
-    if args.kind in ("lvr", "pixelreasoner"):
-        if not args.images or not args.images.is_dir():
-            parser.error("--images must name the folder that the image paths are relative to")
-        write((lvr if args.kind == "lvr" else pixelreasoner)(paths, args.images), args.out)
-    elif args.kind == "thinkmorph":
-        write(thinkmorph(paths), args.out)
-    else:
-        write(mix(weights(parser, args.sources), args.count, args.seed), args.out)
+    if args.kind == "mix":
+        parts = [re.fullmatch(r"(.+)=(\d+(?:\.\d+)?)", source) for source in args.sources]
+        sources = {Path(part[1]).resolve(): float(part[2]) for part in parts if part}
+        if len(sources) < len(parts) or not any(sources.values()):
+            parser.error("write a mixture as FOLDER=WEIGHT FOLDER=WEIGHT ..., with no folder twice "
+                         "and not all weights 0")
+        return write(mix(sources, args.count, args.seed), args.out)
+    if args.kind != "thinkmorph" and not (args.images and args.images.is_dir()):
+        parser.error("--images must name the folder that the image paths are relative to")
+    write(convert(args.kind, [Path(source) for source in args.sources], args.images), args.out)
 
 
 if __name__ == "__main__":
-    run_program(main)
+    run_program(main, "stopped: nothing was written, and the same command starts anew")
