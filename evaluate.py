@@ -152,10 +152,13 @@ def method_of(config) -> type[Method]:
 def merge(*arguments: str) -> None:
     """RUN DIR [DTYPE]: the run's best checkpoint as an ordinary folder without our code."""
     if len(arguments) not in (2, 3):
-        raise ValueError("--merge takes two folders and perhaps a dtype: python train.py --merge "
-                         "RUN DIR [float32]")
+        raise ValueError("--merge takes a run, a new folder, and perhaps the dtype to write: "
+                         "python train.py --merge RUN DIR [float32]")
     config, checkpoint = run.finished(Path(arguments[0]))
-    adapters.save_merged(config, checkpoint, Path(arguments[1]), *arguments[2:])
+    vlm = VLM(config["model"], getattr(torch, config["dtype"]), config["min_pixels"],
+              config["max_pixels"])
+    dtypes = [getattr(torch, name) for name in arguments[2:]]
+    adapters.save_merged(vlm, checkpoint, Path(arguments[1]), *dtypes)
 
 
 def report(out: Path, config, tests: Sequence[Example], before: list, seconds: float) -> None:

@@ -24,7 +24,7 @@ from losses import at_least_float32
 from support import adapters, families, packing, processes
 from support.chat import View
 from support.features import EncodedImage, LoadedImage
-from support.lora import add_lora, lora_layers
+from support.lora import LoRALinear, add_lora, lora_layers, replace_layer
 
 class Encoded(NamedTuple):
     """Enc of a batch of views."""
@@ -191,4 +191,12 @@ class VLM(nn.Module):
         adapters.save_adapter(self.lm, lora_layers(self.lm), self.path, folder)
 
     def load_adapter(self, folder: Path) -> None:
-        adapters.load_adapter(self.lm, self.path, folder)
+        """Put a saved A and B beside the weights, or all trained weights in their place. They are
+        not added: a sum in bfloat16 would lose small changes."""
+        adapter = adapters.read_adapter(folder, self.lm, self.path)
+        self.lm.load_state_dict(adapter.weights, strict=False)
+        for name, (low, high) in adapter.pairs.items():
+            layer = LoRALinear(self.lm.get_submodule(name), len(low), adapter.scaling * len(low))
+            layer.lora_A.data.copy_(low)
+            layer.lora_B.data.copy_(high)
+            replace_layer(self.lm, name, layer)

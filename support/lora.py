@@ -9,7 +9,7 @@ from torch import Tensor, nn
 class LoRALinear(nn.Module):
     """y = W x + (alpha / r) * B A x, with W frozen; A (r, in), B (out, r)."""
 
-    def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float):
+    def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float = 0.0):
         super().__init__()
         self.base, self.scaling, self.active = base, alpha / rank, True
         self.dropout = nn.Dropout(dropout)

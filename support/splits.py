@@ -9,18 +9,15 @@ from support.options import room
 from support.records import Example, read_folder
 
 
-def load_splits(config, cache: Path | None = None) -> tuple[Sequence[Example], ...]:
-    """Training, validation and test records. cache: where splits that were computed are kept.
-
-    Raises ValueError where a split has too few records.
-    """
+def load_splits(config) -> tuple[Sequence[Example], ...]:
+    """Training, validation and test records. Raises ValueError for a split with too few."""
     count, tests = config.train_examples, config.test_per_task
     if not config.data:
         world = room("world.loader", "a run without --data")
         return (world.examples(config.regime, "train", count),
                 world.examples(config.regime, "validation", max(2, count // 10)),
                 world.questions(config.regime, tests))
-    found = read_splits(config, cache)
+    found = read_splits(config)
     for (split, records), least in zip(found.items(), (2, 2, 1)):
         if len(records) < least:
             raise ValueError(f"{config.data} has {len(records)} records in the {split} split, "
@@ -44,8 +41,10 @@ def test_questions(config, per_task_count: int, split: str = "test") -> Sequence
     return world.questions(config.regime, per_task_count, split)
 
 
-def read_splits(config, cache: Path | None = None) -> dict[str, Sequence[Example]]:
+def read_splits(config) -> dict[str, Sequence[Example]]:
     notes: list[str] = []
+    # what is read of pictures to give them splits serves all runs that lie beside this one
+    cache = Path(config.out).parent / "pictures.npy" if getattr(config, "out", "") else None
     records = read_folder(config.data, config.outside_images, config.answer_prefix, cache=cache,
                           notes=notes)
     # of several processes, which all read the folder, one prints
