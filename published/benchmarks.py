@@ -28,6 +28,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import evaluate  # noqa: E402
 from model import VLM  # noqa: E402
 from published.common import digest, open_boxes, parquet_rows, text_file  # noqa: E402
+from support.chat import Chat  # noqa: E402
+from support.features import ImageEncoder, load_images, with_pixels  # noqa: E402
 from support.files import write_text  # noqa: E402
 from support.images import Picture, open_image  # noqa: E402
 from support.processes import run_program  # noqa: E402
@@ -195,23 +197,34 @@ def scores(kind: str, records: list[dict]) -> dict[str, list[float]]:
             for unit, sets in (("items", items), ("pairs", [*groups.values()]))}
 
 
-class Questions(evaluate.Answerer):
+class Questions:
     """Items as questions to one model. Raises ValueError naming the file and the item."""
 
     def __init__(self, vlm: VLM, items: list[Item], tokens: int):
-        # All items are checked before the first is asked: their texts must be free of the model's
-        # special tokens, and leave room for the answer. A question's further pictures take the
-        # place of a trajectory's (see `prompt`)
-        super().__init__(vlm, [Example(item.source, item.group, item.images[0], item.prompt,
-                                       list(item.choices), item.label[0], item.images[1:])
-                               for item in items])
-        for view, example in zip(self.prompts, self.examples):
-            ids = view.ids + tokens * [self.serializer.end_id]
-            self.serializer.check_length(view._replace(ids=ids), example)
+        self.vlm, self.tokens, self.prompts = vlm, tokens, []
+        self.chat, self.encode_images = Chat(vlm.family, vlm.max_positions), ImageEncoder(vlm.family)
+        self.examples = [Example(item.source, item.group, item.images[0], item.prompt,
+                                 list(item.choices), item.label[0], item.images[1:])
+                         for item in items]
+        # all items are checked before the first is asked: their texts must be free of the model's
+        # special tokens, and leave room for the answer
+        for example in self.examples:
+            self.chat.check_text(example)
+            images = [image._replace(picture=None) for image in load_images(example, vlm.family)]
+            # every picture stands before the question, in the same turn
+            turn = ("user", [*example.images, example.question])
+            self.prompts.append(self.chat.prompt([turn], images))
+            self.chat.check_length(len(self.prompts[-1].ids) + tokens, example)
 
-    def prompt(self, example: Example, place, turns: int):
-        # every picture is before the question, in the same turn
-        return self.serializer.prompt([("user", [*example.images, example.question])], *place)
+    def replies(self, numbers: list[int]) -> list[str]:
+        """Greedy answers to these items."""
+        family, end = self.vlm.family, self.chat.end_id
+        images = [image for n in numbers
+                  for image in with_pixels(load_images(self.examples[n], family), family)]
+        made = self.vlm.generate([self.prompts[n] for n in numbers], images, self.encode_images,
+                                 self.tokens)
+        return [self.chat.tokenizer.decode(ids[:ids.index(end)] if end in ids else ids,
+                                           skip_special_tokens=True) for ids in made]
 
 
 def origin(items: list[Item], tokens: int, questions: Questions | None = None) -> dict:
@@ -258,15 +271,14 @@ def predict(vlm: VLM, items: list[Item], out: Path, tokens: int, batch: int,
         json.dumps(dict(made_by=dict(model=model or vlm.path) | made_by), ensure_ascii=False)]
     write_text(out, "".join(line + "\n" for line in lines))
     replies = {(r["group"], r["id"]): r["reply"] for r in map(json.loads, lines[1:])}
-    waiting = [(item, prompt) for item, prompt in zip(items, questions.prompts)
-               if (item.group, item.id) not in replies]
+    waiting = [n for n, item in enumerate(items) if (item.group, item.id) not in replies]
     for start in tqdm(range(0, len(waiting), batch), unit=" batches"):
-        part = waiting[start:start + batch]
-        answers = questions.generate([prompt for _, prompt in part], tokens)
+        numbers = waiting[start:start + batch]
+        texts = questions.replies(numbers)
         with open(out, "a", encoding="utf-8", newline="\n") as file:
-            for (item, _), answer in zip(part, answers):
-                replies[item.group, item.id] = answer["text"]
-                file.write(json.dumps(record_of(item, answer["text"]), ensure_ascii=False) + "\n")
+            for item, text in zip((items[n] for n in numbers), texts):
+                replies[item.group, item.id] = text
+                file.write(json.dumps(record_of(item, text), ensure_ascii=False) + "\n")
             # on the disk before the next batch: a crash loses one batch at most
             file.flush()
             os.fsync(file.fileno())
@@ -304,7 +316,7 @@ def main() -> None:
     # before the model is loaded, which takes minutes
     earlier_lines(args.out, origin(items, args.tokens))
     if (Path(args.model) / "best.json").is_file():
-        vlm = evaluate.load_run(Path(args.model), args.device)[0]
+        vlm = evaluate.load_model(args.model, args.device)[0]
     else:
         vlm = VLM(args.model, dtype=getattr(torch, args.dtype)).to(args.device).eval()
     records = predict(vlm, items, args.out, args.tokens, args.batch, args.model)
