@@ -154,7 +154,7 @@ def markdown(rows: list[dict], reference: str) -> str:
                  *(f"{row['cost'][k]:.1f}" for k in ("tokens", "images", "passes"))]
         lines.append("| " + " | ".join(cells) + " |")
     if count := sum(bool(row.get("difference")) for row in rows):
-        lines += ["", f"{count} differences to {reference} were taken, each paired by seed, its "
-                  "interval by t over seeds. An interval holds for one comparison: of many, one in "
-                  "twenty misses the true difference by chance."]
+        lines += ["", f"Comparisons with {reference}: {count}. Each difference is paired by seed, "
+                  "with a 95% interval by t over seeds; of twenty such intervals about one misses "
+                  "the true difference."]
     return "\n".join(lines)
