@@ -10,8 +10,8 @@ three views with gradient. The variants take turns on the same batches of one mo
 so that other work on the machine slows all of them. A row is the median over --steps rounds after
 two to warm up. Peak GiB, model included: what PyTorch allocated on a GPU; not measured on a CPU.
 answers: the median over --per_task questions of each task, one question at a time.
-data: how a run begins on a folder of so many records, two pictures each, of a few hundred files.
-Memory is that of the main process. The last line is one JSON object.
+data: how a run begins on a folder of so many records, two pictures each, of a few hundred files;
+the memory is the main process's. The last line is one JSON object.
 """
 
 import json
@@ -136,9 +136,7 @@ def answers(path: str, options: evaluate.Options) -> dict[str, float]:
             answer(evaluator)
             times[way].append(1000 * (now(options.device) - start))
     # the first question warms up
-    numbers = {f"{way}_ms": statistics.median(values[1:]) for way, values in times.items()}
-    print(*(f"{name:10s}{ms:9.1f}" for name, ms in numbers.items()), sep="\n")
-    return numbers
+    return {f"{way}_ms": statistics.median(values[1:]) for way, values in times.items()}
 
 
 # ---- data ---------------------------------------------------------------------------------------
@@ -160,9 +158,7 @@ def write_records(folder: Path, count: int, pictures: int) -> None:
 
 
 class TimedRun(run.Run):
-    """A run that asks no question and notes how its first step began."""
-
-    began = (0.0, 0.0)  # seconds on the clock, peak memory in GiB
+    """A run that asks no question and notes when its first step began."""
 
     def once(self, name: str, make: Callable) -> list:
         return []
@@ -172,7 +168,7 @@ class TimedRun(run.Run):
 
     def steps(self, ready: Iterator[list]) -> Iterator[tuple[int, list]]:
         for step, passes in super().steps(ready):
-            self.began = self.began if step > 1 else (now("cpu"), peak_gib())
+            self.began = self.began if step > 1 else now("cpu")
             yield step, passes
 
 
@@ -192,17 +188,13 @@ def data(config: train.Config) -> dict[str, float]:
         with TimedRun(config, resume=False) as this:
             train.fit(config, this)
         log = (Path(config.out) / "log.jsonl").read_text(encoding="utf-8").splitlines()
-    steps = [line for line in map(json.loads, log) if line["kind"] == "train"]
+    lines = [line for line in map(json.loads, log) if line["kind"] == "train"]
     # the first steps wait until the processes that prepare data are there
-    later, seconds = steps[1:] or steps, this.began[0] - loaded
-    waited = sum(s["waited"] * s["ms"] for s in later) / sum(s["ms"] for s in later)
-    numbers = dict(
-        seconds_until_first_step=seconds, seconds_of_the_model=loaded - start,
-        records_per_second=config.records / max(1e-9, seconds - (loaded - start)),
-        gib_of_the_model=model, gib_more_at_first_step=this.began[1] - model,
-        gib_more_at_the_end=peak_gib() - model, share_of_a_step_waiting=waited)
-    print(*(f"{name.replace('_', ' '):26s}{n:12.3f}" for name, n in numbers.items()), sep="\n")
-    return numbers
+    later, seconds = lines[1:] or lines, this.began - loaded
+    waited = sum(line["waited"] * line["ms"] for line in later) / sum(line["ms"] for line in later)
+    return dict(seconds_until_first_step=seconds, seconds_of_the_model=loaded - start,
+                records_per_second=config.records / max(1e-9, seconds - (loaded - start)),
+                gib_above_the_model=peak_gib() - model, share_of_a_step_waiting=waited)
 
 
 def main() -> None:
@@ -218,6 +210,8 @@ def main() -> None:
         numbers = data(parse(options, ["--steps", "20", *rest], __doc__))
     else:
         sys.exit(__doc__)
+    if command != "steps":
+        print(*(f"{name.replace('_', ' '):28s}{n:10.2f}" for name, n in numbers.items()), sep="\n")
     print(json.dumps({name: n and round(n, 3) for name, n in numbers.items()}))
 
 

@@ -1,13 +1,13 @@
 """Settings of each arm tried on validation questions, as many for one arm as for another.
 
     python analysis/search.py --out runs/search --jobs 2
-    python analysis/search.py --out runs/search --arms "pearl EMA" --questions 100 -- --steps 100
+    python analysis/search.py --out runs/search --arms "pearl EMA" -- --test_per_task 100
 
 One run a setting, seed 0, `single`, every learning rate the default; what follows `--` goes to
-every train.py. OUT/search.md then holds, for each arm, what each setting answers directly and with
-the expert's tool, the best one in bold. It is meant for cures of a collapsing target
-(baselines/anti_collapse.py) and for answers beside trajectories: the settings it finds are written
-into analysis/study.py, whose runs answer test questions.
+every train.py, --test_per_task for validation questions. OUT/search.md then holds what each setting
+answers directly and with the expert's tool, the best of an arm in bold. It is meant for cures of a
+collapsing target (baselines/anti_collapse.py) and for answers beside trajectories: the settings it
+finds are written into analysis/study.py, whose runs answer test questions.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # before any other `analysis`
 
-from analysis.study import Job, method_options, run_all
+from analysis.study import Job, method_options, questions, run_all
 from support.files import read_json, write_text
 from support.processes import run_program
 from support.tables import overall, summarise
@@ -42,27 +42,28 @@ GRIDS = {
 }
 
 
-def plan(out: Path, arms: list[str], questions: int, rest: list[str]) -> dict[str, dict[str, Job]]:
-    """Arm -> setting -> its run, asked validation questions."""
+def plan(out: Path, arms: list[str], rest: list[str]) -> dict[tuple[str, str], Job]:
+    """(arm, setting) -> its run, and validation questions to ask of it."""
     if unknown := set(arms) - GRIDS.keys():
         raise ValueError(f"unknown arm {sorted(unknown)[0]!r}: choose among {', '.join(GRIDS)}")
-    # the run's own report asks test questions, which must choose nothing: one of each task
-    common = ["--regime", "single", "--seed", "0", "--test_per_task", "1", *rest]
-    ask = ["--split", "validation", "--per_task", str(questions)]
-    return {arm: {setting: Job(out / f"{arm} {setting}".replace("--", "").replace(" ", "_"),
-                               [*method_options(GRIDS[arm][0]), *setting.split(), *common], ask)
-                  for setting in GRIDS[arm][1]} for arm in arms}
+    # test questions must choose nothing: the run asks one of each task, and its report is not read
+    common = ["--regime", "single", "--seed", "0", *rest, "--test_per_task", "1"]
+    ask = ["--split", "validation", "--per_task", questions(rest)]
+    return {(arm, setting): Job(out / f"{arm} {setting}".replace("--", "").replace(" ", "_"),
+                                [*method_options(f"{GRIDS[arm][0]} {setting}"), *common], ask)
+            for arm in arms for setting in GRIDS[arm][1]}
 
 
-def table(results: dict[str, dict[str, list[dict]]]) -> str:
-    """results: arm -> setting -> the answers to validation questions."""
+def table(found: dict[tuple[str, str], list[dict]]) -> str:
+    """found: (arm, setting) -> the answers to validation questions."""
+    tables = {key: summarise(answers) for key, answers in found.items()}
+    rows = {key: table[overall(table)] for key, table in tables.items()}
     lines = ["| arm | settings: direct / with the expert's tool |", "|---|---|"]
-    for arm, settings in results.items():
-        tables = {setting: summarise(answers) for setting, answers in settings.items()}
-        rows = {setting: found[overall(found)] for setting, found in tables.items()}
+    for arm in dict.fromkeys(arm for arm, _ in rows):
+        own, cells = {setting: row for (other, setting), row in rows.items() if other == arm}, []
         # of equals the first
-        best, cells = max(rows, key=lambda setting: rows[setting]["direct"][0]), []
-        for setting, row in rows.items():
+        best = max(own, key=lambda setting: own[setting]["direct"][0])
+        for setting, row in own.items():
             text = f"{100 * row['direct'][0]:.1f} / {100 * row['tool'][0]:.1f}"
             cells.append(f"`{setting}` {f'**{text}**' if setting == best else text}")
         lines.append(f"| {arm} | {', '.join(cells)} |")
@@ -74,19 +75,15 @@ def main() -> None:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--arms", nargs="*", default=list(GRIDS), help="default: all")
-    parser.add_argument("--questions", type=int, default=200, help="validation questions of a task")
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side")
     cut = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     args = parser.parse_args(sys.argv[1:cut])
-    jobs = plan(args.out, args.arms, args.questions, sys.argv[cut + 1:])
-    failed = run_all([job for settings in jobs.values() for job in settings.values()], args.jobs)
-    results: dict[str, dict] = {}
-    for arm, settings in jobs.items():
-        for setting, job in settings.items():
-            if (file := job.folder / "asked.json").is_file():
-                results.setdefault(arm, {})[setting] = read_json(file)["answers"]
-    write_text(args.out / "search.md", table(results) + "\n")
-    print(table(results))
+    jobs = plan(args.out, args.arms, sys.argv[cut + 1:])
+    failed = run_all(list(jobs.values()), args.jobs)
+    text = table({key: read_json(file)["answers"] for key, job in jobs.items()
+                  if (file := job.folder / "asked.json").is_file()})
+    write_text(args.out / "search.md", text + "\n")
+    print(text)
     if failed:
         sys.exit(f"{failed} runs failed; the same command repeats only them")
 

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from itertools import product
+from itertools import product, repeat
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,6 +26,7 @@ from analysis.tables import arms, comparison
 from support.files import read_json, write_json, write_text
 from support.options import value_of
 from support.processes import run_program
+from train import Config
 from world.scenes import REGIMES
 
 RECON = "recon --latents 4 --decode_latents 4"
@@ -45,17 +46,13 @@ ABLATIONS = {
     "pearl as in the paper": "paper",
     # its own learning rate, 1e-5, is one for billions of parameters
     "pearl as released": "release --lr 1e-3",
-    "pearl without NextLat": "no_nextlat",
-    "pearl without JEPA": "no_jepa",
+    "pearl without NextLat": "no_nextlat", "pearl without JEPA": "no_jepa",
     **{f"pearl K={k}": f"pearl --pred_tokens {k}" for k in (0, 1, 2, 8)},
     **{f"pearl {name}": f"pearl --distance {name}" for name in ("smoothl1", "mse", "l2")},
-    "pearl shuffled targets": "shuffled",
-    "pearl random targets": "random",
-    "pearl family targets": "task_mean",
-    "pearl answer targets": "answer_mean",
+    "pearl shuffled targets": "shuffled", "pearl random targets": "random",
+    "pearl family targets": "task_mean", "pearl answer targets": "answer_mean",
     "recon one latent a patch": "recon --decode_latents 16 --lambda_latent 1",
-    "sft image first": "image_first+sft",
-    "pearl image first": "image_first",
+    "sft image first": "image_first+sft", "pearl image first": "image_first",
     "recon image first": f"image_first+{RECON} --lambda_latent 1",
     # cures for a collapsing target (baselines/anti_collapse.py) in `single`, 200 steps, each with
     # the best of four settings on validation (analysis/search.py; RESULTS.md)
@@ -127,7 +124,7 @@ def run_all(jobs: list[Job], side_by_side: int) -> int:
     """Every job that is not done; how many failed."""
     threads, failed = max(1, (os.cpu_count() or 1) // side_by_side), 0
     with ThreadPoolExecutor(side_by_side) as pool:
-        results = pool.map(lambda job: run_one(job, threads), jobs)
+        results = pool.map(run_one, jobs, repeat(threads))
         for n, (job, result) in enumerate(zip(jobs, results), start=1):
             failed += result.startswith("FAILED")
             print(f"{n}/{len(jobs)} {job.folder}: {result}", flush=True)
@@ -143,14 +140,18 @@ def method_options(arm: str, track: int = 0) -> list[str]:
     return ["--method", method, *options]
 
 
+def questions(options: list[str]) -> str:
+    """How many questions of each task a run with these options is asked."""
+    return value_of("test_per_task", options, str(Config.test_per_task))
+
+
 def plan(args: argparse.Namespace) -> list[Job]:
     """The headline systems first. args: see parse_args."""
     if unknown := set(args.arms or ()) - ARMS.keys():
         raise ValueError(f"unknown arm {sorted(unknown)[0]!r}: choose among {', '.join(ARMS)}")
     (name, _, model), jobs = args.base.partition("="), []
-    # the questions of the run again, this time with tools
-    questions = value_of("test_per_task", args.rest, "200")
-    calls = ["--call_limit", str(args.call_limit), "--per_task", questions]
+    # sft is also asked to call its tools: the questions of the run again, three calls at most
+    calls = ["--call_limit", "3", "--per_task", questions(args.rest)]
     for arms, regimes in ((SYSTEMS, args.regimes), (ABLATIONS, args.regimes[:1])):
         chosen = [arm for arm in arms if not args.arms or arm in args.arms]
         for seed, regime, arm in product(args.seeds, regimes, chosen):
@@ -158,7 +159,7 @@ def plan(args: argparse.Namespace) -> list[Job]:
                        "--seed", str(seed), "--steps", str(STEPS)]
             options += ["--model", model] if model else []
             jobs.append(Job(args.out / name / regime / f"{arm.replace(' ', '_')}-seed{seed}",
-                            options + args.rest, calls if arm == "sft" and args.call_limit else []))
+                            options + args.rest, calls if arm == "sft" else []))
     return jobs
 
 
@@ -173,27 +174,23 @@ def named(configs: dict[str, dict]) -> dict[str, str]:
             for run, other in arms(configs).items()}
 
 
-def read_finished(folder: Path) -> dict:
-    """config, answers and answers before of a run; where explicit tool use was asked for, its
-    answers beside the others."""
-    run = dict(config=read_json(folder / "config.json"), **read_json(folder / "results.json"))
-    if (folder / "asked.json").is_file():
-        asked = {answer["id"]: answer for answer in read_json(folder / "asked.json")["answers"]}
-        for answer in run["answers"]:
-            if called := asked.get(answer["id"]):
-                answer |= {name: called[name] for name in ("call", "call_right")}
-                answer["cost"]["call"] = called["cost"]["call"]
-    return run
-
-
 def finished_runs(folder: Path) -> dict[str, dict]:
-    """The finished runs of one regime's folder by name, in the order of the arms."""
-    runs = [file.parent for file in sorted(folder.glob("*-seed*/results.json"))
-            if ".interrupted-" not in file.parent.name]
+    """The finished runs of one regime's folder by name, in the order of the arms: config, answers,
+    answers before. Answers of explicit tool use stand beside the others."""
+    place, runs = list(ARMS), {}
+    for file in folder.glob("*-seed*/results.json"):
+        if ".interrupted-" in file.parent.name:
+            continue
+        run = dict(config=read_json(file.with_name("config.json")), **read_json(file))
+        if (asked := file.with_name("asked.json")).is_file():
+            called = {answer["id"]: answer for answer in read_json(asked)["answers"]}
+            for answer in run["answers"]:
+                answer["call_right"] = called[answer["id"]]["call_right"]
+                answer["cost"]["call"] = called[answer["id"]]["cost"]["call"]
+        runs[file.parent.name] = run
     # an arm that is gone comes last
-    place = {arm: n for n, arm in enumerate(ARMS)}
-    runs.sort(key=lambda run: place.get(arm_of(run.name), len(place)))
-    return {run.name: read_finished(run) for run in runs}
+    return dict(sorted(runs.items(), key=lambda pair: (
+        place.index(arm_of(pair[0])) if arm_of(pair[0]) in place else len(place), pair[0])))
 
 
 def write_tables(folder: Path, against: str) -> None:
@@ -220,7 +217,6 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument("--against", default="sft", choices=list(ARMS), metavar="ARM",
                         help="the arm that the tables compare the others with")
-    parser.add_argument("--call_limit", type=int, default=3, help="of sft's tool calls; 0: no call")
     parser.add_argument("--track", type=int, default=0, help="as of train.py --method tracked")
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side")
     cut = argv.index("--") if "--" in argv else len(argv)

@@ -34,10 +34,7 @@ def programs(monkeypatch):
             (Path(config.out) / "results.json").write_text(json.dumps(made))
         else:
             file = options[options.index("--json") + 1]
-            asked = answers([1, 1], tool=1, call=1)
-            for answer in asked:
-                answer["call"] = "seven"
-            Path(file).write_text(json.dumps(dict(answers=asked)))
+            Path(file).write_text(json.dumps(dict(answers=answers([1, 1], tool=1, call=1))))
         return SimpleNamespace(returncode="--steps 13" in " ".join(command))
 
     monkeypatch.setattr(study.subprocess, "run", run)
@@ -103,17 +100,18 @@ def test_a_run_has_the_name_under_which_a_study_made_it():
 
 def test_a_search_chooses_on_validation_questions(programs, tmp_path, monkeypatch, capsys):
     assert {len(settings) for _, settings in search.GRIDS.values()} == {4}
-    for arm, settings in search.plan(Path("found"), list(search.GRIDS), 9, []).items():
-        assert len({job.folder for job in settings.values()}) == 4
-        for setting, job in settings.items():
-            assert setting in " ".join(job.options) and train.parse_config(job.options).seed == 0
+    jobs = search.plan(Path("found"), list(search.GRIDS), [])
+    assert len({job.folder for job in jobs.values()}) == len(jobs)
+    for (_, setting), job in jobs.items():
+        assert setting in " ".join(job.options) and train.parse_config(job.options).seed == 0
     with pytest.raises(ValueError, match="unknown arm 'nobody'"):
-        search.plan(Path("found"), ["nobody"], 9, [])
-    call(monkeypatch, search.main, "--out", tmp_path, "--arms", "pearl EMA", "--questions", 9)
+        search.plan(Path("found"), ["nobody"], [])
+    call(monkeypatch, search.main, "--out", tmp_path, "--arms", "pearl EMA", "--",
+         "--test_per_task", 9)
     assert sum("--split validation --per_task 9" in " ".join(given) for given in programs) == 4
     assert capsys.readouterr().out.count("**100.0 / 100.0**") == 1
-    found = {f"--x {n}": answers(rights, tool=1) for n, rights in enumerate(([1, 0], [1, 1]))}
-    assert search.table({"arm": found}).splitlines()[-1] == (
+    found = {("arm", f"--x {n}"): answers(rights, tool=1) for n, rights in enumerate(([1, 0], [1, 1]))}
+    assert search.table(found).splitlines()[-1] == (
         "| arm | `--x 0` 50.0 / 100.0, `--x 1` **100.0 / 100.0** |")
 
 
