@@ -75,7 +75,7 @@ def build(config: train.Config) -> dict[str, train.Pearl]:
 
 def one_step(method: train.Pearl, batch: list[TrainingExample],
              optimizer: torch.optim.Optimizer) -> tuple[float, float]:
-    """(milliseconds, peak GiB) of a forward and backward pass, clipping and the optimiser's step."""
+    """(milliseconds, peak GiB) of forward and backward pass, clipping and the optimiser's step."""
     device = method.config.device
     cuda, start = device.startswith("cuda"), now(device)
     if cuda:

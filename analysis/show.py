@@ -119,8 +119,9 @@ class Printer:
         if "input" in self.views and not issubclass(self.method, variants.NoJEPA):
             marks, layer = self.marks["target"], getattr(self.config, "target_layer", -1)
             state = f"state {marks[0]}" if len(marks) == 1 else f"the mean of {len(marks)} states"
+            state += " of the target view" + (f", entering layer {layer}" if layer >= 0 else "")
             yield (f"L_JEPA (Eq. 1): h^_R, state {self.marks['input'][0]} of the input view, and "
-                   f"h_R, {state} of the target view{f', entering layer {layer}' if layer >= 0 else ''}")
+                   f"h_R, {state}")
         if issubclass(self.method, (SFT, Recon, variants.NoNextLat)):
             return
         on_R = issubclass(self.method, variants.NextLatOnR)

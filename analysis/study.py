@@ -152,10 +152,10 @@ def plan(args: argparse.Namespace) -> list[Job]:
     (name, _, model), jobs = args.base.partition("="), []
     # sft is also asked to call its tools: the questions of the run again, three calls at most
     calls = ["--call_limit", "3", "--per_task", questions(args.rest)]
-    for arms, regimes in ((SYSTEMS, args.regimes), (ABLATIONS, args.regimes[:1])):
-        chosen = [arm for arm in arms if not args.arms or arm in args.arms]
+    for own, regimes in ((SYSTEMS, args.regimes), (ABLATIONS, args.regimes[:1])):
+        chosen = [arm for arm in own if not args.arms or arm in args.arms]
         for seed, regime, arm in product(args.seeds, regimes, chosen):
-            options = [*method_options(arms[arm], args.track), "--regime", regime,
+            options = [*method_options(own[arm], args.track), "--regime", regime,
                        "--seed", str(seed), "--steps", str(STEPS)]
             options += ["--model", model] if model else []
             jobs.append(Job(args.out / name / regime / f"{arm.replace(' ', '_')}-seed{seed}",

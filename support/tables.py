@@ -69,7 +69,7 @@ def conclusion(method: str, before: dict, after: dict) -> str:
     lines = [f"In words: from image and question alone (direct) {was:.1f}% were right before and "
              f"{now:.1f}% are now."]
     if "tool" in after[total]:
-        lines.append(f"With the expert's tool (tool) {100 * after[total]['tool'][0]:.1f}%: how well "
-                     "the trajectories were learned. \"free\" is low where the model begins with "
-                     "its plan.")
+        skill = 100 * after[total]["tool"][0]
+        lines.append(f"With the expert's tool (tool) {skill:.1f}%: how well the trajectories were "
+                     "learned. \"free\" is low where the model begins with its plan.")
     return "\n".join(lines)

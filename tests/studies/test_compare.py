@@ -64,8 +64,8 @@ def test_a_comparison_by_hand():
     # who guesses is no opponent
     recon = rows["image_first+recon"]
     assert recon["way"] == "latent" and "difference" not in recon
-    for cells in ("| system | seeds | `crop` | `crop` - sft [95%] |", "+recon | 1 | 25.0 | guesses |",
-                  "| sft | 2 | 37.5 +/- 17.7 |", "+37.5 [-121.4, +196.4]",
+    for cells in ("| system | seeds | `crop` | `crop` - sft [95%] |", "| sft | 2 | 37.5 +/- 17.7 |",
+                  "+recon | 1 | 25.0 | guesses |", "+37.5 [-121.4, +196.4]",
                   "\n\nComparisons with sft: 1. "):
         assert cells in text
     assert comparison({"a": a_run("sft", 0, [1])}, "pearl")[1].count("\n") == 3
