@@ -8,7 +8,7 @@ steps: SFT; Pearl with the cached target (the default), with the current model's
 view too, and with Eq. 2 along R, which needs a gradient there (the paper); the authors' release,
 three views with gradient. The variants take turns on the same batches of one model in one process,
 so that other work on the machine slows all of them. A row is the median over --steps rounds after
-two to warm up. Peak GiB, model included: what PyTorch allocated on a GPU; not measured on a CPU.
+two to warm up. Peak GiB, model included: what PyTorch allocated on a GPU; 0 on a CPU.
 answers: the median over --per_task questions of each task, one question at a time.
 data: how a run begins on a folder of so many records, two pictures each, of a few hundred files;
 the memory is the main process's. The last line is one JSON object.
@@ -86,7 +86,8 @@ def one_step(method: train.Pearl, batch: list[TrainingExample],
     torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], method.clip)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return 1000 * (now(device) - start), torch.cuda.max_memory_allocated() / 2 ** 30 if cuda else 0
+    milliseconds = 1000 * (now(device) - start)
+    return milliseconds, torch.cuda.max_memory_allocated() / 2 ** 30 if cuda else 0.0
 
 
 def steps(config: train.Config) -> dict[str, float]:
@@ -110,12 +111,13 @@ def steps(config: train.Config) -> dict[str, float]:
             found[name].append(one_step(method, batch, optimizer))
     print(f"{config.device}, {torch.get_num_threads()} CPU threads, batch {config.batch}, medians "
           f"of {config.steps} rounds\nvariant       ms/step   / SFT   peak GiB")
-    numbers, sft = {}, statistics.median(ms for ms, _ in found["sft"][WARMUP:])
+    numbers: dict[str, float] = {}
     for name, measured in found.items():
         ms = statistics.median(ms for ms, _ in measured[WARMUP:])
         gib = max(gib for _, gib in measured)
-        print(f"{name:12s}{ms:9.1f}{ms / sft:8.2f}" + (f"{gib:11.2f}" if gib else "          -"))
-        numbers |= {f"{name}_ms": ms, f"{name}_over_sft": ms / sft, f"{name}_gib": gib or None}
+        ratio = ms / numbers.get("sft_ms", ms)
+        print(f"{name:12s}{ms:9.1f}{ratio:8.2f}{gib:11.2f}")
+        numbers |= {f"{name}_ms": ms, f"{name}_over_sft": ratio, f"{name}_gib": gib}
     return numbers
 
 
@@ -212,7 +214,7 @@ def main() -> None:
         sys.exit(__doc__)
     if command != "steps":
         print(*(f"{name.replace('_', ' '):28s}{n:10.2f}" for name, n in numbers.items()), sep="\n")
-    print(json.dumps({name: n and round(n, 3) for name, n in numbers.items()}))
+    print(json.dumps({name: round(n, 3) for name, n in numbers.items()}))
 
 
 if __name__ == "__main__":

@@ -16,8 +16,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # before any other `analysis`
 
-from analysis.study import Job, method_options, questions, run_all
+from analysis.study import QUESTIONS, Job, method_options, run_all
 from support.files import read_json, write_text
+from support.options import value_of
 from support.processes import run_program
 from support.tables import overall, summarise
 
@@ -48,7 +49,8 @@ def plan(out: Path, arms: list[str], rest: list[str]) -> dict[tuple[str, str], J
         raise ValueError(f"unknown arm {sorted(unknown)[0]!r}: choose among {', '.join(GRIDS)}")
     # test questions must choose nothing: the run asks one of each task, and its report is not read
     common = ["--regime", "single", "--seed", "0", *rest, "--test_per_task", "1"]
-    ask = ["--split", "validation", "--per_task", questions(rest)]
+    ask = ["--split", "validation", "--per_task",
+           value_of("test_per_task", rest, QUESTIONS)]
     return {(arm, setting): Job(out / f"{arm} {setting}".replace("--", "").replace(" ", "_"),
                                 [*method_options(f"{GRIDS[arm][0]} {setting}"), *common], ask)
             for arm in arms for setting in GRIDS[arm][1]}

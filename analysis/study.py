@@ -22,7 +22,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # before any other `analysis`
 
-from analysis.tables import arms, comparison
+from analysis.tables import comparison
 from support.files import read_json, write_json, write_text
 from support.options import value_of
 from support.processes import run_program
@@ -43,9 +43,8 @@ ABLATIONS = {
     "recon searched": f"{RECON} --lr 3e-4 --lambda_latent 0.1",
     "pearl searched": "pearl --lambda_latent 10",
     "pearl current target": "current --lambda_latent 1",
-    "pearl as in the paper": "paper",
-    # its own learning rate, 1e-5, is one for billions of parameters
-    "pearl as released": "release --lr 1e-3",
+    # the release's own learning rate, 1e-5, is one for billions of parameters
+    "pearl as in the paper": "paper", "pearl as released": "release --lr 1e-3",
     "pearl without NextLat": "no_nextlat", "pearl without JEPA": "no_jepa",
     **{f"pearl K={k}": f"pearl --pred_tokens {k}" for k in (0, 1, 2, 8)},
     **{f"pearl {name}": f"pearl --distance {name}" for name in ("smoothl1", "mse", "l2")},
@@ -85,7 +84,8 @@ ABLATIONS = {
 }
 ARMS = SYSTEMS | ABLATIONS
 FIRST = "mixed"  # the regime in which the ablations run
-STEPS = 300  # of every run, whatever train.py's default is: RESULTS.md's tables are of so many
+STEPS = "300"  # of every run, whatever train.py's default is: RESULTS.md's tables are of so many
+QUESTIONS = str(Config.test_per_task)  # of each task that a run is asked
 
 
 # ---- runs side by side --------------------------------------------------------------------------
@@ -140,26 +140,21 @@ def method_options(arm: str, track: int = 0) -> list[str]:
     return ["--method", method, *options]
 
 
-def questions(options: list[str]) -> str:
-    """How many questions of each task a run with these options is asked."""
-    return value_of("test_per_task", options, str(Config.test_per_task))
-
-
 def plan(args: argparse.Namespace) -> list[Job]:
     """The headline systems first. args: see parse_args."""
     if unknown := set(args.arms or ()) - ARMS.keys():
         raise ValueError(f"unknown arm {sorted(unknown)[0]!r}: choose among {', '.join(ARMS)}")
     (name, _, model), jobs = args.base.partition("="), []
     # sft is also asked to call its tools: the questions of the run again, three calls at most
-    calls = ["--call_limit", "3", "--per_task", questions(args.rest)]
+    calls = ["--call_limit", "3", "--per_task", value_of("test_per_task", args.rest, QUESTIONS)]
     for own, regimes in ((SYSTEMS, args.regimes), (ABLATIONS, args.regimes[:1])):
         chosen = [arm for arm in own if not args.arms or arm in args.arms]
         for seed, regime, arm in product(args.seeds, regimes, chosen):
             options = [*method_options(own[arm], args.track), "--regime", regime,
-                       "--seed", str(seed), "--steps", str(STEPS)]
+                       "--seed", str(seed), "--steps", STEPS]
             options += ["--model", model] if model else []
-            jobs.append(Job(args.out / name / regime / f"{arm.replace(' ', '_')}-seed{seed}",
-                            options + args.rest, calls if arm == "sft" else []))
+            folder = args.out / name / regime / f"{arm.replace(' ', '_')}-seed{seed}"
+            jobs.append(Job(folder, options + args.rest, calls if arm == "sft" else []))
     return jobs
 
 
@@ -168,19 +163,11 @@ def arm_of(run: str) -> str:
     return run.rpartition("-seed")[0].replace("_", " ")
 
 
-def named(configs: dict[str, dict]) -> dict[str, str]:
-    """Run -> its arm: the name under which a study made it, or else as tables.arms names it."""
-    return {run: arm if (arm := arm_of(Path(run).name)) in ARMS else other
-            for run, other in arms(configs).items()}
-
-
 def finished_runs(folder: Path) -> dict[str, dict]:
     """The finished runs of one regime's folder by name, in the order of the arms: config, answers,
     answers before. Answers of explicit tool use stand beside the others."""
-    place, runs = list(ARMS), {}
-    for file in folder.glob("*-seed*/results.json"):
-        if ".interrupted-" in file.parent.name:
-            continue
+    runs = {}
+    for file in sorted(folder.glob("*-seed*/results.json")):
         run = dict(config=read_json(file.with_name("config.json")), **read_json(file))
         if (asked := file.with_name("asked.json")).is_file():
             called = {answer["id"]: answer for answer in read_json(asked)["answers"]}
@@ -189,8 +176,8 @@ def finished_runs(folder: Path) -> dict[str, dict]:
                 answer["cost"]["call"] = called[answer["id"]]["cost"]["call"]
         runs[file.parent.name] = run
     # an arm that is gone comes last
-    return dict(sorted(runs.items(), key=lambda pair: (
-        place.index(arm_of(pair[0])) if arm_of(pair[0]) in place else len(place), pair[0])))
+    place = {arm: n for n, arm in enumerate(ARMS)}
+    return {run: runs[run] for run in sorted(runs, key=lambda run: place.get(arm_of(run), 999))}
 
 
 def write_tables(folder: Path, against: str) -> None:

@@ -90,13 +90,6 @@ def test_a_study_keeps_what_was_interrupted_and_repeats_nothing(programs, tmp_pa
              "multi", "--seeds", 0, "--", "--steps", 13)
 
 
-def test_a_run_has_the_name_under_which_a_study_made_it():
-    config = dict(method="pearl", seed=0, lambda_latent=5.0)
-    names = study.named({"runs/mixed/pearl,_bias_head-seed1": config,
-                         "runs/pearl-mixed-seed0": config | dict(lambda_latent=1.0)})
-    assert list(names.values()) == ["pearl, bias head", "pearl lambda_latent=1.0"]
-
-
 def test_a_search_chooses_on_validation_questions(programs, tmp_path, monkeypatch, capsys):
     assert {len(settings) for _, settings in search.GRIDS.values()} == {4}
     jobs = search.plan(Path("found"), list(search.GRIDS), [])
