@@ -1,222 +1,220 @@
-"""What a step costs: SFT, Pearl packed, Pearl plain, Pearl as released.
+"""What training and answering cost: time and memory of a step, of an answer, of a data folder.
 
-    python analysis/benchmark.py steps --steps 20 --train_examples 640     # options of train.py
-    python analysis/benchmark.py 3B DIR --image_tokens 1024    # a Qwen2.5-VL of true size, random
-    python analysis/benchmark.py steps --model DIR --dtype bfloat16 --batch 4 --steps 10 \\
-        --gradient_checkpointing --train_examples 100
+    python analysis/benchmark.py steps --steps 20 --train_examples 640    # options of train.py
+    python analysis/benchmark.py answers RUN_OR_MODEL                     # options of evaluate.py
+    python analysis/benchmark.py data --records 100000                    # options of train.py
 
-packed: full and input view in one pass, the target by the current model in another, without
-gradient. packed_cached: the target from the cache, no pass for it (the default). packed_trajectory:
-NextLat on the target view, so with gradient there. plain: one pass a view. release: one batch of
-three views padded to one length, with gradient in all; latent predictor at every position, the head
-at every position of all three and once more on the forecasts, for the token term.
-
-The variants take turns on the same batches of one model in one process, so that whatever else the
-machine does hits all of them; a row of the table is the median over --steps rounds after two to
-warm up. Peak memory is that of a variant's own warm-up steps, model and optimiser included: on a
-GPU what PyTorch had allocated, on a CPU the bytes of all tensors alive at once, counted as
-operations make them (what one operation needs inside is not seen). The last line is one JSON
-object.
+steps: SFT; Pearl with the cached target (the default), with the current model's, with one pass a
+view too, and with Eq. 2 along R, which needs a gradient there (the paper); the authors' release,
+three views with gradient. The variants take turns on the same batches of one model in one process,
+so that other work on the machine slows all of them. A row is the median over --steps rounds after
+two to warm up. Peak GiB, model included: what PyTorch allocated on a GPU; 0 on a CPU.
+answers: the median over --per_task questions of each task, one question at a time.
+data: how a run begins on a folder of so many records, two pictures each, of a few hundred files;
+the memory is the main process's. The last line is one JSON object.
 """
 
-import argparse
-import contextlib
-import dataclasses
-import gc
 import json
+import random
+import resource
 import statistics
 import sys
 import time
-import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import make_dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # before any other `analysis`
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from transformers import (AutoConfig, AutoImageProcessor, AutoModelForImageTextToText,
-                          AutoTokenizer, PreTrainedConfig)
+from PIL import Image
 
+import evaluate
 import train
-from baselines.release import padded_losses
-from support.options import TINY
+from baselines.release import ReleasePasses
+from data import StepRows, TrainingExample
+from model import VLM
+from support import run, splits
+from support.options import option, parse, with_options
 from support.processes import run_program
-from support.run_folder import refuse_used_folder
+from support.records import Example, record_line
 
-SIZES = {  # of Qwen2.5-VL's language models; their vision towers are alike
-    "3B": dict(hidden_size=2048, num_hidden_layers=36, num_attention_heads=16,
-               num_key_value_heads=2, intermediate_size=11008, vocab_size=151936),
-    "7B": dict(hidden_size=3584, num_hidden_layers=28, num_attention_heads=28,
-               num_key_value_heads=4, intermediate_size=18944, vocab_size=152064),
-}
-WARMUP = 2  # rounds: in the first the optimiser gets its state and the images their features
+VARIANTS = dict(sft="sft", cached="pearl", current="current", two_passes="two_passes+current",
+                paper="paper", release=ReleasePasses)
+# rounds: in the first the optimiser gets its state and the images their features
+WARMUP = 2
 
 
-# ---- models of true size ------------------------------------------------------------------------
+def now(device: str) -> float:
+    """Seconds, when all work is done: a GPU lags behind Python."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
-def true_config(size: str, layers: int = 0) -> PreTrainedConfig:
-    """Qwen2.5-VL's config at that size, with the token ids of the shipped model; layers: fewer
-    than its own, if above 0."""
-    config = AutoConfig.from_pretrained(TINY)
-    config.tie_word_embeddings = size == "3B"
-    layers = layers or SIZES[size]["num_hidden_layers"]
-    rope = dict(rope_type="default", mrope_section=[16, 24, 24], rope_theta=1e6)
-    text = dict(SIZES[size], num_hidden_layers=layers, max_position_embeddings=128000,
-                tie_word_embeddings=size == "3B", rope_parameters=rope,
-                layer_types=["full_attention"] * layers)
-    vision = dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, patch_size=14,
-                  out_hidden_size=SIZES[size]["hidden_size"], temporal_patch_size=2,
-                  window_size=112, fullatt_block_indexes=[7, 15, 23, 31])
-    for part, values in ((config.text_config, text), (config.vision_config, vision)):
-        for name, value in values.items():
-            setattr(part, name, value)
-    return config
+# ---- steps --------------------------------------------------------------------------------------
 
 
-def random_checkpoint(size: str, out: Path, image_tokens: int, layers: int = 0) -> None:
-    """A Qwen2.5-VL of true size, bfloat16 and random, with the shipped model's tokenizer; every
-    image takes about image_tokens."""
-    refuse_used_folder(out)
-    torch.manual_seed(0)
-    model = AutoModelForImageTextToText.from_config(true_config(size, layers), dtype=torch.bfloat16)
-    model.save_pretrained(out)
-    AutoTokenizer.from_pretrained(TINY).save_pretrained(out)
-    pixels = image_tokens * 28 * 28
-    edges = dict(shortest_edge=pixels, longest_edge=pixels + pixels // 10)
-    AutoImageProcessor.from_pretrained(TINY, patch_size=14, temporal_patch_size=2,
-                                       size=edges).save_pretrained(out)
+def build(config: train.Config) -> dict[str, train.Pearl]:
+    """The variants by name, all around one model."""
+    vlm = VLM(config.model, getattr(torch, config.dtype), config.min_pixels, config.max_pixels)
+    methods = {}
+    for name, method in VARIANTS.items():
+        method = train.find_method(method) if isinstance(method, str) else method
+        # the run's options, and the defaults of those that only this method has
+        own = with_options(train.Config, method.__mro__)(**vars(config))
+        methods[name] = method(vlm, own).train()
+        # the first one has put LoRA around the layers, and they need it only once
+        vlm.set_trainable = lambda *_: None
+    # every picture is encoded once for all of them
+    for method in methods.values():
+        method.encode_images = methods["sft"].encode_images
+    return methods
 
 
-# ---- what is measured ---------------------------------------------------------------------------
-
-
-class LiveTensors(TorchDispatchMode):
-    """Counts the bytes of all tensors alive, each storage once, and the most there were at once,
-    also in the way back."""
-
-    def __init__(self):
-        super().__init__()
-        self.sizes, self.now, self.peak = {}, 0, 0
-        for thing in gc.get_objects():
-            if type(thing) in (torch.Tensor, torch.nn.Parameter):
-                self.count(thing)
-
-    def count(self, tensor: torch.Tensor) -> None:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in self.sizes:
-            self.sizes[storage._cdata] = storage.nbytes()
-            self.now += storage.nbytes()
-            self.peak = max(self.peak, self.now)
-            weakref.finalize(storage, self.freed, storage._cdata)
-
-    def freed(self, address: int) -> None:
-        self.now -= self.sizes.pop(address)
-
-    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        made = operation(*args, **(kwargs or {}))
-        for tensor in tree_leaves(made):
-            if isinstance(tensor, torch.Tensor):
-                self.count(tensor)
-        return made
-
-
-def variants(run: train.Run, cached: train.Config) -> dict[str, train.Step]:
-    """Each variant's losses as a module, all of one model and on the same examples."""
-    step, current = run.step, dataclasses.replace(cached, target_encoder="current")
-
-    def variant(predictor, config: train.Config) -> train.Step:
-        return train.Step(step.vlm, predictor, step.examples, config)
-
-    trajectory = dataclasses.replace(current, nextlat_view="trajectory")
-    plain = dataclasses.replace(current, packed=False)
-    found = dict(sft=variant(None, current), packed=variant(step.predictor, current),
-                 packed_cached=variant(step.predictor, cached),
-                 packed_trajectory=variant(step.predictor, trajectory),
-                 plain=variant(step.predictor, plain), release=variant(step.predictor, current))
-    found["release"].losses = padded_losses
-    return found
-
-
-def one_step(module: train.Step, optimizer, rows: list[int], clip: float,
-             count: LiveTensors | None) -> tuple[float, float]:
-    """(milliseconds, peak GiB) of a forward and backward pass, clipping and the optimiser's step;
-    on a CPU the peak needs a `count`, which takes time, and is 0 without."""
-    cuda = module.vlm.device.type == "cuda"
+def one_step(method: train.Pearl, batch: list[TrainingExample],
+             optimizer: torch.optim.Optimizer) -> tuple[float, float]:
+    """(milliseconds, peak GiB) of forward and backward pass, clipping and the optimiser's step."""
+    device = method.config.device
+    cuda, start = device.startswith("cuda"), now(device)
     if cuda:
         torch.cuda.reset_peak_memory_stats()
-    start = time.perf_counter()
-    with count or contextlib.nullcontext():
-        module(rows).total.backward()
-        torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-    if cuda:
-        torch.cuda.synchronize()
-    taken = (time.perf_counter() - start) * 1000
-    peak = torch.cuda.max_memory_allocated() if cuda else count.peak if count else 0
-    return taken, peak / 2 ** 30
+    with run.autocast(method.config):
+        total = method(batch).total
+    total.backward()
+    torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], method.clip)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    milliseconds = 1000 * (now(device) - start)
+    return milliseconds, torch.cuda.max_memory_allocated() / 2 ** 30 if cuda else 0.0
 
 
-def benchmark(config: train.Config) -> dict[str, float]:
-    """Prints the table and the JSON line; returns its numbers. Writes nothing."""
+def steps(config: train.Config) -> dict[str, float]:
+    """Prints the table; returns its numbers. Writes nothing."""
     torch.manual_seed(config.seed)
-    cached = dataclasses.replace(config, method="pearl", nextlat_view="full", accumulate=1, lr=0.0,
-                                 target_encoder="frozen", targets="own", valid_examples=2,
-                                 test_per_family=1, steps=WARMUP + config.steps)
-    run = train.build(cached)
-    run.step.vlm.train()
-    modules, order = variants(run, cached), run.step.examples.steps(cached)
-    times, memory, tokens = {name: [] for name in modules}, dict.fromkeys(modules, 0.0), []
-    for step in range(cached.steps):
-        rows, names = next(order), list(modules)
-        turn = step % len(names)
-        for name in names[turn:] + names[:turn]:  # another one begins each round
-            counted = step < WARMUP and run.step.vlm.device.type != "cuda"
-            taken, peak = one_step(modules[name], run.optimizer, rows, config.clip,
-                                   LiveTensors() if counted else None)
-            if step < WARMUP:
-                memory[name] = max(memory[name], peak)
-            else:
-                times[name].append(taken)
-        tokens.append(sum(len(run.step.examples.views[row].full.ids) for row in rows))
-    median = {name: statistics.median(values) for name, values in times.items()}
-    print_table(config, median, memory, statistics.mean(tokens))
-    numbers = {f"{name}_ms": round(ms, 2) for name, ms in median.items()}
-    numbers |= {f"{name}_over_sft": round(ms / median["sft"], 3) for name, ms in median.items()
-                if name != "sft"}
-    numbers |= {f"{name}_gib": round(gib, 3) for name, gib in memory.items()}
-    print(json.dumps(numbers))
+    methods, examples = build(config), splits.load_splits(config)[0]
+    sets = {name: train.dataset(method, examples, "train") for name, method in methods.items()}
+    trained = {p for method in methods.values() for p in method.parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(trained, lr=0.0)
+    found, names = {name: [] for name in methods}, list(methods)
+    order = iter(StepRows(len(examples), config.batch, config.seed))
+    for step in range(WARMUP + config.steps):
+        rows, turn = next(order), step % len(names)
+        # each round begins with another variant
+        for name in names[turn:] + names[:turn]:
+            method, (batch,) = methods[name], sets[name].passes(rows, config.batch)
+            # pictures and cached targets cost nothing after the first epoch
+            images = method.encode_images([image for example in batch for image in example.images])
+            if name == "cached":
+                method.target(batch, images)
+            found[name].append(one_step(method, batch, optimizer))
+    print(f"{config.device}, {torch.get_num_threads()} CPU threads, batch {config.batch}, medians "
+          f"of {config.steps} rounds\nvariant       ms/step   / SFT   peak GiB")
+    numbers: dict[str, float] = {}
+    for name, measured in found.items():
+        ms = statistics.median(ms for ms, _ in measured[WARMUP:])
+        gib = max(gib for _, gib in measured)
+        ratio = ms / numbers.get("sft_ms", ms)
+        print(f"{name:12s}{ms:9.1f}{ratio:8.2f}{gib:11.2f}")
+        numbers |= {f"{name}_ms": ms, f"{name}_over_sft": ratio, f"{name}_gib": gib}
     return numbers
 
 
-def print_table(config: train.Config, median: dict[str, float], memory: dict[str, float],
-                tokens: float) -> None:
-    """tokens: of the full views of one step."""
-    print(f"{config.device}, {torch.get_num_threads()} CPU threads, batch {config.batch}, medians "
-          f"of {config.steps} rounds")
-    print("variant             ms/step   / SFT   full-view tokens/s   peak GiB")
-    for name, ms in median.items():
-        print(f"{name:18s}{ms:9.1f}{ms / median['sft']:8.2f}{1000 * tokens / ms:21.0f}"
-              f"{memory[name]:11.2f}")
+# ---- answers ------------------------------------------------------------------------------------
+
+
+def answers(path: str, options: evaluate.Options) -> dict[str, float]:
+    """Median milliseconds of an answer, for each way to answer."""
+    vlm, config, ways = evaluate.load_model(path, options.device, options.min_pixels,
+                                            options.max_pixels)
+    config.data = options.data or config.data
+    ways = {way: getattr(evaluate.Evaluator, way) for way in ("direct", "free", "tool")} | ways
+    times: dict[str, list[float]] = {way: [] for way in ways}
+    for example in splits.test_questions(config, options.per_task, options.split):
+        for way, answer in ways.items():
+            # an evaluator for each way: the next one must not find the picture encoded
+            evaluator, start = evaluate.Evaluator(vlm, [example], config.answer_prefix), now("cpu")
+            answer(evaluator)
+            times[way].append(1000 * (now(options.device) - start))
+    # the first question warms up
+    return {f"{way}_ms": statistics.median(values[1:]) for way, values in times.items()}
+
+
+# ---- data ---------------------------------------------------------------------------------------
+
+
+def write_records(folder: Path, count: int, pictures: int) -> None:
+    """A data folder. All records of a question's picture are of one split."""
+    (folder / "images").mkdir(parents=True)
+    for n in range(pictures):
+        Image.effect_noise((256, 256), 64).convert("RGB").save(folder / f"images/{n}.png")
+    rng, steps = random.Random(0), ["Look. [crop 0 0 9 9]", Path("tool"), "Red. Answer: red"]
+    with open(folder / "trajectories.jsonl", "w", encoding="utf-8") as file:
+        for n in range(count):
+            split = {0: "validation", 1: "test"}.get(n % pictures, "train")
+            example = Example(f"{n}", "colour", Path("question"), f"{n}: which colour?",
+                              ["red", "blue"], "red", steps, split)
+            names = [f"images/{m}.png" for m in (n % pictures, rng.randrange(pictures))]
+            file.write(record_line(example, names))
+
+
+class TimedRun(run.Run):
+    """A run that asks no question and notes when its first step began."""
+
+    def once(self, name: str, make: Callable) -> list:
+        return []
+
+    def validates(self, step: int) -> bool:
+        return False
+
+    def steps(self, ready: Iterator[list]) -> Iterator[tuple[int, list]]:
+        for step, passes in super().steps(ready):
+            self.began = self.began if step > 1 else now("cpu")
+            yield step, passes
+
+
+def peak_gib() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
+
+
+def data(config: train.Config) -> dict[str, float]:
+    """The start of a run and its steps on a folder of config.records records."""
+    with TemporaryDirectory() as place:
+        config.data, config.out = f"{place}/data", f"{place}/run"
+        write_records(Path(config.data), config.records, config.pictures)
+        # the model alone first, to know its share
+        start = now(config.device)
+        VLM(config.model, getattr(torch, config.dtype)).to(config.device)
+        loaded, model = now(config.device), peak_gib()
+        with TimedRun(config, resume=False) as this:
+            train.fit(config, this)
+        log = (Path(config.out) / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = [line for line in map(json.loads, log) if line["kind"] == "train"]
+    # the first steps wait until the processes that prepare data are there
+    later, seconds = lines[1:] or lines, this.began - loaded
+    waited = sum(line["waited"] * line["ms"] for line in later) / sum(line["ms"] for line in later)
+    return dict(seconds_until_first_step=seconds, seconds_of_the_model=loaded - start,
+                records_per_second=config.records / max(1e-9, seconds - (loaded - start)),
+                gib_above_the_model=peak_gib() - model, share_of_a_step_waiting=waited)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("steps", help="time the variants' steps; takes the options of train.py")
-    for size in SIZES:
-        made = commands.add_parser(size, help=f"write a random Qwen2.5-VL-{size}, to time")
-        made.add_argument("out", type=Path, metavar="DIR")
-        made.add_argument("--image_tokens", type=int, default=1024)
-        made.add_argument("--layers", type=int, default=0, help="decoder layers, if fewer than its")
-    if sys.argv[1:2] == ["steps"]:  # these options are train.py's to read
-        benchmark(train.parse_config(sys.argv[2:]))
-        return
-    args = parser.parse_args()
-    random_checkpoint(args.command, args.out, args.image_tokens, args.layers)
+    command, rest = (sys.argv[1:2] or ["--help"])[0], sys.argv[2:]
+    if command == "steps":
+        numbers = steps(train.parse_config(rest))
+    elif command == "answers" and rest:
+        numbers = answers(rest[0], parse(evaluate.Options, ["--per_task", "8", *rest[1:]], __doc__))
+    elif command == "data":
+        own = [("records", int, option(10_000, "records of the folder")),
+               ("pictures", int, option(300, "files that they share, three or more"))]
+        options = make_dataclass("Options", own, bases=(train.Config,))
+        numbers = data(parse(options, ["--steps", "20", *rest], __doc__))
+    else:
+        sys.exit(__doc__)
+    if command != "steps":
+        print(*(f"{name.replace('_', ' '):28s}{n:10.2f}" for name, n in numbers.items()), sep="\n")
+    print(json.dumps({name: round(n, 3) for name, n in numbers.items()}))
 
 
 if __name__ == "__main__":

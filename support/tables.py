@@ -2,7 +2,8 @@
 
 import math
 
-HELD_OUT = "tallest"  # the world's family that no trajectory covers; its bars have highlight's dots
+# the world's task that no trajectory covers; its bars have highlight's dots
+HELD_OUT = "tallest"
 WAYS = ("direct", "free", "tool", "call", "latent")  # evaluate.py explains them
 
 
@@ -13,38 +14,44 @@ def wilson(right: int, n: int, z: float = 1.96) -> tuple[float, float]:
 
 
 def summarise(records: list[dict]) -> dict[str, dict]:
-    """Accuracy by family, and over all but the held-out family ("all"); each [share, low, high]."""
-    groups = {family: [r for r in records if r["task"] == family]
-              for family in dict.fromkeys(r["task"] for r in records)}
-    if len(groups) > 1:
+    """Accuracy by task, each [share, low, high]; of several tasks also "all", without the held-out
+    one."""
+    groups = {task: [r for r in records if r["task"] == task]
+              for task in dict.fromkeys(r["task"] for r in records)}
+    if len(groups.keys() - {HELD_OUT}) > 1:
         groups["all"] = [r for r in records if r["task"] != HELD_OUT]
     table = {}
-    for family, rows in groups.items():
+    for task, rows in groups.items():
         chance = sum(1 / len(r["options"]) for r in rows) / len(rows)
-        table[family] = dict(n=len(rows), chance=chance)
+        table[task] = dict(n=len(rows), chance=chance)
         for way in WAYS:
             scored = [r[f"{way}_right"] for r in rows if f"{way}_right" in r]
             if scored:
-                table[family][way] = [sum(scored) / len(scored), *wilson(sum(scored), len(scored))]
+                table[task][way] = [sum(scored) / len(scored), *wilson(sum(scored), len(scored))]
     return table
 
 
+def overall(table: dict[str, dict]) -> str:
+    """The row that stands for a whole table of `summarise`: "all", or its only trained task."""
+    return "all" if "all" in table else next((t for t in table if t != HELD_OUT), HELD_OUT)
+
+
 def format_table(columns: dict[str, dict[str, dict]]) -> str:
-    """Families down, models across: direct [95% interval] and the other ways asked, all in %."""
-    families = list(dict.fromkeys(family for table in columns.values() for family in table))
+    """Tasks down, models across: direct [95% interval] and the other ways, all in %."""
+    tasks = list(dict.fromkeys(task for table in columns.values() for task in table))
     ways = {name: [w for w in WAYS[1:] if any(w in row for row in table.values())]
             for name, table in columns.items()}
     width = {name: max(21 + 8 * len(ways[name]), len(name) + 2) for name in columns}
-    asked = {name: "direct [95%]".ljust(19) + "".join(w.rjust(8) for w in ways[name])
+    heads = {name: "direct [95%]".ljust(19) + "".join(w.rjust(8) for w in ways[name])
              for name in columns}
-    lines = [f"{'family':18s}   n chance " + "".join(name.ljust(width[name]) for name in columns),
-             " " * 30 + "".join(asked[name].ljust(width[name]) for name in columns)]
-    for family in families:
-        first = next(table[family] for table in columns.values() if family in table)
-        label = f"{family} (held out)" if family == HELD_OUT else family
+    lines = [f"{'task':18s}   n chance " + "".join(name.ljust(width[name]) for name in columns),
+             " " * 30 + "".join(heads[name].ljust(width[name]) for name in columns)]
+    for task in tasks:
+        first = next(table[task] for table in columns.values() if task in table)
+        label = f"{task} (held out)" if task == HELD_OUT else task
         cells = []
         for name, table in columns.items():
-            row = table.get(family, {})
+            row = table.get(task, {})
             direct = ""
             if "direct" in row:
                 direct = "{:5.1f} [{:4.1f}-{:5.1f}]".format(*(100 * v for v in row["direct"]))
@@ -57,12 +64,12 @@ def format_table(columns: dict[str, dict[str, dict]]) -> str:
 
 def conclusion(method: str, before: dict, after: dict) -> str:
     """The last table in words. before, after: see `summarise`."""
-    total = "all" if "all" in after else next(iter(after))
+    total = overall(after)
     was, now = (100 * table[total]["direct"][0] for table in (before, after))
     lines = [f"In words: from image and question alone (direct) {was:.1f}% were right before and "
              f"{now:.1f}% are now."]
     if "tool" in after[total]:
-        lines.append(f"With the expert's tool (tool) {100 * after[total]['tool'][0]:.1f}%: how well "
-                     "the trajectories were learned. \"free\" is low where the model begins with "
-                     "its plan.")
+        skill = 100 * after[total]["tool"][0]
+        lines.append(f"With the expert's tool (tool) {skill:.1f}%: how well the trajectories were "
+                     "learned. \"free\" is low where the model begins with its plan.")
     return "\n".join(lines)

@@ -1,0 +1,61 @@
+"""Several runs in one table, and a table over systems: means over seeds, paired differences.
+
+    python analysis/compare.py RUN RUN ...                 # from what the runs wrote
+    python analysis/compare.py RUN RUN tiny-vlm --again    # asks all anew; a checkpoint beside them
+    python analysis/compare.py RUN RUN --json FILE --markdown FILE
+
+Runs of one arm and several seeds are one row. Only runs of one base, training set and set of
+questions are averaged or subtracted. The other options are those of evaluate.py.
+"""
+
+import sys
+from dataclasses import dataclass
+from itertools import takewhile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # before any other `analysis`
+
+import evaluate
+from analysis.tables import comparison
+from support.files import read_json, write_json, write_text
+from support.options import option, parse
+from support.processes import run_program
+from support.tables import format_table, summarise
+
+
+@dataclass
+class Options(evaluate.Options):
+    markdown: str = option("", "write the table over systems to this file")
+
+
+def read_run(path: Path, options: Options) -> dict:
+    """The answers of a run or checkpoint, from results.json or asked again; of a run also its
+    config, and the answers before training if they are stored."""
+    results, config = path / "results.json", path / "config.json"
+    if results.is_file() and not (options.again or options.data):
+        return dict(config=read_json(config), **read_json(results))
+    answers = evaluate.ask(str(path), options)
+    # a checkpoint has a config.json too, of another kind
+    run = dict(config=read_json(config)) if (path / "best.json").is_file() else {}
+    return dict(answers=answers, **run)
+
+
+def main() -> None:
+    paths = list(takewhile(lambda argument: not argument.startswith("-"), sys.argv[1:]))
+    options = parse(Options, sys.argv[1 + len(paths):] if paths else ["--help"], __doc__)
+    found = {path: read_run(Path(path), options) for path in paths}
+    columns = {path: summarise(run["answers"]) for path, run in found.items()}
+    print(format_table(columns))
+    runs = {path: run for path, run in found.items() if "config" in run}
+    rows, text = comparison(runs) if runs else ([], "")
+    if len(runs) > 1:
+        print(f"\n{text}")
+    if options.json:
+        tables = {path: dict(table=columns[path], answers=found[path]["answers"]) for path in found}
+        write_json(Path(options.json), dict(tables, systems=rows))
+    if options.markdown:
+        write_text(Path(options.markdown), text + "\n")
+
+
+if __name__ == "__main__":
+    run_program(main)

@@ -1,0 +1,126 @@
+"""Claims: intervals, accuracies and paired differences equal hand-computed ones; only runs of one
+base, training set and set of questions are averaged or subtracted; no run is lost from a table, and
+two of one arm and seed have two names; the text says how many comparisons were made."""
+
+import json
+import sys
+
+import pytest
+
+import evaluate
+from analysis import compare
+from analysis.tables import arms, comparison, paired_difference
+from support.tables import conclusion, format_table, overall, summarise, wilson
+
+
+def answers(rights, task="crop", **ways):
+    """One answer each; ways: more ways to answer, the same for all."""
+    ways = dict(direct=None) | ways
+    return [{"id": f"{task}{n}", "task": task, "options": list("abcd"), "answer": "a",
+             **{f"{way}_right": right if value is None else value for way, value in ways.items()},
+             "cost": {way: dict(tokens=2, images=1, passes=2) for way in ways}}
+            for n, right in enumerate(rights)]
+
+
+def a_run(method, seed, rights, task="crop", **settings):
+    config = dict(method=method, seed=seed, model="bases/tiny", data="", regime="mixed",
+                  workers=2, out=f"{method}{seed}") | settings
+    found = answers(rights, task, **dict(latent=None) if "recon" in method else {})
+    return dict(config=config, answers=found, before=answers(rights, task))
+
+
+def test_wilson_interval_and_paired_difference_by_hand():
+    # n = 10, 8 right: (8 + 1.9208 -+ 1.96 * sqrt(1.6 + 0.9604)) / 13.8416
+    assert wilson(8, 10) == pytest.approx((0.49016, 0.94332), abs=1e-4)
+    assert wilson(0, 5)[0] == pytest.approx(0) and wilson(5, 5)[1] == pytest.approx(1)
+    # gaps 50 and 25: mean 37.5, std 17.678, t(1) = 12.71, half width 12.71 * 17.678 / sqrt(2)
+    assert paired_difference([75, 75], [25, 50]) == pytest.approx((37.5, 158.875))
+    assert paired_difference([75], [25]) is None
+
+
+def test_a_summary_by_hand_has_the_row_all_only_for_several_tasks():
+    rows = answers([1, 1, 0, 1], free=0, tool=1) + answers([0], "tallest", free=1)
+    table = summarise(rows)
+    assert list(table) == ["crop", "tallest"] and overall(table) == "crop"
+    assert table["crop"]["direct"][0] == 0.75 and table["crop"]["chance"] == 0.25
+    assert "tool" not in table["tallest"] and table["tallest"]["free"][0] == 1
+    several = summarise(rows + answers([0, 0, 0, 0], "path"))
+    # the held-out task is not in it
+    assert several["all"]["n"] == 8 and several["all"]["direct"][0] == 0.375
+    text = format_table({"before": table})
+    assert " 75.0 [" in text and "tallest (held out)" in text and "\nall" not in text
+    assert "37.5% were right before and 75.0% are now" in conclusion("sft", several | dict(
+        crop=several["all"]), table)
+
+
+def test_a_comparison_by_hand():
+    rows, text = comparison({
+        "a": a_run("sft", 0, [1, 0, 0, 0]), "b": a_run("sft", 1, [1, 1, 0, 0]),
+        "c": a_run("pearl", 0, [1, 1, 1, 0]), "d": a_run("pearl", 1, [1, 1, 1, 0]),
+        "e": a_run("image_first+recon", 0, [0, 0, 0, 1])})
+    rows = {row["system"]: row for row in rows}
+    assert rows["sft"]["own"] == [25, 50] and rows["pearl"]["own"] == [75, 75]
+    assert rows["pearl"]["difference"] == pytest.approx((37.5, 158.875))
+    # who guesses is no opponent
+    recon = rows["image_first+recon"]
+    assert recon["way"] == "latent" and "difference" not in recon
+    for cells in ("| system | seeds | `crop` | `crop` - sft [95%] |", "| sft | 2 | 37.5 +/- 17.7 |",
+                  "+recon | 1 | 25.0 | guesses |", "+37.5 [-121.4, +196.4]",
+                  "\n\nComparisons with sft: 1. "):
+        assert cells in text
+    assert comparison({"a": a_run("sft", 0, [1])}, "pearl")[1].count("\n") == 3
+
+
+def test_a_second_run_of_one_arm_and_seed_is_a_row_that_names_it():
+    called = a_run("sft", 1, [0, 0])
+    called["answers"] = answers([0, 0], call=1)
+    rows = {row["system"]: row for row in comparison({
+        "runs/a": a_run("sft", 0, [1, 0]), "runs/b": a_run("sft", 0, [1, 1]), "c": called})[0]}
+    assert rows["sft"]["own"] == [50, 0] and rows["sft"]["seeds"] == 2
+    assert rows["sft again (runs/b)"]["own"] == [100]
+    # explicit tool use is a system of its own
+    assert rows["sft + tools"]["own"] == [100] and rows["sft + tools"]["way"] == "call"
+
+
+def test_arms_are_named_by_what_differs():
+    configs = {name: a_run("pearl", seed, [1], pred_tokens=k)["config"]
+               for name, seed, k in (("a", 0, 4), ("b", 1, 4), ("c", 0, 0))}
+    configs["d"] = a_run("sft", 0, [1], pred_tokens=4, model="elsewhere")["config"]
+    assert arms(configs) == {"a": "pearl pred_tokens=4", "b": "pearl pred_tokens=4",
+                             "c": "pearl pred_tokens=0", "d": "sft"}
+
+
+@pytest.mark.parametrize("name, changed", [
+    ("base", dict(model="bases/other")), ("data", dict(data="set")), ("data", dict(regime="multi")),
+    ("questions", dict(task="count"))])
+def test_only_runs_of_one_setting_are_compared(name, changed):
+    runs = {"a": a_run("sft", 0, [1, 0]), "b": a_run("sft", 1, [1, 0], **changed),
+            "c": a_run("pearl", 0, [1, 1])}
+    rows, text = comparison(runs)
+    first, *tables = text.split("\n\n")
+    assert first.startswith(f"These runs differ in {name}: only those within one table")
+    assert [part for part in tables if part.endswith(":")] == ["a, c:", "b:"]
+    assert [row["seeds"] for row in rows if row["system"] == "sft"] == [1, 1]
+    # a copy of the base, and another order of the questions, make no difference
+    runs["b"] = a_run("sft", 1, [1, 0], model="/elsewhere/tiny", workers=0)
+    runs["b"]["answers"].reverse()
+    assert [row["seeds"] for row in comparison(runs)[0]] == [1, 2, 1]
+
+
+def test_the_program_compares_runs_and_a_checkpoint(tmp_path, monkeypatch, capsys):
+    for name, run in dict(a=a_run("sft", 0, [1, 0]), b=a_run("pearl", 0, [1, 1])).items():
+        (tmp_path / name).mkdir()
+        for file in ("config", "results"):
+            content = run["config"] if file == "config" else run
+            content = {key: value for key, value in content.items() if key != "config"}
+            (tmp_path / name / f"{file}.json").write_text(json.dumps(content))
+    asked = []
+    monkeypatch.setattr(evaluate, "ask", lambda path, options: asked.append(path) or answers([0]))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["compare.py", "a", "b", "model", "--device", "cpu", "--json",
+                                      "all.json", "--markdown", "table.md"])
+    compare.main()
+    text, written = capsys.readouterr().out, json.loads((tmp_path / "all.json").read_text())
+    assert asked == ["model"] and written["model"]["table"]["crop"]["direct"][0] == 0
+    assert [row["system"] for row in written["systems"]] == ["no fine-tuning", "sft", "pearl"]
+    assert (tmp_path / "table.md").read_text().strip() in text and "| pearl | 1 | 100.0 |" in text
