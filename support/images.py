@@ -1,6 +1,7 @@
 """Pictures: how one is read (`open_image` states the rule)."""
 
 import hashlib
+import os
 import warnings
 from pathlib import Path
 from typing import BinaryIO
