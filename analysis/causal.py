@@ -17,6 +17,7 @@ Letters: B batch, D hidden size.
 import argparse
 import difflib
 import random
+import statistics
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -50,38 +51,31 @@ from world import loader, scenes
 RIGHT, SAME, FOLLOWS, STAYS = "right", "unchanged", "as the image", "as the question"
 # at least one latent was fed; right with the dots minus right without them, on the same scene
 FED, EFFECT = "with latents", "effect of the dots"
-BASE, ALL_FAR = "no fine-tuning", "all but near copies"
+BASE, ALL_FAR, GUESS = "no fine-tuning", "all but near copies", "guessing"
 # a question with fewer words changed is a near copy of a trained one
 NEAR = 2
 
-Choices = list[int | None]  # of each question the option that was answered; None: none of them
-
-
-class Result(NamedTuple):
-    """A mark for each question by its id, and the share that guessing gives."""
-
-    marks: dict[str, int]
-    chance: float | None = None
-
-
+# of each question the option that was answered; None: none of them
+Choices = list[int | None]
+# a mark for each question, by its id
+Marks = dict[str, float]
 # by (part, test, measure); the first of a part has nothing replaced
-Results = dict[tuple[str, str, str], Result]
+Results = dict[tuple[str, str, str], Marks]
 
 
-def result(examples: Sequence[Example], marks: Sequence[int]) -> Result:
-    chance = sum(1 / len(ex.options) for ex in examples) / max(1, len(examples))
-    return Result({ex.id: int(mark) for ex, mark in zip(examples, marks)}, chance)
+def right(examples: Sequence[Example], chosen: Choices) -> Marks:
+    return {ex.id: int(option is not None and ex.options[option] == ex.answer)
+            for ex, option in zip(examples, chosen)}
 
 
-def right(examples: Sequence[Example], chosen: Choices) -> Result:
-    return result(examples, [option is not None and ex.options[option] == ex.answer
-                             for ex, option in zip(examples, chosen)])
+def guessed(examples: Sequence[Example]) -> Marks:
+    return {ex.id: 1 / len(ex.options) for ex in examples}
 
 
-def same(examples: Sequence[Example], chosen: Choices, before: Choices) -> Result:
+def same(examples: Sequence[Example], chosen: Choices, before: Choices) -> Marks:
     # none of the options, twice, is not the same answer
-    return result(examples, [one is not None and one == other
-                             for one, other in zip(chosen, before)])
+    return {ex.id: int(one is not None and one == other)
+            for ex, one, other in zip(examples, chosen, before)}
 
 
 # ---- whose picture replaces a question's own ----------------------------------------------------
@@ -118,8 +112,7 @@ def other_answer(one: Example, other: Example) -> bool:
 
 
 def blanked(example: Example) -> Example:
-    grey = Image.new("RGB", opened(example.image).size, (128, 128, 128))
-    return replace(example, image=grey)
+    return replace(example, image=Image.new("RGB", opened(example.image).size, (128, 128, 128)))
 
 
 def with_tool_images(example: Example, other: Example) -> Example:
@@ -152,7 +145,8 @@ class Subject(NamedTuple):
 
 def image_tests(subject: Subject) -> Results:
     examples, own = subject.examples, subject.direct(subject.examples)
-    found = {("image", "as it is", RIGHT): right(examples, own)}
+    found = {("image", "as it is", RIGHT): right(examples, own),
+             ("image", GUESS, RIGHT): guessed(examples)}
     pairs = partners(examples, other_image)
     swapped = {i: replace(examples[i], image=examples[j].image) for i, j in pairs.items()}
     grey = {i: blanked(example) for i, example in enumerate(examples)}
@@ -169,8 +163,10 @@ def tool_tests(subject: Subject) -> Results:
     # some families can be shown one image alone
     if subject.vlm.family.alone_only or not examples:
         return {}
-    found = {("tool image", "as it is", RIGHT): right(examples, subject.tool(examples))}
-    for test, fits in (("same answer", same_answer), ("other answer", other_answer)):
+    found = {("tool image", "as it is", RIGHT): right(examples, subject.tool(examples)),
+             ("tool image", GUESS, RIGHT): guessed(examples)}
+    for test, fits in (("another's, same answer", same_answer),
+                       ("another's, other answer", other_answer)):
         pairs = [(examples[i], examples[j]) for i, j in partners(examples, fits).items()]
         kept = [ex for ex, _ in pairs]
         chosen = subject.tool([with_tool_images(*pair) for pair in pairs])
@@ -266,7 +262,7 @@ def latent_tests(subject: Subject, scale, latents: int) -> Results:
     own, direct = reader.choices(reader.keep), subject.direct(examples)
     fed = {ex.id: int(len(reader.kept[i]) > 0) for i, ex in enumerate(examples)}
     found = {("latents", "its own", RIGHT): right(examples, own),
-             ("latents", "its own", FED): Result(fed),
+             ("latents", "its own", FED): fed, ("latents", GUESS, RIGHT): guessed(examples),
              ("latents", "markers alone", RIGHT): right(examples, reader.choices(latents=0)),
              ("latents", "answered directly", RIGHT): right(examples, direct)}
     # a model that feeds itself no latents has none to replace
@@ -318,49 +314,48 @@ def words_apart(one: str, other: str) -> int:
 def untrained_tests(subject: Subject, questions: Questions) -> Results:
     found = {("untrained", task, RIGHT): right(rows, subject.direct(rows))
              for task, rows in questions.untrained.items()}
-    # the dots suggest a trained question, so the held-out task counts without them
-    far = [task for task, words in questions.distances.items()
-           if words >= NEAR or task == scenes.NO_DOTS]
-    if far:
-        rows = [ex for task in far for ex in questions.untrained[task]]
-        found["untrained", ALL_FAR, RIGHT] = result(rows, [
-            mark for task in far for mark in found["untrained", task, RIGHT].marks.values()])
+    far = [task for task, words in questions.distances.items() if words >= NEAR]
     if scenes.NO_DOTS in questions.untrained:
-        # both tasks have the same scenes in the same order
-        dots, plain = (found["untrained", task, RIGHT].marks
+        # the dots suggest a trained question, so the held-out task counts without them
+        far = [*(task for task in far if not task.startswith(scenes.HELD_OUT)), scenes.NO_DOTS]
+        dots, plain = (found["untrained", task, RIGHT]
                        for task in (scenes.HELD_OUT, scenes.NO_DOTS))
-        effect = {scene: dots[scene] - mark for scene, mark in zip(dots, plain.values())}
-        found["untrained", scenes.HELD_OUT, EFFECT] = Result(effect)
+        # both tasks have the same scenes in the same order
+        found["untrained", scenes.HELD_OUT, EFFECT] = {
+            scene: dots[scene] - mark for scene, mark in zip(dots, plain.values())}
+    if far:
+        found["untrained", ALL_FAR, RIGHT] = {
+            i: mark for task in far for i, mark in found["untrained", task, RIGHT].items()}
     return found
 
 
 # ---- the table ----------------------------------------------------------------------------------
 
 
-def gap(ours: list[Result], theirs: list[Result]) -> tuple[float, float] | None:
+def gap(ours: list[Marks], theirs: list[Marks]) -> tuple[float, float] | None:
     """Mean difference in points over the questions that both answered, and half the width of its
-    95% interval: over seeds by Student's t; with one seed over questions. ours, theirs: a result
-    per seed; a single seed of theirs is compared with each of ours."""
-    gaps = []
-    for n, one in enumerate(ours):
-        other = theirs[n % len(theirs)].marks
-        gaps.append([100 * (mark - other[i]) for i, mark in one.marks.items() if i in other])
+    95% interval: over seeds by Student's t; with one seed over questions.
+
+    ours, theirs: the marks of each seed; a single seed of theirs is compared with each of ours.
+    """
+    theirs = theirs * (len(ours) if len(theirs) == 1 else 1)
+    gaps = [[100 * (mark - other[i]) for i, mark in one.items() if i in other]
+            for one, other in zip(ours, theirs)]
     if not all(gaps):
         return None
     if len(gaps) > 1:
-        return paired_difference([sum(seed) / len(seed) for seed in gaps], [0.0] * len(gaps))
+        return paired_difference([statistics.mean(seed) for seed in gaps], [0.0] * len(gaps))
     (values,) = gaps
-    mean = sum(values) / len(values)
-    variance = sum((value - mean) ** 2 for value in values) / max(1, len(values) - 1)
-    return mean, 1.96 * (variance / len(values)) ** 0.5
+    spread = statistics.stdev(values) if len(values) > 1 else 0.0
+    return statistics.mean(values), 1.96 * spread / len(values) ** 0.5
 
 
 def compared_with(key: tuple[str, str, str], seeds: list[Results],
-                  base: list[Results] | None) -> list[Result]:
-    """What a result is compared with: the same by the base, or nothing replaced; or nothing."""
+                  base: list[Results]) -> list[Marks]:
+    """The same question by the base, or with nothing replaced; nothing for the base itself."""
     part, test, measure = key
     if part == "untrained":
-        return [found[key] for found in base or [] if base is not seeds]
+        return [found[key] for found in base if base is not seeds]
     own = next(other for other in seeds[0] if other[0] == part)
     if measure == FOLLOWS:
         own = part, test, STAYS
@@ -370,26 +365,24 @@ def compared_with(key: tuple[str, str, str], seeds: list[Results],
 def table(systems: dict[str, list[Results]], distances: dict[str, int]) -> str:
     """Markdown: for each result its share in %, with the 95% interval (Wilson) of one seed or the
     standard deviation over seeds, and the difference to what it is compared with."""
-    head = ["system", "part", "replaced by", "answers", "n", "% [95%] or +/- std", "guessing",
-            "points to unreplaced, to before training, or to the question's own [95%]"]
-    lines, count = [head, ["---"] * len(head)], 0
+    head = ("system", "part", "replaced by", "answers", "n", "% [95%] or +/- std", "- unreplaced; "
+            "untrained: - before training; as the image: - as the question [95%]")
+    lines, count = [head, ("---",) * len(head)], 0
     for name, seeds in systems.items():
-        for key, (marks, chance) in seeds[0].items():
-            part, test, measure = key
-            n, total = len(marks), sum(marks.values())
-            value = "no question fits" if n == 0 else mean_std(
-                [100 * sum(found[key].marks.values()) / n for found in seeds])
-            if n and len(seeds) == 1 and measure != EFFECT:
-                value += " [{:.1f}, {:.1f}]".format(*(100 * x for x in wilson(total, n)))
+        for key, marks in seeds[0].items():
+            (part, test, measure), n, change = key, len(marks), ""
+            shares = [100 * statistics.mean(found[key].values()) for found in seeds if n]
+            value = mean_std(shares) if n else "no question fits"
+            if len(shares) == 1 and measure != EFFECT and test != GUESS:
+                low, high = wilson(sum(marks.values()), n)
+                value += f" [{100 * low:.1f}, {100 * high:.1f}]"
             if part == "untrained" and test in distances:
                 test += f" ({distances[test]} words apart)"
-            other = compared_with(key, seeds, systems.get(BASE))
-            difference = gap([found[key] for found in seeds], other) if other else None
-            count += difference is not None
-            lines.append([name, part, test, measure, str(n), value,
-                          "" if chance is None else f"{100 * chance:.0f}",
-                          "" if difference is None else "{:+.1f} [{:+.1f}, {:+.1f}]".format(
-                              difference[0], difference[0] - difference[1], sum(difference))])
+            other = compared_with(key, seeds, systems.get(BASE, []))
+            if other and (found := gap([found[key] for found in seeds], other)):
+                mean, half = found
+                change, count = f"{mean:+.1f} [{mean - half:+.1f}, {mean + half:+.1f}]", count + 1
+            lines.append((name, part, test, measure, str(n), value, change))
     return "\n".join([*("| " + " | ".join(line) + " |" for line in lines), "",
                       f"{count} differences. An interval that holds 0 shows no difference; one in "
                       "twenty intervals of 95% misses the true value by chance."])
@@ -450,7 +443,7 @@ def main() -> None:
     systems, distances = measure_all(args)
     print(table(systems, distances))
     if args.json:
-        write_json(args.json, {name: [{"|".join(key): found.marks for key, found in seed.items()}
+        write_json(args.json, {name: [{"|".join(key): marks for key, marks in seed.items()}
                                       for seed in seeds] for name, seeds in systems.items()})
 
 

@@ -125,25 +125,25 @@ def skill(runs: dict[str, Path]):
                if {"valid: direct", "valid: tool"} <= (log := logged(folder)).keys()}
     if not tracked:
         return None
-    figure, (axis,) = canvas(["Direct accuracy against tool accuracy over training\n"
-                              "(arrows lead from one validation to the next, with their steps)"],
-                             size=(8.4, 6.0))
+    figure, (axis,) = canvas(["Direct accuracy against tool accuracy over training\n(arrows lead "
+                              "from one validation to the next; the last has its step)"],
+                             size=(8.4, 5.6))
     for n, (name, log) in enumerate(tracked.items()):
         first = overall(read_json(runs[name] / "results.json")["before"])
         points = [tuple(100 * first.get(way, [0.0])[0] for way in ("tool", "direct"))]
         points += [(100 * tool, 100 * direct) for (_, tool), (_, direct)
                    in zip(log["valid: tool"], log["valid: direct"])]
+        axis.plot(*points[0], marker="*", markersize=18, color="black", linestyle="", zorder=3,
+                  label="" if n else "before training")
         axis.plot(*zip(*points), marker="o", linestyle="", color=f"C{n}", label=name)
         arrow = dict(arrowstyle="-|>", color=f"C{n}", linewidth=1.8, mutation_scale=16)
         for start, end in zip(points, points[1:]):
             axis.annotate("", end, start, arrowprops=arrow)
-        for (step, _), point in zip(log["valid: direct"], points[1:]):
-            axis.annotate(f"{step}", point, (6, 6), textcoords="offset points", color=f"C{n}")
-        axis.plot(*points[0], marker="*", markersize=16, color="black", linestyle="",
-                  label="" if n else "before training")
+        axis.annotate(f"{log['valid: direct'][-1][0]}", points[-1], (8, 4), color=f"C{n}",
+                      textcoords="offset points", weight="bold")
     axis.set(xlabel="accuracy with the expert's tool, %", ylabel="direct accuracy, %")
     axis.margins(0.12)
-    axis.legend()
+    figure.legend(loc="outside lower center", ncols=4)
     return figure
 
 
@@ -168,7 +168,7 @@ def latents_per_example(config: train.Config, decoded: int):
     axis.axvline(decoded, color="black", linestyle="--", label=f"decoded at inference: {decoded}")
     axis.set(xlabel="image tokens of the example's tool images", xlim=(0, None),
              ylabel="share of examples with at most as many")
-    axis.legend()
+    figure.legend(loc="outside lower center", ncols=3)
     return figure, numbers
 
 

