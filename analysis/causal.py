@@ -1,124 +1,128 @@
-"""What does an answer depend on? Something is replaced, everything else stays, and the same
-questions are asked again: what `python evaluate.py RUN ... --causal` prints and writes.
+"""What do a model's answers depend on? Replace one thing, keep the rest, ask the same questions.
 
-  latents    of a reconstruction run: zeros, noise, the first one repeated, another question's, the
-             true ones (the tool image's visual embeddings) in their place, as many of them; or
-             none, the markers alone
-  image      of the question, for whoever answers from it alone: grey, or another question's
-  tool image of another question, in the expert's trajectory: does the answer follow the image?
-  untrained  nothing replaced: families that no trajectory covers, asked of the model before and
-             after, each with its distance from what was trained
+    python analysis/causal.py RUN [RUN ...]             # means over the seeds of an arm; minutes
+    python analysis/causal.py --model MODEL [--data DIR]    # a checkpoint that was not trained here
+
+  latents     that a recon run feeds itself: zeros, noise, its first one, another question's, or the
+              true ones (the tool image's visual embeddings) in their place; or markers alone
+  image       of the question, for a model that answers from it alone: grey, or another question's
+  tool image  in the expert's trajectory, of another question: does the answer follow the image?
+  untrained   nothing is replaced: tasks without a trajectory, before and after training
 
 The controls are those of the critiques of latent visual reasoning (arXiv:2605.21642, 2605.18445,
-2606.01287). Everything is drawn with fixed seeds, so a second call prints the same table.
-
-Letters: B batch, D hidden size, n latents.
+2606.01287). All draws have fixed seeds, so a second call prints the same table.
+Letters: B batch, D hidden size.
 """
 
+import argparse
+import difflib
 import random
-from collections.abc import Callable
+import statistics
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # before any other `analysis`
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 import evaluate
-from analysis.causal_report import (BASE, FED, FOLLOWS, RIGHT, SAME, STAYS, Row, System,
-                                    as_text, findings, table)
-from analysis.study import named
-from analysis.tables import by_seed
-from baselines import reconstruction, variants
+from analysis.states import arm_of
+from analysis.tables import mean_std, paired_difference
+from baselines import reconstruction
 from model import VLM
-from support import answers
-from support.files import write_json, write_text
+from support import answers, run
+from support.files import write_json
 from support.images import opened, picture_digest
-from support.options import Config
-from support.records import Example, read_folder
-from support.run_folder import finished
-from world.loader import test_examples
-from world.scenes import (FAMILIES, NO_DOTS, REGIMES, make_example, make_world,
-                          tallest_without_dots)
+from support.processes import run_program
+from support.questions import in_batches
+from support.records import Example
+from support.splits import load_splits
+from support.tables import wilson
+from train import Config
+from world import loader, scenes
 
-GREY = (128, 128, 128)
+# what a mark says of an answer
+RIGHT, SAME, FOLLOWS, STAYS = "right", "unchanged", "as the image", "as the question"
+# at least one latent was fed; right with the dots minus right without them, on the same scene
+FED, EFFECT = "with latents", "effect of the dots"
+BASE, ALL_FAR, GUESS = "no fine-tuning", "all but near copies", "guessing"
+# a question with fewer words changed is a near copy of a trained one
+NEAR = 2
 
-
-def row_of(part: str, test: str, measure: str, examples: list[Example], marks: list) -> Row:
-    chance = sum(1 / len(ex.options) for ex in examples) / max(1, len(examples))
-    return Row(part, test, measure, dict(zip((ex.id for ex in examples), marks)), chance)
-
-
-def right(examples: list[Example], said: list[int | None]) -> list[bool]:
-    """said: of each question the index of the option that was answered, None for none of them."""
-    return [option is not None and ex.options[option] == ex.answer
-            for ex, option in zip(examples, said)]
-
-
-def same(said: list[int | None], before: list[int | None]) -> list[bool]:
-    return [one is not None and one == other for one, other in zip(said, before)]
-
-
-# ---- whose picture is put in its place ----------------------------------------------------------
+# of each question the option that was answered; None: none of them
+Choices = list[int | None]
+# a mark for each question, by its id
+Marks = dict[str, float]
+# by (part, test, measure); the first of a part has nothing replaced
+Results = dict[tuple[str, str, str], Marks]
 
 
-def partners(examples: list[Example], fits: Callable[[Example, Example], bool]) -> list[int | None]:
-    """Of each question another of its family that fits(question, other); None where none does.
+def right(examples: Sequence[Example], chosen: Choices) -> Marks:
+    return {ex.id: int(option is not None and ex.options[option] == ex.answer)
+            for ex, option in zip(examples, chosen)}
 
-    Drawn with a fixed seed, and, as far as they fit, no question twice before all were taken.
+
+def guessed(examples: Sequence[Example]) -> Marks:
+    return {ex.id: 1 / len(ex.options) for ex in examples}
+
+
+def same(examples: Sequence[Example], chosen: Choices, before: Choices) -> Marks:
+    # none of the options, twice, is not the same answer
+    return {ex.id: int(one is not None and one == other)
+            for ex, one, other in zip(examples, chosen, before)}
+
+
+# ---- whose picture replaces a question's own ----------------------------------------------------
+
+
+def partners(examples: list[Example], fits: Callable[[Example, Example], bool]) -> dict[int, int]:
+    """For each question that has one, another question of its task with fits(question, other).
+
+    Drawn with a fixed seed; as far as they fit, no question twice before all were used.
     """
-    found: list[int | None] = [None] * len(examples)
-    families = dict.fromkeys(ex.task for ex in examples)
-    for family in families:
-        order = [i for i, ex in enumerate(examples) if ex.task == family]
+    found = {}
+    for task in dict.fromkeys(ex.task for ex in examples):
+        order = [i for i, ex in enumerate(examples) if ex.task == task]
         random.Random(0).shuffle(order)
         for place, i in enumerate(order):
-            others = order[place + 1:] + order[:place]
-            found[i] = next((j for j in others if fits(examples[i], examples[j])), None)
-    return found
-
-
-def with_partners(examples: list[Example], fits) -> tuple[list[int], list[Example]]:
-    """The rows that have a partner, and the partner of each of them."""
-    found = partners(examples, fits)
-    rows = [i for i, other in enumerate(found) if other is not None]
-    return rows, [examples[found[i]] for i in rows]
+            others = [j for j in order[place + 1:] + order[:place]
+                      if fits(examples[i], examples[j])]
+            found |= {i: others[0]} if others else {}
+    return dict(sorted(found.items()))
 
 
 def other_image(one: Example, other: Example) -> bool:
     return picture_digest(one.image) != picture_digest(other.image)
 
 
-def as_many_tools(one: Example, other: Example) -> bool:
-    return (len(one.images) == len(other.images) > 1
+def same_answer(one: Example, other: Example) -> bool:
+    return (one.answer == other.answer and len(one.images) == len(other.images) > 1
             and picture_digest(one.images[-1]) != picture_digest(other.images[-1]))
 
 
-def same_answer(one: Example, other: Example) -> bool:
-    return as_many_tools(one, other) and one.answer == other.answer
-
-
 def other_answer(one: Example, other: Example) -> bool:
-    """The other's answer must be on offer here, or nobody could give it."""
-    return (as_many_tools(one, other) and one.answer != other.answer
-            and other.answer in one.options)
+    # an answer that is no option here could not be given
+    return (one.answer != other.answer in one.options and len(one.images) == len(other.images) > 1)
 
 
 def blanked(example: Example) -> Example:
-    """The question's image grey, of the same size."""
-    return replace(example, image=Image.new("RGB", opened(example.image).size, GREY))
+    return replace(example, image=Image.new("RGB", opened(example.image).size, (128, 128, 128)))
 
 
 def with_tool_images(example: Example, other: Example) -> Example:
-    """The example's own words, calls included, with the other's tool images in their places."""
+    """The example's own words, calls included, with the other's tool images."""
     images = iter(other.images[1:])
     return replace(example, trajectory=[step if isinstance(step, str) else next(images)
                                         for step in example.trajectory])
 
 
-# ---- the tests ----------------------------------------------------------------------------------
+# ---- images and tool images ---------------------------------------------------------------------
 
 
 class Subject(NamedTuple):
@@ -128,85 +132,66 @@ class Subject(NamedTuple):
     examples: list[Example]
     prefix: str
 
-    def direct(self, examples: list[Example]) -> list[int | None]:
-        asker = evaluate.Answerer(self.vlm, examples, self.prefix)
-        return [said["option"] for said in asker.direct()] if examples else []
+    def direct(self, examples: list[Example]) -> Choices:
+        evaluator = evaluate.Evaluator(self.vlm, examples, self.prefix)
+        return [reply["option"] for reply in evaluator.direct()]
 
-    def tool(self, examples: list[Example]) -> list[int | None]:
-        """The option that follows the expert's calls and images, by their last text's form."""
-        said = evaluate.Answerer(self.vlm, examples, self.prefix).tool() if examples else []
-        return [answers.says(answer["text"], ex.options, self.prefix)
-                for ex, answer in zip(examples, said)]
-
-
-def image_tests(subject: Subject) -> list[Row]:
-    """The question's image, replaced."""
-    examples = subject.examples
-    own = subject.direct(examples)
-    rows = [row_of("image", "as it is", RIGHT, examples, right(examples, own))]
-    has, others = with_partners(examples, other_image)
-    kept = [examples[i] for i in has]
-    swapped = [replace(ex, image=other.image) for ex, other in zip(kept, others)]
-    for test, asked, shown, before in (
-            ("grey", examples, [blanked(ex) for ex in examples], own),
-            ("another question's", kept, swapped, [own[i] for i in has])):
-        said = subject.direct(shown)
-        rows += [row_of("image", test, RIGHT, asked, right(asked, said)),
-                 row_of("image", test, SAME, asked, same(said, before))]
-    return rows
+    def tool(self, examples: list[Example]) -> Choices:
+        """The options that follow the expert's calls and their images."""
+        replies = evaluate.Evaluator(self.vlm, examples, self.prefix).tool()
+        return [answers.says(reply["text"], ex.options, self.prefix)
+                for ex, reply in zip(examples, replies)]
 
 
-def tool_tests(subject: Subject) -> list[Row]:
-    """The tool images, replaced: the plan and the calls stay as they are."""
-    if subject.vlm.family.alone_only:
-        return []
+def image_tests(subject: Subject) -> Results:
+    examples, own = subject.examples, subject.direct(subject.examples)
+    found = {("image", "as it is", RIGHT): right(examples, own),
+             ("image", GUESS, RIGHT): guessed(examples)}
+    pairs = partners(examples, other_image)
+    swapped = {i: replace(examples[i], image=examples[j].image) for i, j in pairs.items()}
+    grey = {i: blanked(example) for i, example in enumerate(examples)}
+    for test, shown in (("grey", grey), ("another question's", swapped)):
+        kept, chosen = [examples[i] for i in shown], subject.direct([*shown.values()])
+        found["image", test, RIGHT] = right(kept, chosen)
+        found["image", test, SAME] = same(kept, chosen, [own[i] for i in shown])
+    return found
+
+
+def tool_tests(subject: Subject) -> Results:
+    """Tool images replaced; plan and calls stay."""
     examples = [ex for ex in subject.examples if len(ex.images) > 1]
-    own = subject.tool(examples)
-    rows = [row_of("tool image", "as it is", RIGHT, examples, right(examples, own))]
+    # some families can be shown one image alone
+    if subject.vlm.family.alone_only or not examples:
+        return {}
+    found = {("tool image", "as it is", RIGHT): right(examples, subject.tool(examples)),
+             ("tool image", GUESS, RIGHT): guessed(examples)}
     for test, fits in (("another's, same answer", same_answer),
                        ("another's, other answer", other_answer)):
-        has, others = with_partners(examples, fits)
-        kept = [examples[i] for i in has]
-        said = subject.tool([with_tool_images(ex, other) for ex, other in zip(kept, others)])
-        stays = right(kept, said)
+        pairs = [(examples[i], examples[j]) for i, j in partners(examples, fits).items()]
+        kept = [ex for ex, _ in pairs]
+        chosen = subject.tool([with_tool_images(*pair) for pair in pairs])
         if fits is same_answer:
-            rows.append(row_of("tool image", test, RIGHT, kept, stays))
-            continue
-        follows = [option is not None and ex.options[option] == other.answer
-                   for ex, other, option in zip(kept, others, said)]
-        rows += [row_of("tool image", test, FOLLOWS, kept, follows),
-                 row_of("tool image", test, STAYS, kept, stays)]
-    return rows
+            found["tool image", test, RIGHT] = right(kept, chosen)
+        else:
+            theirs = [replace(ex, answer=other.answer) for ex, other in pairs]
+            found["tool image", test, STAYS] = right(kept, chosen)
+            found["tool image", test, FOLLOWS] = right(theirs, chosen)
+    return found
 
 
-def latent_tests(subject: Subject, scale, latents: int) -> list[Row]:
-    """The latents that a reconstruction run feeds itself, replaced, count kept."""
-    examples = [ex for ex in subject.examples if len(ex.images) > 1]
-    asker = evaluate.Answerer(subject.vlm, examples, subject.prefix)
-    own = Fed(latents, {})
-    plain = asked_with(asker, scale, latents, own.keep)
-    rows = [row_of("latents", "none, answered directly", RIGHT, examples,
-                   right(examples, subject.direct(examples))),
-            row_of("latents", "none, markers alone", RIGHT, examples,
-                   right(examples, asked_with(asker, scale, 0))),
-            row_of("latents", "as they are", RIGHT, examples, right(examples, plain)),
-            row_of("latents", "as they are", FED, examples,
-                   [bool(own.kept[i]) for i in range(len(examples))])]
-    for test, source in sources(asker, own).items():
-        has = [i for i in range(len(examples)) if source(i) is not None]
-        kept = [examples[i] for i in has]
-        said = asked_with(asker, scale, latents, source)
-        said, before = [said[i] for i in has], [plain[i] for i in has]
-        rows += [row_of("latents", test, RIGHT, kept, right(kept, said)),
-                 row_of("latents", test, SAME, kept, same(said, before))]
-    return rows
+# ---- latents ------------------------------------------------------------------------------------
 
 
-class Fed(NamedTuple):
-    """What a model fed itself: by question its latents (D), one after another, n in a run."""
+class LatentReader:
+    """A recon run that answers with other latents than its own.
 
-    latents: int
-    kept: dict[int, list[Tensor]]
+    latents: how many between two markers (a run). kept: by question, the latents (D) that the model
+    made itself, run after run.
+    """
+
+    def __init__(self, evaluator: evaluate.Evaluator, scale, latents: int):
+        self.evaluator, self.scale, self.latents = evaluator, scale, latents
+        self.kept: dict[int, list[Tensor]] = {}
 
     def keep(self, question: int) -> Callable[[Tensor, int], Tensor]:
         made = self.kept[question] = []
@@ -216,183 +201,251 @@ class Fed(NamedTuple):
             return latent
         return kept
 
+    def choices(self, source: Callable | None = None, latents: int | None = None) -> Choices:
+        """source(question): None, or a function (latent, its number) -> the latent that is fed."""
+        evaluator = self.evaluator
+        latents = self.latents if latents is None else latents
 
-def asked_with(asker, scale, latents: int, source=None) -> list[int | None]:
-    """The options answered. source(question): None, or (its latent, its number) -> what is fed."""
-    def decode(views: list, rows: list[int]) -> list[list[int]]:
-        put = [source(row) if source else None for row in rows]
+        def decode(views: list, numbers: list[int]) -> list[list[int]]:
+            sources = [source(number) if source else None for number in numbers]
 
-        def instead(inputs: Tensor, fed: list[int], latent: Tensor) -> Tensor:
-            return torch.stack([
-                put[n](one, fed[n] - 1).to(one) if put[n] and latent[n] else one
-                for n, one in enumerate(inputs)])  # (B, D)
+            def instead(inputs: Tensor, fed: list[int], is_latent: Tensor) -> Tensor:
+                return torch.stack([
+                    sources[n](one, fed[n] - 1).to(one) if sources[n] and is_latent[n] else one
+                    for n, one in enumerate(inputs)])  # (B, D)
 
-        made = reconstruction.generate_latent(asker.vlm, views, asker.store, scale, latents,
-                                              asker.serializer.end_id, 112, instead)
-        return [words for words, _ in made]
+            images = evaluator.encode_images(evaluator.images(numbers))
+            made = reconstruction.generate_latent(evaluator.vlm, views, images, self.scale, latents,
+                                                  evaluator.chat.end_id, 112, instead)
+            return [words for words, _ in made]
 
-    said = asker.in_batches(asker.prompts, decode)
-    return [answers.says(asker.decode(words), ex.options, asker.prefix)
-            for ex, words in zip(asker.examples, said)]
+        words = in_batches([q.prompt for q in evaluator.questions], decode, evaluator.batch)
+        return [answers.says(evaluator.decode(ids), ex.options, evaluator.prefix)
+                for ex, ids in zip(evaluator.examples, words)]
 
+    def sources(self) -> dict[str, Callable]:
+        """By test, the source of a question's latents; it is None for a question without any."""
+        n, every = self.latents, torch.stack(sum(self.kept.values(), []))
+        mean, std = every.mean(dim=0), every.std(dim=0, correction=0)  # (D)
+        pairs, evaluator = partners(self.evaluator.examples, other_image), self.evaluator
 
-def sources(asker, own: Fed) -> dict[str, Callable]:
-    """By test what replaces a question's latents; None for a question that it cannot be done for.
+        def in_turn(made: list[Tensor]) -> Callable | None:
+            # a run beyond the last one gets the last one's latents again
+            runs = len(made) // n
+            return (lambda _, k: made[min(k // n, runs - 1) * n + k % n]) if runs else None
 
-    A run of latents more than there is a replacement for gets the last run's again.
-    """
-    n, every = own.latents, [latent for made in own.kept.values() for latent in made]
-    flat = torch.stack(every) if every else torch.zeros(1, asker.vlm.dim)
-    mean, std = flat.mean(dim=0), flat.std(dim=0, correction=0)  # (D)
-    fits = partners(asker.examples, other_image)
+        def noise(question: int) -> Callable:
+            draw = torch.Generator().manual_seed(question)
+            return lambda latent, _: mean + std * torch.randn(len(mean), generator=draw).to(mean)
 
-    def in_turn(made: list[Tensor]) -> Callable | None:
-        runs = len(made) // n if n else 0
-        return (lambda _, k: made[min(k // n, runs - 1) * n + k % n]) if runs else None
+        def first(question: int) -> Callable:
+            started: dict[int, Tensor] = {}  # each run's own first latent
+            return lambda latent, k: started.setdefault(k // n, latent)
 
-    def noise(question: int) -> Callable:
-        draw = torch.Generator().manual_seed(question)
-        return lambda latent, _: mean + std * torch.randn(len(mean), generator=draw).to(mean)
+        def true(question: int) -> Callable | None:
+            images = evaluator.images([question])[1:]
+            features = [evaluator.encode_images(images)[image.key].features[0] for image in images]
+            return in_turn([latent for one in features
+                            for latent in reconstruction.latent_targets(one, n)])
 
-    def first(question: int) -> Callable:
-        began: dict[int, Tensor] = {}  # by run; the first of a run is its own
-        return lambda latent, k: began.setdefault(k // n, latent)
-
-    def others(question: int) -> Callable | None:
-        return None if fits[question] is None else in_turn(own.kept[fits[question]])
-
-    def true(question: int) -> Callable:
-        images = asker.placed[question][0][1:]
-        features = asker.store.encoded(images)
-        return in_turn([latent for i in images for latent in
-                        reconstruction.latent_targets(features[i].features[0], n)])
-
-    return {"zeros": lambda question: lambda latent, _: torch.zeros_like(latent), "noise": noise,
-            "the first one repeated": first, "another question's": others, "the true ones": true}
+        return {"zeros": lambda _: lambda latent, _: torch.zeros_like(latent), "noise": noise,
+                "its first one repeated": first, "the true ones": true,
+                "another question's": lambda question: in_turn(
+                    self.kept[pairs[question]] if question in pairs else [])}
 
 
-# ---- questions that were not trained ------------------------------------------------------------
-
-
-def untrained(config: dict, per_family: int) -> dict[str, list[Example]]:
-    """Test questions of families that this run's trajectories do not cover; the world's held-out
-    family also on the same scenes without their dots (world/scenes.py)."""
-    seed = config["world_seed"]
-    if config["data"]:
-        examples = read_folder(config["data"], config.get("outside_images", False),
-                               answer_prefix=config["answer_prefix"])
-        trained = {ex.task for ex in examples if ex.split == "train"}
-        tests = [ex for ex in examples if ex.split == "test" and ex.task not in trained]
-        return {name: [ex for ex in tests if ex.task == name][:per_family]
-                for name in dict.fromkeys(ex.task for ex in tests)}
-    found = {family: [make_example(family, "test", i, seed) for i in range(per_family)]
-             for family in FAMILIES if family not in REGIMES[config["regime"]]}
-    found[NO_DOTS] = [tallest_without_dots("test", i, seed) for i in range(per_family)]
+def latent_tests(subject: Subject, scale, latents: int) -> Results:
+    """The latents that a recon run feeds itself replaced, as many as before."""
+    examples = [ex for ex in subject.examples if len(ex.images) > 1]
+    evaluator = evaluate.Evaluator(subject.vlm, examples, subject.prefix)
+    reader = LatentReader(evaluator, scale, latents)
+    own, direct = reader.choices(reader.keep), subject.direct(examples)
+    fed = {ex.id: int(len(reader.kept[i]) > 0) for i, ex in enumerate(examples)}
+    found = {("latents", "its own", RIGHT): right(examples, own),
+             ("latents", "its own", FED): fed, ("latents", GUESS, RIGHT): guessed(examples),
+             ("latents", "markers alone", RIGHT): right(examples, reader.choices(latents=0)),
+             ("latents", "answered directly", RIGHT): right(examples, direct)}
+    # a model that feeds itself no latents has none to replace
+    for test, source in reader.sources().items() if any(fed.values()) else ():
+        rows = [i for i in range(len(examples)) if source(i) is not None]
+        chosen, kept = reader.choices(source), [examples[i] for i in rows]
+        chosen = [chosen[i] for i in rows]
+        found["latents", test, RIGHT] = right(kept, chosen)
+        found["latents", test, SAME] = same(kept, chosen, [own[i] for i in rows])
     return found
 
 
-def trained_questions(config: dict) -> set[str]:
-    if config["data"]:
-        examples = read_folder(config["data"], config.get("outside_images", False),
-                               answer_prefix=config["answer_prefix"])
-        return {ex.question for ex in examples if ex.split == "train"}
-    world = make_world(config["regime"], "train", 400, config["world_seed"])
-    return {ex.question for ex in world}
+# ---- tasks without a trajectory -----------------------------------------------------------------
+
+
+class Questions(NamedTuple):
+    """Test questions of trained tasks, and of each untrained task. distances: how many words, at
+    least, separate an untrained task's questions from the nearest trained one."""
+
+    trained: list[Example]
+    untrained: dict[str, list[Example]]
+    distances: dict[str, int]
+
+
+def questions_of(config, per_task: int) -> Questions:
+    options = vars(config) | dict(train_examples=400, test_per_task=per_task)
+    learned, _, tests = load_splits(SimpleNamespace(**options))
+    texts, tasks = {ex.question for ex in learned}, {ex.task for ex in learned}
+    # in the world, the held-out task also without the dots that a trained task asks about
+    others = tests if config.data else [
+        *loader.questions("", per_task),
+        *(scenes.tallest_without_dots("test", i, 0) for i in range(per_task))]
+    groups: dict[str, list[Example]] = {}
+    for example in (ex for ex in others if ex.task not in tasks):
+        groups.setdefault(example.task, []).append(example)
+    distances = {task: min(words_apart(question, text) for question in {ex.question for ex in rows}
+                           for text in texts) for task, rows in groups.items()}
+    return Questions([ex for ex in tests if ex.task in tasks], groups, distances)
 
 
 def words_apart(one: str, other: str) -> int:
-    """The least number of words to put in, leave out or change that makes one the other."""
-    one, other = one.split(), other.split()
-    costs = list(range(len(other) + 1))
-    for i, word in enumerate(one, start=1):
-        last, costs = costs, [i]
-        for j, theirs in enumerate(other, start=1):
-            costs.append(min(last[j] + 1, costs[-1] + 1, last[j - 1] + (word != theirs)))
-    return costs[-1]
+    """How many words must be inserted, deleted or changed to make one the other."""
+    matcher = difflib.SequenceMatcher(None, one.split(), other.split(), autojunk=False)
+    return sum(max(end - start, other_end - other_start)
+               for kind, start, end, other_start, other_end in matcher.get_opcodes()
+               if kind != "equal")
 
 
-def distances(questions: dict[str, list[Example]], trained: set[str]) -> dict[str, int]:
-    """Of each family the words between its questions and the nearest trained one, at the least."""
-    return {family: min(words_apart(question, other) for question in {ex.question for ex in rows}
-                        for other in trained) for family, rows in questions.items() if rows}
+def untrained_tests(subject: Subject, questions: Questions) -> Results:
+    found = {("untrained", task, RIGHT): right(rows, subject.direct(rows))
+             for task, rows in questions.untrained.items()}
+    far = [task for task, words in questions.distances.items() if words >= NEAR]
+    if scenes.NO_DOTS in questions.untrained:
+        # the dots suggest a trained question, so the held-out task counts without them
+        far = [*(task for task in far if not task.startswith(scenes.HELD_OUT)), scenes.NO_DOTS]
+        dots, plain = (found["untrained", task, RIGHT]
+                       for task in (scenes.HELD_OUT, scenes.NO_DOTS))
+        # both tasks have the same scenes in the same order
+        found["untrained", scenes.HELD_OUT, EFFECT] = {
+            scene: dots[scene] - mark for scene, mark in zip(dots, plain.values())}
+    if far:
+        found["untrained", ALL_FAR, RIGHT] = {
+            i: mark for task in far for i, mark in found["untrained", task, RIGHT].items()}
+    return found
 
 
-def untrained_tests(subject: Subject, questions: dict[str, list[Example]]) -> list[Row]:
-    return [row_of("untrained", family, RIGHT, examples, right(examples, subject.direct(examples)))
-            for family, examples in questions.items()]
+# ---- the table ----------------------------------------------------------------------------------
+
+
+def gap(ours: list[Marks], theirs: list[Marks]) -> tuple[float, float] | None:
+    """Mean difference in points over the questions that both answered, and half the width of its
+    95% interval: over seeds by Student's t; with one seed over questions.
+
+    ours, theirs: the marks of each seed; a single seed of theirs is compared with each of ours.
+    """
+    theirs = theirs * (len(ours) if len(theirs) == 1 else 1)
+    gaps = [[100 * (mark - other[i]) for i, mark in one.items() if i in other]
+            for one, other in zip(ours, theirs)]
+    if not all(gaps):
+        return None
+    if len(gaps) > 1:
+        return paired_difference([statistics.mean(seed) for seed in gaps], [0.0] * len(gaps))
+    (values,) = gaps
+    spread = statistics.stdev(values) if len(values) > 1 else 0.0
+    return statistics.mean(values), 1.96 * spread / len(values) ** 0.5
+
+
+def compared_with(key: tuple[str, str, str], seeds: list[Results],
+                  base: list[Results]) -> list[Marks]:
+    """The same question by the base, or with nothing replaced; nothing for the base itself."""
+    part, test, measure = key
+    if part == "untrained":
+        return [found[key] for found in base if base is not seeds]
+    own = next(other for other in seeds[0] if other[0] == part)
+    if measure == FOLLOWS:
+        own = part, test, STAYS
+    return [found[own] for found in seeds if measure in (RIGHT, FOLLOWS) and key != own]
+
+
+def table(systems: dict[str, list[Results]], distances: dict[str, int]) -> str:
+    """Markdown: for each result its share in %, with the 95% interval (Wilson) of one seed or the
+    standard deviation over seeds, and the difference to what it is compared with."""
+    head = ("system", "part", "replaced by", "answers", "n", "% [95%] or +/- std", "- unreplaced; "
+            "untrained: - before training; as the image: - as the question [95%]")
+    lines, count = [head, ("---",) * len(head)], 0
+    for name, seeds in systems.items():
+        for key, marks in seeds[0].items():
+            (part, test, measure), n, change = key, len(marks), ""
+            shares = [100 * statistics.mean(found[key].values()) for found in seeds if n]
+            value = mean_std(shares) if n else "no question fits"
+            if len(shares) == 1 and measure != EFFECT and test != GUESS:
+                low, high = wilson(sum(marks.values()), n)
+                value += f" [{100 * low:.1f}, {100 * high:.1f}]"
+            if part == "untrained" and test in distances:
+                test += f" ({distances[test]} words apart)"
+            other = compared_with(key, seeds, systems.get(BASE, []))
+            if other and (found := gap([found[key] for found in seeds], other)):
+                mean, half = found
+                change, count = f"{mean:+.1f} [{mean - half:+.1f}, {mean + half:+.1f}]", count + 1
+            lines.append((name, part, test, measure, str(n), value, change))
+    return "\n".join([*("| " + " | ".join(line) + " |" for line in lines), "",
+                      f"{count} differences. An interval that holds 0 shows no difference; one in "
+                      "twenty intervals of 95% misses the true value by chance."])
 
 
 # ---- the program --------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def tests_of(vlm: VLM, config: dict, args, questions: dict, scale=None) -> list[Row]:
-    """Every test of one model; config: the run's, or the one that a base is compared with."""
-    examples = test_examples(args.data or config["data"], config["regime"], args.per_family,
-                             config["world_seed"],
-                             outside=args.outside_images or config.get("outside_images", False),
-                             answer_prefix=config["answer_prefix"])
-    shown = Config(strip_calls=config.get("strip_calls", False), order=config["order"])
-    examples = variants.as_shown([ex for ex in examples if ex.task not in questions], shown)
-    if not examples:
-        raise ValueError("there is no test question of a trained family: name other --data")
-    subject = Subject(vlm.eval(), examples, config["answer_prefix"])
-    if scale is not None:
-        latents = config["decode_latents"] if args.latents is None else args.latents
-        if latents < 1:
-            raise ValueError(f"--latents {latents}: there is nothing to replace; give 1 or more")
-        rows = latent_tests(subject, scale, latents)
+def tests_of(vlm: VLM, config, questions: Questions, scale=None, latents: int = 0) -> Results:
+    shown = [evaluate.method_of(config).shown(ex, config) for ex in questions.trained]
+    if not shown:
+        raise ValueError("there is no test question of a trained task: name other --data")
+    subject = Subject(vlm.eval(), shown, config.answer_prefix)
+    if scale:
+        found = latent_tests(subject, scale, latents)
     else:
-        rows = image_tests(subject) + tool_tests(subject)
-    return rows + untrained_tests(subject, questions)
+        found = image_tests(subject) | tool_tests(subject)
+    return found | untrained_tests(subject, questions)
 
 
-def one_setting(configs: dict[str, dict]) -> None:
-    """Raises ValueError where runs differ in base, data or regime."""
-    def setting(config: dict) -> tuple:
-        return (Path(config["model"]).name,
-                config["data"] or (config["regime"], config["world_seed"]))
-
-    for first, other in zip(configs, list(configs)[1:]):
-        if setting(configs[other]) != setting(configs[first]):
-            raise ValueError(f"{first} and {other} differ in base, data or regime: --causal takes "
-                             "runs of one setting at a time")
-
-
-def measured(args) -> tuple[list[System], dict[str, int]]:
-    """Every run's tests by arm and seed, and those of the model before."""
-    runs = list(map(str, args.runs))
-    configs = {run: finished(Path(run))[0] for run in runs}
-    one_setting(configs)
-    config = configs[runs[0]] if runs else dict(
-        Config().__dict__, answer_prefix=args.answer_prefix, data=args.data or "")
-    questions = untrained(config, args.per_family)
-    apart = distances(questions, trained_questions(config))
-    ask, systems = partial(tests_of, args=args, questions=questions), []
-    # a base has been taught no order of its own
-    plain, dtype = config | dict(order="text_first", strip_calls=False), config["dtype"]
-    for name, model in {**({BASE: config["model"]} if runs else {}),
-                        **({args.model: args.model} if args.model else {})}.items():
-        vlm = VLM(model, dtype=getattr(torch, dtype)).to(args.device)
-        systems.append(System(name, [ask(vlm, plain)]))
-    for name, seeds in by_seed({run: dict(config=configs[run], run=run) for run in runs},
-                               named(configs)).items():
-        rows = []
-        for one in seeds.values():
-            vlm, own, scale = evaluate.load_run(Path(one["run"]), args.device)
-            rows.append(ask(vlm, own, scale=scale))
-        systems.append(System(name, rows))
-    return systems, apart
+def measure_all(args) -> tuple[dict[str, list[Results]], dict[str, int]]:
+    """All systems, the model before training first; and the distances of untrained tasks."""
+    configs = {path: SimpleNamespace(**run.finished(path)[0]) for path in args.runs}
+    if len({(Path(c.model).name, c.data or c.regime) for c in configs.values()}) > 1:
+        raise ValueError(f"{', '.join(map(str, args.runs))} differ in base, data or regime: name "
+                         "runs of one setting")
+    plain = SimpleNamespace(**vars(next(iter(configs.values()), Config())) | dict(method="sft"))
+    plain.data = args.data or plain.data
+    questions, systems = questions_of(plain, args.per_task), {}
+    for name, model in ((BASE, args.runs and plain.model), (args.model, args.model)):
+        if model:
+            vlm = VLM(model, getattr(torch, plain.dtype)).to(args.device)
+            systems[name] = [tests_of(vlm, plain, questions)]
+    for path, config in configs.items():
+        vlm, scale, latents = evaluate.load_model(path, args.device)[0], None, 0
+        if config.method.endswith("recon"):
+            scale = reconstruction.load_scale(run.finished(path)[1], vlm)
+            latents = args.latents or config.decode_latents
+        found = tests_of(vlm, config, questions, scale, latents)
+        systems.setdefault(arm_of(path), []).append(found)
+    return systems, questions.distances
 
 
-def run(args) -> None:
-    """`python evaluate.py RUN ... --causal`; args: the options of evaluate.py."""
-    systems, apart = measured(args)
-    lines, told = table(systems, apart), findings(systems, apart)
-    print("\n".join([as_text(lines), "", *told]))
-    if args.markdown:
-        write_text(args.markdown, "\n".join([as_text(lines), "", *told]) + "\n")
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="*", type=Path, metavar="RUN")
+    parser.add_argument("--model", default="", help="also this checkpoint or hub id, untrained")
+    parser.add_argument("--data", default="", help="a data folder; default: the runs' own")
+    parser.add_argument("--per_task", type=int, default=200, help="test questions of each task")
+    parser.add_argument("--latents", type=int, default=0, help="default: the run's decode_latents")
+    parser.add_argument("--json", type=Path, help="write every mark to this file")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+    if not (args.runs or args.model):
+        parser.error("name at least one RUN folder, or --model")
+    systems, distances = measure_all(args)
+    print(table(systems, distances))
     if args.json:
-        marks = {system.name: [{"|".join(row.key): row.marks for row in rows}
-                               for rows in system.seeds] for system in systems}
-        write_json(args.json, dict(table=lines, findings=told, marks=marks))
+        write_json(args.json, {name: [{"|".join(key): marks for key, marks in seed.items()}
+                                      for seed in seeds] for name, seeds in systems.items()})
+
+
+if __name__ == "__main__":
+    run_program(main)

@@ -1,449 +1,350 @@
-"""The paper's figures and what the embedding knows, from finished runs. Numbers are printed too.
+"""Draw figures of finished runs: the paper's Fig. 2, 3 and 4, and how skill changes in training.
 
-    python analysis/figures.py runs/study/tiny-vlm/mixed [--out DIR]    # a regime of a study
-    python analysis/figures.py RUN [RUN ...] --out DIR      # any runs, trained on the same data
-    python analysis/figures.py --curves RUN [RUN ...] --out FILE.png    # all that they logged
-    python analysis/figures.py --views FILE.png              # the README's picture of the views
+    pip install matplotlib scikit-learn                  # optional packages, for figures alone
+    python analysis/figures.py RUN [RUN ...] --out DIR   # runs on the same data; minutes
+    python analysis/figures.py --curves RUN [RUN ...] --out FILE.png     # all that they logged
+    python analysis/figures.py --views FILE.png          # the README's picture, by Pillow alone
 
-Written to DIR, which must be new: latents-per-example.png (Fig. 2), latents-decoded.png (Fig. 3),
-embeddings.png (Fig. 4), skill.png (direct accuracy against tool accuracy over training),
-curves.png (validation), neighbours.png, and analyses.json with every number. A run that was
-trained on a data folder is shown on that folder's records, any other on scenes of its own regime.
-A few minutes on two cores.
+DIR must be new. It gets latents-per-example.png (Fig. 2), latents-decoded.png (Fig. 3; needs a
+recon run), embeddings.png (Fig. 4), neighbours.png (needs a Pearl run), skill.png (needs runs with
+--method tracked+NAME), curves.png, and analyses.json with every number. The first run of a method
+is drawn.
 """
 
 import argparse
-import dataclasses
+import importlib.util
 import json
 import math
 import random
 import statistics
 import sys
-from collections import Counter
-from functools import lru_cache
+import textwrap
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # before any other `analysis`
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
-from torch import Tensor
 
-import data
 import evaluate
-import losses
 import train
-from analysis.charts import Chart, beside, ink_of, views_picture
-from analysis.probes import classes, pearson, probe, separation, tsne
-from analysis.targets import shares
+from analysis import probes
+from analysis.states import State, config_of
+from analysis.views_picture import ViewsPicture
 from baselines import reconstruction
 from model import VLM
-from predictor import Predictor
-from support import answers, run_folder
-from support.files import new_folder, read_json, read_tensors, write_json
-from support.images import ImageStore
+from support import answers, run
+from support.features import load_images
+from support.files import new_folder, read_json, write_json
+from support.images import opened
 from support.processes import run_program
-from support.records import Example, read_folder
+from support.records import Example
+from support.splits import load_splits
 from support.tables import summarise
-from world import scenes, tools
+from world import scenes
 
 BASE = "no fine-tuning"
-LEAST = 6  # examples without which nothing can be fitted and tested
-STUDIED = ("sft", "direct", "recon", "pearl")  # the arms of a study that are drawn
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-# ---- runs and their data ------------------------------------------------------------------------
+def need_packages() -> None:
+    """Raises ValueError with the command that installs what is missing."""
+    if any(importlib.util.find_spec(name) is None for name in ("matplotlib", "sklearn")):
+        raise ValueError("the figures need two optional packages: pip install matplotlib "
+                         "scikit-learn")
 
 
-def named_runs(folders: list[Path]) -> dict[str, Path]:
-    """Run folders by name. A folder of a study gives its arms, of each the run of the lowest seed.
-    Raises FileNotFoundError where no finished run is."""
-    found: dict[str, Path] = {}
-    for folder in folders:
-        if (folder / "results.json").is_file():
-            config = read_json(folder / "config.json")
-            name = f"{config['method']} seed {config['seed']}"
-            found[name if name not in found else str(folder)] = folder
-            continue
-        runs = [file.parent for file in folder.glob("*-seed*/results.json")
-                if file.parent.name.rpartition("-seed")[2].isdigit()]
-        if not runs:
-            raise FileNotFoundError(f"{folder} holds no finished run (results.json, or "
-                                    "ARM-seedN/results.json as analysis/study.py writes them)")
-        for run in sorted(runs, key=lambda run: int(run.name.rpartition("-seed")[2])):
-            found.setdefault(run.name.rpartition("-seed")[0].replace("_", " "), run)
-    return found
+def refuse_existing(file: Path) -> None:
+    if file.exists():
+        raise FileExistsError(f"{file} exists already: choose another name, nothing is overwritten")
 
 
-def config_of(run: Path) -> train.Config:
-    """As it was trained; a field that this version no longer has is left out."""
-    known = {field.name for field in dataclasses.fields(train.Config)}
-    saved = read_json(run / "config.json")
-    config = train.Config(**{name: value for name, value in saved.items() if name in known})
-    return dataclasses.replace(config, device="cuda" if torch.cuda.is_available() else "cpu")
+def canvas(titles: list[str], columns: int = 1, size: tuple[float, float] = (7.0, 4.4)):
+    """A matplotlib figure, and axes for each title. size: of each axes, in inches."""
+    from matplotlib.figure import Figure
+
+    columns = min(columns, len(titles))
+    rows = math.ceil(len(titles) / columns)
+    figure = Figure((size[0] * columns, size[1] * rows), dpi=110, layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).flatten().tolist()
+    for axis, title in zip(axes, titles):
+        axis.set_title(title, fontsize=12)
+        axis.grid(alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+    for unused in axes[len(titles):]:
+        unused.set_visible(False)
+    return figure, axes[:len(titles)]
 
 
-@lru_cache(maxsize=1)
-def folder_examples(folder: str, outside: bool) -> list[Example]:
-    return [ex for ex in read_folder(folder, outside) if ex.texts]
+# ---- what training logged -----------------------------------------------------------------------
 
 
-def examples_of(config: train.Config, split: str, count: int) -> list[Example]:
-    """At most `count` examples with a trajectory, of the data that this run was trained on."""
-    if not config.data:
-        return scenes.make_world(config.regime, split, count, config.world_seed)
-    found = [ex for ex in folder_examples(config.data, config.outside_images) if ex.split == split]
-    if len(found) < LEAST:
-        raise ValueError(f"{config.data} has {len(found)} records with a trajectory in the {split} "
-                         f"split, the figures need {LEAST}: give more records that split")
-    return found if len(found) <= count else random.Random(config.world_seed).sample(found, count)
-
-
-def data_name(config: train.Config) -> str:
-    return Path(config.data).name if config.data else config.regime
-
-
-# ---- embeddings of a run ------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def embeddings(run: Path | None, config: train.Config,
-               world: list[Example]) -> tuple[Tensor, Tensor]:
-    """(h^_R, h_R) of the examples, (n, D) each. Without [PRED] rows h^_R is the state of the last
-    prompt token (K = 0). run: None for the model as it comes."""
-    vlm = VLM(config.model, getattr(torch, config.dtype)).to(config.device).eval()
-    injected, file = None, None
-    if run:
-        vlm = evaluate.load_run(run, config.device)[0]
-        file = run / run_folder.best_checkpoint(run)["checkpoint"] / Predictor.file_name
-    if file and file.is_file():
-        injected = read_tensors(file, config.device)[0]["pred_tokens"]  # (K, D)
-    # the views of the trajectories, whatever the run itself was taught
-    config = dataclasses.replace(config, method="sft",
-                                 pred_tokens=0 if injected is None else len(injected))
-    examples, pairs = train.prepared(world, vlm, config), []
-    for start in range(0, len(world), 64):
-        views = examples.views[start:start + 64]
-        images = examples.store.encoded([i for v in views for i in v.full.images])
-        asked = data.collate([v.input for v in views], vlm.pad_id).to(vlm.device)
-        alone = data.collate([v.target for v in views], vlm.pad_id).to(vlm.device)
-        pairs.append((vlm(asked, images, injected).embedding.float().cpu(),
-                      vlm(alone, images).embedding.float().cpu()))
-    return tuple(torch.cat(side) for side in zip(*pairs))
-
-
-def call_numbers(example: Example) -> tuple[str, list[int]] | None:
-    """The tool and the numbers of a trajectory's first call."""
-    call = tools.CALL.search(example.texts[0])
-    return (call[1], [int(v) for v in call[2].split()]) if call else None
-
-
-def alike(world: list[Example]) -> tuple[list[int], Tensor | None]:
-    """Examples that one probe can be fitted on: those whose first calls have one tool and as many
-    numbers (the commonest kind), with the numbers (n, numbers); where no call has numbers, those of
-    the commonest family, without."""
-    calls = [call_numbers(ex) for ex in world]
-    kinds = Counter((call[0], len(call[1])) for call in calls if call and call[1])
-    if not kinds:
-        family = Counter(ex.task for ex in world).most_common(1)[0][0]
-        return [i for i, ex in enumerate(world) if ex.task == family], None
-    kind = max(kinds, key=kinds.get)  # of equals the first that the data have
-    rows = [i for i, call in enumerate(calls) if call and (call[0], len(call[1])) == kind]
-    return rows, torch.tensor([calls[i][1] for i in rows], dtype=torch.float32)
-
-
-def groups_of(world: list[Example]) -> list[str]:
-    """What clusters are looked for: families, or answers where there is one family; beyond the
-    nine commonest "other"."""
-    families = [ex.task for ex in world]
-    names = families if len(set(families)) > 1 else [ex.answer for ex in world]
-    kept = [name for name, _ in Counter(names).most_common(9 if len(set(names)) > 10 else 10)]
-    return [name if name in kept else "other" for name in names]
-
-
-def what_it_knows(pair: tuple[Tensor, Tensor], world: list[Example]) -> dict:
-    """Probes on h^_R and h_R, retrieval, separation of groups; `chance` is the share of the
-    commonest answer in the tested third. `answer` and `place_r2` are of the examples `alike`."""
-    (rows, numbers), groups = alike(world), groups_of(world)
-    said, families = [world[i].answer for i in rows], [ex.task for ex in world]
-    known = {}
-    for name, h in zip(("h^_R", "h_R"), pair):
-        known[name] = dict(separation=separation(h, groups))
-        if len(set(families)) > 1:
-            known[name]["family"] = probe(h, classes(families))
-        if len(rows) >= LEAST:
-            known[name]["answer"] = probe(h[rows], classes(said))
-        if len(rows) >= LEAST and numbers is not None:
-            known[name]["place_r2"] = probe(h[rows], numbers)
-    tested = said[2 * len(rows) // 3:]
-    known["probed"] = dict(examples=len(rows), families=sorted({families[i] for i in rows}))
-    known["chance"] = dict(answer=Counter(tested).most_common(1)[0][1] / len(tested))
-    known["shares of h_R"] = shares(pair[1], world)
-    gauges = losses.collapse_gauges(*pair)
-    return known | {name: gauges[name] for name in (
-        "retrieval", "retrieval_chance", "r2", "effective_rank", "mean_cosine")}
-
-
-# ---- the figures --------------------------------------------------------------------------------
-
-
-def figure_latents_per_example(config: train.Config, decoded: int) -> tuple[Image.Image, dict]:
-    """Fig. 2: cumulative share of training examples with at most so many latents: of the run's
-    data, or of every regime of the world."""
-    vlm, numbers, counts = VLM(config.model), {}, {}
-    sources = {data_name(config): config} if config.data else {
-        regime: dataclasses.replace(config, regime=regime) for regime in scenes.REGIMES}
-    image_token = vlm.lm.config.image_token_id
-    for name, source in sources.items():
-        store = ImageStore(vlm.family)
-        texts = [store.add(ex)[1][1:] for ex in examples_of(source, "train", 200)]
-        counts[name] = [vlm.tokenizer("".join(text), add_special_tokens=False).input_ids
-                        .count(image_token) for text in texts]
-        above = sum(count > decoded for count in counts[name]) / len(texts)
-        numbers[name] = dict(median=statistics.median(counts[name]), share_above_decoded=above)
-    top = max(64, *(max(found) for found in counts.values()))
-    chart = Chart("Latents a training example would need (Fig. 2)", "tokens of its tool images",
-                  "share of examples", (0, top), (0, 1)).ticks(count=4)
-    for name, found in counts.items():
-        steps = [n * top / 64 for n in range(65)]
-        points = [(n, sum(count <= n for count in found) / len(found)) for n in steps]
-        chart.line(name, points, dots=False)
-    chart.line(f"decoded at inference: {decoded}", [(decoded, 0), (decoded, 1)], dots=False)
-    return chart.image, numbers
-
-
-def figure_latents_decoded(run: Path, pearl: float | None,
-                           per_family: int) -> tuple[Image.Image, dict]:
-    """Fig. 3: the reconstruction arm's accuracy against the number of latents decoded, with Pearson
-    r and R^2 to log2. pearl: Pearl's accuracy in %."""
-    config = config_of(run)
-    vlm, _, scale = evaluate.load_run(run, config.device)
-    families = len({ex.task for ex in examples_of(config, "test", 100)})
-    tests = examples_of(config, "test", per_family * families)
-    counts, accuracy = [0, 1, 2, 4, 8, 16, 32, 64], []
-    asker, prefix = evaluate.Answerer(vlm, tests, config.answer_prefix), config.answer_prefix
-    for n in counts:
-        said = reconstruction.answer(asker, scale, n)
-        right = [answers.says(reply["text"], ex.options, prefix) == ex.options.index(ex.answer)
-                 for reply, ex in zip(said, tests)]
-        accuracy.append(100 * sum(right) / len(tests))
-    r = pearson([math.log2(n) for n in counts[1:]], accuracy[1:])
-    chart = Chart("Accuracy against latents decoded (Fig. 3)", "latents decoded", "accuracy, %",
-                  (-1, 6), (0, 100))
-    places = [-1.0, *(math.log2(n) for n in counts[1:])]
-    chart.ticks(dict(zip(places, map(str, counts))))
-    chart.line(f"reconstruction, r {r:.2f}", list(zip(places, accuracy)))
-    if pearl is not None:
-        chart.line("Pearl, direct", [(-1, pearl), (6, pearl)], dots=False)
-    guess = 100 * sum(1 / len(ex.options) for ex in tests) / len(tests)
-    chart.line("guessing", [(-1, guess), (6, guess)], dots=False)
-    return chart.image, dict(accuracy=dict(zip(counts, accuracy)), pearson_r=r, r_squared=r * r,
-                             chance=guess, trained_with=config.latents)
-
-
-def figure_embeddings(pairs: dict[str, tuple[Tensor, Tensor]], world: list[Example],
-                      known: dict) -> Image.Image:
-    """Fig. 4: both views' embeddings in two dimensions (t-SNE), coloured by group, h^_R a cross and
-    h_R a dot."""
-    charts, groups = [], groups_of(world)
-    inks = {group: ink_of(n) for n, group in enumerate(dict.fromkeys(groups))}
-    for name, pair in pairs.items():
-        points = tsne(F.normalize(torch.cat(pair), dim=1))
-        span, k = float(points.abs().max()) * 1.05, known[name]
-        title = (f"{name}: separation h^_R {k['h^_R']['separation']:.2f}, h_R "
-                 f"{k['h_R']['separation']:.2f}, retrieval {k['retrieval']:.2f} (chance "
-                 f"{k['retrieval_chance']:.2f})")
-        chart = Chart(title, "", "", (-span, span), (-span, span), (620, 470), 130)
-        for n, (x, y) in enumerate(points.tolist()):
-            mark = "cross" if n < len(world) else "dot"
-            chart.mark(*chart.at(x, y), inks[groups[n % len(world)]], mark)
-        for group, ink in inks.items():
-            chart.label(group, ink)
-        chart.label("h^_R", (0, 0, 0), "cross")
-        chart.label("h_R", (0, 0, 0))
-        charts.append(chart.image)
-    return beside(charts, 2)
-
-
-def logged(run: Path) -> dict[str, list[tuple[float, float]]]:
-    """"KIND: NAME" -> [(step, value)] of every number in a run's log, but those not finite.
-    Raises FileNotFoundError for a folder without a log."""
-    file = run / "log.jsonl"
+def logged(folder: Path) -> dict[str, list[tuple[float, float]]]:
+    """"KIND: NAME" -> [(step, value)] of each finite number in a run's log."""
+    file = folder / "log.jsonl"
     if not file.is_file():
-        raise FileNotFoundError(f"{file} not found: {run} is not a run folder")
+        raise FileNotFoundError(f"{file} not found: {folder} is not a run folder")
     found: dict[str, list[tuple[float, float]]] = {}
     for line in file.read_text(encoding="utf-8").splitlines():
         record = json.loads(line)
-        for name in record.keys() - {"kind", "step"}:
-            if isinstance(record[name], (int, float)) and math.isfinite(record[name]):
-                found.setdefault(f"{record['kind']}: {name}", []).append(
-                    (record["step"], record[name]))
+        kind, step = record.pop("kind"), record.pop("step")
+        for name, value in record.items():
+            if math.isfinite(value):
+                found.setdefault(f"{kind}: {name}", []).append((step, value))
     return found
 
 
-def figure_curves(runs: dict[str, Path],
-                  kinds: tuple[str, ...] = ("valid", "train")) -> Image.Image:
-    """One chart for every name that any of the runs logged, one line a run. kinds: of log lines."""
-    logs, charts = {name: logged(run) for name, run in runs.items()}, []
-    names = dict.fromkeys(name for log in logs.values() for name in log)
-    for name in (name for kind in kinds for name in names if name.startswith(f"{kind}: ")):
-        lines = {run: log[name] for run, log in logs.items() if name in log}
-        steps, values = zip(*(point for points in lines.values() for point in points))
-        low, high = min(0.0, *values), max(0.0, *values)
-        chart = Chart(name, "step", "", (0, max(steps)), (low * 1.05, high * 1.05 or 1.0),
-                      (680, 330), 260).ticks()
-        for run, points in lines.items():
-            chart.line(run, points, dots=len(points) < 30)
-        charts.append(chart.image)
-    return beside(charts, 2)
+def curves(runs: dict[str, Path], kinds: tuple[str, ...] = ("valid", "train")):
+    """A chart for every name in any of the logs, with one line for each run."""
+    logs = {name: logged(folder) for name, folder in runs.items()}
+    every = {name for log in logs.values() for name in log}
+    names = [name for kind in kinds for name in sorted(every) if name.startswith(kind)]
+    if not names:
+        raise ValueError(f"nothing is logged yet in {', '.join(map(str, runs.values()))}")
+    figure, axes = canvas(names, columns=3, size=(4.6, 3.2))
+    for name, axis in zip(names, axes):
+        for n, log in enumerate(logs.values()):
+            axis.plot(*zip(*log.get(name, [(math.nan, math.nan)])), marker=".", color=f"C{n}")
+        axis.set_xlabel("step")
+    figure.legend(axes[0].lines, logs, loc="outside lower center", ncols=3)
+    return figure
 
 
 def overall(records: list[dict]) -> dict:
-    """The row over all families that a system is judged by (analysis/tables.py)."""
+    """The row of a table of answers that covers all trained tasks."""
     table = summarise(records)
     return table.get("all") or next(iter(table.values()))
 
 
-def figure_skill(runs: dict[str, Path]) -> Image.Image | None:
-    """Direct accuracy against accuracy with the expert's tool over training; None if no run was
-    made with --track."""
-    percent = (0, 100)
-    chart = Chart("Direct against tool accuracy over training", "with the expert's tool, %",
-                  "direct, %", percent, percent).ticks()
-    for name, run in runs.items():
-        log = logged(run)
-        if not {"valid: direct", "valid: tool"} <= log.keys():
-            continue
-        start = overall(read_json(run / "results.json")["before"])
-        points = [tuple(start.get(way, [0.0])[0] for way in ("tool", "direct"))]
-        points += zip((value for _, value in log["valid: tool"]),
-                      (value for _, value in log["valid: direct"]))
-        chart.line(name, [(100 * x, 100 * y) for x, y in points])
-    return chart.image if chart.names else None
+def skill(runs: dict[str, Path]):
+    """Direct accuracy against accuracy with the expert's tool, an arrow from each validation to the
+    next; None if no run logged both."""
+    tracked = {name: log for name, folder in runs.items()
+               if {"valid: direct", "valid: tool"} <= (log := logged(folder)).keys()}
+    if not tracked:
+        return None
+    figure, (axis,) = canvas(["Direct accuracy against tool accuracy over training\n(arrows lead "
+                              "from one validation to the next; the last has its step)"],
+                             size=(8.4, 5.6))
+    for n, (name, log) in enumerate(tracked.items()):
+        first = overall(read_json(runs[name] / "results.json")["before"])
+        points = [tuple(100 * first.get(way, [0.0])[0] for way in ("tool", "direct"))]
+        points += [(100 * tool, 100 * direct) for (_, tool), (_, direct)
+                   in zip(log["valid: tool"], log["valid: direct"])]
+        axis.plot(*points[0], marker="*", markersize=18, color="black", linestyle="", zorder=3,
+                  label="" if n else "before training")
+        axis.plot(*zip(*points), marker="o", linestyle="", color=f"C{n}", label=name)
+        arrow = dict(arrowstyle="-|>", color=f"C{n}", linewidth=1.8, mutation_scale=16)
+        for start, end in zip(points, points[1:]):
+            axis.annotate("", end, start, arrowprops=arrow)
+        axis.annotate(f"{log['valid: direct'][-1][0]}", points[-1], (8, 4), color=f"C{n}",
+                      textcoords="offset points", weight="bold")
+    axis.set(xlabel="accuracy with the expert's tool, %", ylabel="direct accuracy, %")
+    axis.margins(0.12)
+    figure.legend(loc="outside lower center", ncols=4)
+    return figure
 
 
-def figure_neighbours(pair: tuple[Tensor, Tensor], world: list[Example], library: list[Example],
-                      targets: Tensor, rows: int = 10) -> tuple[Image.Image, dict]:
-    """Test questions beside the true tool output and the training trajectories whose h_R (targets)
-    is nearest to h^_R."""
-    near = (F.normalize(pair[0], dim=1) @ F.normalize(targets, dim=1).T)
-    near = near.topk(min(4, len(library))).indices.tolist()
-    numbers = {}
-    for kind in ("family", "answer"):
-        fields = ("task",) if kind == "family" else ("task", "answer")
-        asked, known = ([tuple(getattr(ex, name) for name in fields) for ex in examples]
-                        for examples in (world, library))
-        shares_known, total = Counter(known), len(asked) * len(known)
-        numbers[kind] = dict(
-            nearest=sum(own == known[first] for own, (first, *_) in zip(asked, near)) / len(asked),
-            chance=sum(shares_known[own] for own in asked) / total)
-    sheet = []
-    for n in list(range(0, len(world), len(world) // rows + 1))[:rows]:  # + 1: families in turn
-        ex = world[n]
-        steps = [f"answer: {ex.answer}. True tool output:", *ex.images[1:2], "nearest:"]
-        for i in near[n]:
-            steps += [*library[i].images[1:2], library[i].texts[-1]]
-        sheet.append(dataclasses.replace(ex, trajectory=steps))
-    return scenes.contact_sheet(sheet, 1600, 100), numbers
+# ---- latents ------------------------------------------------------------------------------------
+
+
+def latents_per_example(config: train.Config, decoded: int):
+    """Fig. 2: how many latents training examples have, of the run's data or of every regime."""
+    vlm, numbers = VLM(config.model), {}
+    sources = {Path(config.data).name: config} if config.data else {
+        regime: replace(config, regime=regime) for regime in scenes.REGIMES}
+    figure, (axis,) = canvas(["Latents that a training example needs (Fig. 2)"])
+    for name, source in sources.items():
+        counts = []
+        for example in load_splits(replace(source, train_examples=200, test_per_task=1))[0][:200]:
+            texts = "".join(image.text for image in load_images(example, vlm.family)[1:])
+            ids = vlm.tokenizer(texts, add_special_tokens=False).input_ids
+            counts.append(ids.count(vlm.lm.config.image_token_id))
+        above = sum(one > decoded for one in counts) / len(counts)
+        numbers[name] = dict(median=statistics.median(counts), share_above_decoded=above)
+        axis.ecdf(counts, label=name, linewidth=2)
+    axis.axvline(decoded, color="black", linestyle="--", label=f"decoded at inference: {decoded}")
+    axis.set(xlabel="image tokens of the example's tool images", xlim=(0, None),
+             ylabel="share of examples with at most as many")
+    figure.legend(loc="outside lower center", ncols=3)
+    return figure, numbers
+
+
+def latents_decoded(folder: Path, pearl: float | None, tests: list[Example]):
+    """Fig. 3: accuracy of a recon run against the number of latents decoded, with Pearson's r to
+    its logarithm. pearl: Pearl's direct accuracy in %."""
+    config, vlm = config_of(folder, DEVICE), evaluate.load_model(folder, DEVICE)[0]
+    scale = reconstruction.load_scale(run.finished(folder)[1], vlm)
+    evaluator = evaluate.Evaluator(vlm, tests, config.answer_prefix)
+    counts, accuracy = [0, 1, 2, 4, 8, 16, 32, 64], []
+    for count in counts:
+        replies = reconstruction.answer(evaluator, scale, count)
+        right = [answers.says(reply["text"], ex.options, config.answer_prefix)
+                 == ex.options.index(ex.answer) for reply, ex in zip(replies, tests)]
+        accuracy.append(100 * sum(right) / len(tests))
+    # equal accuracies have no correlation
+    r = (statistics.correlation([math.log2(n) for n in counts[1:]], accuracy[1:])
+         if len(set(accuracy[1:])) > 1 else 0.0)
+    guessing = 100 * statistics.mean(1 / len(example.options) for example in tests)
+    figure, (axis,) = canvas(["Accuracy against latents decoded (Fig. 3)"])
+    axis.plot(accuracy, marker="o", label=f"reconstruction (r = {r:.2f})")
+    if pearl is not None:
+        axis.axhline(pearl, color="tab:orange", label="Pearl, direct")
+    axis.axhline(guessing, color="grey", linestyle="--", label="guessing")
+    axis.set_xticks(range(len(counts)), [str(count) for count in counts])
+    axis.set(xlabel="latents decoded", ylabel="accuracy, %", ylim=(0, 100))
+    axis.legend()
+    return figure, dict(accuracy=dict(zip(counts, accuracy)), pearson_r=r, r_squared=r * r,
+                        chance=guessing, trained_with=config.latents)
+
+
+# ---- embeddings ---------------------------------------------------------------------------------
+
+
+def embedding_maps(pairs: dict, examples: Sequence[Example], known: dict):
+    """Fig. 4: h^_R (crosses) and h_R (dots) of each system in two dimensions, coloured by group.
+
+    pairs: name -> (h^_R, h_R) of these examples; known: name -> probes.knowledge.
+    """
+    groups = probes.groups_of(examples)
+    titles = [f"{name}\nright h_R is the nearest: {known[name]['retrieval']:.1%} (chance "
+              f"{known[name]['retrieval_chance']:.1%})\nseparation of groups: h^_R "
+              f"{known[name]['h^_R']['separation']:.2f}, h_R {known[name]['h_R']['separation']:.2f}"
+              for name in pairs]
+    figure, axes = canvas(titles, columns=2, size=(6.4, 5.0))
+    for axis, pair in zip(axes, pairs.values()):
+        points = probes.tsne(F.normalize(torch.cat(pair), dim=1)).view(2, len(examples), 2)
+        for n, group in enumerate(dict.fromkeys(groups)):
+            rows = [i for i, other in enumerate(groups) if other == group]
+            for view, marker in zip(points[:, rows], "x."):
+                axis.scatter(*view.T.tolist(), marker=marker, s=34, color=f"C{n}",
+                             label=group if marker == "." else None)
+        axis.set(xticks=[], yticks=[], xlabel="t-SNE 1", ylabel="t-SNE 2")
+    for marker, name in (("x", "h^_R"), (".", "h_R")):
+        axes[0].scatter([], [], marker=marker, color="black", label=name)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=6)
+    return figure
+
+
+def neighbours(nearest: list[list[int]], examples: Sequence[Example], library: Sequence[Example]):
+    """Ten questions, their true tool outputs, and the training trajectories nearest to h^_R. A
+    caption is green where the answer is the question's own, else red."""
+    columns, cells = 2 + len(nearest[0]), []
+    for own, rows in list(zip(examples, nearest))[:10]:
+        cells += [(own.image, f"{own.task}: {own.question}", "black"),
+                  (own.images[-1], f"true tool output; answer: {own.answer}", "black")]
+        for rank, other in enumerate((library[i] for i in rows), start=1):
+            color = "tab:green" if other.answer == own.answer else "tab:red"
+            cells.append((other.images[-1], f"nearest {rank}: {other.texts[-1]}", color))
+    figure, axes = canvas([""] * len(cells), columns, size=(2.0, 2.3))
+    for axis, (picture, caption, color) in zip(axes, cells):
+        axis.imshow(opened(picture), interpolation="nearest")
+        axis.set_axis_off()
+        axis.set_title(textwrap.fill(caption, 26, max_lines=3), fontsize=9, color=color)
+    return figure
+
+
+def layers(rows: list[State], name: str):
+    """The answer's share above chance at each layer, one line for each position."""
+    figure, axes = canvas([f"{name}: states of R as the cosine sees them",
+                           f"{name}: with the mean of all states subtracted"], columns=2)
+    for axis, field in zip(axes, ("above_chance", "centred")):
+        for position in dict.fromkeys(row.position for row in rows):
+            line = [(row.layer, getattr(row, field)) for row in rows if row.position == position]
+            axis.plot(*zip(*line), marker="o", label=position)
+        axis.set(xlabel="layer (0: input of the first; last: behind the final norm)",
+                 ylabel="share that depends on the answer,\nabove chance")
+        axis.locator_params(axis="x", integer=True)
+        axis.legend(title="position")
+    return figure
 
 
 # ---- all of them --------------------------------------------------------------------------------
 
 
-def embedding_figures(runs: dict[str, Path], count: int, out: Path) -> dict:
-    """embeddings.png and neighbours.png, from the SFT and Pearl runs among these; their numbers."""
-    configs = {name: config_of(run) for name, run in runs.items()}
-    first = next(iter(configs.values()))
-    world = examples_of(first, "test", count)
-    pairs = {BASE: embeddings(None, first, world)}
-    for name in (name for name in runs if configs[name].method in ("sft", "pearl")):
-        pairs[name] = embeddings(runs[name], configs[name], world)
-        if configs[name].method == "pearl" and configs[name].target_encoder == "frozen":
-            pairs[name] = pairs[name][0], pairs[BASE][1]  # its targets are the starting model's
-    known = {name: what_it_knows(pair, world) for name, pair in pairs.items()}
-    few = min(len(world), 250)
-    figure_embeddings({name: (guess[:few], true[:few]) for name, (guess, true) in pairs.items()},
-                      world[:few], known).save(out / "embeddings.png")
-    numbers = {"what the embedding knows": known}
-    if pearl := next((name for name in pairs if name != BASE
-                      and configs[name].method == "pearl"), None):
-        library = examples_of(first, "train", count)
-        frozen = configs[pearl].target_encoder == "frozen"
-        _, targets = embeddings(None if frozen else runs[pearl], configs[pearl], library)
-        image, numbers["nearest trajectories"] = figure_neighbours(pairs[pearl], world, library,
-                                                                   targets)
-        image.save(out / "neighbours.png")
-    return numbers
+def embedding_figures(runs: dict[str, Path], configs: dict, tests: list[Example],
+                      library: Sequence[Example], out: Path) -> dict:
+    """embeddings.png and neighbours.png of all runs that learn trajectories; their numbers."""
+    start = train.parse_config(["--model", next(iter(configs.values())).model, "--device", DEVICE])
+    pairs, pearl = {BASE: probes.embeddings(None, start, tests)}, None
+    for name, config in configs.items():
+        method = config.method.removeprefix("tracked+")
+        if method not in ("recon", "direct", "both"):
+            pairs[name] = probes.embeddings(runs[name], config, tests)
+            pearl = pearl or (name if method != "sft" else None)
+    known = {name: probes.knowledge(pair, tests) for name, pair in pairs.items()}
+    few = {name: (pair[0][:250], pair[1][:250]) for name, pair in pairs.items()}
+    embedding_maps(few, tests[:250], known).savefig(out / "embeddings.png")
+    if not pearl:
+        return {"what the embedding knows": known}
+    _, targets = probes.embeddings(runs[pearl], configs[pearl], library)
+    nearest, numbers = probes.neighbours(pairs[pearl][0], targets, tests, library)
+    neighbours(nearest, tests, library).savefig(out / "neighbours.png")
+    return {"what the embedding knows": known, "nearest trajectories": numbers}
 
 
-def all_figures(runs: dict[str, Path], out: Path, per_family: int, count: int) -> None:
-    """The folder `out` with everything above. Raises ValueError for runs of several data."""
-    if out.exists():
-        raise FileExistsError(f"{out} exists already: choose another --out, nothing is overwritten")
-    configs = {name: config_of(run) for name, run in runs.items()}
-    if len({(config.data, config.data or config.regime) for config in configs.values()}) > 1:
-        raise ValueError(f"{', '.join(map(str, runs.values()))} were trained on several data sets "
-                         "or regimes: draw those of one at a time (--curves draws any)")
-    first = {config.method: name for name, config in reversed(configs.items())}
-    decoded = configs[first.get("recon", next(iter(runs)))].decode_latents
+def all_figures(folders: list[Path], out: Path, per_task: int) -> None:
+    """Fill the new folder `out`. Raises ValueError for runs of several data sets."""
+    names = [folder.name for folder in folders]
+    runs = {folder.name if names.count(folder.name) == 1 else str(folder): folder
+            for folder in folders}
+    configs = {name: config_of(folder, DEVICE) for name, folder in runs.items()}
+    if len({config.data or config.regime for config in configs.values()}) > 1:
+        raise ValueError(f"{', '.join(runs)} were trained on different data: draw the runs of one "
+                         "data set at a time (--curves draws any)")
+    first, config = {}, next(iter(configs.values()))
+    for name, other in configs.items():
+        first.setdefault(other.method.removeprefix("tracked+"), name)
+    learned, _, tests = load_splits(replace(config, test_per_task=per_task))
+    tests = [example for example in tests if len(example.images) > 1]
+    if len(tests) < probes.MINIMUM:
+        raise ValueError(f"{len(tests)} test questions have a trajectory with images, the figures "
+                         f"need {probes.MINIMUM}: add records with \"split\": \"test\"")
+    # in any order of tasks, so that every picture shows all of them
+    random.Random(0).shuffle(tests)
+    library, recon, pearl = list(learned[:1500]), first.get("recon"), None
+    if "pearl" in first:
+        results = read_json(runs[first["pearl"]] / "results.json")
+        pearl = 100 * overall(results["answers"])["direct"][0]
     numbers = {}
     with new_folder(out) as partial:
-        image, numbers["latents per example"] = figure_latents_per_example(
-            next(iter(configs.values())), decoded)
-        image.save(partial / "latents-per-example.png")
-        figure_curves(runs, ("valid",)).save(partial / "curves.png")
-        if image := figure_skill(runs):
-            image.save(partial / "skill.png")
-        if "recon" in first:
-            pearl = None
-            if "pearl" in first:
-                results = read_json(runs[first["pearl"]] / "results.json")
-                pearl = 100 * overall(results["answers"])["direct"][0]
-            image, numbers["latents decoded"] = figure_latents_decoded(runs[first["recon"]], pearl,
-                                                                       per_family)
-            image.save(partial / "latents-decoded.png")
-        numbers |= embedding_figures(runs, count, partial)
+        decoded = configs[recon].decode_latents if recon else 8
+        drawn = {"latents per example": latents_per_example(config, decoded)}
+        if recon:
+            drawn["latents decoded"] = latents_decoded(runs[recon], pearl, tests)
+        for name, (figure, numbers[name]) in drawn.items():
+            figure.savefig(partial / f"{name.replace(' ', '-')}.png")
+        curves(runs, ("valid",)).savefig(partial / "curves.png")
+        if figure := skill(runs):
+            figure.savefig(partial / "skill.png")
+        numbers |= embedding_figures(runs, configs, tests, library, partial)
         write_json(partial / "analyses.json", numbers)
-    print(json.dumps(numbers, indent=1))
-    print(f"pictures and analyses.json are in {out}")
-
-
-def new_picture(image: Image.Image, file: Path) -> None:
-    """Save a picture under a name that is not taken."""
-    if file.exists():
-        raise FileExistsError(f"{file} exists already: choose another name, nothing is overwritten")
-    image.save(file)
-    print(f"drew {file}")
+    print(f"{json.dumps(numbers, indent=1)}\npictures and analyses.json are in {out}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folders", nargs="*", type=Path, metavar="FOLDER",
-                        help="OUT/BASE/REGIME of a study, or run folders")
-    parser.add_argument("--out", type=Path, help="new folder; default: FOLDER/figures; with "
-                                                 "--curves a new file; default: curves.png")
-    parser.add_argument("--curves", nargs="+", type=Path, metavar="RUN",
-                        help="draw every logged name of these runs")
+    parser.add_argument("runs", nargs="*", type=Path, metavar="RUN")
+    parser.add_argument("--out", type=Path, help="new folder, or with --curves a new file")
+    parser.add_argument("--curves", nargs="+", type=Path, metavar="RUN", help="draw their logs")
     parser.add_argument("--views", type=Path, metavar="PNG", help="draw the picture of the views")
-    parser.add_argument("--per_family", type=int, default=100, help="test questions for Fig. 3")
-    parser.add_argument("--count", type=int, default=1200,
-                        help="test examples for embeddings, probes and neighbours")
+    parser.add_argument("--per_task", type=int, default=240, help="test questions of each task")
     args = parser.parse_args()
+    out = args.views or args.out
+    if not (args.views or args.curves or args.runs) or out is None:
+        parser.error("name RUN folders and --out, or --curves RUN and --out, or --views PNG")
+    refuse_existing(out)
     if args.views:
-        new_picture(views_picture(scenes.make_example("crop", "train", 1, 0)), args.views)
-    elif args.curves:
-        runs = {str(run): run for run in args.curves}
-        new_picture(figure_curves(runs), args.out or Path("curves.png"))
-    elif args.folders:
-        runs = named_runs(args.folders)
-        if not any((folder / "results.json").is_file() for folder in args.folders):  # a study's
-            runs = {name: runs[name] for name in (*STUDIED, "pearl current target")
-                    if name in runs} or runs
-        all_figures(runs, args.out or args.folders[0] / "figures", args.per_family, args.count)
+        ViewsPicture(scenes.make_example("crop", "train", 1, 0)).paint().save(out)
+        return
+    need_packages()
+    if args.curves:
+        curves({str(folder): folder for folder in args.curves}).savefig(out)
     else:
-        parser.error("name a folder of runs, or --curves RUN, or --views PNG")
+        all_figures(args.runs, out, args.per_task)
 
 
 if __name__ == "__main__":

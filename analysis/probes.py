@@ -1,87 +1,138 @@
-"""Statistics of embeddings: correlation, a map in two dimensions, separation of groups, probes.
+"""What do h^_R and h_R encode? Embeddings of a run's examples, linear probes, nearest neighbours.
 
-Letters: n examples, D hidden size.
+scikit-learn, an optional package, is imported only where it fits a probe or draws a map.
+Letters: n examples, D hidden size, K predictor tokens.
 """
 
-import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import evaluate
+import losses
+import train
+from analysis.states import passes, shares, targets_of
+from baselines.variants import EMA, Current
+from data import collate
+from model import VLM
+from predictor import Predictor
+from support.files import read_tensors
+from support.records import Example
+from support.run import finished
+from world.tools import CALL
 
-def pearson(xs: list[float], ys: list[float]) -> float:
-    x, y = (torch.tensor(v, dtype=torch.float64) - sum(v) / len(v) for v in (xs, ys))
-    return float((x @ y) / (x.norm() * y.norm()).clamp_min(1e-12))
-
-
-def neighbour_shares(points: Tensor, perplexity: float) -> Tensor:
-    """t-SNE's p_ij (n, n): how much each point takes each other for a neighbour, symmetric."""
-    n = len(points)
-    gaps = torch.cdist(points, points).square()
-    low, high = torch.zeros(n, 1), torch.full((n, 1), 1e4) / gaps.mean().clamp_min(1e-9)
-    diagonal = torch.eye(n, dtype=torch.bool)
-    for _ in range(50):  # bisection for the precision that gives each point the wanted perplexity
-        beta = (low + high) / 2
-        p = F.softmax((-beta * gaps).masked_fill(diagonal, -math.inf), dim=1)
-        wide = -(p * p.clamp_min(1e-30).log()).sum(dim=1, keepdim=True) > math.log(perplexity)
-        low, high = torch.where(wide, beta, low), torch.where(wide, high, beta)
-    return ((p + p.T) / (2 * n)).clamp_min(1e-12)
+# with fewer examples nothing can be fitted and tested
+MINIMUM = 6
 
 
-def tsne(points: Tensor, perplexity: float = 30.0, steps: int = 400) -> Tensor:
-    """Exact t-SNE (van der Maaten and Hinton, 2008), started from the first two principal
-    components: (n, D) -> (n, 2)."""
-    n, p = len(points), neighbour_shares(points, perplexity)
-    diagonal = torch.eye(n, dtype=torch.bool)
-    _, _, axes = torch.pca_lowrank(points - points.mean(0), q=2, niter=8)
-    y = (points - points.mean(0)) @ axes
-    y = 1e-2 * y / y.std()
-    speed = torch.zeros_like(y)
-    for step in range(steps):
-        near = 1 / (1 + torch.cdist(y, y).square()).masked_fill(diagonal, math.inf)
-        q = (near / near.sum()).clamp_min(1e-12)
-        pull = ((4 if step < 100 else 1) * p - q) * near
-        gradient = 4 * (pull.sum(dim=1, keepdim=True) * y - pull @ y)
-        speed = (0.5 if step < 100 else 0.8) * speed - n / 12 * gradient
-        y = y + speed
-    return y - y.mean(0)
+@torch.no_grad()
+def embeddings(folder: Path | None, config: train.Config,
+               examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
+    """(h^_R, h_R), (n, D) each, by a run; folder None: by the starting model of config.
 
-
-def separation(points: Tensor, groups: list[str]) -> float:
-    """Mean silhouette by cosine distance: 1 clusters far apart, 0 none (or one group), negative
-    mixed."""
-    names = sorted(set(groups))
-    if len(names) < 2:
-        return 0.0
-    unit = F.normalize(points, dim=1)
-    gaps = 1 - unit @ unit.T
-    member = torch.tensor([[g == name for name in names] for g in groups], dtype=gaps.dtype)
-    count = member.sum(0)  # (groups)
-    own = (gaps @ member * member).sum(1) / (member @ count - 1).clamp_min(1)
-    other = (gaps @ member / count).masked_fill(member.bool(), math.inf).min(1).values
-    return float(((other - own) / torch.maximum(other, own).clamp_min(1e-12)).mean())
-
-
-def classes(names: list[str]) -> Tensor:
-    """(n) the number of each name among the sorted ones."""
-    numbers = {name: n for n, name in enumerate(sorted(set(names)))}
-    return torch.tensor([numbers[name] for name in names])
-
-
-def probe(x: Tensor, y: Tensor, ridge: float = 1.0) -> float:
-    """Linear probe by ridge regression, fitted on the first two thirds, tested on the rest.
-
-    y (n) classes: accuracy. y (n, d) numbers: R^2.
+    h_R is by the model that the run predicts: the starting model if its target is frozen. A run
+    without [PRED] rows has K = 0: h^_R is the state of the last prompt token.
     """
-    cut = 2 * len(x) // 3
-    x = (x - x[:cut].mean(0)) / x[:cut].std(0).clamp_min(1e-6)
-    x = torch.cat([x, torch.ones(len(x), 1)], dim=1).double()
-    target = F.one_hot(y).double() if y.dim() == 1 else y.double()
-    damping = ridge * cut / 100 * torch.eye(x.shape[1]).double()
-    weight = torch.linalg.solve(x[:cut].T @ x[:cut] + damping, x[:cut].T @ target[:cut])
-    guess = x[cut:] @ weight
-    if y.dim() == 1:
-        return float((guess.argmax(1) == y[cut:]).float().mean())
-    error = (guess - target[cut:]).square().sum()
-    return float(1 - error / (target[cut:] - target[:cut].mean(0)).square().sum())
+    start = VLM(config.model, getattr(torch, config.dtype), config.min_pixels, config.max_pixels)
+    vlm, kind, rows = start.to(config.device), train.find_method(config.method), None
+    if folder:
+        vlm = evaluate.load_model(folder, config.device)[0]
+        file = finished(folder)[1] / Predictor.file_name
+        rows = read_tensors(file, config.device)[0]["pred_tokens"] if file.is_file() else None
+    config = replace(config, pred_tokens=0 if rows is None else len(rows))  # rows (K, D)
+    method, predictions = kind(vlm, config), []
+    for batch, images in passes(method, examples):
+        views = collate([example.views.input for example in batch], vlm.pad_id)
+        predictions.append(vlm(views, images, rows).embedding.float().cpu())
+    frozen = rows is not None and not issubclass(kind, (Current, EMA))
+    return torch.cat(predictions), targets_of(kind(start, config) if frozen else method, examples)
+
+
+def probe(h: Tensor, values: list[str] | Tensor) -> float:
+    """A linear probe of h (n, D), tested on held-out thirds: accuracy for n names, R^2 for numbers
+    (n, d)."""
+    from sklearn.linear_model import Ridge, RidgeClassifier
+    from sklearn.model_selection import KFold, cross_val_score
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    regression = Ridge if isinstance(values, Tensor) else RidgeClassifier
+    model = make_pipeline(StandardScaler(), regression(alpha=10.0))
+    folds = KFold(3, shuffle=True, random_state=0)
+    return float(cross_val_score(model, h.numpy(), values, cv=folds).mean())
+
+
+def separation(h: Tensor, groups: list[str]) -> float:
+    """Mean silhouette by cosine distance: 1 for distant clusters, 0 for none, negative if mixed."""
+    from sklearn.metrics import silhouette_score
+
+    if not 1 < len(set(groups)) < len(groups):
+        return 0.0
+    return float(silhouette_score(h.numpy(), groups, metric="cosine"))
+
+
+def tsne(h: Tensor) -> Tensor:
+    """A map in two dimensions by t-SNE: (n, D) -> (n, 2)."""
+    from sklearn.manifold import TSNE
+
+    model = TSNE(perplexity=min(30.0, (len(h) - 1) / 3), init="pca", random_state=0)
+    return torch.from_numpy(model.fit_transform(h.numpy()))
+
+
+def groups_of(examples: Sequence[Example]) -> list[str]:
+    """The task of each example, or, if there is one task, the answer; the rarest are "other"."""
+    tasks = [example.task for example in examples]
+    names = tasks if len(set(tasks)) > 1 else [example.answer for example in examples]
+    kept = [name for name, _ in Counter(names).most_common(9 if len(set(names)) > 10 else 10)]
+    return [name if name in kept else "other" for name in names]
+
+
+def knowledge(pair: tuple[Tensor, Tensor], examples: Sequence[Example]) -> dict:
+    """Probes, separation and retrieval of (h^_R, h_R).
+
+    The answer, and the numbers in the first call (R^2), are probed on the most frequent task;
+    `chance` is the share of its most frequent answer.
+    """
+    tasks, groups = [example.task for example in examples], groups_of(examples)
+    probed = Counter(tasks).most_common(1)[0][0]
+    rows = [n for n, task in enumerate(tasks) if task == probed]
+    answers = [examples[n].answer for n in rows]
+    calls = [CALL.search(examples[n].texts[0]) for n in rows]
+    places = [[float(x) for x in call[2].split()] for call in calls if call]
+    # every call must have as many numbers as the others
+    placed = len(places) == len(rows) and len(set(map(len, places))) == 1 and len(places[0]) > 0
+    found, enough = {}, len(rows) >= MINIMUM
+    for name, h in zip(("h^_R", "h_R"), pair):
+        found[name] = dict(separation=separation(h, groups))
+        if len(set(tasks)) > 1:
+            found[name]["task"] = probe(h, tasks)
+        if enough and len(set(answers)) > 1:
+            found[name]["answer"] = probe(h[rows], answers)
+        if enough and placed:
+            found[name]["place_r2"] = probe(h[rows], torch.tensor(places))
+    found["probed"] = dict(task=probed, examples=len(rows),
+                           chance=Counter(answers).most_common(1)[0][1] / len(rows))
+    found["shares of h_R"], gauges = shares(pair[1], examples), losses.collapse_gauges(*pair)
+    names = ("retrieval", "retrieval_chance", "r2", "effective_rank", "mean_cosine")
+    return found | {name: gauges[name] for name in names}
+
+
+def neighbours(prediction: Tensor, targets: Tensor, examples: Sequence[Example],
+               library: Sequence[Example]) -> tuple[list[list[int]], dict]:
+    """The four rows of targets (m, D) nearest to each h^_R (n, D) by cosine, and how often the
+    nearest has the right task, and the right task and answer. library: the m examples."""
+    scores = F.normalize(prediction, dim=1) @ F.normalize(targets, dim=1).T  # (n, m)
+    nearest = scores.topk(min(4, len(library))).indices.tolist()
+    numbers = {}
+    for name, fields in (("task", ("task",)), ("answer", ("task", "answer"))):
+        own, other = ([[getattr(example, field) for field in fields] for example in one]
+                      for one in (examples, library))
+        right = sum(one == other[first] for one, (first, *_) in zip(own, nearest)) / len(own)
+        chance = sum(other.count(one) for one in own) / (len(own) * len(other))
+        numbers[name] = dict(nearest=right, chance=chance)
+    return nearest, numbers

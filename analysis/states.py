@@ -1,185 +1,166 @@
-"""Which state of R is worth predicting? Every layer and position, measured before any training.
+"""States of the trajectory R: how to get them for many records, and what they reveal.
 
-    python analysis/targets.py --layers                                # shipped model: a minute
-    python analysis/targets.py --layers --model MODEL --data DIR --figure targets-layers.png
-    python analysis/targets.py --layers --text_model smollm2 --train_examples 200   # R's words
+Pearl predicts h_R, one state of R. The part of h_R that depends on the answer can teach answering;
+the part that all trajectories share, or all of a task, cannot. `shares` measures both.
 
-A state is a layer (as --target_layer counts: 0 what enters the first, -1 the last after the norm)
-and a position (--target_position). Its shares are those of targets.py; `centred`: with the mean
-over all trajectories taken off, which neither Pearl nor its cosine does: it may hide much.
-
-The recommendation is a rule, set before any run was trained on what it says, and follows from what
-L_JEPA can teach: of the states from the middle layer on that the hint of a collapse does not call
-nearly all alike, the one with the largest share that tells the answer, less the share of answers
-dealt anew; not centred, for the cosine sees what is common. If all are alike, of all of those; of
-two equal to three digits the later layer, then the earlier in the order end, word, words, image.
-Why from the middle on: before, a state is little more than its own word, and the last word is the
-answer's, so that to predict it would be to learn the bare answer. Somewhat that holds later, too:
-set --method both beside a recommended `word`. The rule does not know how well a state can be
+`recommended` chooses among the states that --method target_state offers, by a rule that was fixed
+before any run used it: of the layers from the middle on, and of the states that training would not
+call nearly alike (support/run.py; if it would for all, of all), the largest share that depends on
+the answer, above its share by chance; if equal, the later layer, then the earlier position in
+POSITIONS. Earlier layers hold hardly more than the token itself, and the last word is the answer:
+to predict it is to train on bare answers. This is partly so for the last word of later layers too:
+compare a recommended `word` with --method both. The rule does not know how well a state can be
 predicted from <I0, Q>.
+
+Letters: n records, B batch, T sequence, D hidden size.
 """
 
-import math
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 
 import losses
 import train
-from analysis.charts import Chart, beside
-from baselines.cures import mean_at, places
-from data import View, collate
-from model import VLM
+from baselines.variants import mean_at, positions, states_entering
+from data import TrainingExample, Trajectories
+from support.chat import Chat
+from support.features import EncodedImage
 from support.records import Example
-from support.run_folder import collapse_hint
+from support.run import collapse_hint, finished
 
 POSITIONS = ("end", "word", "words", "image")
 
 
-class State(NamedTuple):
-    """A row of the table. shares and centred: see `shares`."""
-
-    layer: int
-    position: str
-    shares: dict[str, float]
-    centred: dict[str, float]
-    # losses.collapse_gauges of all h_R with themselves
-    gauges: dict[str, float]
-
-    @property
-    def excess(self) -> float:
-        return excess(self.shares)
+def arm_of(run: Path) -> str:
+    """The name that all seeds of an experiment share: pearl_K=8-seed3 is "pearl K=8"."""
+    name, _, seed = run.name.rpartition("-seed")
+    return (name if seed.isdigit() else run.name).replace("_", " ")
 
 
-def excess(found: dict[str, float]) -> float:
-    """What tells the answer, beyond what small groups explain of anything."""
-    return found["answer"] - found["answer_by_chance"]
+def config_of(run: Path, device: str) -> train.Config:
+    """The options that a run was trained with, for one process on this device."""
+    saved, _ = finished(run)
+    kind = train.config_class(saved["method"])
+    # options of an older version are left out
+    known = {field.name: saved[field.name] for field in fields(kind) if field.name in saved}
+    return kind(**known | dict(device=device, shard=False, gradient_checkpointing=False))
 
 
-def shares(h: Tensor, world: list[Example]) -> dict[str, float]:
-    """What h (n, D) is made of: of the squared length of rows brought to length 1, the share of the
-    vector common to all, of what each family adds to it, of what each answer adds within its
-    family, and of the rest. The four add up to 1.
+# ---- states of many records ---------------------------------------------------------------------
 
-    answer_by_chance: the third with the answers dealt anew within each family; small groups always
-    explain a little.
+
+def passes(method: train.Pearl, records: Sequence[Example]
+           ) -> Iterator[tuple[list[TrainingExample], dict[str, EncodedImage]]]:
+    """The records in batches, in their order, with the features of their images."""
+    method.eval()
+    # not train.dataset: a method that learns bare answers has other records than these
+    views = partial(type(method).views, method.config)
+    chat = Chat(method.vlm.family, method.vlm.max_positions)
+    dataset = Trajectories(records, "", views, chat, method.encode_images.kept)
+    for rows in torch.arange(len(dataset)).split(method.config.batch):
+        (batch,) = dataset.passes(rows.tolist(), len(rows))
+        yield batch, method.encode_images([image for ex in batch for image in ex.images])
+
+
+@torch.no_grad()
+def targets_of(method: train.Pearl, records: Sequence[Example]) -> Tensor:
+    """h_R (n, D) by the method's own model, as the method defines it."""
+    return torch.cat([method.encode_target(method.vlm, batch, images).embedding.float().cpu()
+                      for batch, images in passes(method, records)])
+
+
+@torch.no_grad()
+def states_of(method: train.Pearl, records: Sequence[Example]) -> dict[tuple[int, str], Tensor]:
+    """(n, D) for each (layer, position). Layer 0 is what enters the first layer, the highest number
+    the state behind the final norm. "image" is left out if a record has no tool image."""
+    vlm, found = method.vlm, {}
+    for batch, images in passes(method, records):
+        with ExitStack() as stack:
+            layers = [stack.enter_context(states_entering(vlm, layer))
+                      for layer in range(len(vlm.lm.get_decoder().layers))]
+            encoded = method.encode_target(vlm, batch, images)
+        states = [*(kept[0] for kept in layers), encoded.states]
+        for position in POSITIONS:
+            where = positions(encoded.batch, vlm, position)
+            if where.any(dim=1).all():
+                add_means(found, states, position, where)
+    joined = {key: torch.cat(parts) for key, parts in found.items()}
+    return {key: h for key, h in joined.items() if len(h) == len(records)}
+
+
+def add_means(found: dict, states: Sequence[Tensor], position: str, where: Tensor) -> None:
+    """Append to found[layer, position] the means of states (B, T, D) over where (B, T)."""
+    for layer, state in enumerate(states):
+        found.setdefault((layer, position), []).append(mean_at(state.float(), where).cpu())
+
+
+# ---- what they reveal ---------------------------------------------------------------------------
+
+
+def shares(h: Tensor, records: Sequence) -> dict[str, float]:
+    """The parts of h (n, D), as shares of the squared length of rows of length 1. They add up to 1.
+
+    common: the mean of all rows. task: what the mean of each task adds. answer: what the mean of
+    each answer adds within its task. rest: what is left. Beside them answer_by_chance: the answer's
+    share with shuffled answers in each task, because small groups always explain a little.
     """
     h = F.normalize(h.double(), dim=1)
-    families = [ex.task for ex in world]
-    generator, dealt = torch.Generator().manual_seed(0), [""] * len(world)
-    for family in dict.fromkeys(families):  # in the data's order: the same draw in every run
-        rows = [i for i, f in enumerate(families) if f == family]
+    tasks = [record.task for record in records]
+    shuffled, generator = [""] * len(records), torch.Generator().manual_seed(0)
+    # in the order of the data, so that every run shuffles in the same way
+    for task in dict.fromkeys(tasks):
+        rows = [i for i, other in enumerate(tasks) if other == task]
         for i, j in zip(rows, torch.randperm(len(rows), generator=generator).tolist()):
-            dealt[i] = world[rows[j]].answer
+            shuffled[i] = records[rows[j]].answer
 
-    def left(groups: list) -> float:
-        """Mean squared distance from the mean of one's group."""
+    def unexplained(groups: list) -> float:
+        """Mean squared distance of a row from the mean of its group."""
         number = {group: n for n, group in enumerate(dict.fromkeys(groups))}
         member = F.one_hot(torch.tensor([number[group] for group in groups])).double()
         mean = member.T @ h / member.sum(0)[:, None]  # (groups, D)
         return float((h - member @ mean).square().sum(1).mean())
 
-    common, family = left([0] * len(world)), left(families)
-    answer = left([(ex.task, ex.answer) for ex in world])
-    return dict(common=1 - common, family=common - family, answer=family - answer, rest=answer,
-                answer_by_chance=family - left(list(zip(families, dealt))))
+    common, task = unexplained([0] * len(records)), unexplained(tasks)
+    answer = unexplained([(record.task, record.answer) for record in records])
+    chance = unexplained(list(zip(tasks, shuffled)))
+    return dict(common=1 - common, task=common - task, answer=task - answer, rest=answer,
+                answer_by_chance=task - chance)
 
 
-@torch.no_grad()
-def states_of(vlm: VLM, views: list[View], hidden, batch_size: int,
-              positions: tuple[str, ...]) -> dict[tuple[int, str], Tensor]:
-    """h_R (n, D) for every (layer, position). hidden: function from a batch to the states (B, T, D)
-    that enter each layer, and the last ones."""
-    found: dict[tuple[int, str], list[Tensor]] = {}
-    for start in range(0, len(views), batch_size):
-        batch = collate(views[start:start + batch_size], vlm.pad_id).to(vlm.device)
-        at = {position: places(batch, vlm, position) for position in positions}
-        for layer, states in enumerate(hidden(batch)):
-            for position in positions:
-                chosen = mean_at(states.float(), at[position]).cpu()
-                found.setdefault((layer, position), []).append(chosen)
-    return {key: torch.cat(parts) for key, parts in found.items()}
+class State(NamedTuple):
+    """What one layer and position reveals."""
+
+    layer: int
+    position: str
+    # `shares`, and losses.collapse_gauges of all h_R with themselves
+    numbers: dict[str, float]
+    # the share that depends on the answer, minus its share by chance; centred: the same with the
+    # mean of all rows subtracted
+    above_chance: float
+    centred: float
 
 
-def of_model(config: train.Config, world: list[Example]) -> dict[tuple[int, str], Tensor]:
-    vlm = VLM(config.model, getattr(torch, config.dtype)).to(config.device).eval()
-    examples = train.prepared(world, vlm, config)
-    whole = all(len(example.images) > 1 for example in world)
-    positions = POSITIONS if whole and config.target_view == "trajectory" else POSITIONS[:-1]
-
-    def hidden(batch) -> tuple[Tensor, ...]:
-        inputs = vlm.embed(batch, examples.store.encoded(batch.images))
-        return vlm.family.states(**inputs, use_cache=False, output_hidden_states=True).hidden_states
-
-    return states_of(vlm, [views.target for views in examples.views], hidden, config.batch,
-                     positions)
-
-
-def measured(states: dict[tuple[int, str], Tensor], world: list[Example]) -> list[State]:
+def measure(states: dict[tuple[int, str], Tensor], records: Sequence) -> list[State]:
     rows = []
     for (layer, position), h in states.items():
-        unit = F.normalize(h, dim=1)
-        gauges = losses.collapse_gauges(h, h)
-        rows.append(State(layer, position, shares(h, world), shares(unit - unit.mean(0), world),
-                          gauges))
+        unit, own = F.normalize(h, dim=1), shares(h, records)
+        centred = shares(unit - unit.mean(0), records)
+        rows.append(State(layer, position, own | losses.collapse_gauges(h, h),
+                          *(x["answer"] - x["answer_by_chance"] for x in (own, centred))))
     return rows
 
 
 def recommended(rows: list[State]) -> State:
-    """By the rule of this file's docstring."""
+    """By the rule at the top of this file."""
     middle = max(row.layer for row in rows) / 2
     late = [row for row in rows if row.layer >= middle]
-    apart = [row for row in late if not collapse_hint(row.gauges, "frozen", 10)]
-    return max(apart or late, key=lambda row: (round(row.excess, 3), row.layer,
-                                               -POSITIONS.index(row.position)))
-
-
-def table(rows: list[State]) -> str:
-    """Markdown; the recommended state in bold."""
-    best, last = recommended(rows), max(row.layer for row in rows)
-    lines = ["| layer | position | common | family | answer | by chance | mean cosine | rank | "
-             "centred: family | answer | by chance |", "|---" * 11 + "|"]
-    for row in rows:
-        layer = f"{row.layer} (-1)" if row.layer == last else f"{row.layer}"
-        cells = [layer, row.position, *(f"{row.shares[name]:.3f}" for name in
-                                        ("common", "family", "answer", "answer_by_chance")),
-                 f"{row.gauges['mean_cosine']:.3f}", f"{row.gauges['effective_rank']:.1f}",
-                 *(f"{row.centred[name]:.3f}" for name in ("family", "answer", "answer_by_chance"))]
-        cells = [f"**{cell}**" for cell in cells] if row is best else cells
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def said(rows: list[State], what: str) -> str:
-    best, last = recommended(rows), max(row.layer for row in rows)
-    layer = -1 if best.layer == last else best.layer
-    return (f"States of R, {what}: shares of their squared length\n\n{table(rows)}\n\n"
-            f"recommended before any training: --target_layer {layer} --target_position "
-            f"{best.position} (tells the answer: {best.excess:.3f} beyond chance)")
-
-
-def picture(rows: list[State], what: str) -> Image.Image:
-    """Beyond chance, what tells the answer: by layer, a line for a position; left as they are,
-    right centred."""
-    layers = sorted({row.layer for row in rows})
-    charts = []
-    for title, name in (("as L_JEPA sees it", "shares"), ("with the mean taken off", "centred")):
-        most = math.ceil(10 * max(0.01, *(excess(getattr(row, name)) for row in rows))) / 10
-        chart = Chart(f"{what}: {title}", "layer", "tells the answer, beyond chance",
-                      (0, layers[-1]), (0, most), size=(640, 400), legend=100)
-        chart.ticks({n: str(n) for n in layers if len(layers) < 12 or n % 5 == 0})
-        for position in dict.fromkeys(row.position for row in rows):
-            chart.line(position, [(row.layer, max(0.0, excess(getattr(row, name))))
-                                  for row in rows if row.position == position])
-        charts.append(chart.image)
-    return beside(charts, 2)
-
-
-def free_name(file: Path) -> None:
-    """Raises FileExistsError before the work is done."""
-    if file.exists():
-        raise FileExistsError(f"{file} exists already: choose another name, nothing is overwritten")
+    distinct = [row for row in late if not collapse_hint(row.numbers, frozen=True)]
+    return max(distinct or late, key=lambda row: (round(row.above_chance, 3), row.layer,
+                                                  -POSITIONS.index(row.position)))

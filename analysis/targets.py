@@ -1,117 +1,118 @@
-"""What does h_R tell? Before any training: what L_JEPA would teach, measured on the trajectories.
+"""Does h_R depend on the answer? A check before training: what L_JEPA would teach on your data.
 
-    python analysis/targets.py                               # shipped model: half a minute
+    python analysis/targets.py                               # the shipped model: half a minute
     python analysis/targets.py --model MODEL --data DIR      # yours; takes the options of train.py
-    python analysis/targets.py --layers                      # every layer and position of R, as a
-                                 table, and which to predict: the rule is in analysis/states.py
+    python analysis/targets.py --layers                      # every layer and position of R, and
+                                 which one to predict (the rule: analysis/states.py); a minute
       --figure PNG               the same as a picture, in a new file
-      --text_model smollm2       R's words read by a real language model (analysis/text_model.py)
-    python analysis/targets.py --runs RUN [RUN ...]          # what training has made of it, an arm
-                                 a line: of the validation trajectories, by the model that was kept
+      --text_model smollm2       a language model reads R's words instead (analysis/text_model.py)
+    python analysis/targets.py --runs RUN [RUN ...]          # after training: a line for each arm,
+                                 from its validation trajectories and its best model
 
-Pearl predicts h_R from image and question. What of it depends on the answer can teach answering;
-what is common to all trajectories, or to all of a family, cannot. RESULTS.md ("What h_R tells")
-shows what becomes of Pearl where h_R hardly tells the answer. Families and answers must repeat in
-the data: with an answer of its own for every record there is nothing to average, and
-answer_by_chance comes close to answer.
+The table has shares of the squared length of h_R: common to all trajectories, dependent on the
+task, on the answer within the task (and by chance, with shuffled answers), and the rest. If hardly
+anything depends on the answer, Pearl has nothing to teach (docs/RESULTS.md, "What h_R tells").
+Tasks and answers must repeat in the data: if every record has its own answer, there is nothing to
+average, and the share by chance comes close to the answer's.
 """
-
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # before any other `analysis`
 
 import argparse
 import statistics
+import sys
+from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # before any other `analysis`
 
 import torch
 
 import evaluate
 import losses
 import train
-from analysis import states, text_model
-from analysis.states import shares
-from analysis.study import named
+from analysis import figures, states, text_model
 from model import VLM
-from support import options, run_folder
+from support import options
 from support.files import read_json
 from support.processes import run_program
 from support.records import Example
-from world.loader import REGIMES, load_examples
+from support.splits import load_splits
+
+# the header and the digits of each column
+COLUMNS = dict(common=("common", 3), task=("task", 3), answer=("answer", 3),
+               answer_by_chance=("by chance", 3), rest=("rest", 3), mean_cosine=("mean cosine", 3),
+               effective_rank=("rank", 1), centred=("above chance, centred", 3),
+               ms=("ms per step", 0))
 
 
-def training(config: train.Config) -> list[Example]:
-    """The training examples; hardly a test question is drawn for them."""
-    return load_examples(replace(config, test_per_family=1))[0][:config.train_examples]
+def table(rows: dict[str, list[dict[str, float]]], bold: str = "") -> str:
+    """Markdown: one line for each name, with mean +/- standard deviation over its measurements."""
+    names = [name for name in COLUMNS if name in next(iter(rows.values()))[0]]
+    lines = ["| | " + " | ".join(COLUMNS[name][0] for name in names) + " |",
+             "|---" * (len(names) + 1) + "|"]
+    for title, measurements in rows.items():
+        cells = [title]
+        for name in names:
+            values, digits = [numbers[name] for numbers in measurements], COLUMNS[name][1]
+            spread = f" +/- {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+            cells.append(f"{statistics.mean(values):.{digits}f}{spread}")
+        cells = [f"**{cell}**" for cell in cells] if title == bold else cells
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
-def report(config: train.Config) -> str:
-    world = training(config)
-    vlm = VLM(config.model, getattr(torch, config.dtype)).to(config.device).eval()
-    examples, rows = train.prepared(world, vlm, config), list(range(len(world)))
-    train.cache_targets(vlm, examples, rows, config)
-    targets = torch.stack([examples.targets[row] for row in rows])
-    found, gauges = shares(targets, world), losses.collapse_gauges(targets, targets)
-    return (f"h_R of {config.model} on {len(world)} trajectories of "
-            f"{config.data or config.regime}, shares of its squared length:\n"
-            f"  {found['common']:.3f} is common to all\n"
-            f"  {found['family']:.3f} tells the family\n"
-            f"  {found['answer']:.3f} tells the answer within the family "
-            f"({found['answer_by_chance']:.3f} with answers dealt anew)\n"
-            f"  {found['rest']:.3f} tells something else\n"
-            f"mean cosine of two h_R {gauges['mean_cosine']:.3f}, effective rank "
-            f"{gauges['effective_rank']:.1f}")
+def numbers_of(method: train.Pearl, examples: Sequence[Example]) -> dict[str, float]:
+    h = states.targets_of(method, examples)
+    return states.shares(h, examples) | losses.collapse_gauges(h, h)
 
 
-def layers_report(config: train.Config, name: str, figure: Path | None) -> str:
-    """The table of states and what is recommended. name: a language model's, or empty."""
+def starting_method(config: train.Config) -> train.Pearl:
+    vlm = VLM(config.model, getattr(torch, config.dtype), config.min_pixels, config.max_pixels)
+    return train.find_method(config.method)(vlm, config)
+
+
+def report(config: train.Config, all_layers: bool, text_name: str, figure: Path | None) -> str:
+    """h_R before training, or all states. text_name: the name of a language model, or empty."""
+    examples = load_splits(replace(config, test_per_task=1))[0][:config.train_examples]
+    read_by = f"read by {text_name or config.model}, {len(examples)} trajectories of "
+    read_by += f"{config.data or config.regime}"
+    if not all_layers:
+        return f"h_R {read_by}\n\n{table({'h_R': [numbers_of(starting_method(config), examples)]})}"
+    if text_name:
+        found = text_model.states_of_words(text_name, examples, config.batch)
+    else:
+        found = states.states_of(starting_method(config), examples)
+    rows = states.measure(found, examples)
     if figure:
-        states.free_name(figure)
-    world = training(config)
-    found = (text_model.of_words(name, world, config.batch) if name
-             else states.of_model(config, world))
-    rows = states.measured(found, world)
-    who = f"the words read by {name}" if name else f"of {config.model}"
-    if figure:
-        states.picture(rows, Path(name or config.model).name).save(figure)
-    return states.said(rows, f"{who}, {len(world)} trajectories of {config.data or config.regime}")
+        figures.layers(rows, Path(text_name or config.model).name).savefig(figure)
+    return f"States of R {read_by}\n\n{layers_report(rows)}"
 
 
-@torch.no_grad()
-def of_run(run: Path, device: str) -> dict[str, float]:
-    """h_R by a finished run's own model: shares, gauges, and the ms of a step with all it waits
-    for."""
-    vlm, settings, _ = evaluate.load_run(run, device)
-    config = train.Config(**settings)
-    world = load_examples(config)[1]
-    # LoRA is merged into the weights, so what was the starting model is now the trained one
-    examples = train.prepared(world, vlm, config)
-    train.cache_targets(vlm, examples, list(range(len(world))), config)
-    h = torch.stack([examples.targets[row] for row in range(len(world))])
-    ms = 1000 * read_json(run / "results.json")["train_seconds"] / config.steps
-    return shares(h, world) | losses.collapse_gauges(h, h) | dict(ms=ms)
+def layers_report(rows: list[states.State]) -> str:
+    last, best = max(row.layer for row in rows), states.recommended(rows)
+
+    def title(row: states.State) -> str:
+        return f"layer {row.layer}{' (-1)' if row.layer == last else ''}, {row.position}"
+
+    lines = {title(row): [row.numbers | dict(centred=row.centred)] for row in rows}
+    layer = -1 if best.layer == last else best.layer
+    return (f"{table(lines, title(best))}\n\nrecommended before any training: --method "
+            f"target_state --target_layer {layer} --target_position {best.position} (its share "
+            f"that depends on the answer is {best.above_chance:.3f} above chance)")
 
 
 def runs_report(runs: list[Path], device: str) -> str:
-    """Mean +/- std over the seeds of each arm. A study's folder names its arms."""
-    configs = {str(run): run_folder.finished(run)[0] for run in runs}
-    arm_of = named(configs)
-    columns = dict(mean_cosine="mean cosine", effective_rank="effective rank", common="common",
-                   family="family", answer="answer", answer_by_chance="by chance", ms="ms a step")
-    lines = [f"| arm | seeds | {' | '.join(columns.values())} |", "|---" * 9 + "|"]
-    found: dict[str, list[dict]] = {}
-    for run in configs:
-        found.setdefault(arm_of[run], []).append(of_run(Path(run), device))
-    for arm, seeds in found.items():
-        cells = []
-        for name in columns:
-            values = [seed[name] for seed in seeds]
-            digits = 0 if name == "ms" else 1 if name == "effective_rank" else 3
-            spread = f" +/- {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-            cells.append(f"{statistics.mean(values):.{digits}f}{spread}")
-        lines.append(f"| {arm} | {len(seeds)} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    """h_R of the validation trajectories, read by each run's best model."""
+    arms: dict[str, list[dict]] = {}
+    for run in runs:
+        config, vlm = states.config_of(run, device), evaluate.load_model(run, device)[0]
+        examples = load_splits(replace(config, test_per_task=1))[1]
+        # the new LoRA layers are zero, so the method's model is the trained one
+        numbers = numbers_of(train.find_method(config.method)(vlm, config), examples)
+        # validations included
+        ms = 1000 * read_json(run / "results.json")["train_seconds"] / config.steps
+        arms.setdefault(states.arm_of(run), []).append(numbers | dict(ms=ms))
+    return table(arms)
 
 
 def main() -> None:
@@ -120,14 +121,16 @@ def main() -> None:
     parser.add_argument("--text_model", default="")
     parser.add_argument("--figure", type=Path)
     parser.add_argument("--runs", type=Path, nargs="+")
-    own, rest = parser.parse_known_args([options.underscored(word) for word in sys.argv[1:]])
-    config = options.parse_config(rest, __doc__, regime=tuple(REGIMES))
+    own, rest = parser.parse_known_args()
+    kind = train.config_class(options.value_of("method", rest, "pearl"))
+    config = options.parse(kind, rest, __doc__)
     if not own.layers and (own.text_model or own.figure):
-        raise ValueError("--text_model and --figure belong to --layers: write --layers too")
-    if own.runs:
-        print(runs_report(own.runs, config.device))
-        return
-    print(layers_report(config, own.text_model, own.figure) if own.layers else report(config))
+        raise ValueError("--text_model and --figure need --layers: add it")
+    if own.figure:
+        figures.need_packages()
+        figures.refuse_existing(own.figure)
+    print(runs_report(own.runs, config.device) if own.runs
+          else report(config, own.layers, own.text_model, own.figure))
 
 
 if __name__ == "__main__":

