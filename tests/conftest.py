@@ -52,6 +52,12 @@ def mixed():
     return loader.examples("mixed", "train", 10, seed=3)
 
 
+@pytest.fixture(scope="session")
+def batch3(loaded64, mixed):
+    """Three records as Pearl's step gets them; their views have three lengths."""
+    return build(copy.deepcopy(loaded64), "pearl", mixed[:3])[1]
+
+
 def build(vlm, name, examples, **options):
     """--method `name` on these records in float64, away from its zero starts, and their batch."""
     torch.manual_seed(0)
@@ -64,6 +70,7 @@ def build(vlm, name, examples, **options):
 
 def stirred(module, std=0.05):
     """Trained weights that start from zero (LoRA's B) would hide half of all gradients."""
+    torch.manual_seed(1)
     for p in module.parameters():
         if p.requires_grad and not p.any():
             torch.nn.init.normal_(p, std=std)
