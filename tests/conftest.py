@@ -77,6 +77,15 @@ def stirred(module, std=0.05):
     return module
 
 
+def moved(module, size=0.02):
+    """All that trains, away from where it was."""
+    with torch.no_grad():
+        for p in module.parameters():
+            if p.requires_grad:
+                p += size * torch.randn_like(p)
+    return module
+
+
 def gradients(loss, module):
     """The gradient of each trained weight, by name; zeros where none arrives."""
     names, weights = zip(*((n, p) for n, p in module.named_parameters() if p.requires_grad))

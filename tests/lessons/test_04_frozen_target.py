@@ -4,7 +4,7 @@ made once and then looked up."""
 import pytest
 import torch
 
-from conftest import build, stirred
+from conftest import build, moved, stirred
 from support.lora import lora_layers
 
 
@@ -29,15 +29,6 @@ def target(method, batch):
 
 def close(one, other):
     return torch.allclose(one, other, rtol=1e-5, atol=1e-5)
-
-
-def moved(module):
-    """All that trains, away from where it was."""
-    with torch.no_grad():
-        for p in module.parameters():
-            if p.requires_grad:
-                p += 0.02 * torch.randn_like(p)
-    return module
 
 
 WAYS = [dict(), dict(lora_rank=0), dict(train_vision=True), dict(train_vision=True, lora_rank=0)]
