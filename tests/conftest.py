@@ -88,7 +88,8 @@ def moved(module, size=0.02):
 
 def gradients(loss, module):
     """The gradient of each trained weight, by name; zeros where none arrives."""
-    names, weights = zip(*((n, p) for n, p in module.named_parameters() if p.requires_grad))
+    names, weights = zip(*((n, p) for n, p in module.named_parameters()
+                           if p.requires_grad and p.numel()))
     grads = torch.autograd.grad(loss, weights, retain_graph=True, allow_unused=True)
     return {n: torch.zeros_like(p) if g is None else g for n, p, g in zip(names, weights, grads)}
 
