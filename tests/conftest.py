@@ -20,7 +20,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+import losses  # noqa: E402
 import train  # noqa: E402
+from data import collate  # noqa: E402
 from model import VLM  # noqa: E402
 from world import loader  # noqa: E402
 
@@ -66,6 +68,26 @@ def build(vlm, name, examples, **options):
     dataset = train.dataset(method, examples, "train")
     method.prepare([dataset])
     return method, dataset.passes(list(range(len(dataset))), len(dataset))[0]
+
+
+def images_of(method, batch):
+    return method.encode_images([image for example in batch for image in example.images])
+
+
+def embeddings(method, batch, view, rows=None):
+    """The embeddings of the full (0), input (1) or target (2) views, in a pass of their own."""
+    views = collate([example.views[view] for example in batch], method.vlm.pad_id)
+    return method.vlm(views, images_of(method, batch), rows).embedding
+
+
+def terms_of(method, batch):
+    """The terms of a step with their graphs, by name."""
+    terms, real = {}, losses.Losses.of
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(losses.Losses, "of", lambda total, pair, **parts: terms.update(
+            parts, loss=total) or real(total, pair, **parts))
+        method(batch)
+    return terms
 
 
 def stirred(module, std=0.05):

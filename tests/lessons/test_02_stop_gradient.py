@@ -8,7 +8,7 @@ from torch import nn
 
 import losses
 from baselines.variants import Current
-from conftest import assert_close, build, gradients
+from conftest import assert_close, build, gradients, images_of, terms_of
 from predictor import LatentPredictor
 
 
@@ -54,19 +54,9 @@ def test_eq3_flows_to_the_states_before_supervised_tokens():
 # ---- the whole step -----------------------------------------------------------------------------
 
 
-def step(vlm, examples, name="pearl", **options):
-    """The step's terms with their graphs, by name."""
-    method, batch = build(vlm, name, examples, **options)
-    terms, real = {}, losses.Losses.of
-
-    def keep(total, pair, **parts):
-        terms.update(parts, loss=total)
-        return real(total, pair, **parts)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(losses.Losses, "of", keep)
-        method(batch)
-    return method, batch, terms
+def step(vlm, examples, name="pearl"):
+    method, batch = build(vlm, name, examples)
+    return method, batch, terms_of(method, batch)
 
 
 def touched(loss, method):
@@ -125,7 +115,7 @@ def test_without_detach_the_target_would_move(vlm64, mixed, monkeypatch):
 
     def jepa_gradient():
         method.__class__ = WithGraph
-        images = method.encode_images([image for ex in batch for image in ex.images])
+        images = images_of(method, batch)
         _, prediction = method.encode_views(batch, images)
         target = method.target(batch, images).embedding
         assert target.requires_grad
@@ -140,5 +130,4 @@ def test_without_detach_the_target_would_move(vlm64, mixed, monkeypatch):
 @pytest.mark.parametrize("name, graph", [("pearl", False), ("current", False), ("vicreg", True)])
 def test_the_target_has_a_graph_only_where_a_term_needs_it(vlm64, mixed, name, graph):
     method, batch = build(vlm64, name, mixed[:2])
-    images = method.encode_images([image for ex in batch for image in ex.images])
-    assert method.target(batch, images).embedding.requires_grad == graph
+    assert method.target(batch, images_of(method, batch)).embedding.requires_grad == graph

@@ -4,7 +4,7 @@ made once and then looked up."""
 import pytest
 import torch
 
-from conftest import build, moved, stirred
+from conftest import build, images_of, moved, stirred
 from support.lora import lora_layers
 
 
@@ -23,8 +23,7 @@ def naive_targets(vlm, batch):
 
 
 def target(method, batch):
-    images = method.encode_images([image for example in batch for image in example.images])
-    return method.target(batch, images).embedding
+    return method.target(batch, images_of(method, batch)).embedding
 
 
 def close(one, other):
