@@ -1,3 +1,9 @@
+"""What all tests share: the shipped model, a few records, and a method built on both.
+
+Models are float64, so that two ways to the same number agree in all digits that count. The norms
+of transformers compute in float32, so states agree to about seven digits.
+"""
+
 import copy
 import os
 import runpy
@@ -5,30 +11,33 @@ import signal
 import sys
 from pathlib import Path
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing in the tests may reach for the network
-# here and in the runs that tests start: bit for bit holds for one number of threads, and several
-# wait for each other longer than they compute on models as small as these
+# nothing in the tests may reach for the network
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# bit for bit holds for one number of threads; several only wait on a model as small as this
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+import losses  # noqa: E402
+import train  # noqa: E402
+from data import collate  # noqa: E402
 from model import VLM  # noqa: E402
-from support.options import TINY, Config  # noqa: E402
-from world import scenes  # noqa: E402
+from world import loader  # noqa: E402
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+TINY = train.Config().model
 
 
 @pytest.fixture(scope="session")
 def loaded64():
-    return VLM(TINY, dtype=torch.float64)
+    return VLM(TINY, torch.float64).eval()
 
 
 @pytest.fixture
 def vlm64(loaded64):
-    """The shipped model in float64, fresh for each test: to copy it takes less than to load it."""
+    """The shipped model in float64, fresh for each test: a copy takes less time than loading."""
     torch.manual_seed(0)
     return copy.deepcopy(loaded64)
 
@@ -41,21 +50,84 @@ def shipped():
 
 @pytest.fixture(scope="session")
 def mixed():
-    """Ten training examples, two of each tool."""
-    return scenes.make_world("mixed", "train", 10, seed=3)
+    """Ten training records with one tool image each, of all four tools."""
+    return loader.examples("mixed", "train", 10, seed=3)
 
 
-@pytest.fixture
-def config(tmp_path):
-    """A run small enough for a test, with the paper's target: h_R of the current model."""
-    return Config(regime="mixed", target_encoder="current", device="cpu", steps=4, batch=4,
-                  out=str(tmp_path / "run"), train_examples=12, valid_examples=5,
-                  test_per_family=2, eval_every=2, log_every=1, lora_rank=4, lora_alpha=8.0)
+@pytest.fixture(scope="session")
+def batch3(loaded64, mixed):
+    """Three records as Pearl's step gets them; their views have three lengths."""
+    return build(copy.deepcopy(loaded64), "pearl", mixed[:3])[1]
+
+
+def build(vlm, name, examples, **options):
+    """--method `name` on these records in float64, away from its zero starts, and their batch."""
+    torch.manual_seed(0)
+    config = train.config_class(name)(**dict(method=name, device="cpu", lora_rank=4) | options)
+    method = stirred(train.find_method(name)(vlm, config).double())
+    dataset = train.dataset(method, examples, "train")
+    method.prepare([dataset])
+    return method, dataset.passes(list(range(len(dataset))), len(dataset))[0]
+
+
+def images_of(method, batch):
+    return method.encode_images([image for example in batch for image in example.images])
+
+
+def embeddings(method, batch, view, rows=None):
+    """The embeddings of the full (0), input (1) or target (2) views, in a pass of their own."""
+    views = collate([example.views[view] for example in batch], method.vlm.pad_id)
+    return method.vlm(views, images_of(method, batch), rows).embedding
+
+
+def terms_of(method, batch):
+    """The terms of a step with their graphs, by name."""
+    terms, real = {}, losses.Losses.of
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(losses.Losses, "of", lambda total, pair, **parts: terms.update(
+            parts, loss=total) or real(total, pair, **parts))
+        method(batch)
+    return terms
+
+
+def stirred(module, std=0.05):
+    """Trained weights that start from zero (LoRA's B) would hide half of all gradients."""
+    torch.manual_seed(1)
+    for p in module.parameters():
+        if p.requires_grad and not p.any():
+            torch.nn.init.normal_(p, std=std)
+    return module
+
+
+def moved(module, size=0.02):
+    """All that trains, away from where it was."""
+    with torch.no_grad():
+        for p in module.parameters():
+            if p.requires_grad:
+                p += size * torch.randn_like(p)
+    return module
+
+
+def gradients(loss, module):
+    """The gradient of each trained weight, by name; zeros where none arrives."""
+    names, weights = zip(*((n, p) for n, p in module.named_parameters()
+                           if p.requires_grad and p.numel()))
+    grads = torch.autograd.grad(loss, weights, retain_graph=True, allow_unused=True)
+    return {n: torch.zeros_like(p) if g is None else g for n, p, g in zip(names, weights, grads)}
+
+
+def assert_close(one, other, digits=5):
+    """Dicts of tensors are equal, to so many digits of the largest entry of each."""
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        size = float(other[name].abs().max())
+        torch.testing.assert_close(value, other[name], rtol=0, atol=size * 10.0 ** -digits + 1e-12,
+                                   msg=lambda text, name=name: f"{name}: {text}")
 
 
 @pytest.fixture
 def as_program(monkeypatch):
-    """`python FILE ARGS` without a process of its own; SystemExit has what it ends with."""
+    """`python FILE ARGS` without a process of its own; SystemExit has its exit status."""
     def run(file, *args):
         monkeypatch.setattr(sys, "argv", [str(file), *map(str, args)])
         runpy.run_path(str(file), run_name="__main__")

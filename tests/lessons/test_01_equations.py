@@ -1,0 +1,140 @@
+"""Claims: each equation equals plain loops, in value and in gradient; so do the latent predictor,
+the gauges of a collapse and the log's averages.
+
+Letters: B batch, T sequence, D hidden size, V vocabulary.
+"""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import losses
+from predictor import LatentPredictor, Predictor
+
+B, T, D, V = 3, 6, 5, 7
+# where a token is supervised
+TARGETS = torch.tensor([[0, 1, 1, 1, 0, 0], [0, 0, 1, 0, 1, 1], [1, 0, 0, 0, 0, 1]]).bool()
+
+
+def rand(*shape):
+    return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+
+
+def same(value, naive, *leaves):
+    """Equal values and equal gradients at the leaves."""
+    torch.testing.assert_close(value, naive)
+    grads = [torch.autograd.grad(x, leaves, retain_graph=True) for x in (value, naive)]
+    for one, other in zip(*grads):
+        torch.testing.assert_close(one, other)
+
+
+def naive_distance(a, b, name):
+    """One pair of vectors."""
+    if name == "cosine":
+        dot = sum(x * y for x, y in zip(a, b))
+        return 1 - dot / (sum(x * x for x in a).sqrt() * sum(y * y for y in b).sqrt())
+    if name == "l2":
+        return sum((x - y) ** 2 for x, y in zip(a, b)).sqrt()
+    if name == "mse":
+        return sum((x - y) ** 2 for x, y in zip(a, b)) / len(a)
+    gaps = [abs(x - y) for x, y in zip(a, b)]
+    return sum(0.5 * gap * gap if gap < 1 else gap - 0.5 for gap in gaps) / len(a)
+
+
+def test_eq3_is_the_mean_over_supervised_tokens():
+    states, weight, seen = rand(B, T, D), rand(V, D), []
+    labels = torch.where(TARGETS, torch.randint(0, V, (B, T)), -100)
+    value = losses.vlm_loss(states, labels, lambda h: seen.append(len(h)) or h @ weight.T)
+    terms = []
+    for b in range(B):
+        for t in range(1, T):
+            if labels[b, t] != -100:
+                logits = weight @ states[b, t - 1]
+                terms.append(torch.logsumexp(logits, 0) - logits[labels[b, t]])
+    same(value, sum(terms) / len(terms), states, weight)
+    # the head runs on the states before supervised tokens, and on no other
+    assert seen == [len(terms)]
+
+
+def test_eq3_takes_the_logarithm_in_float32():
+    for dtype, expected in ((torch.bfloat16, torch.float32), (torch.float16, torch.float32),
+                            (torch.float32, torch.float32), (torch.float64, torch.float64)):
+        value = losses.vlm_loss(rand(B, T, D), torch.where(TARGETS, 1, -100),
+                                lambda h, dtype=dtype: torch.zeros(len(h), V, dtype=dtype))
+        assert value.dtype == expected
+
+
+@pytest.mark.parametrize("name", ["cosine", "smoothl1", "mse", "l2"])
+def test_eq1_and_the_rivals_loss_are_means_of_distances(name):
+    prediction, target = rand(B, D), 2 * rand(B, D)
+    naive = sum(naive_distance(p, t.detach(), name) for p, t in zip(prediction, target)) / B
+    same(losses.jepa_loss(prediction, target, name), naive, prediction)
+    same(losses.reconstruction_loss(prediction, target, name), naive, prediction)
+
+
+def test_the_distances_by_default_and_by_an_unknown_name():
+    prediction, target = rand(B, D), rand(B, D)
+    assert losses.jepa_loss(prediction, target) == losses.jepa_loss(prediction, target, "cosine")
+    assert (losses.reconstruction_loss(prediction, target)
+            == losses.reconstruction_loss(prediction, target, "mse"))
+    with pytest.raises(ValueError, match="'euclid': choose cosine, smoothl1, mse or l2"):
+        losses.distance(prediction, target, "euclid")
+
+
+@pytest.mark.parametrize("horizon, sees_next", [(1, True), (2, True), (3, False), (5, True)])
+def test_eq2_predicts_each_state_from_the_one_before(horizon, sees_next):
+    states, embeddings = rand(B, T, D), rand(B, T, D).detach()
+    latent = LatentPredictor(D, sees_next).double()
+    nn.init.normal_(latent.mlp[-1].weight, std=0.5)
+    naive = torch.zeros((), dtype=torch.float64)
+    for i in range(1, horizon + 1):
+        terms = []
+        for b in range(B):
+            for t in range(T - i):
+                # t+1 .. t+i are all supervised
+                if TARGETS[b, t + 1:t + i + 1].all():
+                    forecast = states[b, t]
+                    for j in range(1, i + 1):
+                        forecast = naive_latent(latent, forecast, embeddings[b, t + j])
+                    terms.append(naive_distance(forecast, states[b, t + i].detach(), "smoothl1"))
+        # no text here has four supervised tokens in a row
+        assert bool(terms) == (i < 4)
+        naive = naive + sum(terms) / max(1, len(terms)) / horizon
+    value = losses.nextlat_loss(states, latent.forecasts(states, embeddings, TARGETS, horizon))
+    same(value, naive, states, *latent.parameters())
+
+
+def naive_latent(latent, state, embedding):
+    """h + MLP(LayerNorm([h ; e])), with GELU written out."""
+    x = torch.cat([state, embedding]) if latent.sees_next else state
+    norm, *layers = latent.mlp
+    x = (x - x.mean()) / ((x - x.mean()).square().mean() + norm.eps).sqrt()
+    x = x * norm.weight + norm.bias
+    for layer in layers:
+        x = (layer.weight @ x + layer.bias if isinstance(layer, nn.Linear)
+             else x * (1 + torch.erf(x / math.sqrt(2))) / 2)
+    return state + x
+
+
+def test_the_predictor_starts_from_no_change_and_from_the_end_of_turn():
+    latent, state, start = LatentPredictor(D), torch.randn(2, D), torch.randn(900).bfloat16()
+    assert torch.equal(latent(state, state + 1), state)
+    rows = Predictor(900, 3, start).pred_tokens
+    # the start with a tenth of noise, different in each row
+    assert rows.dtype == torch.float32 and len(rows.unique(dim=0)) == 3
+    noise = (rows - start.float()).square().mean(dim=1) / start.float().square().mean()
+    torch.testing.assert_close(noise.sqrt(), torch.full((3,), 0.1), rtol=0.1, atol=0)
+    assert Predictor(900, 0, start).pred_tokens.shape == (0, 900)
+
+
+def test_eq4_weighs_both_latent_terms():
+    vlm, jepa, nextlat = (torch.tensor(v, requires_grad=True) for v in (2.0, 3.0, 5.0))
+    total = losses.pearl_loss(vlm, jepa, nextlat, 0.2)
+    total.backward()
+    assert total.item() == pytest.approx(2 + 0.2 * (3 + 5))
+    assert [x.grad.item() for x in (vlm, jepa, nextlat)] == pytest.approx([1, 0.2, 0.2])
+    result = losses.Losses.of(total, (vlm, jepa), nextlat=nextlat)
+    assert result.total is total and dict(result.parts) == dict(loss=total, nextlat=nextlat)
+    assert not any(x.requires_grad for x in (*result.parts.values(), *result.pair))

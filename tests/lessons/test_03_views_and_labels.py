@@ -1,0 +1,133 @@
+"""Claims: the three views of a record, token by token; labels are right where a text repeats; the
+positions of [PRED]; views equal one rendering of the whole conversation; what cannot be trained on
+is refused."""
+
+from dataclasses import replace
+from itertools import groupby
+
+import pytest
+from PIL import Image
+
+import data
+from support.chat import Chat
+from support.features import load_images
+from support.records import Example
+
+EXAMPLE = Example("7", "zoom", Image.new("RGB", (128, 128), "red"), "Which digit is on the red disc?",
+                  ["seven", "two"], "seven",
+                  ["Zoom in on the red disc. [crop 12 30 28 46]", Image.new("RGB", (32, 32)),
+                   "The digit is seven. Answer: seven"])
+# <I0, Q> and the generation prompt
+PROMPT = ("<|im_start|>user\n<|vision_start|>" + 16 * "<|image_pad|>" + "<|vision_end|>"
+          "Which digit is on the red disc?<|im_end|>\n<|im_start|>assistant\n")
+# between the turns of R: a line break, the crop in a turn of the user, the next generation prompt
+BETWEEN = ("\n<|im_start|>user\n<|vision_start|>" + 4 * "<|image_pad|>" + "<|vision_end|>"
+           "<|im_end|>\n<|im_start|>assistant\n")
+
+
+@pytest.fixture(scope="module")
+def chat(shipped):
+    return Chat(shipped.family, shipped.max_positions)
+
+
+def views_of(chat, example, pred_tokens=2):
+    return data.make_views(chat, example, load_images(example, chat.family), pred_tokens)
+
+
+def pieces(chat, view):
+    """(supervised, text) of each stretch of tokens."""
+    marked = groupby(zip(view.ids, view.labels), key=lambda pair: pair[1] != -100)
+    return [(learned, chat.tokenizer.decode([token for token, _ in pairs]))
+            for learned, pairs in marked]
+
+
+def test_the_full_view(chat):
+    view = views_of(chat, EXAMPLE).full
+    assert pieces(chat, view) == [
+        (False, PROMPT), (True, "Zoom in on the red disc. [crop 12 30 28 46]<|im_end|>"),
+        (False, BETWEEN), (True, "The digit is seven. Answer: seven<|im_end|>")]
+    # token by token: a label is the token itself
+    assert all(label in (token, -100) for token, label in zip(view.ids, view.labels))
+    learned = [label for label in view.labels if label != -100]
+    assert chat.tokenizer.convert_ids_to_tokens(learned) == (
+        "Zoom Ġin Ġon Ġthe Ġred Ġdisc . Ġ[ crop Ġ12 Ġ30 Ġ28 Ġ46 ] <|im_end|> "
+        "The Ġdigit Ġis Ġseven . ĠAnswer : Ġseven <|im_end|>").split()
+    assert view.embed_at == len(view.ids) - 1 and view.inject_at == ()
+    assert view.images == ["7#0", "7#1"]
+
+
+@pytest.mark.parametrize("count", [0, 1, 2])
+def test_the_input_view(chat, count):
+    """[PRED] stand where the model would begin to speak; without any, h^_R is the last state of the
+    prompt."""
+    view = views_of(chat, EXAMPLE, count).input
+    size = len(view.ids) - count
+    assert chat.tokenizer.decode(view.ids[:size]) == PROMPT
+    assert view.inject_at == tuple(range(size, size + count))
+    assert view.embed_at == len(view.ids) - 1 and view.images == ["7#0"]
+    assert set(view.labels) == {-100} and len(view.labels) == len(view.ids)
+
+
+def test_the_target_view(chat):
+    """The full view from the generation prompt on: no I0, no Q."""
+    full, _, target = views_of(chat, EXAMPLE)
+    start = "<|im_start|>assistant\n"
+    assert pieces(chat, target) == [
+        (False, start), (True, "Zoom in on the red disc. [crop 12 30 28 46]<|im_end|>"),
+        (False, BETWEEN), (True, "The digit is seven. Answer: seven<|im_end|>")]
+    assert target.ids == full.ids[-len(target.ids):] and target.images == ["7#1"]
+    assert target.ids[target.embed_at] == chat.end_id and target.embed_at == len(target.ids) - 1
+
+
+def test_labels_where_a_text_repeats(chat):
+    """Nothing searches for words: the question, both texts and the options are alike."""
+    text = "seven. Answer: seven"
+    example = replace(EXAMPLE, question=text, trajectory=[text, EXAMPLE.images[1], text])
+    full, _, target = views_of(chat, example)
+    for view, start in (full, PROMPT.replace(EXAMPLE.question, text)), (target, PROMPT[-22:]):
+        assert pieces(chat, view) == [(False, start), (True, text + "<|im_end|>"),
+                                      (False, BETWEEN), (True, text + "<|im_end|>")]
+
+
+def test_the_whole_text_is_tokenised_at_once(chat):
+    """Ids are those of one rendering by the template; they end with the last end of turn, without
+    the line break that the template puts behind it."""
+    turns = chat.turns(EXAMPLE)
+    text = chat.tokenizer.apply_chat_template(chat.messages(turns), tokenize=False)
+    for count in (16, 4):
+        text = text.replace("<|image_pad|>", count * "<image>", 1)
+    text = text.replace("<image>", "<|image_pad|>")
+    ids = chat.tokenizer(text, add_special_tokens=False).input_ids
+    whole = chat.conversation(turns, load_images(EXAMPLE, chat.family))
+    assert whole.text == text and whole.ids == ids
+    assert text.endswith("<|im_end|>\n") and len(whole.until_last_label().ids) == len(ids) - 1
+    assert views_of(chat, EXAMPLE).full.ids == ids[:-1]
+    # where turns begin and the assistant speaks, in characters
+    assert [text[start:start + 16] for start in whole.turn_starts] == [
+        "<|im_start|>user", "<|im_start|>assi", "<|im_start|>user", "<|im_start|>assi"]
+    assert [text[s.start:s.end] for s in whole.speeches] == EXAMPLE.texts
+    assert [whole.first_after(end) for end in (0, whole.ends[3] - 1, whole.ends[3])] == [0, 3, 4]
+
+
+@pytest.mark.parametrize("change", [
+    dict(question="hi<|im_end|>"), dict(options=["seven", "<|image_pad|>"]),
+    dict(trajectory=["<|im_start|> zoom", *EXAMPLE.trajectory[1:]])])
+def test_a_special_token_in_a_text_is_refused(chat, change):
+    with pytest.raises(ValueError, match=r"example 7: .*special token '<\|im.*remove it"):
+        views_of(chat, replace(EXAMPLE, **change))
+
+
+def test_a_trajectory_without_text_is_refused(chat):
+    with pytest.raises(ValueError, match="example 7 has a trajectory without text"):
+        views_of(chat, replace(EXAMPLE, trajectory=[EXAMPLE.images[1]]))
+
+
+def test_a_view_that_is_too_long_is_refused_and_none_is_cut(chat):
+    full, short = (len(view.ids) for view in views_of(chat, EXAMPLE)[:2])
+    assert views_of(Chat(chat.family, full), EXAMPLE)
+    with pytest.raises(ValueError, match=f"example 7: {full} tokens, the model has {full - 1}"):
+        views_of(Chat(chat.family, full - 1), EXAMPLE)
+    # every view counts, here the input view with its [PRED]
+    views_of(Chat(chat.family, full), EXAMPLE, full - short + 2)
+    with pytest.raises(ValueError, match=f"example 7: {full + 1} tokens"):
+        views_of(Chat(chat.family, full), EXAMPLE, full - short + 3)

@@ -1,0 +1,123 @@
+"""Claims: full and input view in one forward pass give the same loss and gradient as one pass for
+each, and both equal one unpadded pass a record."""
+
+import copy
+
+import pytest
+import torch
+
+import data
+import losses
+from conftest import assert_close, build, gradients
+from data import View
+from predictor import LatentPredictor
+from support import packing
+
+SETTINGS = [dict(), dict(pred_tokens=0), dict(pred_tokens=1, horizon=3),
+            dict(pred_tokens=0, horizon=3, train_vision=True), dict(lora_rank=0, horizon=2)]
+
+
+def parts_and_gradients(vlm, name, examples, **options):
+    method, batch = build(copy.deepcopy(vlm), name, examples, **options)
+    result = method(batch)
+    return method, batch, result, gradients(result.total, method)
+
+
+@pytest.mark.parametrize("options", SETTINGS, ids=str)
+def test_one_pass_equals_two(loaded64, mixed, options):
+    assert loaded64.family.packs
+    _, _, one, packed = parts_and_gradients(loaded64, "pearl", mixed[:3], **options)
+    _, _, two, plain = parts_and_gradients(loaded64, "two_passes", mixed[:3], **options)
+    assert one.parts.keys() == {"loss", "vlm", "jepa", "nextlat"}
+    for name in one.parts:
+        torch.testing.assert_close(one.parts[name], two.parts[name], rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(one.pair[0], two.pair[0], rtol=1e-5, atol=1e-5)
+    assert_close(packed, plain, digits=4)
+
+
+def test_a_family_that_cannot_pack_gets_two_passes(loaded64, mixed, monkeypatch):
+    expected = parts_and_gradients(loaded64, "two_passes", mixed[:2])
+    monkeypatch.setattr(type(loaded64.family), "packs", False)
+    monkeypatch.delattr(packing, "encode_two_views")
+    _, _, found, grads = parts_and_gradients(loaded64, "pearl", mixed[:2])
+    assert torch.equal(found.total, expected[2].total)
+    assert_close(grads, expected[3], digits=9)
+
+
+@pytest.mark.parametrize("options", [dict(), dict(pred_tokens=0, horizon=3)], ids=str)
+def test_the_step_equals_one_record_at_a_time(loaded64, mixed, options):
+    method, batch, result, grads = parts_and_gradients(loaded64, "pearl", mixed[:3], **options)
+    vlm, horizon = method.vlm, method.config.horizon
+    images = method.encode_images([image for example in batch for image in example.images])
+    words, jepa, nextlat = [], [], [[] for _ in range(horizon)]
+    for example in batch:
+        full, prompt, target = (data.collate([view], vlm.pad_id) for view in example.views)
+        encoded = vlm(full, images)
+        states, inputs, labels = encoded.states[0], encoded.inputs[0], full.labels[0]
+        for t in range(len(labels) - 1):
+            if labels[t + 1] != -100:
+                words.append(-vlm.logits(states[t]).log_softmax(0)[labels[t + 1]])
+            forecast = states[t]
+            for i, terms in enumerate(nextlat, start=1):
+                if t + i < len(labels) and (labels[t + 1:t + i + 1] != -100).all():
+                    forecast = method.predictor.latent(forecast, inputs[t + i].detach())
+                    terms.append(losses.distance(forecast, states[t + i].detach(), "smoothl1"))
+        prediction = vlm(prompt, images, method.predictor.pred_tokens).embedding[0]
+        with vlm.starting_model(), torch.no_grad():
+            h_R = vlm(target, images).states[0, -1]
+        jepa.append(1 - prediction @ h_R / (prediction.norm() * h_R.norm()))
+    naive = dict(vlm=sum(words) / len(words), jepa=sum(jepa) / 3,
+                 nextlat=sum(sum(terms) / len(terms) for terms in nextlat) / horizon)
+    for name, value in naive.items():
+        torch.testing.assert_close(result.parts[name], value.detach(), rtol=1e-5, atol=1e-7)
+    total = naive["vlm"] + 5.0 * (naive["jepa"] + naive["nextlat"])
+    assert_close(grads, gradients(total, method), digits=4)
+
+
+def test_what_two_views_share():
+    """All tokens up to the first difference, and never an injected one."""
+    assert packing.shared_tokens([1, 2, 3, 4], [1, 2, 9], ()) == 2
+    assert packing.shared_tokens([1, 2, 3, 4], [1, 2, 3], ()) == 3
+    assert packing.shared_tokens([1, 2, 2, 2], [1, 2, 2, 2], (2, 3)) == 2
+    assert packing.shared_tokens([1, 2], [1, 2, 5], (2,)) == 2
+
+
+def test_the_branch_sees_what_is_shared_and_itself():
+    """Worked example: two rows; the first shares 2 of 4 tokens and has 2 more, the second shares
+    all 3 of its input view's tokens, so its branch is padding."""
+    full = [View([1, 2, 3, 4], [-100, -100, 3, 4], [], 3),
+            View([5, 6, 7], [-100, -100, -100], [], 2)]
+    inputs = [View([1, 2, 8, 9], [-100] * 4, [], 3, (2,)), View([5, 6, 7], [-100] * 3, [], 2)]
+    batch = packing.add_branches(data.collate(full, 0), full, inputs)
+    assert batch.ids.tolist() == [[1, 2, 3, 4, 8, 9], [5, 6, 7, 0, 0, 0]]
+    assert batch.labels.tolist() == [[-100, -100, 3, 4, -100, -100], [-100] * 6]
+    assert batch.mask.int().tolist() == [[1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0]]
+    assert batch.inject_at.int().tolist() == [[0, 0, 0, 0, 1, 0], [0] * 6]
+    assert batch.shared.tolist() == [2, 3] and batch.branch == 2
+    # the state of token 9, and of the last shared token
+    assert batch.embed_at.tolist() == [5, 2]
+    positions = torch.tensor([[[0, 1, 2, 3], [0, 1, 2, 0]]])
+    positions, mask = packing.branch_inputs(batch, positions, torch.float64)
+    assert positions[0].tolist() == [[0, 1, 2, 3, 2, 3], [0, 1, 2, 0, 3, 4]]
+    assert mask.shape == (2, 1, 6, 6) and mask.unique().tolist() == [
+        torch.finfo(torch.float64).min, 0]
+    sees = [[int(value == 0) for value in row] for row in mask[0, 0]]
+    assert sees == [[1, 0, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0], [1, 1, 1, 0, 0, 0],
+                    [1, 1, 1, 1, 0, 0], [1, 1, 0, 0, 1, 0], [1, 1, 0, 0, 1, 1]]
+    # no token sees padding
+    assert not (mask[1, 0, :3, 3:] == 0).any()
+
+
+def test_the_forecasts_belong_to_these_positions():
+    """Two rows of five. One step ahead reaches every target but a first token; two steps reach the
+    targets behind one of these."""
+    targets = torch.tensor([[0, 1, 1, 0, 1], [1, 0, 1, 1, 1]]).bool()
+    states = torch.randn(2, 5, 3)
+    steps = LatentPredictor(3).forecasts(states, states, targets, 3)
+    assert [where.int().tolist() for _, where in steps] == [
+        [[0, 1, 1, 0, 1], [0, 0, 1, 1, 1]], [[0, 0, 1, 0, 0], [0, 0, 0, 1, 1]],
+        [[0] * 5, [0, 0, 0, 0, 1]]]
+    # at its start the latent predictor returns the state i positions to the left
+    for i, (forecast, where) in enumerate(steps, start=1):
+        row, position = where.nonzero(as_tuple=True)
+        torch.testing.assert_close(forecast, states[row, position - i])

@@ -1,0 +1,134 @@
+"""Claims: InfoNCE, VICReg, SIGReg and the heads equal plain loops, alone and in the step, where
+they get the current model's h_R with the gradient that each of them needs."""
+
+import math
+
+import pytest
+import torch
+
+from baselines import anti_collapse
+from conftest import assert_close, build, embeddings, gradients, terms_of
+
+GROUPS = [("zoom", "two"), ("zoom", "six"), ("zoom", "two"), ("path", "two"), ("zoom", "two")]
+
+
+def rand(*shape):
+    return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+
+
+def same(value, naive, *leaves):
+    torch.testing.assert_close(value, naive)
+    grads = [torch.autograd.grad(x, leaves, retain_graph=True) for x in (value, naive)]
+    for one, other in zip(*grads):
+        torch.testing.assert_close(one, other)
+
+
+def cosine(a, b):
+    return a @ b / (a.norm() * b.norm())
+
+
+def eq1(prediction, h_R):
+    return 1 - sum(cosine(p, t.detach()) for p, t in zip(prediction, h_R)) / len(h_R)
+
+
+def naive_infonce(prediction, target, groups):
+    """-log of one's own share among the rows of other groups and oneself."""
+    terms = []
+    for i, group in enumerate(groups):
+        scores = torch.stack([cosine(prediction[i], target[j]) / 0.07 for j in range(len(groups))
+                              if i == j or groups[j] != group])
+        terms.append(scores.logsumexp(0) - cosine(prediction[i], target[i]) / 0.07)
+    return sum(terms) / len(terms)
+
+
+def naive_vicreg(h, terms="both"):
+    count, dim = h.shape
+    x = [math.sqrt(dim) * row / row.norm() for row in h]
+    mean = sum(x) / count
+    cov = sum(torch.outer(row - mean, row - mean) for row in x) / (count - 1)
+    v = sum((1 - (cov[d, d] + 1e-4).sqrt()).clamp_min(0) for d in range(dim)) / dim
+    c = sum((cov[d] ** 2).sum() - cov[d, d] ** 2 for d in range(dim)) / dim
+    return v + c / 25 if terms == "both" else v
+
+
+def naive_epps_pulley(x):
+    """One column: the characteristic function with complex numbers, over both signs of t."""
+    t = torch.linspace(-3, 3, 33, dtype=x.dtype)
+    gauss = torch.exp(-t ** 2 / 2)
+    phi = torch.exp(1j * t[:, None] * x).mean(dim=1)
+    heights = (phi - gauss).abs() ** 2 * gauss
+    return len(x) * ((heights[1:] + heights[:-1]) / 2 * 6 / 32).sum()
+
+
+def test_the_terms_equal_plain_loops():
+    prediction, h = rand(5, 4), rand(5, 4)
+    for groups in (GROUPS, list(range(5))):
+        same(anti_collapse.infonce(prediction, h, groups).mean(),
+             naive_infonce(prediction, h, groups), prediction, h)
+    for terms in ("both", "std"):
+        same(anti_collapse.vicreg(h, terms), naive_vicreg(h, terms), h)
+    same(anti_collapse.epps_pulley(h).sum(), sum(map(naive_epps_pulley, h.T)), h)
+
+
+def naive_head(head, x):
+    norm, first, _, second = head
+    x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, False, keepdim=True) + norm.eps).sqrt()
+    x = (x * norm.weight + norm.bias) @ first.weight.T + first.bias
+    return (x * (1 + torch.erf(x / math.sqrt(2))) / 2) @ second.weight.T + second.bias
+
+
+def naive_sigreg(method, h):
+    """Slices are drawn from the seed (3) and the step (6)."""
+    first, _, second = method.projection
+    x = h @ first.weight.T + first.bias
+    z = (x * (1 + torch.erf(x / math.sqrt(2))) / 2) @ second.weight.T + second.bias
+    drawn = torch.randn(64, 256, generator=torch.Generator().manual_seed(1_000_003 * 3 + 6))
+    slices = [z @ (a / a.norm()).double() for a in drawn.T]
+    return sum(map(naive_epps_pulley, slices)) / 256
+
+
+STEPS = {
+    "current": lambda m, p, h: eq1(p, h),
+    "bias_head+current": lambda m, p, h: eq1(p + m.head.bias, h),
+    "mlp_head+current": lambda m, p, h: eq1(p + naive_head(m.head, p), h),
+    # all three records have another answer
+    "infonce+current": lambda m, p, h: naive_infonce(p, h.detach(), range(3)),
+    "vicreg": lambda m, p, h: eq1(p, h) + naive_vicreg(h),
+    "sigreg+vicreg": lambda m, p, h: eq1(p, h) + naive_vicreg(h) + 0.05 * naive_sigreg(m, h),
+}
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_the_step_under_a_rival_equals_one_by_hand(vlm64, mixed, name):
+    method, batch = build(vlm64, name, mixed[:3], seed=3)
+    assert len({example.answer for example in batch}) == 3
+    method.after_step(6)
+    jepa = terms_of(method, batch)["jepa"]
+    prediction = embeddings(method, batch, 1, method.predictor.pred_tokens)
+    naive = STEPS[name](method, prediction, embeddings(method, batch, 2))
+    torch.testing.assert_close(jepa, naive, rtol=1e-5, atol=1e-7)
+    assert_close(gradients(jepa, method), gradients(naive, method), digits=4)
+
+
+def test_infonce_groups_by_task_and_answer_or_by_row(vlm64, mixed):
+    _, batch = build(vlm64, "pearl", mixed[:2])
+    batch = [batch[0], batch[1], batch[0]._replace(row=("train", 2))]
+    prediction, h = rand(3, 4), rand(3, 4)
+    for masked, groups in ((True, [0, 1, 0]), (False, [0, 1, 2])):
+        method, _ = build(vlm64, "infonce", mixed[:1], lora_rank=0, infonce_masked=masked)
+        torch.testing.assert_close(method.jepa(prediction, h, batch),
+                                   naive_infonce(prediction, h, groups))
+        assert not torch.autograd.grad(method.jepa(prediction, h, batch), h, allow_unused=True)[0]
+
+
+def test_where_a_rival_has_nothing_to_do(vlm64, mixed):
+    # heads start at Pearl's own prediction
+    for make in (anti_collapse.MLPHead.make_head, anti_collapse.BiasHead.make_head):
+        assert not make(8)(torch.randn(3, 8)).any()
+    # one row alone has no spread
+    h = torch.randn(1, 128, dtype=torch.float64)
+    for name in ("vicreg", "sigreg"):
+        method, batch = build(vlm64, name, mixed[:1], lora_rank=0)
+        assert method.jepa(h, h, batch) == pytest.approx(0, abs=1e-9)
+    with pytest.raises(ValueError, match="--method infonce needs --batch 2"):
+        build(vlm64, "infonce", mixed[:1], lora_rank=0, batch=1)[0](batch)

@@ -1,0 +1,93 @@
+"""Claims: the gauges of a collapse equal plain loops; they tell a perfect prediction, a collapse
+and shrunk lengths apart; several passes are averaged by their sizes, and their pairs are joined.
+"""
+
+import math
+
+import pytest
+import torch
+
+import losses
+
+
+def length(row):
+    return math.sqrt(sum(x * x for x in row))
+
+
+def rms(rows):
+    return math.sqrt(sum(x * x for row in rows for x in row) / sum(map(len, rows)))
+
+
+def centred(rows):
+    means = [sum(column) / len(rows) for column in zip(*rows)]
+    return [[x - mean for x, mean in zip(row, means)] for row in rows]
+
+
+def naive_gauges(prediction, target):
+    """Lists of rows of numbers -> the gauges by name."""
+    batch = len(target)
+    pred, true = ([[x / length(row) for x in row] for row in rows] for rows in (prediction, target))
+    dots = [[sum(x * y for x, y in zip(p, t)) for t in true] for p in pred]
+    gaps = sum((x - y) ** 2 for p, t in zip(pred, true) for x, y in zip(p, t))
+    off = centred(true)
+    gram = torch.tensor([[sum(x * y for x, y in zip(a, b)) for b in off] for a in off])
+    eigenvalues = [max(0.0, float(v)) for v in torch.linalg.eigvalsh(gram.double())]
+    shares = [v / sum(eigenvalues) for v in eigenvalues]
+    cosines = [sum(x * y for x, y in zip(true[i], true[j]))
+               for i in range(batch) for j in range(batch) if i != j]
+    return dict(
+        r2=1 - gaps / sum(x * x for row in off for x in row),
+        spread_pred=rms(centred(pred)) / rms(pred), spread_target=rms(off) / rms(true),
+        effective_rank=math.exp(-sum(s * math.log(s) for s in shares if s > 1e-9)),
+        mean_cosine=sum(cosines) / len(cosines),
+        retrieval=sum(row.index(max(row)) == i for i, row in enumerate(dots)) / batch,
+        retrieval_chance=1 / batch, rms_pred=rms(prediction), rms_target=rms(target))
+
+
+@pytest.mark.parametrize("batch", [2, 3, 5])
+def test_gauges_equal_loops(batch):
+    torch.manual_seed(batch)
+    target = torch.randn(batch, 4) + 1
+    prediction = 3 * (target + 0.8 * torch.randn(batch, 4))
+    gauges = losses.collapse_gauges(prediction, target)
+    assert gauges == pytest.approx(naive_gauges(prediction.tolist(), target.tolist()), rel=1e-4)
+    assert all(type(value) is float for value in gauges.values())
+
+
+def test_gauges_of_a_perfect_prediction():
+    # three times too long: of this only rms_pred takes notice, as does the cosine
+    g = losses.collapse_gauges(3 * torch.eye(4), torch.eye(4))
+    assert g["r2"] == pytest.approx(1, abs=1e-6) and g["retrieval"] == 1
+    # four points span three directions
+    assert g["effective_rank"] == pytest.approx(3, rel=1e-4)
+    assert (g["rms_pred"], g["rms_target"]) == (1.5, 0.5)
+
+
+def test_gauges_of_a_collapse():
+    # predictions that ignore their input
+    g = losses.collapse_gauges(torch.ones(2, 2), torch.eye(2))
+    assert g["spread_pred"] == pytest.approx(0, abs=1e-6) and g["retrieval"] == 0.5
+    # targets that are all alike: nothing is divided by zero
+    g = losses.collapse_gauges(torch.eye(2), torch.ones(2, 2))
+    assert g["spread_target"] == pytest.approx(0, abs=1e-6)
+    assert g["mean_cosine"] == pytest.approx(1) and 0.99 < g["effective_rank"] < 1.01
+    g |= losses.collapse_gauges(torch.zeros(2, 2), torch.zeros(2, 2))
+    assert all(map(math.isfinite, g.values()))
+    # one row alone cannot show a collapse
+    assert losses.collapse_gauges(torch.ones(1, 2), torch.ones(1, 2)) == {}
+
+
+def test_passes_are_averaged_by_their_sizes():
+    rows = torch.randn(2, 5, 4)
+
+    def one(loss, vlm, *span):
+        pair = tuple(x[slice(*span)] for x in rows) if span else None
+        return losses.Losses.of(torch.tensor(loss), pair, vlm=torch.tensor(vlm))
+
+    # a gauge compares each prediction with the targets of all passes
+    gauges = losses.collapse_gauges(*rows)
+    results = [one(1.0, 10.0, 0, 4), one(2.0, 40.0, 4, 5)]
+    assert losses.average(results, [4, 1]) == pytest.approx(dict(loss=1.2, vlm=16.0) | gauges)
+    assert losses.average(results) == pytest.approx(dict(loss=1.5, vlm=25.0) | gauges)
+    results = [one(1.0, 10.0), one(4.0, 40.0)]
+    assert losses.average(results, [1, 2]) == pytest.approx(dict(loss=3.0, vlm=30.0))

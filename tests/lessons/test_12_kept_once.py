@@ -1,0 +1,98 @@
+"""Claims: an image is encoded once while the vision tower is frozen, and in every step when it
+trains; a target is made once; what does not fit into memory is made again."""
+
+import copy
+
+import pytest
+import torch
+
+from conftest import build
+from support.features import ImageEncoder, StoredTargets, load_images, with_pixels
+
+
+@pytest.fixture
+def counted(vlm64, monkeypatch):
+    """The number of images in each call of the vision tower."""
+    calls, real = [], vlm64.family.features
+    monkeypatch.setattr(vlm64.family, "features",
+                        lambda images: calls.append(len(images)) or real(images))
+    return calls
+
+
+@pytest.fixture
+def images(vlm64, mixed):
+    return [image for example in mixed[:2]
+            for image in with_pixels(load_images(example, vlm64.family), vlm64.family)]
+
+
+def test_an_image_has_a_key_a_text_and_a_grid(vlm64, mixed):
+    images = load_images(mixed[0], vlm64.family)
+    assert [image.key for image in images] == [f"{mixed[0].id}#0", f"{mixed[0].id}#1"]
+    for image, pixels in zip(images, with_pixels(images, vlm64.family)):
+        _, height, width = image.grid
+        # four patches are one token
+        assert image.text == "<|image_pad|>" * (height * width // 4)
+        assert len(pixels.pixels["pixel_values"]) == height * width
+        assert image.picture is not None and image.pixels is pixels.picture is None
+
+
+def test_a_frozen_tower_encodes_each_image_once(vlm64, images, counted):
+    encode = ImageEncoder(vlm64.family)
+    first = encode(images[:2] + images[1:3])
+    again = encode(images)
+    assert counted == [3, 1] and again.keys() == {image.key for image in images}
+    assert all(again[key] is first[key] for key in first)
+    for image in images:
+        own, alone = again[image.key], ImageEncoder(vlm64.family)([image])[image.key]
+        torch.testing.assert_close(own.features, alone.features)
+        assert own.grid == image.grid and not own.features.requires_grad
+        # no slice: that would keep the features of the whole call in memory
+        assert own.features.untyped_storage().nbytes() == own.features.nbytes
+    assert encode.size == sum(kept.features.nbytes for kept in again.values())
+
+
+def test_features_beyond_the_limit_are_made_again(vlm64, images, counted):
+    sizes = [ImageEncoder(vlm64.family)([i])[i.key].features.nbytes for i in images[:2]]
+    counted.clear()
+    for limit, kept in ((sum(sizes), 2), (sum(sizes) - 1, 1), (0, 0)):
+        encode = ImageEncoder(vlm64.family, limit=limit)
+        assert all(len(encode(images[:2])) == 2 for _ in range(2)) and len(encode.kept) == kept
+    assert counted == [2, 2, 1, 2, 2]
+
+
+def test_a_tower_that_trains_keeps_nothing_and_gets_a_gradient(vlm64, images, counted):
+    vlm64.lm.get_encoder("image").requires_grad_(True)
+    encode = ImageEncoder(vlm64.family, frozen=False)
+    assert all(encode(images[:1])[images[0].key].features.requires_grad for _ in range(2))
+    with torch.no_grad():
+        assert not encode(images[:1])[images[0].key].features.requires_grad
+    assert counted == [1, 1, 1] and not encode.kept
+
+
+@pytest.mark.parametrize("train_vision", [False, True])
+def test_a_step_encodes_each_image_once(vlm64, mixed, counted, train_vision):
+    twice = [mixed[0], mixed[0]]
+    method, batch = build(vlm64, "current", twice, train_vision=train_vision)
+    counted.clear()
+    for _ in range(2):
+        method(batch)
+    assert counted == ([2, 2] if train_vision else [2])
+
+
+def test_stored_targets_keep_what_fits_and_survive_a_file():
+    h = {("train", n): torch.full((4,), float(n)) for n in range(3)}
+    rows = list(h)
+    stored = StoredTargets(limit=2 * 16)
+    assert torch.equal(stored.look_up(rows[::-1], h), torch.stack([h[row] for row in rows[::-1]]))
+    assert len(stored) == 2 and rows[1] in stored and rows[2] not in stored
+    # later the kept ones come from memory, beside one that was made again
+    found = stored.look_up(rows, {rows[2]: h[rows[2]] + 5})
+    assert found[:, 0].tolist() == [0, 1, 7]
+    loaded = StoredTargets(limit=2 * 16)
+    loaded.load(stored.state())
+    assert loaded.kept.keys() == stored.kept.keys() and loaded.size == stored.size == 32
+    assert torch.equal(loaded.look_up(rows[:2], {}), stored.look_up(rows[:2], {}))
+    assert len(StoredTargets(8e9)) == 0 and StoredTargets(8e9).state()["values"] is None
+    empty = StoredTargets(8e9)
+    empty.load(copy.deepcopy(empty.state()))
+    assert not empty.kept

@@ -1,0 +1,118 @@
+"""Claims: the rival's view, targets, scale, loss and decoding equal a second telling, one record
+and one position at a time."""
+
+import pytest
+import torch
+
+import evaluate
+from baselines import reconstruction
+from baselines.reconstruction import LatentScale
+from conftest import assert_close, build, gradients, images_of
+from data import View, collate
+from world import loader
+
+# one, two and three tool images
+RECORDS = [loader.examples("all", "train", 6, seed=3)[n] for n in (2, 0, 5)]
+
+
+@pytest.mark.parametrize("latents", [0, 3])
+def test_the_view_has_a_run_of_latents_for_each_tool_image(vlm64, latents):
+    _, batch = build(vlm64, "recon", RECORDS, latents=latents)
+    tokenizer = vlm64.tokenizer
+    for record, example in zip(RECORDS, batch):
+        view = example.views.full
+        spans, marked = [image.text.count("<|image_pad|>") for image in example.images[1:]], ""
+        for position, token in enumerate(view.ids):
+            marked += "#" if position in view.inject_at else tokenizer.decode([token])
+        runs = iter("#" * (latents or count) for count in spans)
+        words = [step if isinstance(step, str) else f"<|vision_start|>{next(runs)}<|vision_end|>"
+                 for step in record.trajectory]
+        question, _, answer = marked.partition("<|im_start|>assistant\n")
+        assert answer == "".join(words) + "<|im_end|>" and record.question in question
+        # neither latents nor the end marker are the model's to write
+        assert tokenizer.decode([label for label in view.labels if label != -100]) == "".join(
+            step if isinstance(step, str) else "<|vision_start|>" for step in record.trajectory
+        ) + "<|im_end|>"
+        assert view.images == [example.images[0].key] and view.embed_at == len(view.ids) - 1
+
+
+def naive_latents(method, example):
+    """The embeddings of each tool image, or the means of its chunks."""
+    images, count, found = images_of(method, [example]), method.config.latents, []
+    for image in example.images[1:]:
+        rows = images[image.key].features[0]
+        edges = [n * len(rows) // count for n in range(count + 1)] if count else range(len(rows) + 1)
+        found += [rows[a:max(b, a + 1)].mean(dim=0) for a, b in zip(edges, edges[1:])]
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize("latents", [0, 3])
+def test_loss_and_gradient_equal_one_record_at_a_time(vlm64, latents):
+    method, batch = build(vlm64, "recon", RECORDS, latents=latents)
+    every = torch.cat([naive_latents(method, example) for example in batch])
+    mean = every.mean(dim=0)
+    std = ((every - mean).square().sum(dim=0) / (len(every) - 1)).sqrt()
+    size = vlm64.lm.get_decoder().norm.weight.square().mean().sqrt()
+    gaps, words = [], []
+    for example in batch:
+        view, latent = example.views.full, naive_latents(method, example)
+        states = vlm64(collate([view], 0), images_of(method, [example]), latent).states[0]
+        gaps += [((states[at - 1] / size - (target - mean) / std) ** 2).mean()
+                 for at, target in zip(view.inject_at, latent)]
+        words += [-vlm64.logits(states[t - 1]).log_softmax(0)[label]
+                  for t, label in enumerate(view.labels) if label != -100]
+    recon, vlm = sum(gaps) / len(gaps), sum(words) / len(words)
+    result = method(batch)
+    torch.testing.assert_close(result.parts["recon"], recon.detach(), rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(result.parts["vlm"], vlm.detach(), rtol=1e-5, atol=1e-7)
+    assert result.pair is None
+    naive = gradients(vlm + 5.0 * recon, method)
+    assert_close(gradients(result.total, method), naive, digits=3)
+
+
+def naive_decode(vlm, view, images, scale, latents, tokens):
+    """One row, and all of it again for each token."""
+    start, end = vlm.tokenizer.convert_tokens_to_ids(["<|vision_start|>", "<|vision_end|>"])
+    ids, at, fed, words = list(view.ids), [], [], []
+
+    def state():
+        now = View(ids, ids, view.images, len(ids) - 1, tuple(at))
+        return vlm(collate([now], 0), images, torch.stack(fed) if fed else None).embedding[0]
+
+    while len(words) < tokens and words[-1:] != [vlm.family.end_id]:
+        words.append(int(vlm.logits(state()).argmax()))
+        ids.append(words[-1])
+        for _ in range(latents if words[-1] == start else 0):
+            # the last state, in the units of the embeddings of tool images
+            fed.append(state() / scale.size * scale.std + scale.mean)
+            at.append(len(ids))
+            ids.append(end)
+        ids += [end] if words[-1] == start else []
+    return words, len(fed)
+
+
+@torch.no_grad()
+def test_decoding_equals_one_row_without_a_cache(vlm64, monkeypatch):
+    method, batch = build(vlm64, "recon", RECORDS)
+    method.predictor.double()
+    real, push = vlm64.logits, torch.zeros(704, dtype=torch.float64)
+    # a model that writes start markers now and then, and that ends at different times
+    push[vlm64.tokenizer.convert_tokens_to_ids("<|vision_start|>")] = 20.0
+    push[vlm64.family.end_id] = 7.0
+    monkeypatch.setattr(vlm64, "logits", lambda states: real(states) + push)
+    evaluator = evaluate.Evaluator(vlm64, RECORDS)
+    found = reconstruction.answer(evaluator, method.predictor, latents=2, tokens=5)
+    start = vlm64.tokenizer.convert_tokens_to_ids("<|vision_start|>")
+    naive = [naive_decode(vlm64, question.prompt, images_of(method, [example]), method.predictor, 2,
+                          5) for question, example in zip(evaluator.questions, batch)]
+    for answer, (words, fed) in zip(found, naive):
+        assert answer == dict(text=evaluator.decode(words), tokens=len(words), latents=fed,
+                              images=1, passes=len(words) + fed + words.count(start))
+    assert len({len(words) for words, _ in naive}) > 1 and any(fed for _, fed in naive)
+
+
+def test_without_tool_images_or_markers_there_is_nothing_to_reconstruct(vlm64, mixed):
+    with pytest.raises(ValueError, match="no trajectory has a tool image"):
+        build(vlm64, "recon", [example.answer_only("Answer:") for example in mixed[:2]])
+    scale = LatentScale(torch.zeros(2, 4), torch.ones(4))
+    assert torch.equal(scale.input(torch.ones(4)), torch.full((4,), 1e-6))
