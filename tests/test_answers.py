@@ -48,8 +48,8 @@ red ~ D ~ E ~ F :: reddish ~ red ✓ ~ ... ~ B ~ e.g. ~ e.g
 red ~ Red ~ no ~ no. :: RED ~ no
 15 ~ 1.5 ~ 1000 ~ 1 :: 1,5 ~ 1.000 ~ 1 000 ~ 1'000
 5 ~ 5% ~ 50 :: -5 ~ 5 cm ~ $5 ~ <5 ~ 5° ~ .5 ~ 5‰ ~ 5:00 ~ 5/1
-5 ~ 15 :: 3-5 ~ 3 to 5 ~ 1, 5 ~ 1/5 ~ $1 or $5
-2 ~ 12 :: 1/2 ~ ½ ~ \sqrt{2} ~ \frac{1}{2}
+5 ~ 15 ~ 1 or 5 :: 3-5 ~ 3 to 5 ~ 1, 5 ~ 1/5 ~ $1 or $5
+2 ~ 12 ~ x :: 1/2 ~ ½ ~ \sqrt{2} ~ \frac{1}{2} ~ -x
 52 ~ 105 ~ 1.1.1 ~ 100200 ~ x/y ~ xy :: 5² ~ 10⁵ ~ 1.1.10 ~ [100,200] ~ x*y ~ x
 """
 
@@ -86,7 +86,7 @@ def test_a_reply_states_one_answer(text, prefix, stated, option):
 @pytest.mark.parametrize("answer, text, right", [
     ("red", "It is Red.", True), ("red", "reddish", False), ("红色", "它是红色的", True),
     ("1", "1, 2", True), *[("1", text, False) for text in ("1.5", "0,1", "-1", "1/2", "10")],
-    ("C", "C++", False), ("C++", "C++ it is", True), ("don", "don't", False), ("A", "(A) man", True),
+    ("C", "C++", False), ("C++", "C++ it is", True), ("don", "don't", False), ("A", "(A) x", True),
     ("A", "Option A is", True), ("A", "A man is", False), ("A", "it is a man", False)])
 def test_words_are_found_whole(answer, text, right):
     assert contains(text, answer) == right
@@ -115,7 +115,7 @@ def test_a_prefix_alone_makes_a_form(prefix, text):
 
 
 def test_the_most_frequent_form_of_the_data_is_the_common_one():
-    texts = ("Answer: red.", "", "Answer: red", "It is red", "Answer: red.", "So Answer: red.")
+    texts = ("Answer: red", "", "Answer: red.", "It is red", "Answer: red.", "So Answer: red.")
     data = [Example("1", "t", None, "q", ["red"], "red", [text] if text else []) for text in texts]
     assert common_form(data, "Answer:").text("blue") == "Answer: blue."
     assert common_form(data[3:4], "Answer:") == default_form("Answer:")
