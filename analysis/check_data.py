@@ -7,7 +7,6 @@ that would stop train.py at some step is found here. The exit status is 1 if the
 --data the small world is checked.
 """
 
-import dataclasses
 import os
 import sys
 import time
@@ -19,14 +18,17 @@ from typing import NamedTuple
 from torch.utils.data import DataLoader, Dataset
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import evaluate  # noqa: E402
 import train  # noqa: E402
-from model import VLM  # noqa: E402
-from support.answers import common_form  # noqa: E402
+from support import splits  # noqa: E402
+from support.answers import common_form, form_of  # noqa: E402
+from support.chat import Chat  # noqa: E402
+from support.families import load_family  # noqa: E402
+from support.features import load_images  # noqa: E402
 from support.images import few_values, open_image  # noqa: E402
 from support.picture_splits import SPLITS, progress  # noqa: E402
+from support.processes import run_program  # noqa: E402
+from support.questions import make_question  # noqa: E402
 from support.records import Example, Records, read_folder  # noqa: E402
-from world.loader import drawn, load_examples  # noqa: E402
 
 PER_PROCESS = 200  # records for which a further process pays
 
@@ -45,9 +47,9 @@ class Checked(NamedTuple):
 class Checks(Dataset):
     """The check of each row, in any process."""
 
-    def __init__(self, examples: list[Example] | Records, vlm: VLM, config: train.Config):
-        self.examples, self.vlm, self.config = examples, vlm, config
-        self.common = common_form([ex for ex in examples if ex.split == config.test_split],
+    def __init__(self, examples: list[Example] | Records, chat: Chat, config: train.Config):
+        self.examples, self.chat, self.config = examples, chat, config
+        self.common = common_form([ex for ex in examples if ex.split == "test"],
                                   config.answer_prefix)
         self.seen: dict[Path, tuple[str, str]] = {}
 
@@ -62,7 +64,7 @@ class Checks(Dataset):
         # the code of a run would stop at a faulty image, which is listed already
         if not any(fault for fault, _ in found.values()):
             try:
-                tokens = token_count(example, self.vlm, self.config, self.common)
+                tokens = token_count(example, self.chat, self.config, self.common)
             except ValueError as error:
                 found[where] = f"{where}: {error}", ""
         return Checked(example.task, example.split, tokens, found)
@@ -77,31 +79,28 @@ class Checks(Dataset):
         return self.seen[file]
 
 
-def token_count(example: Example, vlm: VLM, config: train.Config, common) -> int:
-    """The tokens of the longest view, or question with its longest answer, that the run makes.
-    Raises ValueError naming the example."""
-    found = [0]
-    if example.split in ("train", "validation"):
-        views = train.prepared([example], vlm, config).views
-        found += [len(view.ids) for three in views for view in three]
-    if example.split == config.test_split or (example.split == "validation" and config.track):
-        asker = evaluate.Answerer(vlm, [example], config.answer_prefix)
-        # the form of all questions, not of this one alone
-        asker.common = common
-        asker.check_lengths()
-    return max(found)
+def token_count(example: Example, chat: Chat, config: train.Config, common) -> int:
+    """The tokens of the longest view that the run makes. Raises ValueError naming an example that
+    cannot be trained on, or asked."""
+    images = load_images(example, chat.family)
+    if example.split == "test":
+        last = example.texts[-1] if example.texts else ""
+        form = form_of(last, example.answer, config.answer_prefix) or common
+        return len(make_question(chat, example, images, form).started.ids)
+    views = train.find_method(config.method).views(config, chat, example, images)
+    return max(len(view.ids) for view in views)
 
 
 def check_data(config: train.Config) -> None:
     """Print what the data hold. Raises ValueError listing all faults."""
-    config = dataclasses.replace(config, feature_cache="", workers=0)
-    vlm, start, faults, notes = VLM(config.model), time.time(), [], []
-    examples = list(chain(*load_examples(config))) if not config.data else read_folder(
+    family, start, faults, notes = load_family(config.model), time.time(), [], []
+    chat = Chat(family, family.lm.config.text_config.max_position_embeddings)
+    examples = list(chain(*splits.load_splits(config))) if not config.data else read_folder(
         config.data, config.outside_images, config.answer_prefix, notes=notes, problems=faults,
         by_pixels=True)
     processes = min(os.cpu_count(), len(examples) // PER_PROCESS)
     # the results come in the order of the rows, whichever process has them
-    loader = DataLoader(Checks(examples, vlm, config), 16, collate_fn=list,
+    loader = DataLoader(Checks(examples, chat, config), 16, collate_fn=list,
                         num_workers=processes,
                         multiprocessing_context="fork" if processes else None)
     checked = list(progress(chain.from_iterable(loader), len(examples), "checking records"))
@@ -115,12 +114,13 @@ def check_data(config: train.Config) -> None:
         sound = [row for row, record in enumerate(checked)
                  if not any(fault for fault, _ in record.found.values())]
         try:
-            drawn(examples.subset(sound), config)
+            usable = examples.subset(sound)
+            splits.limit({split: usable.split(split) for split in SPLITS}, config)
         except ValueError as error:
             faults.append(str(error))
-    splits, tasks = (Counter(record[n] for record in checked) for n in (1, 0))
+    sides, tasks = (Counter(record[n] for record in checked) for n in (1, 0))
     print(f"{config.data or config.regime}: {len(checked)} records are well-formed; "
-          + ", ".join(f"{splits[split]} {split}" for split in SPLITS))
+          + ", ".join(f"{sides[split]} {split}" for split in SPLITS))
     print("  tasks: " + ", ".join(f"{count} {task}" for task, count in tasks.items()))
     print(f"  the longest text has {max((record.tokens for record in checked), default=0)} tokens")
     for note in notes:
@@ -135,7 +135,4 @@ def check_data(config: train.Config) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        check_data(train.parse_config())
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    run_program(lambda: check_data(train.parse_config()))

@@ -39,7 +39,6 @@ LOCK = "lock"
 LEFTOVER = re.compile(r"(checkpoint-\d+|[\w-]+\.(json|jsonl|safetensors))\.partial")
 STOPPED = ("stopped; if the run folder holds config.json, python train.py --resume RUN continues "
            "from its last state")
-PACKAGES = ("torch", "transformers", "safetensors", "pillow", "numpy")
 
 
 class Run:
@@ -313,10 +312,9 @@ def autocast(config) -> torch.autocast:
 
 
 def workers(config) -> int:
-    """Processes that prepare data: as told, or for a folder one per core, eight at most."""
-    if config.workers >= 0:
-        return config.workers
-    return min(8, os.cpu_count() or 1) if config.data else 0
+    """How many processes prepare data: --workers, or for a folder one per core, eight at most."""
+    automatic = min(8, os.cpu_count() or 1) if config.data else 0
+    return automatic if config.workers < 0 else config.workers
 
 
 def absolute_paths(config):
@@ -349,11 +347,9 @@ def read_config(config_class: Callable, argv: list[str]):
 
 
 def refuse_used_folder(out: Path) -> None:
-    if out.exists() and not out.is_dir():
-        raise FileExistsError(f"{out} is a file: choose another --out, nothing is overwritten")
-    if out.exists() and any(file.name != LOCK for file in out.iterdir()):
-        raise FileExistsError(f"{out} already holds files, perhaps a run: choose another --out, "
-                              "nothing is overwritten")
+    if out.exists() and (not out.is_dir() or any(file.name != LOCK for file in out.iterdir())):
+        raise FileExistsError(f"{out} is a file or already holds files, perhaps a run: choose "
+                              "another --out, nothing is overwritten")
 
 
 def remove_leftovers(out: Path) -> None:
@@ -406,16 +402,14 @@ def truncate_log(file: Path, step: int) -> None:
 def collapse_hint(metrics: dict[str, float], frozen: bool) -> str:
     """One sentence if the h_R are nearly all alike, so that a low L_JEPA means nothing; else ""."""
     # fewer than ten examples have a small rank by themselves
-    if metrics.get("retrieval_chance", 1) > 0.1:
+    if metrics.get("retrieval_chance", 1) > 0.1 or (
+            metrics["effective_rank"] >= 3 and metrics["mean_cosine"] <= 0.97):
         return ""
-    if metrics["effective_rank"] >= 3 and metrics["mean_cosine"] <= 0.97:
-        return ""
-    found = "the targets h_R are nearly all alike, and a low L_JEPA means nothing"
-    if frozen:  # targets that never move cannot have collapsed in training
-        return (f"{found}: the starting model does not tell these trajectories apart; check that "
-                "they differ, or try another --model")
-    return (f"{found}: they have collapsed; try the frozen target (--method pearl), or a smaller "
-            "--lambda_latent or --lr")
+    # targets that never move cannot have collapsed in training
+    why = ("the starting model does not tell these trajectories apart; check that they differ, or "
+           "try another --model" if frozen else
+           "they have collapsed; try the frozen target (--method pearl), or a smaller --lr")
+    return f"the targets h_R are nearly all alike, and a low L_JEPA means nothing: {why}"
 
 
 # ---- what a run depends on ----------------------------------------------------------------------
@@ -467,18 +461,10 @@ def refuse_other_inputs(out: Path, model: str, now: dict, splits: tuple) -> None
 
 def environment() -> dict:
     """What a run depends on beside its config, for whoever wants to repeat it."""
-    root = Path(__file__).resolve().parent
-
-    def git(*args: str) -> str | None:
-        try:
-            return subprocess.run(["git", "-C", str(root), *args], capture_output=True, check=True,
-                                  encoding="utf-8", errors="backslashreplace").stdout.strip()
-        except (OSError, subprocess.CalledProcessError):  # no git, or a copy without history
-            return None
-
-    return dict(command=sys.argv, commit=git("rev-parse", "HEAD"),
-                changed_files=git("status", "--porcelain", "--untracked-files=no"),
-                packages={name: importlib.metadata.version(name) for name in PACKAGES},
-                python=platform.python_version(), system=platform.platform(),
-                cpu=platform.processor() or platform.machine(), threads=torch.get_num_threads(),
+    git = subprocess.run(["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty",
+                          "--abbrev=40"], capture_output=True, encoding="utf-8", check=False)
+    packages = ("torch", "transformers", "safetensors", "pillow", "numpy")
+    return dict(command=sys.argv, commit=git.stdout.strip(), python=platform.python_version(),
+                packages={name: importlib.metadata.version(name) for name in packages},
+                system=platform.platform(), threads=torch.get_num_threads(),
                 gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None)

@@ -17,15 +17,19 @@ def load_splits(config) -> tuple[Sequence[Example], ...]:
         return (world.examples(config.regime, "train", count),
                 world.examples(config.regime, "validation", max(2, count // 10)),
                 world.questions(config.regime, tests))
-    found = read_splits(config)
+    return limit(read_splits(config), config)
+
+
+def limit(found: dict[str, Sequence[Example]], config) -> tuple[Sequence[Example], ...]:
+    """All training records of a folder, and as many others as the world would give."""
     for (split, records), least in zip(found.items(), (2, 2, 1)):
         if len(records) < least:
             raise ValueError(f"{config.data} has {len(records)} records in the {split} split, "
                              f"{least} or more are needed: set \"split\": \"{split}\" in some "
                              "records, or add records")
     rng = random.Random(0)
-    return (found["train"], at_most(found["validation"], max(2, count // 10), rng),
-            per_task(found["test"], tests, rng))
+    valid = at_most(found["validation"], max(2, config.train_examples // 10), rng)
+    return found["train"], valid, per_task(found["test"], config.test_per_task, rng)
 
 
 def test_questions(config, per_task_count: int, split: str = "test") -> Sequence[Example]:
