@@ -93,7 +93,8 @@ def token_count(example: Example, chat: Chat, config: train.Config, common) -> i
 
 def check_data(config: train.Config) -> None:
     """Print what the data hold. Raises ValueError listing all faults."""
-    family, start, faults, notes = load_family(config.model), time.time(), [], []
+    start, faults, notes = time.time(), [], []
+    family = load_family(config.model, config.min_pixels, config.max_pixels)
     chat = Chat(family, family.lm.config.text_config.max_position_embeddings)
     examples = list(chain(*splits.load_splits(config))) if not config.data else read_folder(
         config.data, config.outside_images, config.answer_prefix, notes=notes, problems=faults,
