@@ -1,0 +1,90 @@
+"""Claims: docs/one_page.py, which imports nothing of ours, has the losses and the gradients of the
+project's own step, gives the answers of its evaluation, runs to its end, and says what it needs."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import evaluate
+import train
+from support.options import Config
+from support.records import read_folder, write_folder
+from world import scenes
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "one_page.py"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Four training records of different tasks and lengths, and two test records."""
+    out = tmp_path_factory.mktemp("one_page") / "data"
+    write_folder(out, [*scenes.make_world("mixed", "train", 4, seed=3),
+                       *scenes.make_world("mixed", "test", 2, seed=3)])
+    return out
+
+
+@pytest.fixture(scope="module")
+def page(folder):
+    """The page as a module, in float64."""
+    spec = importlib.util.spec_from_file_location("one_page", PAGE)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.FOLDER = folder
+    module.vlm.double(), module.latent.double()
+    module.pred.data = module.pred.data.double()
+    # away from its start at zero, where most of its gradients are zero
+    torch.nn.init.normal_(module.latent[-1].weight, std=0.02)
+    return module
+
+
+def records_of(folder):
+    return [json.loads(line) for line in (folder / "trajectories.jsonl").open(encoding="utf-8")]
+
+
+def projects_step(folder, vlm, page):
+    """The project's step on the four training records, with the page's weights: the loss terms,
+    those of the log and the total with its graph, and the module that computed them."""
+    config = Config(device="cpu", lora_rank=0)
+    examples = [example for example in read_folder(folder) if example.split == "train"]
+    step = train.trainable(vlm, train.prepared(examples, vlm, config), config).double()
+    step.predictor.pred_tokens.data.copy_(page.pred.data)
+    step.predictor.latent.mlp.load_state_dict(page.latent.state_dict())
+    result = step(range(4))
+    return dict(result.parts, total=result.total), step
+
+
+def test_losses_and_gradients_are_those_of_the_projects_step(page, folder, vlm64):
+    expected, step = projects_step(folder, vlm64, page)
+    batch = [page.views(record) for record in records_of(folder) if record["split"] == "train"]
+    h_R = torch.cat([page.encode([record["target"]])[-1].detach() for record in batch])
+    losses = page.losses(batch, h_R)
+    for name, loss in losses.items():
+        torch.testing.assert_close(loss, expected[name], rtol=1e-10, atol=1e-10)
+    losses["total"].backward(), expected["total"].backward()
+    # parameters are in one order in both; the model's norms round to float32 inside
+    pairs = [(page.pred, step.predictor.pred_tokens)]
+    for one, other in ((page.latent, step.predictor.latent.mlp), (page.vlm, step.vlm.lm)):
+        pairs += zip(one.parameters(), other.parameters(), strict=True)
+    for one, other in pairs:
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-5, atol=1e-6)
+
+
+def test_its_answers_are_those_of_the_projects_evaluation(page, folder, vlm64):
+    answers = evaluate.Answerer(vlm64.eval(), read_folder(folder)).direct()
+    for record, answer in zip(records_of(folder), answers, strict=True):
+        assert page.accuracy([record]) == 100 * (answer["text"] == record["answer"])
+
+
+def test_it_runs_to_its_end_or_says_what_it_needs(folder, monkeypatch, capsys):
+    source = PAGE.read_text(encoding="utf-8").replace("150", "2")  # steps
+    program = compile(source, PAGE, "exec"), dict(__name__="__main__", __file__=str(PAGE))
+    monkeypatch.setattr(sys, "argv", ["one_page.py", str(folder)])
+    exec(*program)
+    assert capsys.readouterr().out.splitlines()[-1].startswith("direct accuracy")
+    sys.argv[1:] = [str(folder / "images")]
+    with pytest.raises(SystemExit, match="^Name a data folder: .* writes one.$"):
+        exec(*program)
