@@ -104,6 +104,8 @@ class Run:
             print(f"{self.config.method} on {self.config.data or self.config.regime}: "
                   f"{len(splits[0])} records, {trained:.2f}M trained parameters, "
                   f"{self.config.device}{several}, run folder {self.out}")
+            if self.config.device.startswith("cuda") and not autocast(self.config)._enabled:
+                print("this GPU has no bfloat16 arithmetic: it runs in float32")
         if self.world_size == 1:
             return method
         # sharded weights differ between processes, so they must not be made equal
@@ -129,7 +131,12 @@ class Run:
         with processes.finishing_steps():
             while self.step < config.steps and not stop:
                 waits = time.perf_counter()
-                passes = next(ready)
+                try:
+                    passes = next(ready)
+                except (ValueError, OSError):  # a faulty record: fix it, and --resume continues
+                    self.stopping = True
+                    self.save(self.step)
+                    raise
                 self.waited += time.perf_counter() - waits
                 self.step += 1
                 yield self.step, passes
@@ -302,10 +309,11 @@ def save_best(out: Path, method, step: int, metrics: dict[str, float]) -> None:
 
 
 def autocast(config) -> torch.autocast:
-    """bfloat16 arithmetic on a GPU, and wherever the weights are bfloat16."""
+    """bfloat16 arithmetic on a GPU that has it, and wherever the weights are bfloat16."""
     kind = torch.device(config.device).type
-    return torch.autocast(kind, torch.bfloat16,
-                          enabled=kind == "cuda" or config.dtype == "bfloat16")
+    # T4 and V100 would only emulate it
+    fast = kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.autocast(kind, torch.bfloat16, enabled=fast or config.dtype == "bfloat16")
 
 
 # ---- the folder ---------------------------------------------------------------------------------
