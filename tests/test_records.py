@@ -99,6 +99,9 @@ def test_digests_show_the_record_that_changed_and_open_no_picture(tmp_path, work
     assert changed() == [1]
     rows[2]["question"] = "other"
     assert changed() == [1, 2] and work()[1] == 0
+    red, blue = (Example("1", "t", Image.new("RGB", (4, 4), colour), "q", ["x"], "x", ["x"])
+                 for colour in ("red", "blue"))
+    assert len(digests([red])) == 16 and digests([red]) != digests([blue])
 
 
 def test_what_changed_or_cannot_be_read_says_so_when_it_is_used(tmp_path):
