@@ -89,11 +89,12 @@ class VLM(nn.Module):
     Raises ValueError, one sentence, for what is no such checkpoint or cannot be served.
     """
 
-    def __init__(self, path: str | Path, dtype: torch.dtype = torch.float32):
+    def __init__(self, path: str | Path, dtype: torch.dtype = torch.float32,
+                 min_pixels: int | None = None, max_pixels: int | None = None):
         super().__init__()
         self.path = str(path)
         # lm: all of transformers' model, vision tower and head included; family: what is special
-        self.lm, self.family = families.load_checkpoint(self.path, dtype)
+        self.lm, self.family = families.load_checkpoint(self.path, dtype, min_pixels, max_pixels)
         self.tokenizer = self.family.tokenizer
         self.pad_id: int = self.lm.generation_config.pad_token_id
         self.dim: int = self.lm.config.text_config.hidden_size
@@ -199,7 +200,9 @@ class VLM(nn.Module):
         """
         # padded on the left, so that every row's next token stands in the same column
         batch = collate(views, self.pad_id, left=True).to(self.device)
-        prompt = self.family.prompt(batch, store, self.embed)
+        prompt = self.family.prompt(
+            batch, [store.inputs(i) for i in batch.images],
+            lambda: self.embed(batch, store.encoded(batch.images)))
         # a family that is given embeddings returns only what is new
         start = batch.ids.shape[1] if "input_ids" in prompt else 0
         constraint = None
@@ -217,5 +220,16 @@ class VLM(nn.Module):
         adapters.save_adapter(self.lm, lora_layers(self.lm), self.path, folder)
 
     def load_adapter(self, folder: Path) -> None:
-        """Put a saved adapter into the weights: a plain model then, ready to answer."""
-        adapters.load_adapter(self.lm, self.path, folder)
+        """Put a saved adapter's A and B beside the weights, or all trained weights in their place.
+
+        Not merged: beside bfloat16 weights the sum would lose small changes.
+        """
+        adapter = adapters.read_adapter(folder, self.lm, self.path)
+        self.lm.load_state_dict(adapter.weights, strict=False)
+        for name, (low, high) in adapter.pairs.items():
+            rank = len(low)
+            layer = LoRALinear(self.lm.get_submodule(name), rank, adapter.scaling * rank, 0.0)
+            layer.lora_A.data.copy_(low)
+            layer.lora_B.data.copy_(high)
+            parent, _, last = name.rpartition(".")
+            setattr(self.lm.get_submodule(parent), last, layer)
