@@ -20,45 +20,17 @@ from support.adapters import Adapter, merge, resolve, save_merged
 from support.families import load_checkpoint
 from support.files import read_json
 
-LAYERS = ["model.language_model.layers.0.self_attn.q_proj",
-          "model.language_model.layers.1.self_attn.q_proj"]
-
-
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     return build("qwen2_5_vl", tmp_path_factory.mktemp("base"))
 
 
-def adapter(folder, base, target_modules=("q_proj",), tensors=None, **config):
-    """As PEFT saves it: short names, or a pattern, in target_modules."""
-    torch.manual_seed(0)
-    pairs = {f"base_model.model.{name}.lora_{part}.weight": torch.randn(shape, dtype=torch.float64)
-             for name in LAYERS for part, shape in (("A", (4, 32)), ("B", (32, 4)))}
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(pairs | (tensors or {}), folder / "adapter_model.safetensors")
-    write(folder / "adapter_config.json", **dict(
-        peft_type="LORA", r=4, lora_alpha=8.0, bias="none", target_modules=target_modules,
-        base_model_name_or_path=str(base)) | config)
-    return folder
-
-
-def run_of(folder, base):
-    """A run folder as training leaves it."""
-    adapter(folder / "checkpoint-20", base)
+def run_of(folder, base, dtype=torch.float64):
+    """A run folder as training leaves it, and the trained model."""
+    vlm = trained(folder / "checkpoint-20", base, dtype)
     write(folder / "config.json", model=str(base), method="pearl", dtype="float32")
     write(folder / "best.json", checkpoint="checkpoint-20", step=20)
-    return folder
-
-
-def changed(lm, base, times=1):
-    """Whether `lm` is the base with the pairs above merged `times` over."""
-    plain = load_checkpoint(str(base), torch.float64)[0].state_dict()
-    torch.manual_seed(0)
-    for name in LAYERS:
-        low, high = (torch.randn(s, dtype=torch.float64) for s in ((4, 32), (32, 4)))
-        plain[f"{name}.weight"] += times * 2.0 * high @ low
-    torch.testing.assert_close(dict(lm.state_dict()), dict(plain))
-    return True
+    return vlm
 
 
 def trained(folder, base, dtype=torch.float32, std=0.1, vision=False, rank=4):
@@ -69,7 +41,7 @@ def trained(folder, base, dtype=torch.float32, std=0.1, vision=False, rank=4):
     for name, p in vlm.lm.named_parameters():
         if "lora_B" in name or p.requires_grad and not rank:
             torch.nn.init.normal_(p, std=std)
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     vlm.save_adapter(folder)
     return vlm.eval()
 
@@ -89,12 +61,6 @@ def logits(lm):
 
 
 # ---- adapters ----
-
-
-@pytest.mark.parametrize("names", [["q_proj"], r".*language_model.*\.q_proj", "all-linear"])
-def test_an_adapter_as_peft_saves_it(base, tmp_path, names):
-    folder = adapter(tmp_path / "adapter", base, names, rank_pattern={}, use_rslora=False)
-    assert changed(load_checkpoint(str(folder), torch.float64)[0], base)
 
 
 @pytest.mark.parametrize("name, old, new", [
@@ -122,7 +88,10 @@ def test_what_is_saved_is_loaded_from_anywhere(base, tmp_path, monkeypatch, rank
     assert lora_layers(again.lm).keys() == lora_layers(vlm.lm).keys()
     assert torch.equal(logits(again.lm), logits(vlm.lm))
     monkeypatch.chdir(tmp_path)
-    assert_merged(load_checkpoint(str(tmp_path), torch.float64)[0], vlm)
+    # PEFT also writes patterns there: the tensors say which layers are meant
+    for names in (["q_proj"], r".*language_model.*\.q_proj", "all-linear"):
+        write(tmp_path / "adapter_config.json", target_modules=names, rank_pattern={})
+        assert_merged(load_checkpoint(str(tmp_path), torch.float64)[0], vlm)
 
 
 def test_the_same_as_peft_itself(base, tmp_path):
@@ -147,49 +116,56 @@ X = "base_model.model.x.lora_{}.weight".format
     (dict(alpha_pattern={"q": 2}), {}, "alpha_pattern"), (dict(peft_type="IA3"), {}, "to IA3"),
     (dict(modules_to_save=["lm_head"]), {}, "sets modules_to_save"),
     (dict(init_lora_weights="pissa"), {}, "sets init_lora_weights to pissa"),
-    (dict(r=0), {}, "not PEFT's description"), (dict(lora_alpha="x"), {}, ".lora_alpha x, r 4"),
-    (dict(r=8), {}, "'A': .4, 32., .* of r = 8 in adapter_config.json and .32, 32. in .*: it was"),
+    (dict(r=0), {}, "describes no LoRA"), (dict(lora_alpha="x"), {}, "lora_alpha 'x', r 4"),
+    (dict(r=8), {}, "'A': .4, 48., .* of r = 8 in adapter_config.json and .32, 48. in .*: it is f"),
     ({}, {"base_model.model.x.lora_magnitude_vector": torch.ones(32)}, "which is no low-rank pair"),
     ({}, {X("A"): torch.ones(4, 32)}, "has {'A': .4, 32.} for x"),
     ({}, {X("A"): torch.ones(4, 32), X("B"): torch.ones(32, 4)}, "for x, of r = 4 .* and .0, 0.")])
 def test_other_adapters_are_refused(base, tmp_path, config, tensors, message):
-    folder = adapter(tmp_path / "adapter", base, tensors=tensors, **config)
+    trained(tmp_path, base)
+    write(tmp_path / "adapter_config.json", **config)
+    file = tmp_path / "adapter_model.safetensors"
+    save_file(load_file(file) | tensors, file)
     with pytest.raises(ValueError, match=message):
-        load_checkpoint(str(folder), torch.float64)
+        load_checkpoint(str(tmp_path), torch.float32)
 
 
 def test_damaged_adapters_are_refused_and_nothing_runs(base, tmp_path):
-    file = adapter(tmp_path / "adapter", base) / "adapter_model.safetensors"
+    trained(tmp_path, base)
+    file = tmp_path / "adapter_model.safetensors"
     whole, bomb = file.read_bytes(), f"cos\nsystem\n(S'touch {tmp_path}/mark'\ntR.".encode()
     for content in (b"", whole[:-1], bomb):
         file.write_bytes(content)
         with pytest.raises(ValueError, match="adapter_model.safetensors is not a whole safetens"):
-            load_checkpoint(str(file.parent), torch.float32)
+            load_checkpoint(str(tmp_path), torch.float32)
     assert not (tmp_path / "mark").exists()
 
 
 def test_what_model_may_name(base, tmp_path, monkeypatch):
-    run = run_of(tmp_path / "run", base)
-    later = run_of(tmp_path / "later", run)  # trained on from a run
+    run, later = tmp_path / "run", tmp_path / "later"
+    first, second = run_of(run, base), run_of(later, run)  # trained on from a run
     monkeypatch.chdir(tmp_path)
     for named in (run, run / "checkpoint-20", "run", "./run", "run/checkpoint-20"):
         assert resolve(str(named))[0] == str(base)
     lm, family = load_checkpoint("run", torch.float64)
-    assert changed(lm, base) and family.path == str(base)
+    assert_merged(lm, first)
+    assert family.path == str(base)
     assert resolve(str(later)) == (str(base), [run / "checkpoint-20", later / "checkpoint-20"])
-    assert changed(load_checkpoint("later", torch.float64)[0], base, times=2)
+    assert_merged(load_checkpoint("later", torch.float64)[0], second)
     assert resolve("Qwen/Qwen2.5-VL-3B-Instruct") == ("Qwen/Qwen2.5-VL-3B-Instruct", [])
 
 
 def test_what_model_may_not_name(base, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
-    run_of(tmp_path / "circle", "circle"), run_of(tmp_path / "astray", "runs/tiny")
-    write(run_of(tmp_path / "outside", base) / "best.json", checkpoint="../circle/checkpoint-2")
+    run_of(tmp_path / "outside", base)
+    write(tmp_path / "outside" / "best.json", checkpoint="../circle/checkpoint-2")
+    for folder, name in (("circle", "circle"), ("astray", "runs/tiny"), ("nameless", "")):
+        (tmp_path / folder).mkdir()
+        write(tmp_path / folder / "adapter_config.json", base_model_name_or_path=name)
     for folder, kind in (("typeless", None), ("newer", "qwen9_vl"), ("words", "qwen2")):
         (tmp_path / folder).mkdir()
         write(tmp_path / folder / "config.json", hidden_size=3, model_type=kind)
-    write(adapter(tmp_path / "nameless", None) / "adapter_config.json", base_model_name_or_path="")
     seen = f"seen from {tmp_path}, cannot be loaded"
     for named, message in (
             ("./nothing", f"^./nothing, {seen}"), ("/nothing/there", "^/nothing/there, seen"),
@@ -212,7 +188,7 @@ def test_a_merge_is_rounded_once():
     lm = torch.nn.Sequential(torch.nn.Linear(1, 1, bias=False)).to(torch.bfloat16)
     lm[0].weight.data[:] = 1 + 2 ** -7  # bfloat16's step here
     share = merge(lm, Adapter(1.0, {"0": (torch.tensor([[2 ** -7]]), torch.tensor([[1.501]]))}, {}))
-    assert lm[0].weight.item() == 1 + 3 * 2 ** -7 and share == pytest.approx(2 / 1.501, 1e-4)
+    assert lm[0].weight.item() == 1 + 3 * 2 ** -7 and share == pytest.approx(1 - 0.499 / 1.501, 1e-4)
 
 
 def test_small_changes_beside_bfloat16_weights(tmp_path):
@@ -225,11 +201,12 @@ def test_small_changes_beside_bfloat16_weights(tmp_path):
     assert torch.equal(logits(again.lm.float()), exact)
     lost, shares = {}, {}
     for dtype in (torch.bfloat16, torch.float32):
-        shares[dtype] = save_merged(VLM(TINY, torch.bfloat16), tmp_path, tmp_path / str(dtype), dtype)
-        lm = AutoModelForImageTextToText.from_pretrained(tmp_path / str(dtype))
+        out = tmp_path / str(dtype)
+        shares[dtype] = save_merged(VLM(TINY, torch.bfloat16), tmp_path, out, dtype)
+        lm = AutoModelForImageTextToText.from_pretrained(out)
         assert lm.dtype == dtype  # transformers loads what was written
         lost[dtype] = (logits(lm.float()) - exact).norm() / (exact - start).norm()
-    assert shares[torch.bfloat16] < 0.3 and shares[torch.float32] == pytest.approx(1)
+    assert shares[torch.bfloat16] < 0.3 and shares[torch.float32] > 0.999
     assert lost[torch.bfloat16] > 0.3 and lost[torch.float32] < 0.01
 
 
@@ -250,7 +227,7 @@ def test_a_merged_checkpoint_is_the_bases_files_and_other_weights(tmp_path, name
     if name == "idefics3":
         (base / "generation_config.json").unlink()
     vlm = trained(tmp_path, base)
-    assert save_merged(VLM(base), tmp_path, out) == pytest.approx(1)
+    assert save_merged(VLM(base), tmp_path, out) > 0.999
     before, after = ({file.relative_to(folder).as_posix(): file.read_bytes() for file in
                       folder.rglob("*") if file.is_file()} for folder in (base, out))
     assert before.pop("model.safetensors.index.json") and before.keys() == after.keys()

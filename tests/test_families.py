@@ -166,13 +166,13 @@ def test_which_template_counts(copied):
     write(folder / TOKENS, chat_template=named)
     assert loaded(folder).render(turns) == whole
     write(folder / TOKENS, chat_template=named[:1])
-    refused(folder, "has no chat template .of several, one must be called default.*: choose a che")
+    refused(folder, "has no chat template that writes .*the one called default counts.; restore")
     folder = copied("llava")
     (folder / OLD).unlink()
     for template in (TEMPLATES["QWEN_TEXT_ONLY"], "{{ raise_exception('no') }}",
                      "{% for m in messages %}{{ m.role }}: {{ m.content[-1].text }}{% endfor %}"):
         write(folder / TOKENS, chat_template=template)
-        refused(folder, "does not write a question, its image and an answer once each; restore")
+        refused(folder, "has no chat template that writes a question, its image and an answer")
 
 
 # ---- images ----
