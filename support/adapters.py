@@ -70,8 +70,7 @@ def save_adapter(lm: nn.Module, layers: dict[str, nn.Module], path: str, folder:
 
 
 def read_adapter(folder: Path, lm: nn.Module, path: str) -> Adapter:
-    """An adapter of ours or PEFT's for the model from `path`. Raises ValueError if it is damaged
-    or does not fit the model."""
+    """An adapter of ours or PEFT's for the model from `path`. ValueError if it does not fit."""
     shapes = {name: tuple(p.shape) for name, p in lm.named_parameters()}
     file = folder / "model.safetensors"
     if file.is_file():
@@ -87,7 +86,7 @@ def read_adapter(folder: Path, lm: nn.Module, path: str) -> Adapter:
                              "merge that adapter with PEFT's merge_and_unload, and give the result")
     alpha, rank = config.get("lora_alpha"), config.get("r")
     if not isinstance(alpha, int | float) or not isinstance(rank, int) or rank < 1:
-        raise ValueError(f"{file} is not PEFT's description of a LoRA (lora_alpha {alpha}, r {rank})")
+        raise ValueError(f"{file} describes no LoRA of PEFT (lora_alpha {alpha!r}, r {rank!r})")
 
     file, known, pairs = folder / "adapter_model.safetensors", lm.state_dict(), {}
     # an adapter may have the names of an older transformers, which renames them in checkpoints too
@@ -105,7 +104,7 @@ def read_adapter(folder: Path, lm: nn.Module, path: str) -> Adapter:
         out, width = shapes.get(f"{name}.weight", (0, 0))
         if found != dict(A=(rank, width), B=(out, rank)):
             raise ValueError(f"{file} has {found} for {name}, of r = {rank} in adapter_config.json "
-                             f"and ({out}, {width}) in {path}: it was trained on another model")
+                             f"and ({out}, {width}) in {path}: it is for another model")
     return Adapter(alpha / rank, {n: (pair["A"], pair["B"]) for n, pair in pairs.items()}, {})
 
 
@@ -113,27 +112,29 @@ def read_adapter(folder: Path, lm: nn.Module, path: str) -> Adapter:
 def merge(lm: nn.Module, adapter: Adapter, dtype: torch.dtype | None = None) -> float:
     """Put an adapter into the weights, and all weights into dtype (None: their own).
 
-    Returns the share of the change that survives rounding: its projection on the exact change.
+    Returns the share of the change that survives: 1 - |rounding error| / |change|, at least 0.
     """
-    before = after = 0.0
+    change = error = 0.0
     for name, weight in lm.named_parameters():
+        old = weight.detach()
+        new = adapter.weights.get(name, old)
         # added in float32 (or float64) and rounded once: small changes vanish in bfloat16
-        old = weight.to(torch.promote_types(weight.dtype, torch.float32))
-        new = adapter.weights.get(name, old).to(old)
         if pair := adapter.pairs.get(name.removesuffix(".weight")):
-            new = old + adapter.scaling * pair[1].to(old) @ pair[0].to(old)
-        weight.data = new.to(dtype or weight.dtype)
-        before += ((new - old) ** 2).sum().item()
-        after += ((new - old) * (weight - old)).sum().item()
-    return after / before if before else 1.0
+            wide = torch.promote_types(old.dtype, torch.float32)
+            new = old.to(wide) + adapter.scaling * pair[1].to(wide) @ pair[0].to(wide)
+        weight.data = new.to(dtype or old.dtype)
+        if new is not old:
+            change += (new.float() - old.float()).square().sum().item()
+            error += (weight.float() - new.float()).square().sum().item()
+    return max(0.0, 1 - (error / change) ** 0.5) if change else 1.0
 
 
 def save_merged(vlm, checkpoint: Path, out: Path, dtype: torch.dtype | None = None) -> float:
     """Merge an adapter into the model that it was trained on and write that as an ordinary
     checkpoint folder: the weights, and all other files of the base to the byte.
 
-    dtype: of the weights; None: the one in the base's config.json. Returns the share of the change
-    that survives in it (see `merge`). Raises FileExistsError: `out` must not exist.
+    checkpoint: the adapter. dtype: of the weights; None: the one in the base's config.json. Returns
+    the share of the change that survives in it (see `merge`). Raises FileExistsError.
     """
     lm, source = vlm.lm, Path(vlm.family.path)
     if not source.is_dir():
@@ -141,9 +142,9 @@ def save_merged(vlm, checkpoint: Path, out: Path, dtype: torch.dtype | None = No
     config = read_json(source / "config.json")
     stored = config.get("dtype") or config.get("torch_dtype")
     dtype = dtype or getattr(torch, stored or "", lm.dtype)
-    name, adapter = str(dtype).removeprefix("torch."), read_adapter(checkpoint, lm, vlm.path)
+    name = str(dtype).removeprefix("torch.")
     with new_folder(out) as partial:
-        share = merge(lm, adapter, dtype)
+        share = merge(lm, read_adapter(checkpoint, lm, vlm.path), dtype)
         lm.save_pretrained(partial)
         # this is how we ask, and no setting of the model
         (partial / "generation_config.json").unlink(missing_ok=True)
@@ -165,5 +166,5 @@ def save_merged(vlm, checkpoint: Path, out: Path, dtype: torch.dtype | None = No
                 write_json(file, settings)
     print(f"{out} loads with transformers' AutoModelForImageTextToText and AutoProcessor (Qwen: "
           "inputs made without AutoProcessor need mm_token_type_ids, or answers differ silently); "
-          f"{share:.1%} of the change that was trained survives in {name}")
+          f"{share:.0%} of what training changed survives in {name}")
     return share

@@ -23,12 +23,12 @@ from support.files import check_finite
 
 @contextmanager
 def one_sentence(start: str):
-    """Turns any error inside into a ValueError: `start` and the first sentence of the error."""
+    """Turns any error inside into a ValueError: `start` and the first line of the error."""
     try:
         yield
     # files and templates of others can fail in every way
     except Exception as error:
-        first = re.split(r"\.\s|\n", str(error).strip())[0]
+        first = str(error).strip().split("\n")[0]
         raise ValueError(f"{start} ({type(error).__name__}: {first})") from None
 
 
@@ -50,9 +50,6 @@ class Family:
             template = self.processor.chat_template or self.tokenizer.chat_template
         # of several templates, as transformers does
         template = template.get("default") if isinstance(template, dict) else template
-        if not template:
-            raise ValueError(f"{path} has no chat template (of several, one must be called default"
-                             "): choose a checkpoint that was tuned to follow instructions")
         self.template = self.processor.chat_template = template
         # some models are told which tokens belong to images
         known = inspect.signature(lm.model.forward).parameters
@@ -76,11 +73,9 @@ class Family:
         return AutoProcessor.from_pretrained(self.path)
 
     def render(self, messages: list[dict], add_generation_prompt: bool = False) -> str:
-        """The conversation as the model reads it, with a placeholder for every image.
-
-        messages: [{"role": "user" | "assistant", "content": [{"type": "text", "text": str} or
-        {"type": "image"}, ...]}, ...]. Raises ValueError with the template's own reason.
-        """
+        """The conversation as text, a placeholder for every image. messages: [{"role": "user" |
+        "assistant", "content": [{"type": "text", "text": str} or {"type": "image"}, ...]}, ...].
+        Raises ValueError with the template's own reason."""
         with one_sentence(f"the chat template of {self.path} refuses the conversation"):
             return self._apply_template(messages, add_generation_prompt)
 
@@ -126,8 +121,9 @@ class Family:
                 if all(text.count(part) == 1 for part in (self.placeholder, "Qz4", "Aq7")):
                     break
         else:
-            raise ValueError(f"the chat template of {self.path} does not write a question, its "
-                             "image and an answer once each; restore the checkpoint's own")
+            raise ValueError(f"{self.path} has no chat template that writes a question, its image "
+                             "and an answer, once each (of several, the one called default counts)"
+                             "; restore the original's, or choose an instruction-tuned checkpoint")
         # the longest first, because one token may begin another
         tokens = map(re.escape, sorted(self.reserved, key=len, reverse=True))
         end = re.search("|".join(tokens), text[text.rindex("Aq7"):])
@@ -160,6 +156,9 @@ class Family:
             self.alone_only = self._replacements([image] * 2) != self._replacements([image]) * 2
             ids, spans = self.encode(self.image_text(*image.size)[0] + "x")
             tokens = features = ids.count(token)
+            words = set(self.tokenizer.get_vocab().values()) - set(self.tokenizer.all_special_ids)
+            if max(words) >= self.lm.get_input_embeddings().num_embeddings:
+                raise ValueError("the tokenizer has tokens for which there is no embedding")
             # without weights there is no vision tower to ask
             if self.lm.device.type != "meta":
                 features = self.features([self.inputs(image)])[0].shape[1]
@@ -309,8 +308,7 @@ def load_checkpoint(path: str, dtype: torch.dtype, min_pixels: int | None = None
         lm, report = AutoModelForImageTextToText.from_pretrained(
             base, dtype=dtype, use_safetensors=True, trust_remote_code=False,
             output_loading_info=True, ignore_mismatched_sizes=True)
-    # transformers would only warn of these, and fill what is missing with random numbers; the two
-    # names are of tensors that older versions saved and that are computed from the config
+    # transformers would only warn of these. Older versions saved the two tensors that are computed.
     unknown = [name for name in report["unexpected_keys"]
                if not name.endswith(("position_ids", "inv_freq"))]
     shapes = [name for name, *_ in report["mismatched_keys"]]
