@@ -288,7 +288,7 @@ class Questions(NamedTuple):
 
 
 def questions_of(config, per_task: int) -> Questions:
-    options = vars(config) | dict(train_examples=400, test_per_task=per_task)
+    options = vars(config) | dict(train_examples=200, test_per_task=per_task)
     learned, _, tests = load_splits(SimpleNamespace(**options))
     texts, tasks = {ex.question for ex in learned}, {ex.task for ex in learned}
     # in the world, the held-out task also without the dots that a trained task asks about

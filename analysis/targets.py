@@ -11,7 +11,7 @@
 
 The table has shares of the squared length of h_R: common to all trajectories, dependent on the
 task, on the answer within the task (and by chance, with shuffled answers), and the rest. If hardly
-anything depends on the answer, Pearl has nothing to teach (docs/RESULTS.md, "What h_R tells").
+anything depends on the answer, Pearl has nothing to teach (RESULTS.md, "What h_R tells").
 Tasks and answers must repeat in the data: if every record has its own answer, there is nothing to
 average, and the share by chance comes close to the answer's.
 """

@@ -1,0 +1,234 @@
+"""Claims: a replaced latent is what the language model reads, in the latent's place and nowhere
+else; with the true latents its states are those of training; another question's image is another
+image; a model that follows the image is told from one that does not; gaps equal hand-computed ones;
+untrained tasks are found, and their near copies."""
+
+import itertools
+import json
+import sys
+
+import pytest
+import torch
+
+from analysis import causal
+from analysis.tables import paired_difference
+from baselines import reconstruction
+from data import collate
+from evaluate import Evaluator
+from model import VLM
+from support.features import load_images
+from support.images import picture_digest
+from train import Config
+from world import scenes
+
+LATENTS = 3
+RIGHT, SAME, FOLLOWS, STAYS = causal.RIGHT, causal.SAME, causal.FOLLOWS, causal.STAYS
+
+
+class Script:
+    """The shipped model, made to say the expert's words one question at a time, with latents in the
+    places of tool images. `fed`: what its language model reads behind the prompt."""
+
+    def __init__(self, monkeypatch, count=3):
+        torch.manual_seed(0)
+        self.vlm = VLM(Config().model, torch.float64).eval()
+        self.examples = [scenes.make_example("crop", "test", i, 0) for i in range(count)]
+        evaluator = Evaluator(self.vlm, self.examples, batch=1)
+        scale = reconstruction.LatentScale(3 + 5 * torch.randn(20, self.vlm.dim),
+                                           torch.full((self.vlm.dim,), 0.1)).double()
+        self.reader = causal.LatentReader(evaluator, scale, LATENTS)
+        self.views = [reconstruction.latent_view(
+            evaluator.chat, ex, load_images(ex, self.vlm.family), LATENTS) for ex in self.examples]
+        lengths = [len(question.prompt.ids) for question in evaluator.questions]
+        # the order of in_batches
+        self.order = sorted(range(count), key=lambda i: lengths[i])
+        self.words = [view.ids[n:] for view, n in zip(self.views, lengths)]
+        self.places = [[i - n for i in view.inject_at] for view, n in zip(self.views, lengths)]
+        words = itertools.cycle(word for i in self.order for word in self.words[i])
+        size, decoder = self.vlm.lm.config.text_config.vocab_size, self.vlm.lm.get_decoder()
+        monkeypatch.setattr(self.vlm.lm.lm_head, "forward", lambda state: torch.eye(
+            size, dtype=state.dtype)[[next(words)]])
+        self.fed, self.states = [], []
+        decoder.register_forward_pre_hook(lambda module, args, named: self.fed.append(
+            named["inputs_embeds"][0, -1]), with_kwargs=True)
+        decoder.register_forward_hook(lambda module, args, out: self.states.append(
+            out.last_hidden_state[0, -1]))
+
+    def ask(self, source=None):
+        """For each question the inputs behind its prompt (n, D), and the states before them."""
+        self.fed.clear()
+        self.states.clear()
+        self.reader.choices(source)
+        inputs, states, start = {}, {}, 0
+        for i in self.order:
+            end = start + len(self.words[i])
+            # the first pass reads the prompt
+            inputs[i] = torch.stack(self.fed[start + 1:end])
+            states[i], start = torch.stack(self.states[start:end]), end
+        return inputs, states
+
+
+@torch.no_grad()
+def test_replaced_latents_are_fed_all_else_stays_and_true_ones_are_those_of_training(monkeypatch):
+    script = Script(monkeypatch)
+    reader, partner = script.reader, causal.partners(script.examples, causal.other_image)
+    made = {"own": script.ask(reader.keep)}
+    made |= {test: script.ask(source) for test, source in reader.sources().items()}
+    for i, places in enumerate(script.places):
+        fed = {test: inputs[i] for test, (inputs, _) in made.items()}
+        words = [n for n in range(len(fed["own"])) if n not in places]
+        assert all(torch.equal(inputs[words], fed["own"][words]) for inputs in fed.values())
+        latents, own = {test: x[places] for test, x in fed.items()}, torch.stack(reader.kept[i])
+        assert len(own) == LATENTS and own.std() > 0 and torch.equal(latents["own"], own)
+        assert torch.equal(latents["zeros"], torch.zeros_like(own))
+        assert torch.equal(latents["its first one repeated"], own[:1].expand_as(own))
+        assert torch.equal(latents["another question's"], torch.stack(reader.kept[partner[i]]))
+        assert not torch.isclose(latents["noise"], own).all(dim=1).any()
+        image, tool_image = reader.evaluator.images([i])
+        features = reader.evaluator.encode_images([image, tool_image])
+        true = reconstruction.latent_targets(features[tool_image.key].features[0], LATENTS)
+        torch.testing.assert_close(latents["the true ones"], true)
+        states = made["the true ones"][1][i]
+        trained = script.vlm(collate([script.views[i]], script.vlm.pad_id), features, true).states
+        # from the state that says the first word to the one that says the end of the turn
+        torch.testing.assert_close(states, trained[0, -len(states) - 1:-1], rtol=1e-6, atol=1e-6)
+
+
+def test_latents_of_several_runs_and_noise_by_hand(monkeypatch):
+    reader, zero = Script(monkeypatch).reader, torch.zeros(1)
+    partner = causal.partners(reader.evaluator.examples, causal.other_image)
+    reader.latents = 2
+    reader.kept = {partner[0]: [torch.full((1,), float(n)) for n in range(4)], partner[1]: []}
+    sources = reader.sources()
+    # a third run has no counterpart: it gets the last one's again
+    feed, first = sources["another question's"](0), sources["its first one repeated"](0)
+    assert [float(feed(zero, k)) for k in range(6)] == [0, 1, 2, 3, 2, 3]
+    assert sources["another question's"](1) is None
+    assert [float(first(zero + 10 + k, k)) for k in range(4)] == [10, 10, 12, 12]
+    noise = sources["noise"](0)
+    drawn = torch.cat([noise(zero, k) for k in range(4000)])
+    # the mean and the standard deviation of 0, 1, 2, 3
+    assert [float(drawn.mean()), float(drawn.std())] == pytest.approx([1.5, 1.118], abs=0.1)
+    assert torch.equal(sources["noise"](0)(zero, 0), drawn[:1])
+
+
+def test_partners_and_replaced_pictures():
+    world = scenes.make_world("mixed", "test", 20)
+    world.append(world[0].image_first())  # the same picture again
+    found = causal.partners(world, causal.other_image)
+    assert list(found) == list(range(21)) and found == causal.partners(world, causal.other_image)
+    for one, other in ((world[i], world[j]) for i, j in found.items()):
+        assert one.task == other.task
+        assert picture_digest(one.image) != picture_digest(other.image)
+    assert causal.partners([world[0], world[-1]], causal.other_image) == {}
+    pool, world = scenes.make_world("single", "test", 12), scenes.make_world("multi", "test", 60)
+    assert sorted(causal.partners(pool, causal.other_image).values()) == list(range(12))
+    for fits in (causal.same_answer, causal.other_answer):
+        for one, other in ((world[i], world[j]) for i, j in causal.partners(world, fits).items()):
+            assert other.answer in one.options
+            assert (other.answer == one.answer) == (fits is causal.same_answer)
+            made = causal.with_tool_images(one, other)
+            assert made.texts == one.texts and made.image is one.image
+            assert all(a is b for a, b in zip(made.images[1:], other.images[1:], strict=True))
+    assert causal.blanked(one).image.getcolors() == [(128 * 128, (128, 128, 128))]
+
+
+@pytest.mark.parametrize("by_image", [True, False])
+def test_a_model_that_follows_the_image_is_told_from_one_that_does_not(monkeypatch, by_image):
+    world = scenes.make_world("mixed", "test", 60)
+    of_image = {picture_digest(image): ex.answer for ex in world for image in ex.images}
+    of_question = {ex.id: ex.answer for ex in world}
+
+    class Reader:  # an Evaluator that reads the answer off a picture, or knows the question
+        def __init__(self, vlm, examples, prefix):
+            self.examples = examples
+
+        def direct(self, place=0):
+            for ex in self.examples:
+                text = (of_image.get(picture_digest(ex.images[place])) if by_image
+                        else of_question[ex.id])
+                yield dict(text=f"Answer: {text}",
+                           option=ex.options.index(text) if text in ex.options else None)
+
+        def tool(self):
+            return self.direct(-1)
+
+    monkeypatch.setattr(causal.evaluate, "Evaluator", Reader)
+    vlm = type("VLM", (), dict(family=type("Family", (), dict(alone_only=False))))
+    subject = causal.Subject(vlm, world, "Answer:")
+    shares = {key[1:]: sum(marks.values()) / len(marks) for key, marks in
+              (causal.image_tests(subject) | causal.tool_tests(subject)).items()}
+    swapped, follows = "another's, other answer", float(by_image)
+    assert shares["as it is", RIGHT] == shares["another's, same answer", RIGHT] == 1
+    assert shares[swapped, FOLLOWS] == follows and shares[swapped, STAYS] == 1 - follows
+    assert shares["grey", RIGHT] == shares["grey", SAME] == 1 - follows
+    # another image may have the same answer
+    assert shares["another question's", RIGHT] == shares["another question's", SAME]
+    assert (shares["another question's", SAME] < 1) == by_image
+
+
+def test_untrained_tasks_their_distance_and_the_dots(monkeypatch):
+    assert causal.words_apart("Which bar is tall?", "Which dotted bar is tall?") == 1
+    assert causal.words_apart("a b c", "a x c d") == 2 and causal.words_apart("", "a b") == 2
+    questions = causal.questions_of(Config(regime="mixed"), 2)
+    assert set(questions.untrained) == {"zoom", "highlight+crop", "path+crop", "tallest",
+                                        scenes.NO_DOTS}
+    # a zoom's question is a crop's, word for word; tallest's is one word from highlight's
+    assert questions.distances["zoom"] == 0 and questions.distances["tallest"] == 1
+    assert len(questions.trained) == 10
+    # right: all without dots, of the others every second one
+    monkeypatch.setattr(causal.Subject, "direct", lambda self, examples: [
+        ex.options.index(ex.answer) if n % 2 or ex.task == scenes.NO_DOTS else None
+        for n, ex in enumerate(examples)])
+    found = causal.untrained_tests(causal.Subject(None, [], "Answer:"), questions)
+    assert [*found["untrained", "tallest", causal.EFFECT].values()] == [-1, 0]
+    together = found["untrained", causal.ALL_FAR, RIGHT]
+    assert len(together) == 6 and sum(together.values()) == 4
+    assert not any(name.startswith(("zoom", "tallest-test")) for name in together)
+
+
+def marks(text):
+    return {i: int(mark) for i, mark in zip("abcdefgh", text)}
+
+
+def test_gaps_and_the_table_by_hand():
+    mine, theirs = marks("1101"), marks("10001")
+    # over a, b, c, d: 0, 100, 0, 100; std 57.735, its interval 1.96 * 57.735 / 2
+    assert causal.gap([mine], [theirs]) == (50, pytest.approx(56.58, abs=0.01))
+    assert causal.gap([mine], [{}]) is None
+    # a single seed of the other is compared with each of ours
+    for other in ([theirs], [theirs, theirs]):
+        assert causal.gap([mine, marks("1111")], other) == paired_difference([75, 100], [25, 25])
+    own, zoom = ("image", "as it is", RIGHT), ("untrained", "zoom", RIGHT)
+    run = {own: marks("1111"), ("image", "grey", RIGHT): marks("0000"), zoom: marks("10"),
+           ("image", "grey", SAME): marks("0001"), ("tool image", "as it is", RIGHT): {}}
+    text = causal.table({causal.BASE: [{zoom: marks("11")}], "pearl": [run]}, {"zoom": 0})
+    assert "| pearl | image | as it is | right | 4 | 100.0 [51.0, 100.0] |  |" in text
+    assert "| grey | right | 4 | 0.0 [0.0, 49.0] | -100.0 [-100.0, -100.0] |" in text
+    assert "| grey | unchanged | 4 | 25.0 [4.6, 69.9] |  |" in text
+    assert "| zoom (0 words apart) | right | 2 | 50.0 [9.5, 90.5] | -50.0 [-148.0, +48.0] |" in text
+    assert "no question fits" in text and "\n2 differences. An interval that holds 0" in text
+    text = causal.table({"pearl": [run, run | {own: marks("1100")}]}, {})
+    assert "| as it is | right | 4 | 75.0 +/- 35.4 |  |" in text
+
+
+def test_the_program_asks_a_checkpoint_and_refuses_runs_of_two_settings(tmp_path, monkeypatch,
+                                                                        capsys):
+    world, file = scenes.make_world("mixed", "test", 2), tmp_path / "marks.json"
+    vlm = VLM(Config().model).eval()
+    scale = reconstruction.LatentScale(torch.zeros(2, vlm.dim), torch.ones(vlm.dim))
+    # the shipped model feeds itself no latents, so there are none to replace
+    found = causal.latent_tests(causal.Subject(vlm, world, "Answer:"), scale, 2)
+    assert {test for _, test, _ in found} == {"its own", "guessing", "markers alone",
+                                              "answered directly"}
+    monkeypatch.setattr(causal, "questions_of", lambda *_: causal.Questions(world, {}, {}))
+    monkeypatch.setattr(sys, "argv", ["causal.py", "--model", Config().model, "--json", str(file)])
+    causal.main()
+    assert "| image | grey | right | 2 |" in capsys.readouterr().out
+    (seed,) = json.loads(file.read_text(encoding="utf-8"))[Config().model]
+    assert set(seed["tool image|as it is|right"]) == {ex.id for ex in world}
+    monkeypatch.setattr(causal.run, "finished", lambda path: (
+        vars(Config(regime="mixed" if path.name == "a" else "all")), path))
+    monkeypatch.setattr(sys, "argv", ["causal.py", "a", "b"])
+    with pytest.raises(ValueError, match="a, b differ in base, data or regime"):
+        causal.main()
