@@ -267,14 +267,14 @@ def layers(rows: list[State], name: str):
 
 def embedding_figures(runs: dict[str, Path], configs: dict, tests: list[Example],
                       library: Sequence[Example], out: Path) -> dict:
-    """embeddings.png and neighbours.png of all runs that learn trajectories; their numbers."""
+    """embeddings.png of all runs but recon, neighbours.png of the first with [PRED]; numbers."""
     start = train.parse_config(["--model", next(iter(configs.values())).model, "--device", DEVICE])
     pairs, pearl = {BASE: probes.embeddings(None, start, tests)}, None
     for name, config in configs.items():
-        method = config.method.removeprefix("tracked+")
-        if method not in ("recon", "direct", "both"):
+        kind = train.find_method(config.method)
+        if not issubclass(kind, reconstruction.Recon):
             pairs[name] = probes.embeddings(runs[name], config, tests)
-            pearl = pearl or (name if method != "sft" else None)
+            pearl = pearl or (None if issubclass(kind, train.SFT) else name)
     known = {name: probes.knowledge(pair, tests) for name, pair in pairs.items()}
     few = {name: (pair[0][:250], pair[1][:250]) for name, pair in pairs.items()}
     embedding_maps(few, tests[:250], known).savefig(out / "embeddings.png")

@@ -6,6 +6,7 @@ untrained tasks are found, and their near copies."""
 import itertools
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,51 +28,46 @@ RIGHT, SAME, FOLLOWS, STAYS = causal.RIGHT, causal.SAME, causal.FOLLOWS, causal.
 
 class Script:
     """The shipped model, made to say the expert's words one question at a time, with latents in the
-    places of tool images. `fed`: what its language model reads behind the prompt."""
+    places of tool images."""
 
-    def __init__(self, monkeypatch, count=3):
+    def __init__(self, monkeypatch):
         torch.manual_seed(0)
         self.vlm = VLM(Config().model, torch.float64).eval()
-        self.examples = scenes.make_world("single", "test", count)
-        evaluator = Evaluator(self.vlm, self.examples, batch=1)
+        # shortest first: the order in which they are asked
+        examples = sorted(scenes.make_world("single", "test", 3), key=lambda ex: len(ex.question))
+        evaluator = Evaluator(self.vlm, examples, batch=1)
         scale = reconstruction.LatentScale(3 + 5 * torch.randn(20, self.vlm.dim),
                                            torch.full((self.vlm.dim,), 0.1)).double()
         self.reader = causal.LatentReader(evaluator, scale, LATENTS)
         self.views = [reconstruction.latent_view(
-            evaluator.chat, ex, load_images(ex, self.vlm.family), LATENTS) for ex in self.examples]
-        lengths = [len(question.prompt.ids) for question in evaluator.questions]
-        # the order of in_batches
-        self.order = sorted(range(count), key=lambda i: lengths[i])
-        self.words = [view.ids[n:] for view, n in zip(self.views, lengths)]
-        self.places = [[i - n for i in view.inject_at] for view, n in zip(self.views, lengths)]
-        words = itertools.cycle(word for i in self.order for word in self.words[i])
-        size, decoder = self.vlm.lm.config.text_config.vocab_size, self.vlm.lm.get_decoder()
+            evaluator.chat, ex, load_images(ex, self.vlm.family), LATENTS) for ex in examples]
+        starts = [len(question.prompt.ids) for question in evaluator.questions]
+        said = [view.ids[n:] for view, n in zip(self.views, starts)]
+        self.counts = [len(words) for words in said]
+        self.places = [[i - n for i in view.inject_at] for view, n in zip(self.views, starts)]
+        words, size = itertools.cycle(sum(said, [])), self.vlm.lm.config.text_config.vocab_size
         monkeypatch.setattr(self.vlm.lm.lm_head, "forward", lambda state: torch.eye(
             size, dtype=state.dtype)[[next(words)]])
-        self.fed, self.states = [], []
+        self.fed, self.states, decoder = [], [], self.vlm.lm.get_decoder()
         decoder.register_forward_pre_hook(lambda module, args, named: self.fed.append(
             named["inputs_embeds"][0, -1]), with_kwargs=True)
         decoder.register_forward_hook(lambda module, args, out: self.states.append(
             out.last_hidden_state[0, -1]))
 
     def ask(self, source=None):
-        """For each question the inputs behind its prompt (n, D), and the states before them."""
-        self.fed.clear()
-        self.states.clear()
+        """For each question the inputs behind its prompt, and the states before them (n, D)."""
+        self.fed, self.states = [], []
         self.reader.choices(source)
-        inputs, states, start = {}, {}, 0
-        for i in self.order:
-            end = start + len(self.words[i])
-            # the first pass reads the prompt
-            inputs[i] = torch.stack(self.fed[start + 1:end])
-            states[i], start = torch.stack(self.states[start:end]), end
-        return inputs, states
+        # the first input is the prompt's
+        fed = [part[1:] for part in torch.stack(self.fed).split(self.counts)]
+        return fed, torch.stack(self.states).split(self.counts)
 
 
 @torch.no_grad()
 def test_replaced_latents_are_fed_all_else_stays_and_true_ones_are_those_of_training(monkeypatch):
     script = Script(monkeypatch)
-    reader, partner = script.reader, causal.partners(script.examples, causal.other_image)
+    reader, evaluator = script.reader, script.reader.evaluator
+    partner = causal.partners(evaluator.examples, causal.other_image)
     made = {"own": script.ask(reader.keep)}
     made |= {test: script.ask(source) for test, source in reader.sources().items()}
     for i, places in enumerate(script.places):
@@ -84,9 +80,9 @@ def test_replaced_latents_are_fed_all_else_stays_and_true_ones_are_those_of_trai
         assert torch.equal(latents["its first one repeated"], own[:1].expand_as(own))
         assert torch.equal(latents["another question's"], torch.stack(reader.kept[partner[i]]))
         assert not torch.isclose(latents["noise"], own).all(dim=1).any()
-        image, tool_image = reader.evaluator.images([i])
-        features = reader.evaluator.encode_images([image, tool_image])
-        true = reconstruction.latent_targets(features[tool_image.key].features[0], LATENTS)
+        images = evaluator.images([i])
+        features = evaluator.encode_images(images)
+        true = reconstruction.latent_targets(features[images[1].key].features[0], LATENTS)
         torch.testing.assert_close(latents["the true ones"], true)
         states = made["the true ones"][1][i]
         trained = script.vlm(collate([script.views[i]], script.vlm.pad_id), features, true).states
@@ -112,14 +108,13 @@ def test_latents_of_several_runs_and_noise_by_hand(monkeypatch):
 
 def test_partners_and_replaced_pictures():
     world = scenes.make_world("mixed", "test", 20)
-    world.append(world[0].image_first())  # the same picture again
     found = causal.partners(world, causal.other_image)
-    assert list(found) == list(range(21)) and found == causal.partners(world, causal.other_image)
+    # everybody's partner is another one's, of the same task
+    assert sorted(found.values()) == list(found) == list(range(20))
     assert all(world[i].task == world[j].task and causal.other_image(world[i], world[j])
                for i, j in found.items())
-    assert causal.partners([world[0], world[-1]], causal.other_image) == {}
-    pool, world = scenes.make_world("single", "test", 12), scenes.make_world("multi", "test", 60)
-    assert sorted(causal.partners(pool, causal.other_image).values()) == list(range(12))
+    assert causal.partners([world[0], world[0].image_first()], causal.other_image) == {}
+    world = scenes.make_world("multi", "test", 60)
     for fits in (causal.same_answer, causal.other_answer):
         for one, other in ((world[i], world[j]) for i, j in causal.partners(world, fits).items()):
             assert other.answer in one.options
@@ -136,21 +131,15 @@ def test_a_model_that_follows_the_image_is_told_from_one_that_does_not(monkeypat
     of_image = {picture_digest(image): ex.answer for ex in world for image in ex.images}
     truth = {ex.id: ex.answer for ex in world}
 
-    class Reader:  # an Evaluator that reads the answer off a picture, or knows the question
-        def __init__(self, vlm, examples, prefix):
-            self.examples = examples
+    def reply(examples, place):  # the answer is read off a picture, or known by the question
+        for ex in examples:
+            text = of_image.get(picture_digest(ex.images[place])) if by_image else truth[ex.id]
+            yield dict(text=f"Answer: {text}",
+                       option=ex.options.index(text) if text in ex.options else None)
 
-        def direct(self, place=0):
-            for ex in self.examples:
-                text = of_image.get(picture_digest(ex.images[place])) if by_image else truth[ex.id]
-                yield dict(text=f"Answer: {text}",
-                           option=ex.options.index(text) if text in ex.options else None)
-
-        def tool(self):
-            return self.direct(-1)
-
-    monkeypatch.setattr(causal.evaluate, "Evaluator", Reader)
-    vlm = type("VLM", (), dict(family=type("Family", (), dict(alone_only=False))))
+    monkeypatch.setattr(causal.evaluate, "Evaluator", lambda vlm, examples, prefix: SimpleNamespace(
+        direct=lambda: reply(examples, 0), tool=lambda: reply(examples, -1)))
+    vlm = SimpleNamespace(family=SimpleNamespace(alone_only=False))
     subject = causal.Subject(vlm, world, "Answer:")
     shares = {key[1:]: sum(marks.values()) / len(marks) for key, marks in
               (causal.image_tests(subject) | causal.tool_tests(subject)).items()}
@@ -210,11 +199,6 @@ def test_gaps_and_the_table_by_hand():
 def test_the_program_asks_a_checkpoint_and_refuses_runs_of_two_settings(tmp_path, monkeypatch,
                                                                         capsys):
     world, file = scenes.make_world("mixed", "test", 2), tmp_path / "marks.json"
-    vlm = VLM(Config().model).eval()
-    scale = reconstruction.LatentScale(torch.zeros(2, vlm.dim), torch.ones(vlm.dim))
-    # the shipped model feeds itself no latents, so there are none to replace
-    found = causal.latent_tests(causal.Subject(vlm, world, "Answer:"), scale, 2)
-    assert ("latents", "zeros", RIGHT) not in found
     monkeypatch.setattr(causal, "questions_of", lambda *_: causal.Questions(world, {}, {}))
     monkeypatch.setattr(sys, "argv", ["causal.py", "--model", Config().model, "--json", str(file)])
     causal.main()

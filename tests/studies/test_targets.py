@@ -7,8 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import train
 from analysis import states, targets, text_model
@@ -16,9 +15,6 @@ from support import run
 from support.files import write_json
 from support.lora import lora_layers
 from world import scenes
-
-TEMPLATE = ("{% for m in messages %}<s>{{ m['role'] }} {{ m['content'] }}</s> {% endfor %}"
-            "{% if add_generation_prompt %}<s>assistant {% endif %}")
 
 
 def starting(**options):
@@ -121,31 +117,24 @@ def test_a_finished_run_is_read_by_its_own_model(tmp_path, monkeypatch):
 
 @torch.no_grad()
 def test_a_language_model_reads_r_as_its_target_view(tmp_path):
-    """A tiny model whose tokens are words; each state by hand, one conversation at a time."""
-    world = scenes.make_world("mixed", "train", 4)
-    words = {word: n for n, word in enumerate("<s> </s> assistant user ( image )".split())}
-    split = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(),
-                                     pre_tokenizers.Punctuation()])
-    for text in [text for ex in world for text in (ex.question, *ex.texts)]:
-        for word, _ in split.pre_tokenize_str(text):
-            words.setdefault(word, len(words))
-    plain = Tokenizer(models.WordLevel(words, unk_token="<s>"))
-    plain.pre_tokenizer = split
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=plain, eos_token="</s>", bos_token="<s>")
-    tokenizer.chat_template = TEMPLATE
+    """A tiny model with the shipped tokenizer; each state by hand, one conversation at a time."""
+    world, tokenizer = scenes.make_world("mixed", "train", 4), starting().vlm.tokenizer
     tokenizer.save_pretrained(tmp_path)
-    lm = LlamaForCausalLM(LlamaConfig(vocab_size=len(words), hidden_size=16, num_hidden_layers=2,
-                                      intermediate_size=16, num_attention_heads=2)).eval()
+    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=2,
+                         intermediate_size=16, num_attention_heads=2)
+    lm = LlamaForCausalLM(config).eval()
     lm.save_pretrained(tmp_path)
     found = text_model.states_of_words(str(tmp_path), world, 3)
     assert set(found) == {(n, p) for n in range(3) for p in ("end", "word", "words")}
+    speaks = "<|im_start|>assistant\n"
     for row, example in enumerate(world):
         first, _, last = example.trajectory
-        parts = (f"<s>assistant {first}", "</s> <s>user (image)</s> <s>assistant ", last, "</s>")
+        parts = (speaks, first, f"<|im_end|>\n<|im_start|>user\n(image)<|im_end|>\n{speaks}", last,
+                 "<|im_end|>")
         ids = [tokenizer(part, add_special_tokens=False).input_ids for part in parts]
-        n, between, m = (len(part) for part in ids[:3])
-        spoken = [*range(2, n), *range(n + between, n + between + m)]
+        owner = [n for n, part in enumerate(ids) for _ in part]
+        words = [n for n, part in enumerate(owner) if part in (1, 3)]
         hidden = lm(torch.tensor([sum(ids, [])]), output_hidden_states=True).hidden_states
         for (layer, position), h in found.items():
-            at = dict(end=[-1], word=spoken[-1:], words=spoken)[position]
+            at = dict(end=[-1], word=words[-1:], words=words)[position]
             torch.testing.assert_close(h[row], hidden[layer][0, at].mean(dim=0))
