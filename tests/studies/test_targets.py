@@ -1,0 +1,140 @@
+"""Claims: shares are those that an embedding was made of; the states of the table are those that
+training would predict; the rule recommends what its words say; a language model reads R as its
+target view; a finished run is read by its own model."""
+
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import train
+from analysis import states, targets, text_model
+from support import run
+from support.files import write_json
+from support.lora import lora_layers
+from world import scenes
+
+
+def starting(**options):
+    kind = train.config_class(options.get("method", "pearl"))
+    return targets.starting_method(kind(device="cpu", batch=3, lora_rank=4, **options))
+
+
+def test_shares_are_those_that_an_embedding_was_made_of():
+    """Orthogonal parts of known size: common, the task's, the answer's, something else. Centred:
+    without the common part, only the answer's is left."""
+    records, h = [], torch.zeros(1200, 8)
+    for n in range(1200):
+        task, answer, other = n % 2, n // 2 % 3, n // 6 % 2
+        h[n, [0, 1 + task, 3 + answer, 6 + other]] = torch.tensor([3.0, 2.0, 1.0, 0.5])
+        records.append(SimpleNamespace(task=f"task {task}", answer=f"{answer}"))
+    found, total = states.shares(7 * h, records), 9 + 4 + 1 + 0.25
+    # the mean of each part is common too; the length of the rows does not matter
+    assert found["common"] == pytest.approx((9 + 4 / 2 + 1 / 3 + 0.25 / 2) / total)
+    assert [found[name] * total for name in ("task", "answer", "rest")] == pytest.approx(
+        [4 / 2, 2 / 3, 0.25 / 2])
+    assert 0 <= found["answer_by_chance"] < 0.02 * found["answer"]
+    records = [SimpleNamespace(task="t", answer=str(n % 2)) for n in range(40)]
+    h = torch.tensor([[10.0, 1, 0], [10.0, -1, 0]]).repeat(20, 1)
+    [row] = states.measure({(1, "end"): h}, records)
+    assert row.numbers["answer"] == pytest.approx(1 / 101) and row.centred > 0.9
+
+
+@torch.no_grad()
+def test_the_states_of_the_table_are_those_that_training_would_predict():
+    """Each record alone, by transformers' own list of states, and by --method target_state."""
+    world, method = scenes.make_world("mixed", "train", 4, seed=3), starting()
+    found, vlm = states.states_of(method, world), method.vlm
+    last = len(vlm.lm.get_decoder().layers)
+    assert set(found) == {(n, p) for n in range(last + 1) for p in states.POSITIONS}
+    end, image = vlm.tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|image_pad|>"])
+    for row, example in enumerate(world):
+        [(batch, images)] = states.passes(method, [example])
+        view = batch[0].views.target
+        inputs = vlm.embed(train.collate([view], vlm.pad_id), images)
+        hidden = vlm.family.states(**inputs, output_hidden_states=True).hidden_states
+        words = [n for n, label in enumerate(view.labels) if label not in (-100, end)]
+        at = dict(end=[len(view.ids) - 1], word=words[-1:], words=words,
+                  image=[n for n, token in enumerate(view.ids) if token == image])
+        for (layer, position), h in found.items():
+            torch.testing.assert_close(h[row], hidden[layer][0, at[position]].mean(dim=0),
+                                       rtol=1e-4, atol=1e-4)
+    chosen = starting(method="target_state", target_layer=2, target_position="words")
+    torch.testing.assert_close(states.targets_of(chosen, world), found[2, "words"])
+    torch.testing.assert_close(states.targets_of(method, world), found[last, "end"])
+    bare = [example.answer_only("Answer:") for example in world[:2]]
+    assert {position for _, position in states.states_of(method, bare)} == {"end", "word", "words"}
+
+
+def row_of(layer, position, above, cosine=0.5, rank=9.0):
+    numbers = dict(answer=above, mean_cosine=cosine, effective_rank=rank, retrieval_chance=0.01)
+    return states.State(layer, position, numbers, above, 0.9)
+
+
+@pytest.mark.parametrize("rows, best", [
+    ([row_of(1, "word", 0.9), row_of(2, "end", 0.2), row_of(4, "end", 0.1)], (2, "end")),
+    ([row_of(2, "end", 0.5, cosine=0.98), row_of(4, "word", 0.2)], (4, "word")),
+    ([row_of(2, "end", 0.5, cosine=0.98), row_of(4, "word", 0.2, rank=1.0)], (2, "end")),
+    ([row_of(3, "end", 0.2), row_of(4, "image", 0.2), row_of(4, "word", 0.2004)], (4, "word"))])
+def test_the_rule(rows, best):
+    text, layer = targets.layers_report(rows), -1 if best[0] == 4 else best[0]
+    (bold,) = [line for line in text.splitlines() if line.startswith("| **")]
+    assert f"**layer {best[0]}" in bold and f", {best[1]}**" in bold
+    assert f"--target_layer {layer} --target_position {best[1]}" in text
+
+
+def test_the_program_prints_a_table_and_what_it_recommends(monkeypatch, capsys):
+    world = scenes.make_world("mixed", "train", 12)
+    monkeypatch.setattr(targets, "load_splits", lambda config: (world, world, world))
+    for argv, lines in (([], 1), (["--layers"], 5 * 4)):
+        monkeypatch.setattr(sys, "argv", ["targets.py", *argv, "--device", "cpu"])
+        targets.main()
+        printed = capsys.readouterr().out
+        assert "12 trajectories of single" in printed and printed.count("\n| ") == 1 + lines
+    monkeypatch.setattr(sys, "argv", ["targets.py", "--figure", "new.png"])
+    with pytest.raises(ValueError, match="--text_model and --figure need --layers"):
+        targets.main()
+
+
+def test_a_finished_run_is_read_by_its_own_model(tmp_path, monkeypatch):
+    world, method = scenes.make_world("single", "train", 12), starting()
+    folder, before = tmp_path / "a-seed0", targets.numbers_of(method, world)
+    for layer in lora_layers(method.vlm.lm).values():
+        torch.nn.init.normal_(layer.lora_B, std=0.05)
+    trained = targets.numbers_of(method, world)
+    folder.mkdir()
+    run.save_best(folder, method, 1, {})
+    write_json(folder / "config.json", vars(method.config) | dict(steps=2))
+    write_json(folder / "results.json", dict(train_seconds=3.0))
+    monkeypatch.setattr(targets, "load_splits", lambda config: (world, world, world))
+    cells = targets.runs_report([folder], "cpu").splitlines()[2].strip("| ").split(" | ")
+    assert cells[0] == "a" and cells[-1] == "1500"
+    assert float(cells[-3]) == pytest.approx(trained["mean_cosine"], abs=1e-3)
+    assert abs(trained["mean_cosine"] - before["mean_cosine"]) > 0.01
+
+
+@torch.no_grad()
+def test_a_language_model_reads_r_as_its_target_view(tmp_path):
+    """A tiny model with the shipped tokenizer; each state by hand, one conversation at a time."""
+    world, tokenizer = scenes.make_world("mixed", "train", 4), starting().vlm.tokenizer
+    tokenizer.save_pretrained(tmp_path)
+    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=2,
+                         intermediate_size=16, num_attention_heads=2)
+    lm = LlamaForCausalLM(config).eval()
+    lm.save_pretrained(tmp_path)
+    found = text_model.states_of_words(str(tmp_path), world, 3)
+    assert set(found) == {(n, p) for n in range(3) for p in ("end", "word", "words")}
+    speaks = "<|im_start|>assistant\n"
+    for row, example in enumerate(world):
+        first, _, last = example.trajectory
+        parts = (speaks, first, f"<|im_end|>\n<|im_start|>user\n(image)<|im_end|>\n{speaks}", last,
+                 "<|im_end|>")
+        ids = [tokenizer(part, add_special_tokens=False).input_ids for part in parts]
+        owner = [n for n, part in enumerate(ids) for _ in part]
+        words = [n for n, part in enumerate(owner) if part in (1, 3)]
+        hidden = lm(torch.tensor([sum(ids, [])]), output_hidden_states=True).hidden_states
+        for (layer, position), h in found.items():
+            at = dict(end=[-1], word=words[-1:], words=words)[position]
+            torch.testing.assert_close(h[row], hidden[layer][0, at].mean(dim=0))
