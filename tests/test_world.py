@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageChops
 
-from support import records
+from support import records, splits
 from world import loader, scenes, tools
 
 # of the first three scenes of each split: pixels and specs
@@ -169,21 +169,21 @@ def settings(**changes):
 
 
 def test_the_worlds_splits_have_the_sizes_of_the_options():
-    train, validation, tests = loader.load_splits(settings())
+    train, validation, tests = splits.load_splits(settings())
     assert [ex.id for ex in train] == [ex.id for ex in scenes.make_world("mixed", "train", 40)]
     assert len(validation) == 4 and {ex.split for ex in validation} == {"validation"}
     tasks = [*scenes.REGIMES["mixed"], scenes.HELD_OUT]
     assert [ex.task for ex in tests] == [task for task in tasks for _ in range(3)]
     assert {ex.split for ex in tests} == {"test"}
-    assert len(loader.load_splits(settings(train_examples=4))[1]) == 2
+    assert len(splits.load_splits(settings(train_examples=4))[1]) == 2
 
 
 def test_other_seeds_splits_and_all_tasks_at_once():
-    one, other = (loader.test_examples("", "single", 2, seed, "validation") for seed in (0, 1))
+    one, other = (loader.questions("single", 2, "validation", seed) for seed in (0, 1))
     assert [ex.id for ex in one] == [ex.id for ex in other]
     assert {ex.split for ex in one} == {"validation"}
     assert one[0].image.tobytes() != other[0].image.tobytes()
-    assert [ex.task for ex in loader.test_examples("", "", 1)] == list(scenes.TASKS)
+    assert [ex.task for ex in loader.questions("", 1)] == list(scenes.TASKS)
 
 
 def test_a_folder_gives_all_of_training_and_no_more_of_the_rest_than_the_world(tmp_path, capsys):
@@ -191,17 +191,16 @@ def test_a_folder_gives_all_of_training_and_no_more_of_the_rest_than_the_world(t
              for ex in scenes.make_world("mixed", split, count)]
     records.write_folder(tmp_path / "set", world)
     config = settings(data=str(tmp_path / "set"), answer_prefix="So:")
-    train, validation, tests = loader.load_splits(config)
+    train, validation, tests = splits.load_splits(config)
     assert "note: " in capsys.readouterr().out
     assert len(train) == 30 and len(validation) == 4
     assert [ex.task for ex in tests] == [t for t in scenes.REGIMES["mixed"] for _ in range(3)]
-    again = loader.load_splits(config)
+    again = splits.load_splits(config)
     assert [ex.id for part in again for ex in part] == \
         [ex.id for part in (train, validation, tests) for ex in part]
-    assert len(loader.test_examples(config.data, "", 0, 0, "validation")) == 9
-    few = scenes.make_world("mixed", "train", 3)
+    assert len(splits.test_questions(config, 0, "validation")) == 9
     with pytest.raises(ValueError, match='0 records in the validation split, 2 or more .*"split"'):
-        loader.limit_splits(few, config)
+        splits.limit(dict(train=train, validation=[], test=tests), config)
 
 
 def test_the_sample_is_a_folder_that_reads_back(tmp_path, monkeypatch):
