@@ -40,7 +40,7 @@ def make_views(chat: Chat, example: Example, images: list[LoadedImage], pred_tok
     """The three views of an example; images: its own, I0 first.
 
     Worked example: the shipped model, K = 2, I0 with 16 image tokens, a crop with 4.
-    s marks supervised tokens.
+    - not supervised, s supervised.
 
         full view (L_VLM, Eq. 3, and L_NextLat, Eq. 2)
           - <|im_start|>user\\n<|vision_start|>(16 x <|image_pad|>)<|vision_end|>
@@ -63,7 +63,7 @@ def make_views(chat: Chat, example: Example, images: list[LoadedImage], pred_tok
     turns, keys = chat.turns(example), [image.key for image in images]
     # Deviation: the paper embeds a view at its last token. Full and target view end at the token
     # that ends the turn, as in the release: its state can summarise what was said.
-    whole = chat.conversation(turns, images).until_last_label()
+    whole = chat.conversation(turns, images).without_layout()
     full = View(whole.ids, whole.labels, keys, len(whole.ids) - 1)
 
     # Deviation: the paper appends [PRED] to <I0, Q>. Here they stand behind the generation prompt,
@@ -75,6 +75,7 @@ def make_views(chat: Chat, example: Example, images: list[LoadedImage], pred_tok
                       tuple(range(len(prompt.ids), len(ids))))
 
     # The target view has the same tokens from the first turn of R on: I0 and Q must not leak in.
+    # turn_starts counts characters; first_after finds the token
     first, bos = whole.first_after(whole.turn_starts[1]), chat.tokenizer.bos_token_id
     # where the tokenizer opens every text with BOS, the target view has one too, unsupervised
     opening = [bos] if whole.ids[0] == bos and whole.ids[first] != bos else []
@@ -91,11 +92,11 @@ def make_views(chat: Chat, example: Example, images: list[LoadedImage], pred_tok
 class TrainingExample(NamedTuple):
     """One record, ready for a step."""
 
-    # its split and its place there
-    row: tuple[str, int]
+    # its split and its number there
+    index: tuple[str, int]
     task: str
     answer: str
-    # True: the trajectory is the bare answer, so there is no R to predict (baselines/answers.py)
+    # True: the trajectory is the bare answer, so there is no R to predict (WithAnswers)
     bare: bool
     views: Views
     images: list[LoadedImage]
@@ -146,7 +147,7 @@ class Trajectories(Dataset):
 
 
 class StepRows(Sampler):
-    """The rows of one optimiser step after another, for ever, from step `start` on."""
+    """The numbers of the records of each optimiser step, endless, from step `start` on."""
 
     def __init__(self, count: int, size: int, seed: int, start: int = 0):
         self.count, self.size, self.seed, self.start = count, size, seed, start
@@ -159,7 +160,7 @@ class StepRows(Sampler):
             while len(order) < self.size:
                 order += torch.randperm(self.count, generator=generator).tolist()
             rows, order, step = order[:self.size], order[self.size:], step + 1
-            # a resumed run skips the rows of the steps that it has behind it
+            # a resumed run skips the steps that are done
             if step > self.start:
                 yield rows
 
@@ -213,15 +214,16 @@ def collate(views: list[View], pad_id: int, left: bool = False) -> Batch:
     # a causal model never looks at padding on the right; on the left, all rows end together
     side, width = "left" if left else "right", max(len(view.ids) for view in views)
     shift = [width - len(view.ids) if left else 0 for view in views]
-    # -100 is the value that cross-entropy ignores
-    columns = dict(ids=(pad_id, [view.ids for view in views]),
-                   mask=(False, [[True] * len(view.ids) for view in views]),
-                   labels=(-100, [view.labels for view in views]),
-                   inject_at=(False, [[n in view.inject_at for n in range(len(view.ids))]
-                                      for view in views]))
-    return Batch(**{name: pad_sequence([torch.tensor(row, dtype=torch.tensor(value).dtype)
-                                        for row in rows], True, value, side)
-                    for name, (value, rows) in columns.items()},
-                 embed_at=torch.tensor([view.embed_at + before
-                                        for view, before in zip(views, shift)]),
-                 images=[image for view in views for image in view.images])
+    lengths = [len(view.ids) for view in views]
+    inject_at = [[n in view.inject_at for n in range(len(view.ids))] for view in views]
+    ids, labels, mask, inject_at = (
+        pad_sequence([torch.tensor(row, dtype=kind) for row in rows], True, value, side)
+        for rows, value, kind in (
+            ([view.ids for view in views], pad_id, torch.long),
+            # -100 is the value that cross-entropy ignores
+            ([view.labels for view in views], -100, torch.long),
+            ([[True] * length for length in lengths], False, torch.bool),
+            (inject_at, False, torch.bool)))
+    return Batch(ids, mask, labels, inject_at,
+                 torch.tensor([view.embed_at + before for view, before in zip(views, shift)]),
+                 [image for view in views for image in view.images])

@@ -6,10 +6,10 @@
     python evaluate.py RUN --image FILE --question TEXT --options A,B,C    # ask one question
 
 The ways to answer, each with a 95% interval (Wilson) per task:
-  direct  the option with the largest log-probability behind "Answer:": what the model knows
-  free    nothing is given, and the few decoded tokens must be the answer: what a user gets
-  tool    the expert's calls and their images are given; the model reads them and answers
-  call    explicit tool use: the model's own calls, really executed (baselines/tool_use.py)
+  direct  the option with the largest log-probability after the prefix "Answer:"
+  free    greedy decoding after the generation prompt: the first tokens must be the answer
+  tool    the prompt holds the expert's calls and tool images too; the model writes the answer
+  call    explicit tool use: the program executes the model's own calls (baselines/tool_use.py)
   latent  the rival's inference: latents in place of tool images (baselines/reconstruction.py)
 `direct` and `free` are Pearl's inference: no tool, no [PRED], no latent predictor. `tool` measures
 how well the trajectories were learned, so that methods are compared at equal skill.
@@ -39,15 +39,16 @@ from support.splits import test_questions
 
 class Evaluator:
     """Test questions for one model. Every way to answer returns one dict per example: the text and
-    its cost in tokens, images and forward passes. Raises ValueError for a question that the model
-    cannot be asked, before anything is asked."""
+    its cost in tokens, images and forward passes. Raises ValueError, before any answer is
+    computed, for a question that does not fit the model."""
 
     def __init__(self, vlm: VLM, examples: Sequence[Example], prefix: str = "Answer:",
                  batch: int = 64):
         self.vlm, self.examples, self.prefix, self.batch = vlm, list(examples), prefix, batch
         self.chat, family = Chat(vlm.family, vlm.max_positions), vlm.family
         self.encode_images = ImageEncoder(family)
-        # how most of these records write an answer, for those that do not show it
+        # how the data write an answer, such as "Answer: **x**."; the majority's where a record has
+        # no trajectory
         common = answers.common_form(self.examples, prefix)
         self.questions = []
         for example in self.examples:
@@ -132,8 +133,8 @@ def load_model(path: str | Path, device: str, min_pixels: int = 0, max_pixels: i
     """(VLM, config, its method's ways to answer) of a run, or of any other checkpoint."""
     if not (Path(path) / "best.json").is_file():
         vlm = VLM(path, min_pixels=min_pixels, max_pixels=max_pixels).to(device)
-        nothing = dict(data="", regime="", outside_images=False, answer_prefix="Answer:")
-        return vlm.eval(), SimpleNamespace(**nothing), {}
+        defaults = dict(data="", regime="", outside_images=False, answer_prefix="Answer:")
+        return vlm.eval(), SimpleNamespace(**defaults), {}
     config, checkpoint = run.finished(Path(path))
     config = SimpleNamespace(**config)
     vlm = VLM(config.model, getattr(torch, config.dtype), config.min_pixels, config.max_pixels)

@@ -65,11 +65,10 @@ def jepa_loss(prediction: Tensor, target: Tensor, name: str = "cosine") -> Tenso
     # Deviation: the paper's text has D = SmoothL1 (--distance smoothl1). The authors' release has
     # 1 - cos and says that the reported numbers were made with it, so the cosine is our default.
     #
-    # The stop-gradient keeps this loss from pulling h_R towards h^_R. It cannot hold h_R in place:
-    # the same layers compute both, so a step that moves h^_R moves h_R too, and no term keeps two
-    # targets apart. SimSiam, BYOL and I-JEPA put a separate predictor between the two ends. Pearl
-    # shares all weights, and with the current model's h_R the targets do collapse (README).
-    # By default h_R comes from the frozen starting model, and detach() has nothing to stop.
+    # The stop-gradient does not fix h_R: the same weights compute both, so a step that changes h^_R
+    # changes h_R too, and no term keeps the h_R of two examples different. SimSiam, BYOL and I-JEPA
+    # use a separate predictor network. Pearl has none, and with the current model's h_R the targets
+    # collapse (README). The default h_R is the frozen starting model's: detach() then does nothing.
     target = target.detach()
     return distance(prediction, target, name).mean()
 
@@ -115,9 +114,9 @@ class Losses(NamedTuple):
     pair: tuple[Tensor, Tensor] | None = None
 
     @classmethod
-    def of(cls, total: Tensor, pair: tuple[Tensor, Tensor] | None, **terms: Tensor) -> "Losses":
+    def detached(cls, total: Tensor, pair: tuple | None, **terms: Tensor) -> "Losses":
         parts = {name: value.detach() for name, value in dict(loss=total, **terms).items()}
-        return cls(total, parts, pair and tuple(x.detach() for x in pair))
+        return cls(total, parts, tuple(x.detach() for x in pair) if pair else None)
 
 
 def average(results: list[Losses], sizes: list[int] | None = None) -> dict[str, float]:
@@ -141,11 +140,11 @@ def collapse_gauges(prediction: Tensor, target: Tensor) -> dict[str, float]:
     """
     if (batch := len(target)) < 2:
         return {}
-    sizes = [x.float().square().mean().sqrt() for x in (prediction, target)]
+    rms = [x.float().square().mean().sqrt() for x in (prediction, target)]
     # unit length: this is what the cosine compares
     pred, true = (F.normalize(x.float(), dim=-1) for x in (prediction, target))
     centred = true - true.mean(dim=0)
-    variance = centred.square().sum().clamp_min(1e-12)
+    total_spread = centred.square().sum().clamp_min(1e-12)
     # standard deviation over the batch / root mean square
     spread = [((x - x.mean(dim=0)).square().mean() / x.square().mean().clamp_min(1e-12)).sqrt()
               for x in (pred, true)]
@@ -157,7 +156,7 @@ def collapse_gauges(prediction: Tensor, target: Tensor) -> dict[str, float]:
     own = torch.arange(batch, device=nearest.device)
     gauges = dict(
         # 1: perfect; 0: no better than always predicting the mean of all h_R
-        r2=1 - (true - pred).square().sum() / variance,
+        r2=1 - (true - pred).square().sum() / total_spread,
         # near 0: the prediction ignores its input; all trajectories look alike, a collapse
         spread_pred=spread[0], spread_target=spread[1],
         # exp(entropy): how many directions the targets use, from 1 to min(B - 1, D)
@@ -166,5 +165,5 @@ def collapse_gauges(prediction: Tensor, target: Tensor) -> dict[str, float]:
         mean_cosine=(cosines.sum() - cosines.trace()) / (batch * (batch - 1)),
         retrieval=(nearest == own).float().mean(), retrieval_chance=torch.tensor(1 / batch),
         # lengths as they are: they show the shrinking that SmoothL1 permits
-        rms_pred=sizes[0], rms_target=sizes[1])
+        rms_pred=rms[0], rms_target=rms[1])
     return {name: float(value) for name, value in gauges.items()}

@@ -87,9 +87,9 @@ class VLM(nn.Module):
 
     @contextmanager
     def starting_model(self) -> Iterator["VLM"]:
-        """The model as it was before training, for as long as the context lasts."""
+        """The model before training, while the context lasts: if LoRA trains, this model with LoRA
+        switched off; otherwise a deep copy."""
         start, training = self.__dict__["start"], self.training
-        # LoRA is all that training changes: with it switched off, this is the starting model
         layers = lora_layers(start.lm).values()
         for layer in layers:
             layer.active = False
@@ -110,25 +110,25 @@ class VLM(nn.Module):
         """
         # everything that is counted is counted on the CPU, where it does not wait for the GPU
         is_image = batch.ids == self.lm.config.image_token_id  # (B, T)
-        counts = int(is_image.sum()), int(batch.inject_at.sum())
+        image_tokens, injected_rows = int(is_image.sum()), int(batch.inject_at.sum())
         # the views' own positions; those of a second view in the same pass follow below
         width = batch.ids.shape[1] - batch.branch
         positions = self.family.positions(batch.ids[:, :width], batch.mask[:, :width],
                                           [images[i].grid for i in batch.images])
         batch, is_image, positions = (x.to(self.lm.device) for x in (batch, is_image, positions))
 
-        # placeholders get the embedding of some token here, and their own below
+        # images and [PRED] get the embedding of some token here, which is replaced below
         embeds = self.lm.get_input_embeddings()(batch.ids)  # (B, T, D)
-        levels = embeds[:0, 0]  # features for the first layers (Qwen3-VL): none so far, (0, D)
+        levels = embeds[:0, 0]  # (0, D); Qwen3-VL alone adds features to its first layers too
         if batch.images:
             features = torch.cat([images[i].features for i in batch.images], dim=1).to(embeds.dtype)
-            assert counts[0] == features.shape[1], "image tokens and features differ"
+            assert image_tokens == features.shape[1], "image tokens and features differ"
             # images follow one another in the order of their tokens in the batch
             embeds, levels = embeds.masked_scatter(is_image[..., None], features[0]), features[1:]
         if injected is not None:
-            if len(injected) < counts[1]:
+            if len(injected) < injected_rows:
                 injected = injected.repeat(len(batch.ids), 1)  # (B K, D)
-            assert counts[1] == len(injected), "injected embeddings do not fit"
+            assert injected_rows == len(injected), "injected embeddings do not fit"
             embeds = embeds.masked_scatter(batch.inject_at[..., None], injected.to(embeds.dtype))
 
         mask = batch.mask.long()
@@ -151,16 +151,18 @@ class VLM(nn.Module):
     @torch.no_grad()
     def log_probs(self, prompts: list[View], options: list[list[list[int]]],
                   images: dict[str, EncodedImage]) -> list[list[float]]:
-        """log p(option | prompt) of each prompt's options, in one forward pass."""
-        # an option's last token is predicted and not read: options of one token share a row
-        rows = list(dict.fromkeys((n, *option[:-1]) for n, own in enumerate(options)
-                                  for option in own))
-        views = [prompts[n]._replace(ids=prompts[n].ids + more, labels=prompts[n].labels
-                                     + [-100] * len(more)) for n, *more in rows]
+        """For each option the sum over its tokens of log p(token | prompt, tokens before it), in
+        one forward pass."""
+        # an option's last token is predicted and not read, so options of one token share a row
+        rows = list(dict.fromkeys((n, *option[:-1]) for n, its_options in enumerate(options)
+                                  for option in its_options))
+        views = [prompts[n]._replace(ids=prompts[n].ids + read, labels=prompts[n].labels
+                                     + [-100] * len(read)) for n, *read in rows]
         states, scores = self(collate(views, self.pad_id), images).states, []  # (rows, T, D)
-        for n, own in enumerate(options):
-            first, scores = len(prompts[n].ids) - 1, [*scores, []]
-            for option in own:
+        for n, its_options in enumerate(options):
+            scores.append([])
+            first = len(prompts[n].ids) - 1
+            for option in its_options:
                 # the state before each token of the option predicts it
                 state = states[rows.index((n, *option[:-1])), first:first + len(option)]
                 log_p = at_least_float32(self.lm.lm_head(state)).log_softmax(dim=-1)  # (tokens, V)
@@ -178,7 +180,7 @@ class VLM(nn.Module):
         # padding on the left, so that the next token of every row stands in the same column
         batch = collate(views, self.pad_id, left=True)
         pixels = {image.key: image.pixels for image in images}
-        # ids and pixels where possible, so that nothing of ours stands between model and answer
+        # ids and pixels where possible, so that transformers alone produces the answer
         prompt = self.family.prompt(batch.to(self.device), [pixels[i] for i in batch.images],
                                     lambda: self.embed(batch, encode(images)))
         # with embeddings as the prompt, transformers returns the new tokens alone

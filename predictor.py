@@ -1,8 +1,8 @@
-"""The modules that Pearl trains beside the VLM and drops at inference.
+"""What Pearl adds to the VLM while it trains, LoRA apart: [PRED] embeddings and latent predictor.
 
-The predictor of section 3.4 is the VLM itself ("tied weights", after LLM-JEPA): K learnable [PRED]
-tokens follow <I0, Q>, and the final-layer state of the last one is h^_R. With K = 0, h^_R is the
-state of the last prompt token. The latent predictor of Eq. 2 predicts the next state of a sequence.
+The JEPA predictor of section 3.4 is the VLM itself ("tied weights", after LLM-JEPA): K learnable
+[PRED] tokens follow <I0, Q>, and the final-layer state of the last one is h^_R. With K = 0, h^_R is
+the state of the last prompt token. The latent predictor of Eq. 2 predicts the next state.
 
 Letters: B batch, T sequence, D hidden size, K predictor tokens, n selected positions, d horizon.
 """
@@ -39,8 +39,8 @@ class LatentPredictor(nn.Module):
         """h^_{t+1} .. h^_{t+d} from every h_t; each step starts from the forecast before it.
 
         states, embeddings (B, T, D); targets (B, T) is True where a state may be predicted.
-        Returns for i = 1..d the states (n, D) and the mask (B, T) of their positions t + i:
-        targets 0 0 1 1 0 and d = 2 give positions 2, 3 for i = 1 and 3 for i = 2.
+        Returns for i = 1..d the states (n, D) and the mask (B, T) of their positions t + i: with
+        targets 0 0 1 1 0, positions 2 and 3 (from h_1, h_2) for i = 1, and 3 (from h_1) for i = 2.
         Gradient: flows to states and through the steps; stops at the token embeddings.
         """
         # Eq. 2 must not change the token embeddings: here they are an input only

@@ -49,8 +49,8 @@ class Config:
     # what is trained, on what, where
     method: str = option("pearl", "pearl, sft, or classes of baselines/ joined by +")
     model: str = option(str(ROOT / "tiny-vlm"), "checkpoint folder or hub id")
-    data: str = option("", "data folder (docs/data.md); empty: the small procedural world")
-    regime: str = option("single", "the world's trajectories: single, mixed, multi, all")
+    data: str = option("", "data folder (docs/data.md); empty: scenes drawn by world/")
+    regime: str = option("single", "which tools the world's trajectories use (world/README.md)")
     answer_prefix: str = option("Answer:", "what the last text puts before the answer")
     outside_images: bool = option(False, "image paths may leave the data folder")
     out: str = option("", "run folder; empty: runs/METHOD-REGIME-seedSEED")
@@ -82,8 +82,9 @@ class Config:
 
 
 class Pearl(Method):
-    """Pearl's training step. Every other method is a subclass that overrides a part of it, or of
-    Method (support/method.py)."""
+    """One training step of Pearl. The base class Method (support/method.py) has the constants of
+    the optimiser and hooks that do nothing here; every other method is a subclass of Pearl that
+    overrides some parts (baselines/)."""
 
     # whether the latent predictor reads the next token's embedding
     sees_next = True
@@ -94,6 +95,7 @@ class Pearl(Method):
         vlm.set_trainable(config, self.lora_dropout, world_size)
         # every image is encoded once in a step, and while the tower is frozen, once in a run
         self.encode_images = ImageEncoder(vlm.family, frozen=not config.train_vision)
+        # in bytes; with --shard all processes must run the same layers, so h_R is always computed
         self.targets = StoredTargets(limit=0 if config.shard else 8e9)
         self.build_modules()
         self.to(config.device)
@@ -105,7 +107,7 @@ class Pearl(Method):
         self.vlm.keep_start()
 
     def forward(self, batch: list[TrainingExample]) -> Losses:
-        """The step as section 3 of the paper tells it."""
+        """The training step of section 3."""
         images = self.encode_images([image for example in batch for image in example.images])
         # 1. Full view <I0, Q, R>: states (B, T, D). 2. Input view <I0, Q> [PRED]: h^_R (B, D)
         full, prediction = self.encode_views(batch, images)
@@ -115,41 +117,42 @@ class Pearl(Method):
         jepa = self.jepa(prediction, target.embedding, batch)  # Eq. 1
         nextlat = self.nextlat(full, target)  # Eq. 2
         total = losses.pearl_loss(vlm, jepa, nextlat, self.config.lambda_latent)  # Eq. 4
-        return Losses.of(total, (prediction, target.embedding), vlm=vlm, jepa=jepa, nextlat=nextlat)
+        pair = prediction, target.embedding
+        return Losses.detached(total, pair, vlm=vlm, jepa=jepa, nextlat=nextlat)
 
     def encode_views(self, batch: list[TrainingExample],
                      images: dict[str, EncodedImage]) -> tuple[Encoded, Tensor]:
         """1. the full view, 2. h^_R of the input view."""
         full, inputs = ([example.views[n] for example in batch] for n in range(2))
         pred_tokens, pad_id = self.predictor.pred_tokens, self.vlm.pad_id
-        # one pass for both where the family's attention allows it: the same numbers, less work
-        if self.vlm.family.packs:
-            return packing.encode_two_views(self.vlm, full, inputs, images, pred_tokens, collate)
-        prediction = self.vlm(collate(inputs, pad_id), images, pred_tokens).embedding
-        return self.vlm(collate(full, pad_id), images), prediction
+        if not self.vlm.family.packs:  # this is the definition
+            prediction = self.vlm(collate(inputs, pad_id), images, pred_tokens).embedding
+            return self.vlm(collate(full, pad_id), images), prediction
+        # the same numbers in one pass, where the model's attention allows it
+        return packing.encode_two_views(self.vlm, full, inputs, images, pred_tokens, collate)
 
     def encode_target(self, vlm: VLM, batch: list[TrainingExample],
                       images: dict[str, EncodedImage]) -> Encoded:
-        """3. R alone by this model; the embedding is h_R."""
+        """3. A forward pass of `vlm` over the target views; its `embedding` is h_R."""
         return vlm(collate([example.views.target for example in batch], vlm.pad_id), images)
 
     @torch.no_grad()
     def target(self, batch: list[TrainingExample], images: dict[str, EncodedImage]) -> Encoded:
-        """h_R by the frozen starting model: made when a row is first used, then looked up."""
+        """h_R by the frozen starting model: computed at a record's first use, then looked up."""
         # Deviation: the paper encodes R with the current model, and its targets collapse here
         # (losses.jepa_loss says why; --method current). The paper names "cached trajectory
         # embeddings" as a saving: fixed targets cannot collapse and cost no pass after the first.
-        missing = [example for example in batch if example.row not in self.targets.kept]
-        new = {}
-        if missing:
+        not_stored = [example for example in batch if example.index not in self.targets.kept]
+        computed = {}
+        if not_stored:
             with self.vlm.starting_model() as start:
-                # a vision tower that trains sees another image now than at the start
+                # a trained vision tower has changed the features, so encode with the first one
                 if self.config.train_vision:
-                    tool_images = [image for example in missing for image in example.images]
+                    tool_images = [image for example in not_stored for image in example.images]
                     images = ImageEncoder(start.family, frozen=False)(tool_images)
-                h_R = self.encode_target(start, missing, images).embedding
-                new = {example.row: h for example, h in zip(missing, h_R)}
-        return Encoded(self.targets.look_up([example.row for example in batch], new))
+                h_R = self.encode_target(start, not_stored, images).embedding
+                computed = {example.index: h for example, h in zip(not_stored, h_R)}
+        return Encoded(self.targets.look_up([example.index for example in batch], computed))
 
     def jepa(self, prediction: Tensor, target: Tensor, batch: list[TrainingExample]) -> Tensor:
         return losses.jepa_loss(prediction, target, self.config.distance)
@@ -178,7 +181,7 @@ class SFT(Pearl):
         images = self.encode_images([image for example in batch for image in example.images])
         full = self.vlm(collate([example.views.full for example in batch], self.vlm.pad_id), images)
         vlm = losses.vlm_loss(full.states, full.batch.labels, self.vlm.lm.lm_head)
-        return Losses.of(vlm, None, vlm=vlm)
+        return Losses.detached(vlm, None, vlm=vlm)
 
 
 def find_method(name: str) -> type[Pearl]:
@@ -192,19 +195,21 @@ def find_method(name: str) -> type[Pearl]:
 
 def dataset(method: Pearl, examples: Sequence[Example], split: str) -> Trajectories:
     """A split as the method learns it."""
+    # records and views are class methods, so that analysis/show.py needs no weights for them
     kind, config, vlm = type(method), method.config, method.vlm
     return Trajectories(kind.records(examples, config), split, partial(kind.views, config),
                         Chat(vlm.family, vlm.max_positions), method.encode_images.kept)
 
 
-def fit(config: Config, this: run.Run) -> tuple | None:
-    """The training loop. Returns (test examples, answers before, seconds); None: interrupted."""
+def fit(config: Config, current: run.Run) -> tuple | None:
+    """The training loop. current: folder, state and signals of the run (support/run.py). Returns
+    (test examples, answers before, seconds), or None if a signal ended it."""
     torch.manual_seed(config.seed)
     vlm = VLM(config.model, getattr(torch, config.dtype), config.min_pixels, config.max_pixels)
     train_examples, valid_examples, tests = splits.load_splits(config)
     # a question that cannot be asked stops the run here, before training
     evaluator = evaluate.Evaluator(vlm, tests, config.answer_prefix)
-    method = find_method(config.method)(vlm, config, this.world_size)
+    method = find_method(config.method)(vlm, config, current.world_size)
     train_set = dataset(method, train_examples, "train")
     valid_set = dataset(method, valid_examples, "validation")
     method.prepare([train_set, valid_set])
@@ -213,35 +218,35 @@ def fit(config: Config, this: run.Run) -> tuple | None:
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=method.weight_decay)
     schedule = get_cosine_schedule_with_warmup(
         optimizer, math.ceil(method.warmup * config.steps), config.steps)
-    module = this.start(method, optimizer, schedule, (train_examples, valid_examples, tests))
-    before = this.once("before.json", lambda: evaluate.answer_questions(evaluator))
+    module = current.start(method, optimizer, schedule, (train_examples, valid_examples, tests))
+    before = current.once("before.json", lambda: evaluate.answer_questions(evaluator))
     method.train()
-    rows = StepRows(len(train_set), config.batch * config.accumulate, config.seed, this.step)
-    ready = load(train_set, rows, config.batch, run.workers(config), this.rank, this.world_size)
+    rows = StepRows(len(train_set), config.batch * config.accumulate, config.seed, current.step)
+    ready = load(train_set, rows, config.batch, run.workers(config), current.rank, current.world_size)
     # the loop ends at config.steps, or after the step in which a signal came
-    for step, passes in this.steps(ready):
+    for step, passes in current.steps(ready):
         optimizer.zero_grad(set_to_none=True)
         results = []
         for batch in passes:
             # several processes exchange their gradients once a step, after the last pass
-            with this.exchange(module, last=batch is passes[-1]):
+            with current.exchange(module, last=batch is passes[-1]):
                 with run.autocast(config):
                     result = module(batch)
                 # every example weighs the same; DDP takes the mean over processes
-                (result.total * (this.world_size / config.accumulate)).backward()
-            results.append(result._replace(total=None))
+                (result.total * (current.world_size / config.accumulate)).backward()
+            results.append(result._replace(total=None))  # frees the graph
         norm = torch.nn.utils.clip_grad_norm_(parameters, method.clip)
         # one bad batch must not ruin the weights
-        if this.is_finite(norm, step):
+        if current.is_finite(norm, step):
             optimizer.step()
             method.after_step(step)
-        if this.logs(step):
-            this.log_step(step, losses.average(results), norm, schedule.get_last_lr()[0])
+        if current.logs(step):
+            current.log_step(step, losses.average(results), norm, schedule.get_last_lr()[0])
         schedule.step()
-        if this.validates(step):
-            this.keep_best(method, step, validate(method, valid_set))
-        this.save(step)
-    return (tests, before, this.seconds) if this.step == config.steps else None
+        if current.validates(step):
+            current.keep_best(method, step, validate(method, valid_set))
+        current.save(step)
+    return (tests, before, current.seconds) if current.step == config.steps else None
 
 
 @torch.no_grad()
@@ -262,16 +267,16 @@ def validate(method: Pearl, dataset: Trajectories) -> dict[str, float]:
 
 def train(config: Config, resume: bool = False) -> Path:
     """The whole run. resume: continue from the last state in config.out, to the same end."""
-    with run.Run(config, resume) as this:
+    with run.Run(config, resume) as current:
         # a function of its own: its model is gone when the checkpoint is loaded for the report
-        trained = fit(this.config, this)
-        if trained and this.answers:
-            evaluate.report(this.out, this.config, *trained)
-    return this.out
+        trained = fit(current.config, current)
+        if trained and current.answers:
+            evaluate.report(current.out, current.config, *trained)
+    return current.out
 
 
 def config_class(method: str) -> type[Config]:
-    """Config with the method's own options."""
+    """Config with the method's own options: a class may name some in `Options`."""
     return with_options(Config, find_method(method).__mro__)
 
 

@@ -83,7 +83,7 @@ class Recon(Pearl):
         before = full.batch.inject_at.roll(-1, dims=1)  # (B, T)
         recon = losses.reconstruction_loss(self.predictor.predicted(full.states[before]),
                                            self.predictor.target(latents))
-        return losses.Losses.of(vlm + self.config.lambda_latent * recon, None, vlm=vlm, recon=recon)
+        return losses.Losses.detached(vlm + self.config.lambda_latent * recon, None, vlm=vlm, recon=recon)
 
     @classmethod
     def ways(cls, config, vlm: VLM, checkpoint: Path) -> dict[str, Callable]:
@@ -102,7 +102,7 @@ def latent_view(chat: Chat, example: Example, images: list[LoadedImage], latents
     words = "".join(step if isinstance(step, str) else LATENT_START + LATENT_END
                     for step in example.trajectory)
     turns = [*chat.turns(example)[:1], ("assistant", [words])]
-    whole = chat.conversation(turns, images[:1]).until_last_label()
+    whole = chat.conversation(turns, images[:1]).without_layout()
     token = chat.tokenizer.convert_tokens_to_ids
     image_id, end = token(chat.family.placeholder), token(LATENT_END)
     counts = iter(latents or chat.tokenizer(image.text, add_special_tokens=False).input_ids

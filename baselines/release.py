@@ -119,7 +119,7 @@ class Release(Current):
 def target_with_image(chat: Chat, example: Example, images: list[LoadedImage]) -> View:
     """R behind a user turn with I0 alone: the conversation without the question's text."""
     turns = [("user", [example.image]), *chat.turns(example)[1:]]
-    made = chat.conversation(turns, images).until_last_label()
+    made = chat.conversation(turns, images).without_layout()
     return View(made.ids, made.labels, [image.key for image in images], len(made.ids) - 1)
 
 
@@ -139,7 +139,7 @@ def last_turn_only(view: View, end: int) -> View:
 def with_layout(chat: Chat, view: View) -> View:
     """Supervised too: what the template writes behind an assistant's turn (Qwen: a line break)."""
     turn = chat.conversation([("user", ["Q"]), ("assistant", ["Xyz"])], [])
-    layout, end = turn.ids[len(turn.until_last_label().ids):], chat.end_id
+    layout, end = turn.ids[len(turn.without_layout().ids):], chat.end_id
     # the view was cut behind its last end of turn: that turn's layout is put back
     ids, labels = view.ids + layout, view.labels + [-100] * len(layout)
     for n, label in enumerate(view.labels):
@@ -230,4 +230,4 @@ class ReleasePasses(Release):
         decoded = losses.at_least_float32(F.linear(ahead, self.vlm.lm.lm_head.weight.detach()))
         token_term = F.cross_entropy(decoded.flatten(0, 1), wanted.flatten())
         total = losses.pearl_loss(vlm, jepa, state_term + token_term, self.config.lambda_latent)
-        return losses.Losses.of(total, None)
+        return losses.Losses.detached(total, None)

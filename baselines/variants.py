@@ -126,7 +126,7 @@ class TargetState(Pearl):
         where = positions(encoded.batch, vlm, self.config.target_position)
         for example, found in zip(batch, where.any(dim=1).tolist()):
             if not found and self.config.target_position == "image":
-                raise ValueError(f"record {example.row[1]} of the {example.row[0]} split has no "
+                raise ValueError(f"record {example.index[1]} of the {example.index[0]} split has no "
                                  "tool image for --target_position image: choose another position, "
                                  "or leave the record out")
         return encoded._replace(embedding=mean_at(states, where))
@@ -196,7 +196,7 @@ class RandomTarget(Pearl):
         for example in batch:
             if not example.bare:
                 generator = torch.Generator().manual_seed(1_000_003 * self.config.seed
-                                                          + example.row[1])
+                                                          + example.index[1])
                 drawn.append(torch.randn(target.shape[1], generator=generator))
         drawn = F.normalize(torch.stack(drawn), dim=1).to(target)
         return super().jepa(prediction, target.norm(dim=1, keepdim=True) * drawn, batch)
@@ -223,7 +223,7 @@ class TaskMean(Pearl):
                 self.target(batch, self.encode_images(images))
                 for example in batch:
                     if not example.bare:
-                        groups.setdefault(self.group(example), []).append(example.row)
+                        groups.setdefault(self.group(example), []).append(example.index)
             for group in groups.values():
                 mean = torch.stack([self.targets.kept[row] for row in group]).mean(dim=0)
                 self.targets.kept |= dict.fromkeys(group, mean)

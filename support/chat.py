@@ -58,7 +58,7 @@ class Conversation(NamedTuple):
         """The first token that reaches beyond a position of the text."""
         return next((n for n, end in enumerate(self.ends) if end > position), len(self.ends))
 
-    def until_last_label(self) -> "Conversation":
+    def without_layout(self) -> "Conversation":
         """Without what the template writes after the last end-of-turn token (Qwen: a newline)."""
         # that layout is the template's and not the model's, and h_R stands at the end token
         stop = max(n for n, label in enumerate(self.labels) if label != -100) + 1

@@ -29,7 +29,7 @@ def make_question(chat: Chat, example: Example, images: list[LoadedImage],
     longest, tool = len(started.ids) + max(map(len, options)), None
     # a family that shows a single image differently from several can only be asked directly
     if len(images) > 1 and not chat.family.alone_only:
-        longest = max(longest, len(chat.conversation(turns, images).until_last_label().ids))
+        longest = max(longest, len(chat.conversation(turns, images).without_layout().ids))
         # what follows the last tool image is asked for
         last = max(n for n, (role, _) in enumerate(turns) if role == "user")
         tool = chat.prompt(turns[:last + 1], images)
@@ -44,7 +44,7 @@ def started_answer(chat: Chat, example: Example, images: list[LoadedImage],
     # each option is tokenised as training would: inside the whole answer
     for option in example.options:
         turns = [*chat.turns(example)[:1], ("assistant", [form.text(option)])]
-        made = chat.conversation(turns, images).until_last_label()
+        made = chat.conversation(turns, images).without_layout()
         whole.append(made.ids)
         # the option's own tokens end here; its full stop and the end of the turn follow
         before = made.speeches[0].words + len(form.prefix + form.gap)

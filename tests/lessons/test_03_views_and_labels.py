@@ -100,7 +100,7 @@ def test_the_whole_text_is_tokenised_at_once(chat):
     ids = chat.tokenizer(text, add_special_tokens=False).input_ids
     whole = chat.conversation(turns, load_images(EXAMPLE, chat.family))
     assert whole.text == text and whole.ids == ids
-    assert text.endswith("<|im_end|>\n") and len(whole.until_last_label().ids) == len(ids) - 1
+    assert text.endswith("<|im_end|>\n") and len(whole.without_layout().ids) == len(ids) - 1
     assert views_of(chat, EXAMPLE).full.ids == ids[:-1]
     # where turns begin and the assistant speaks, in characters
     assert [text[start:start + 16] for start in whole.turn_starts] == [

@@ -82,7 +82,7 @@ def test_passes_are_averaged_by_their_sizes():
 
     def one(loss, vlm, *span):
         pair = tuple(x[slice(*span)] for x in rows) if span else None
-        return losses.Losses.of(torch.tensor(loss), pair, vlm=torch.tensor(vlm))
+        return losses.Losses.detached(torch.tensor(loss), pair, vlm=torch.tensor(vlm))
 
     # a gauge compares each prediction with the targets of all passes
     gauges = losses.collapse_gauges(*rows)
