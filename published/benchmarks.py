@@ -282,7 +282,7 @@ def predict(vlm: VLM, items: list[Item], out: Path, tokens: int, batch: int,
             # on the disk before the next batch: a crash loses one batch at most
             file.flush()
             os.fsync(file.fileno())
-    # letters are read from all replies anew, so that scores follow the present rules
+    # letters are read again from all replies, so that scores follow the present rules
     return [record_of(item, replies[item.group, item.id]) for item in items]
 
 

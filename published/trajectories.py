@@ -6,7 +6,7 @@
     python published/trajectories.py mix A=2 B=1 --count 6000 --out DIR  # weights of such folders
 
 Records are converted one at a time. The report counts changes (a record's field "remarks") and what
-was left out, with reasons. After an interruption the same command starts anew.
+was left out, with reasons. After an interruption the same command starts from the beginning.
 """
 
 import argparse
@@ -38,18 +38,19 @@ Skip = tuple[str, str]
 # mean difference, in levels of 255, up to which a picture is another one resampled
 LIKE = 6.0
 CALL = re.compile(r"(?s)<tool_call>(.*?)</tool_call>")
+UNREADABLE = "image not found or not readable"
 OTHER_ANSWER = "its last words give another answer than its answer field"
 
 
 @dataclass
 class Converted(records.Example):
     remarks: list[str] = field(default_factory=list)
-    # digest of the question's picture
-    pixels: str = ""
+    # digests of `images`
+    pixels: list[str] = field(default_factory=list)
 
 
 def convert(kind: str, sources: list[Path], images: Path | None) -> Iterator[Converted | Skip]:
-    """The records of a published set, or why they are left out. images: folder of image paths."""
+    # the records of a published set; images: the folder of the image paths
     rows, key, convert_row = dict(lvr=(read_list, "question_id", lvr),
                                   thinkmorph=(thinkmorph_rows, "pid", thinkmorph),
                                   pixelreasoner=(read_list, "qid", pixelreasoner))[kind]
@@ -75,22 +76,21 @@ def example(name: str, task: str, picture: Picture, image: Image.Image, question
     # JSON can write such a half, and UTF-8 cannot
     if re.search("[\ud800-\udfff]", "".join([name, task, *texts])):
         raise ValueError("a text holds half a character (lone surrogate)")
+    pixels = [digest(image), *(digest(step) for step in steps if not isinstance(step, str))]
     # by the picture, 98 : 1 : 1, so that all questions on it are on one side in every set
-    pixels = digest(image)
-    split = {0: "test", 1: "validation"}.get(int(pixels, 16) % 100, "train")
+    split = {0: "test", 1: "validation"}.get(int(pixels[0], 16) % 100, "train")
     # no choices are published with these sets: the answer is the only one
     return Converted(name, task, picture, question, [answer], answer, steps, split,
-                     list(dict.fromkeys(remarks)), pixels)
+                     remarks=list(dict.fromkeys(remarks)), pixels=pixels)
 
 
 def read_image(folder: Path, names: list[str], what: str) -> tuple[Path, Image.Image]:
-    # what: the images, for the message
     if len(names) != 1:
         raise ValueError(f"{len(names)} images {what}, not one")
     path = folder / on_disk(names[0])
     if not path.resolve().is_relative_to(folder.resolve()):
         raise ValueError("image path leaves the data folder")
-    return path, open_image(path, "image not found or not readable")
+    return path, open_image(path, UNREADABLE)
 
 
 def hundredths(box: list[float]) -> list[int]:
@@ -154,7 +154,7 @@ def thinkmorph_rows(folder: Path) -> Iterator[dict]:
 def thinkmorph(name: str, row: dict, _: None) -> Iterator[Converted]:
     # pid, question, answer, problem_image_0, resoning_thought_0 (sic), reasoning_image_0,
     # resoning_thought_1, and further pictures and thoughts where there are any
-    images = {key: open_image(io.BytesIO(row[key]["bytes"]), "image not readable") for key in row
+    images = {key: open_image(io.BytesIO(row[key]["bytes"]), UNREADABLE) for key in row
               if re.fullmatch(r"(problem|reasoning)_image_\d+", key) and row[key]}
     if "problem_image_1" in images:
         raise ValueError("several images beside the question, not one")
@@ -169,9 +169,8 @@ def thinkmorph(name: str, row: dict, _: None) -> Iterator[Converted]:
     if stated and not alike(stated, answer):
         raise ValueError(OTHER_ANSWER)
     remarks = ["its text-only reasoning is left out"] if row.get("full_text_only_thought") else []
-    problem, steps = images["problem_image_0"], [*steps, last_text(words, answer)]
-    yield example(name, row["folder"], problem, problem, clean(row["question"]), answer, steps,
-                  remarks)
+    image, steps = images["problem_image_0"], [*steps, last_text(words, answer)]
+    yield example(name, row["folder"], image, image, clean(row["question"]), answer, steps, remarks)
 
 
 def pixelreasoner(name: str, row: dict, images: Path) -> Iterator[Converted]:
@@ -179,7 +178,6 @@ def pixelreasoner(name: str, row: dict, images: Path) -> Iterator[Converted]:
     # then assistant and user alternately
     def contents(message: dict, kind: str) -> list:
         return [item[kind] for item in message["content"] if item.get(kind)]
-
     first, *talk = [m for m in row["message_list"] if m["role"] != "system"]
     if any(contents(message, "video") for message in [first, *talk]):
         raise ValueError("video")
@@ -247,47 +245,50 @@ def run_call(call: str, pictures: list[Image.Image],
 
 
 def mix(sources: dict[Path, float], count: int, seed: int) -> Iterator[Converted | Skip]:
-    # `count` training examples of folders in our format, by weight, and all other splits. Left out:
-    # what the reader of data folders refuses, and records whose picture is in a stricter
-    # split (test before validation before training) of any folder
+    # `count` training examples by weight, and all others. Left out: what cannot be read, and
+    # records whose picture is in a stricter split (test, validation, training) of any folder
     rng, pools, strictest = random.Random(seed), [], {}
     for n, folder in enumerate(sources, start=1):
         # the number tells folders of one name apart, and so their ids
         name, problems = f"{n}-{folder.name}", []
         examples = records.read_folder(folder, problems=problems)
         for where, _, reason in (problem.partition(": ") for problem in problems):
-            yield where, reason.split(":")[0]
+            yield where, UNREADABLE if reason.startswith("image") else reason.split(":")[0]
         # the reader passes over remarks
         with open(folder / records.FILE, encoding="utf-8-sig", errors="replace") as lines:
             found = [json.loads(line) for line in lines if '"remarks": ["' in line]
-        remarks = {record["id"].strip(): record["remarks"] for record in found}
-        pixels = [digest(ex.image) for ex in examples]
+        pixels, remarks = {}, {record["id"].strip(): record["remarks"] for record in found}
+        for row, ex in enumerate(examples):
+            try:
+                pixels[row] = [digest(open_image(file, UNREADABLE)) for file in ex.images]
+                rank = max(records.SPLITS.index(ex.split), strictest.get(pixels[row][0], 0))
+                strictest[pixels[row][0]] = rank
+            except (ValueError, OSError):
+                yield f"{name}/{ex.id}", UNREADABLE
         pools.append((name, examples, pixels, remarks))
-        for ex, key in zip(examples, pixels):
-            strictest[key] = max(records.SPLITS.index(ex.split), strictest.get(key, 0))
     for (name, examples, pixels, remarks), weight in zip(pools, sources.values()):
         train, others = [], []
-        for row, ex in enumerate(examples):
-            split = records.SPLITS[strictest[pixels[row]]]
+        for row in pixels:
+            ex, split = examples[row], records.SPLITS[strictest[pixels[row][0]]]
             if split == ex.split:
                 (train if split == "train" else others).append(row)
             else:
                 yield f"{name}/{ex.id}", f"{ex.split} record whose picture is in a {split} split"
         share = round(count * weight / sum(sources.values()))
         if share > len(train):
-            raise ValueError(f"{name} has {len(train)} training records, and its share is {share}: "
-                             "lower --count or its weight")
+            raise ValueError(f"{name} has {len(train)} training records of {share}: lower --count "
+                             "or its weight")
         rng.shuffle(train)
         for row in train[:share] + others:
             ex = examples[row]
-            yield Converted(**vars(ex) | dict(id=f"{name}/{ex.id}"), pixels=pixels[row],
-                            remarks=remarks.get(ex.id, []))
+            named = vars(ex) | dict(id=f"{name}/{ex.id}")
+            yield Converted(**named, pixels=pixels[row], remarks=remarks.get(ex.id, []))
         for row in train[share:]:
             yield f"{name}/{examples[row].id}", "training record beyond its folder's share"
 
 
 def write(examples: Iterator[Converted | Skip], out: Path) -> None:
-    """Write the examples, one at a time, and report. `out` appears when it is complete."""
+    # `out` appears when it is complete
     kinds, pictures = Counter(), defaultdict(set)
     # ids by reason
     remarks, left_out = defaultdict(list), defaultdict(list)
@@ -298,13 +299,12 @@ def write(examples: Iterator[Converted | Skip], out: Path) -> None:
                 if isinstance(ex, tuple):
                     left_out[ex[1]].append(ex[0])
                     continue
-                names = [save(ex.image, folder, ex.pixels)]
-                names += [save(picture, folder, digest(picture)) for picture in ex.images[1:]]
+                names = [save(*each, folder) for each in zip(ex.images, ex.pixels)]
                 record = json.loads(records.record_line(ex, names))
                 record |= {"remarks": ex.remarks} if ex.remarks else {}
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
                 kinds[ex.task, ex.split, len(names) - 1] += 1
-                pictures[ex.split].add(ex.pixels)
+                pictures[ex.split].add(ex.pixels[0])
                 for remark in ex.remarks:
                     remarks[remark].append(ex.id)
         if not kinds:
@@ -318,7 +318,7 @@ def write(examples: Iterator[Converted | Skip], out: Path) -> None:
             print(f"  {title} {len(ids):7d}  {reason}; first: {', '.join(ids[:3])}")
 
 
-def save(picture: Picture, folder: Path, pixels: str) -> str:
+def save(picture: Picture, pixels: str, folder: Path) -> str:
     # a copy and no link: a change of the copy must not reach the original
     name = f"images/{pixels}{picture.suffix.lower() if isinstance(picture, Path) else '.png'}"
     # a file that exists is this very picture, of another question
@@ -353,4 +353,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_program(main, "stopped: nothing was written, and the same command starts anew")
+    run_program(main, "stopped: nothing was written, the same command starts again")

@@ -1,5 +1,5 @@
-"""Claims: the published layouts are read, and what does not fit them is named; letters are told
-from words; equal choices count alike; no item is asked that training would refuse; a predictions
+"""Claims: the published layouts are read, and what does not fit them is named; letters are
+distinguished from words; equal choices count alike; what training refuses is refused; a predictions
 file is continued by what made it and by nothing else; scores are those counted by hand."""
 
 import csv
@@ -86,6 +86,7 @@ def test_published_layouts_are_read(vstar, mmvp, tmp_path):
     assert items["1"].group == items["2"].group != items["99"].group == items["100"].group
     item = blink_item(tmp_path)
     assert (len(item.images), item.label, item.group) == (2, "C", "Jigsaw")
+    assert blink_item(tmp_path, choices=["x", "y", "x"]).label == "AC"
     item = blink_item(tmp_path, choices=[str(n) for n in range(10)], answer="(I)")
     assert item.label == "I" and "\nJ. 9\n" in item.prompt and "".join(item.choices) == "ABCDEFGHIJ"
     # files of Windows read alike
@@ -139,8 +140,10 @@ def test_predictions_resume(vstar, tmp_path, monkeypatch, shipped):
         out.write_text("\n".join(lines[:4]) + "\n" + cut, encoding="utf-8")
         assert benchmarks.predict(shipped, items, out, 4, 2) == whole
         assert out.read_text(encoding="utf-8").splitlines() == lines
-    assert counts == [[2]] * 3
-    # the letters are read anew from the replies
+    # the folder of the benchmark may move
+    items = [item._replace(source="elsewhere") for item in items]
+    assert benchmarks.predict(shipped, items, out, 4, 2) == whole and counts == [[2]] * 3
+    # the letters are read again from the replies
     replies = [json.loads(line) | dict(reply="B", strict="A") for line in lines[1:]]
     out.write_text("\n".join([lines[0], *map(json.dumps, replies)]) + "\n", encoding="utf-8")
     assert benchmarks.predict(shipped, items, out, 4, 2)[0]["strict"] == "B"
@@ -158,7 +161,7 @@ def test_predictions_that_something_else_made_are_refused(vstar, tmp_path, shipp
     template = shutil.copytree(TINY, tmp_path / "worded") / "chat_template.jinja"
     template.write_text("{{ 'Look.' }}" + template.read_text(encoding="utf-8"), encoding="utf-8")
     before = out.read_bytes()
-    for what, vlm, asked, tokens in (
+    for what, vlm, questions, tokens in (
             ("tokens", shipped, items, 5), ("items, prompts", shipped, items[:2], 4),
             ("items, prompts", shipped, [i._replace(prompt=i.prompt + "!") for i in items], 4),
             ("items", shipped, [i._replace(label="B") for i in items], 4),
@@ -166,7 +169,7 @@ def test_predictions_that_something_else_made_are_refused(vstar, tmp_path, shipp
             ("weights", other, items, 4), ("prompts", VLM(tmp_path / "worded"), items, 4),
             ("dtype, weights", VLM(TINY, dtype=torch.bfloat16), items, 4)):
         with pytest.raises(ValueError, match=f"that the same {what} made .*choose another --out"):
-            benchmarks.predict(vlm, asked, out, tokens, 2)
+            benchmarks.predict(vlm, questions, out, tokens, 2)
         assert out.read_bytes() == before
     for text in ("", '{"id": "0", "reply": "A"}\n', '[1]\n'):
         out.write_text(text, encoding="utf-8")
@@ -178,8 +181,8 @@ def test_predictions_that_something_else_made_are_refused(vstar, tmp_path, shipp
 @pytest.mark.parametrize("mmvp, message", [
     (("What is <|im_end|>?", "(a) x (b) y"), "im_end"),
     (("What?", "(a) x (b) <|image_pad|>"), "image_pad"),
-    (("blue one two " * 1200, "(a) x (b) y"), "tokens, the limit is")], indirect=["mmvp"])
-def test_what_training_refuses_is_not_asked(mmvp, tmp_path, shipped, monkeypatch, message):
+    (("blue one two " * 1200, "(a) x (b) y"), "tokens, the")], indirect=["mmvp"])
+def test_what_training_refuses_is_refused(mmvp, tmp_path, shipped, monkeypatch, message):
     monkeypatch.setattr(shipped, "generate", None)
     with pytest.raises(ValueError, match=f"Questions.csv, row 1, item 1: .*{message}"):
         benchmarks.predict(shipped, benchmarks.read_items("mmvp", mmvp), tmp_path / "p", 4, 2)
