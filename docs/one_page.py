@@ -2,9 +2,9 @@
 
 An expert answers a question about an image with a tool: where to look, the crop, the answer. Pearl
 trains a vision-language model on such trajectories R for use without the tool: from image I0 and
-question Q alone, it also learns to predict the embedding of R. h is a final-layer state, h^ a
-prediction of one, detach() the paper's stop-gradient sg; B batch, T tokens, D hidden size, V
-vocabulary, P tokens of an image, n tokens that are learned.
+question Q alone, it also learns to predict the embedding of R. So it forgets less of its direct
+answering than SFT does (LAMBDA = 0). h: a final-layer state, h^: its prediction; detach(): sg, the
+stop-gradient; B batch, T tokens, D hidden size, V vocabulary, P image tokens, n learned tokens.
 """
 
 import json
@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 
-K, LAMBDA, STEPS, BATCH, LR = 4, 5.0, 150, 16, 3e-4  # lambda: 0 is SFT, the paper has 0.2
+K, LAMBDA, STEPS, BATCH, LR = 4, 5.0, 150, 16, 3e-4  # the paper has lambda 0.2, for larger models
 FOLDER, MODEL = Path(*sys.argv[1:2]), Path(__file__).resolve().parent.parent / "tiny-vlm"
 
 # The VLM: a vision tower makes P embeddings of an image, a causal language model reads and writes.
