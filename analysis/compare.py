@@ -16,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # before any other `analysis`
 
 import evaluate
-from analysis.tables import comparison
+from analysis.tables import comparison, read_run
 from support.files import read_json, write_json, write_text
 from support.options import option, parse
 from support.processes import run_program
@@ -28,22 +28,21 @@ class Options(evaluate.Options):
     markdown: str = option("", "write the table over systems to this file")
 
 
-def read_run(path: Path, options: Options) -> dict:
-    """The answers of a run or checkpoint, from results.json or asked again; of a run also its
-    config, and the answers before training if they are stored."""
-    results, config = path / "results.json", path / "config.json"
-    if results.is_file() and not (options.again or options.data):
-        return dict(config=read_json(config), **read_json(results))
-    answers = evaluate.ask(str(path), options)
+def answers_of(path: Path, options: Options) -> dict:
+    """The answers of a run or checkpoint, stored or asked for; of a run also its config."""
+    if (path / "results.json").is_file() and not (options.again or options.data):
+        return read_run(path)
+    found = dict(answers=evaluate.ask(str(path), options))
     # a checkpoint has a config.json too, of another kind
-    run = dict(config=read_json(config)) if (path / "best.json").is_file() else {}
-    return dict(answers=answers, **run)
+    if (path / "best.json").is_file():
+        found["config"] = read_json(path / "config.json")
+    return found
 
 
 def main() -> None:
     paths = list(takewhile(lambda argument: not argument.startswith("-"), sys.argv[1:]))
     options = parse(Options, sys.argv[1 + len(paths):] if paths else ["--help"], __doc__)
-    found = {path: read_run(Path(path), options) for path in paths}
+    found = {path: answers_of(Path(path), options) for path in paths}
     columns = {path: summarise(run["answers"]) for path, run in found.items()}
     print(format_table(columns))
     runs = {path: run for path, run in found.items() if "config" in run}

@@ -22,8 +22,8 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # before any other `analysis`
 
-from analysis.tables import comparison
-from support.files import read_json, write_json, write_text
+from analysis.tables import comparison, read_run
+from support.files import write_json, write_text
 from support.options import value_of
 from support.processes import run_program
 from train import Config
@@ -164,20 +164,12 @@ def arm_of(run: str) -> str:
 
 
 def finished_runs(folder: Path) -> dict[str, dict]:
-    """The finished runs of one regime's folder by name, in the order of the arms: config, answers,
-    answers before. Answers of explicit tool use stand beside the others."""
-    runs = {}
-    for file in sorted(folder.glob("*-seed*/results.json")):
-        run = dict(config=read_json(file.with_name("config.json")), **read_json(file))
-        if (asked := file.with_name("asked.json")).is_file():
-            called = {answer["id"]: answer for answer in read_json(asked)["answers"]}
-            for answer in run["answers"]:
-                answer["call_right"] = called[answer["id"]]["call_right"]
-                answer["cost"]["call"] = called[answer["id"]]["cost"]["call"]
-        runs[file.parent.name] = run
-    # an arm that is gone comes last
+    """The finished runs of one regime's folder by name (tables.read_run), in the arms' order."""
     place = {arm: n for n, arm in enumerate(ARMS)}
-    return {run: runs[run] for run in sorted(runs, key=lambda run: place.get(arm_of(run), 999))}
+    runs = [file.parent for file in sorted(folder.glob("*-seed*/results.json"))]
+    # an arm that is gone comes last
+    runs.sort(key=lambda run: place.get(arm_of(run.name), len(place)))
+    return {run.name: read_run(run) for run in runs}
 
 
 def write_tables(folder: Path, against: str) -> None:

@@ -5,6 +5,7 @@ import math
 import statistics
 from pathlib import Path
 
+from support.files import read_json
 from support.tables import HELD_OUT, overall, summarise
 
 # Student's t, two-sided 95%, by degrees of freedom
@@ -25,6 +26,20 @@ def paired_difference(ours: list[float], theirs: list[float]) -> tuple[float, fl
     # beyond the list: Student's t approaches the normal distribution's 1.96
     t = T95[len(gaps) - 2] if len(gaps) - 2 < len(T95) else 1.96 + 2.4 / (len(gaps) - 1)
     return statistics.mean(gaps), t * statistics.stdev(gaps) / math.sqrt(len(gaps))
+
+
+def read_run(folder: Path) -> dict:
+    """config, answers and answers before of a finished run. Where a study asked for explicit tool
+    use (asked.json), its answers stand beside the others."""
+    run = dict(config=read_json(folder / "config.json"), **read_json(folder / "results.json"))
+    if (folder / "asked.json").is_file():
+        asked = {answer["id"]: answer for answer in read_json(folder / "asked.json")["answers"]}
+        for answer in run["answers"]:
+            called = asked.get(answer["id"], {})
+            if "call_right" in called:
+                answer["call_right"] = called["call_right"]
+                answer["cost"]["call"] = called["cost"]["call"]
+    return run
 
 
 # ---- which runs belong together -----------------------------------------------------------------
