@@ -222,7 +222,8 @@ def fit(config: Config, current: run.Run) -> tuple | None:
     before = current.once("before.json", lambda: evaluate.answer_questions(evaluator))
     method.train()
     rows = StepRows(len(train_set), config.batch * config.accumulate, config.seed, current.step)
-    ready = load(train_set, rows, config.batch, run.workers(config), current.rank, current.world_size)
+    ready = load(train_set, rows, config.batch, run.workers(config), current.rank,
+                 current.world_size)
     # the loop ends at config.steps, or after the step in which a signal came
     for step, passes in current.steps(ready):
         optimizer.zero_grad(set_to_none=True)

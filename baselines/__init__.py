@@ -24,11 +24,11 @@ METHODS = dict(
 
 
 def find(name: str) -> type[Pearl]:
-    """The class for a name, or for several joined by +. Raises ValueError with the known names."""
+    """The class for a name, or several joined by +. Raises ValueError with the known names."""
     names = name.split("+")
     if unknown := [one for one in names if one not in METHODS]:
-        raise ValueError(f"unknown method {unknown[0]!r}: choose from {', '.join(METHODS)}, or join "
-                         "several by +")
+        raise ValueError(f"unknown method {unknown[0]!r}: choose from {', '.join(METHODS)}, or "
+                         "join several by +")
     bases = tuple(cls for known, cls in METHODS.items() if known in names)
     # a class whose subclass is there too adds nothing
     bases = tuple(cls for cls in bases

@@ -83,7 +83,8 @@ class Recon(Pearl):
         before = full.batch.inject_at.roll(-1, dims=1)  # (B, T)
         recon = losses.reconstruction_loss(self.predictor.predicted(full.states[before]),
                                            self.predictor.target(latents))
-        return losses.Losses.detached(vlm + self.config.lambda_latent * recon, None, vlm=vlm, recon=recon)
+        total = vlm + self.config.lambda_latent * recon
+        return losses.Losses.detached(total, None, vlm=vlm, recon=recon)
 
     @classmethod
     def ways(cls, config, vlm: VLM, checkpoint: Path) -> dict[str, Callable]:
@@ -130,7 +131,7 @@ def latent_targets(features: Tensor, latents: int) -> Tensor:
     return torch.stack([features[a:max(b, a + 1)].mean(dim=0) for a, b in zip(edges, edges[1:])])
 
 
-# ---- the scale of latents ---------------------------------------------------------------------------
+# ---- the scale of latents -----------------------------------------------------------------------
 
 
 class LatentScale(nn.Module):

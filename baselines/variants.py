@@ -126,9 +126,10 @@ class TargetState(Pearl):
         where = positions(encoded.batch, vlm, self.config.target_position)
         for example, found in zip(batch, where.any(dim=1).tolist()):
             if not found and self.config.target_position == "image":
-                raise ValueError(f"record {example.index[1]} of the {example.index[0]} split has no "
-                                 "tool image for --target_position image: choose another position, "
-                                 "or leave the record out")
+                split, number = example.index
+                raise ValueError(f"record {number} of the {split} split has no tool image for "
+                                 "--target_position image: choose another position, or leave the "
+                                 "record out")
         return encoded._replace(embedding=mean_at(states, where))
 
 

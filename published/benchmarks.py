@@ -202,7 +202,8 @@ class Questions:
 
     def __init__(self, vlm: VLM, items: list[Item], tokens: int):
         self.vlm, self.tokens, self.prompts = vlm, tokens, []
-        self.chat, self.encode_images = Chat(vlm.family, vlm.max_positions), ImageEncoder(vlm.family)
+        self.chat = Chat(vlm.family, vlm.max_positions)
+        self.encode_images = ImageEncoder(vlm.family)
         self.examples = [Example(item.source, item.group, item.images[0], item.prompt,
                                  list(item.choices), item.label[0], item.images[1:])
                          for item in items]

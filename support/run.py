@@ -469,8 +469,9 @@ def refuse_other_inputs(out: Path, model: str, now: dict, splits: tuple) -> None
 
 def environment() -> dict:
     """What a run depends on beside its config, for whoever wants to repeat it."""
-    git = subprocess.run(["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty",
-                          "--abbrev=40"], capture_output=True, encoding="utf-8", check=False)
+    folder = str(Path(__file__).parent)
+    git = subprocess.run(["git", "-C", folder, "describe", "--always", "--dirty", "--abbrev=40"],
+                         capture_output=True, encoding="utf-8", check=False)
     packages = ("torch", "transformers", "safetensors", "pillow", "numpy")
     return dict(command=sys.argv, commit=git.stdout.strip(), python=platform.python_version(),
                 packages={name: importlib.metadata.version(name) for name in packages},

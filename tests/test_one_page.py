@@ -11,9 +11,8 @@ import torch
 
 import evaluate
 import train
-from support.options import Config
 from support.records import read_folder, write_folder
-from world import scenes
+from world import loader
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "one_page.py"
 
@@ -22,8 +21,8 @@ PAGE = Path(__file__).resolve().parent.parent / "docs" / "one_page.py"
 def folder(tmp_path_factory):
     """Four training records of different tasks and lengths, and two test records."""
     out = tmp_path_factory.mktemp("one_page") / "data"
-    write_folder(out, [*scenes.make_world("mixed", "train", 4, seed=3),
-                       *scenes.make_world("mixed", "test", 2, seed=3)])
+    write_folder(out, [*loader.examples("mixed", "train", 4, seed=3),
+                       *loader.examples("mixed", "test", 2, seed=3)])
     return out
 
 
@@ -48,13 +47,12 @@ def records_of(folder):
 def projects_step(folder, vlm, page):
     """The project's step on the four training records, with the page's weights: the loss terms,
     those of the log and the total with its graph, and the module that computed them."""
-    config = Config(device="cpu", lora_rank=0)
-    examples = [example for example in read_folder(folder) if example.split == "train"]
-    step = train.trainable(vlm, train.prepared(examples, vlm, config), config).double()
-    step.predictor.pred_tokens.data.copy_(page.pred.data)
-    step.predictor.latent.mlp.load_state_dict(page.latent.state_dict())
-    result = step(range(4))
-    return dict(result.parts, total=result.total), step
+    method = train.Pearl(vlm, train.Config(device="cpu", lora_rank=0)).double()
+    method.predictor.pred_tokens.data.copy_(page.pred.data)
+    method.predictor.latent.mlp.load_state_dict(page.latent.state_dict())
+    examples = train.dataset(method, read_folder(folder).split("train"), "train")
+    result = method(examples.passes(list(range(4)), batch=4)[0])
+    return dict(result.parts, total=result.total), method
 
 
 def test_losses_and_gradients_are_those_of_the_projects_step(page, folder, vlm64):
@@ -74,7 +72,7 @@ def test_losses_and_gradients_are_those_of_the_projects_step(page, folder, vlm64
 
 
 def test_its_answers_are_those_of_the_projects_evaluation(page, folder, vlm64):
-    answers = evaluate.Answerer(vlm64.eval(), read_folder(folder)).direct()
+    answers = evaluate.Evaluator(vlm64.eval(), read_folder(folder)).direct()
     for record, answer in zip(records_of(folder), answers, strict=True):
         assert page.accuracy([record]) == 100 * (answer["text"] == record["answer"])
 
