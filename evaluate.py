@@ -12,7 +12,7 @@ The ways to answer, each with a 95% interval (Wilson) per task:
   call    explicit tool use: the program executes the model's own calls (baselines/tool_use.py)
   latent  the rival's inference: latents in place of tool images (baselines/reconstruction.py)
 `direct` and `free` are Pearl's inference: no tool, no [PRED], no latent predictor. `tool` measures
-how well the trajectories were learned, so that methods are compared at equal skill.
+how well the trajectories were learned.
 """
 
 import math
@@ -47,8 +47,7 @@ class Evaluator:
         self.vlm, self.examples, self.prefix, self.batch = vlm, list(examples), prefix, batch
         self.chat, family = Chat(vlm.family, vlm.max_positions), vlm.family
         self.encode_images = ImageEncoder(family)
-        # how the data write an answer, such as "Answer: **x**."; the majority's where a record has
-        # no trajectory
+        # how the data write an answer, such as "Answer: **x**."; without a trajectory the majority's
         common = answers.common_form(self.examples, prefix)
         self.questions = []
         for example in self.examples:
@@ -144,7 +143,7 @@ def load_model(path: str | Path, device: str, min_pixels: int = 0, max_pixels: i
 
 
 def method_of(config) -> type[Method]:
-    """The class of a rival or variant; for Pearl and SFT, which change nothing here, their base."""
+    """The class of a rival or variant. Pearl and SFT change nothing here: their base class."""
     if config.method in ("pearl", "sft"):
         return Method
     return room("baselines", f"--method {config.method}").find(config.method)

@@ -15,14 +15,13 @@ from torch import Tensor, nn
 class LatentPredictor(nn.Module):
     """f(h_t, e_{t+1}) = h_t + MLP(LayerNorm([h_t ; e_{t+1}])), one step ahead: (n, D) -> (n, D).
 
-    e_{t+1} is the next token's input embedding; with sees_next=False the MLP reads h_t alone.
-    """
+    e_{t+1} is the next token's input embedding; with sees_next=False the MLP reads h_t alone."""
 
     def __init__(self, dim: int, sees_next: bool = True):
         super().__init__()
         self.sees_next = sees_next
         width = 2 * dim if sees_next else dim
-        # Deviation: the paper does not give its shape. These three layers are the release's.
+        # Deviation: the paper does not give its shape; these three layers are the release's
         self.mlp = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, dim), nn.GELU(),
                                  nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, dim))
         # a last layer of zeros: training starts from "the next state equals this one"
@@ -30,8 +29,8 @@ class LatentPredictor(nn.Module):
         nn.init.zeros_(self.mlp[-1].bias)
 
     def forward(self, state: Tensor, next_embedding: Tensor) -> Tensor:
-        # the MLP adds to the state, so it learns the change alone
         parts = [state, next_embedding.to(state.dtype)] if self.sees_next else [state]
+        # the MLP learns the change alone
         return state + self.mlp(torch.cat(parts, dim=-1))
 
     def forecasts(self, states: Tensor, embeddings: Tensor, targets: Tensor,
@@ -59,18 +58,16 @@ class LatentPredictor(nn.Module):
 
 class Predictor(nn.Module):
     """[PRED] rows `pred_tokens` (K, D) and the latent predictor `latent`, one checkpoint file.
-
-    start (D): the embedding of the end-of-turn token.
-    """
+    start (D): the embedding of the end-of-turn token."""
 
     file_name = "predictor.safetensors"
 
     def __init__(self, dim: int, pred_tokens: int, start: Tensor, sees_next: bool = True):
         super().__init__()
-        # Parameters of their own, and no rows of the vocabulary: LoRA freezes the embedding matrix,
-        # and new rows in it would keep their first value (as they do in the release). They start
-        # at the token whose state they must predict, with noise to make them differ.
-        start = start.detach().float()  # bfloat16 would lose small updates
+        # Parameters and not rows of the vocabulary: LoRA freezes the embedding matrix, and new rows
+        # in it would keep their first value (as in the release). They start at the token whose
+        # state they must predict, with noise; bfloat16 would lose their small updates.
+        start = start.detach().float()
         size = start.square().mean().sqrt()
         noise = 0.1 * size * torch.randn(pred_tokens, dim, device=start.device)
         self.pred_tokens = nn.Parameter(start.repeat(pred_tokens, 1) + noise)  # (K, D)

@@ -8,8 +8,8 @@
     python train.py --merge RUN DIR         # the result as an ordinary transformers checkpoint
     torchrun --nproc-per-node=2 train.py --accumulate 2    # processes share the passes of a step
 
-Other methods are classes in baselines/, with options of their own; they combine with a plus sign:
---method mlp_head+vicreg. `python train.py --method ema --help` shows the options of one.
+Other methods are classes in baselines/, with options of their own (--method ema --help); a plus sign
+combines them: --method mlp_head+vicreg.
 Left out on purpose: the run's folder, processes and signals (support/run.py), rivals and variants
 (baselines/), how questions are asked (evaluate.py).
 """
@@ -46,7 +46,6 @@ ROOT = Path(__file__).resolve().parent
 class Config:
     """One run: the defaults are the run that the README reports."""
 
-    # what is trained, on what, where
     method: str = option("pearl", "pearl, sft, or classes of baselines/ joined by +")
     model: str = option(str(ROOT / "tiny-vlm"), "checkpoint folder or hub id")
     data: str = option("", "data folder (docs/data.md); empty: scenes drawn by world/")
@@ -69,13 +68,11 @@ class Config:
     lr: float = option(1e-3, "peak learning rate; linear warm-up, then cosine to zero")
     lora_rank: int = option(64, "alpha is twice the rank; 0: train all weights")
     train_vision: bool = option(False, "train the vision tower too; else images are encoded once")
-    # memory and speed
     gradient_checkpointing: bool = option(False, "less memory, a third more time")
     shard: bool = option(False, "torchrun: each process holds a share of the frozen layers (FSDP)")
     workers: int = option(-1, "processes that prepare data; -1: all cores for a folder")
     min_pixels: int = option(0, "least size of an image, as its processor counts; 0: its own")
     max_pixels: int = option(0, "greatest size of an image; 0: its processor's own")
-    # questions
     train_examples: int = option(1500, "of the world; a tenth as many for validation")
     test_per_task: int = option(120, "test questions of each task, at most")
     eval_every: int = option(50, "steps between validations; the best checkpoint is kept")
@@ -188,9 +185,6 @@ def find_method(name: str) -> type[Pearl]:
     """The class for --method. Raises ValueError naming the methods that there are."""
     core = dict(pearl=Pearl, sft=SFT)
     return core[name] if name in core else room("baselines", f"--method {name}").find(name)
-
-
-# ---- the run ------------------------------------------------------------------------------------
 
 
 def dataset(method: Pearl, examples: Sequence[Example], split: str) -> Trajectories:
