@@ -42,7 +42,7 @@ from support.images import opened
 from support.processes import run_program
 from support.records import Example
 from support.splits import load_splits
-from support.tables import summarise
+from support.tables import overall, summarise
 from world import scenes
 
 BASE = "no fine-tuning"
@@ -113,12 +113,6 @@ def curves(runs: dict[str, Path], kinds: tuple[str, ...] = ("valid", "train")):
     return figure
 
 
-def overall(records: list[dict]) -> dict:
-    """The row of a table of answers that covers all trained tasks."""
-    table = summarise(records)
-    return table.get("all") or next(iter(table.values()))
-
-
 def skill(runs: dict[str, Path]):
     """Direct accuracy against accuracy with the expert's tool, an arrow from each validation to the
     next; None if no run logged both."""
@@ -130,7 +124,8 @@ def skill(runs: dict[str, Path]):
                               "from one validation to the next; the last has its step)"],
                              size=(8.4, 5.6))
     for n, (name, log) in enumerate(tracked.items()):
-        first = overall(read_json(runs[name] / "results.json")["before"])
+        first = summarise(read_json(runs[name] / "results.json")["before"])
+        first = first[overall(first)]
         points = [tuple(100 * first.get(way, [0.0])[0] for way in ("tool", "direct"))]
         points += [(100 * tool, 100 * direct) for (_, tool), (_, direct)
                    in zip(log["valid: tool"], log["valid: direct"])]
@@ -306,8 +301,8 @@ def all_figures(folders: list[Path], out: Path, per_task: int) -> None:
     random.Random(0).shuffle(tests)
     library, recon, pearl = list(learned[:1500]), first.get("recon"), None
     if "pearl" in first:
-        results = read_json(runs[first["pearl"]] / "results.json")
-        pearl = 100 * overall(results["answers"])["direct"][0]
+        table = summarise(read_json(runs[first["pearl"]] / "results.json")["answers"])
+        pearl = 100 * table[overall(table)]["direct"][0]
     numbers = {}
     with new_folder(out) as partial:
         decoded = configs[recon].decode_latents if recon else 8
