@@ -20,157 +20,111 @@ from world import loader
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "walkthrough.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
-TEXT = re.sub(r"^```.*?^```$", "", PAGE, flags=re.DOTALL | re.MULTILINE)
-# the numbers of each section, without those of equations, of names (I0) and in quoted code
-SECTIONS = {part.partition("\n")[0]: re.findall(
-    r"(?<![\w.,^])-?\d+(?:,\d{3})*(?:\.\d+)?",
-    re.sub(r"`[^`]*`|Eq\. \d", "", part.partition("\n")[2]))
-    for part in re.split(r"^##? ", TEXT, flags=re.MULTILINE)[1:]}
+PROSE = re.sub(r"^```.*?^```$|`[^`\n]*`", "", PAGE, flags=re.DOTALL | re.MULTILINE)
+# the numbers of each section, but for those of names (I0)
+NUMBER = re.compile(r"(?<![\w.,])-?\d+(?:,\d{3})*(?:\.\d+)?")
+SECTIONS = {title: NUMBER.findall(text) for title, text in
+            re.findall(r"^##? (.*)\n([^#]*)", PROSE, re.MULTILINE)}
 CONFIG = train.Config(device="cpu")
 EXAMPLE = loader.examples(CONFIG.regime, "train", 1)[0]
 
 
-def code_lines(text):
+def code(text):
     """Without indentation, blank lines and comments of their own."""
     lines = [line.strip() for line in text.splitlines()]
-    return [line for line in lines if line and not line.startswith("#")]
+    return "\n" + "".join(f"{line}\n" for line in lines if line and not line.startswith("#"))
 
 
 @pytest.mark.parametrize("block", [text for kind, text in BLOCKS if kind == "python"])
 def test_code_stands_in_its_file(block):
-    name = re.match(r"# (\S+\.py)\n", block)[1]
-    there, at = code_lines((ROOT / name).read_text(encoding="utf-8")), 0
-    for piece in re.split(r"^\.\.\.$", block, flags=re.MULTILINE):
-        lines = code_lines(piece)
-        at = next((n for n in range(at, len(there)) if there[n:n + len(lines)] == lines), None)
-        assert at is not None, f"{name} does not have, after the lines before: {lines}"
-        at += len(lines)
+    name, at = re.match(r"# (\S+\.py)\n", block)[1], 0
+    there = code((ROOT / name).read_text(encoding="utf-8"))
+    for piece in map(code, re.split(r"^\.\.\.$", block, flags=re.MULTILINE)):
+        assert piece in there[at:], f"{name} does not have, after the lines before: {piece}"
+        at = there.index(piece, at) + len(piece) - 1
 
 
-def test_the_record(tmp_path):
-    write_folder(tmp_path / "folder", [EXAMPLE])
-    line = (tmp_path / "folder" / "trajectories.jsonl").read_text(encoding="utf-8")
-    (shown,) = [text for kind, text in BLOCKS if kind == "json"]
-    assert json.loads(shown) == json.loads(line)
-
-
-def test_the_view(shipped):
-    (shown,) = [text for kind, text in BLOCKS if kind == "text"]
-    lines = "\n".join(Printer(train.Pearl, CONFIG, shipped.family, EXAMPLE).lines())
-    assert lines.startswith("\n" + shown)
-
-
-class Step:
-    """The step of the page: what goes into it, what comes out, and the answer before and after."""
-
-    def __init__(self):
-        self.vlm = vlm = train.VLM(CONFIG.model)
-        self.frozen = sum(p.numel() for p in vlm.parameters())
-        self.evaluator = Evaluator(vlm.eval(), [EXAMPLE])
-        (self.before,) = self.evaluator.direct()
-        torch.manual_seed(CONFIG.seed)
-        self.method = train.Pearl(vlm, CONFIG)
-        ((self.record,),) = train.dataset(self.method, [EXAMPLE], "train").passes([0], 1)
-        self.seen = {"embed": [], "forward": [], "forecasts": [], "head": []}
-        vlm.lm.lm_head.register_forward_hook(lambda *a: self.seen["head"].append(a[-1]))
-        with pytest.MonkeyPatch.context() as patch:
-            for owner, name in ((vlm, "embed"), (vlm, "forward"),
-                                (self.method.predictor.latent, "forecasts")):
-                patch.setattr(owner, name, self.watched(getattr(owner, name), self.seen[name]))
-            self.losses = self.method.train()([self.record])
-        parameters = [p for p in self.method.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(parameters, lr=CONFIG.lr, weight_decay=0.0)
-        self.losses.total.backward()
-        self.norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.method.clip))
-        optimizer.step()
-        self.after = self.method([self.record]).parts
-        vlm.eval()
-        (self.answer,) = self.evaluator.direct()
-        self.warmup = math.ceil(self.method.warmup * CONFIG.steps)
-        schedule = get_cosine_schedule_with_warmup(optimizer, self.warmup, CONFIG.steps)
-        self.first_lr = schedule.get_last_lr()[0]
-
-    @staticmethod
-    def watched(function, results):
-        def call(*args, **kwargs):
-            results.append(function(*args, **kwargs))
-            return results[-1]
-        return call
+def test_the_record_and_the_view(shipped, tmp_path):
+    write_folder(folder := tmp_path / "folder", [EXAMPLE])
+    record, view = (text for kind, text in BLOCKS if kind in ("json", "text"))
+    assert json.loads(record) == json.loads((folder / "trajectories.jsonl").read_text("utf-8"))
+    printer = Printer(train.Pearl, CONFIG, shipped.family, EXAMPLE)
+    assert "\n".join(printer.lines()).startswith("\n" + view)
 
 
 @pytest.fixture(scope="module")
 def numbers():
     """The numbers of each section in the order of its text, from the model."""
-    step = Step()
-    assert step.before["text"] == step.answer["text"] == EXAMPLE.answer
-    return of_the_inputs(step) | of_the_losses(step) | of_the_answer(step)
+    vlm = train.VLM(CONFIG.model).eval()
+    base, evaluator = sum(p.numel() for p in vlm.parameters()), Evaluator(vlm, [EXAMPLE])
+    (before,), (question,) = evaluator.direct(), evaluator.questions
+    torch.manual_seed(CONFIG.seed)
+    method = train.Pearl(vlm, CONFIG).train()
+    ((record,),) = train.dataset(method, [EXAMPLE], "train").passes([0], 1)
+    found = of_the_inputs(vlm, method, record) | of_the_losses(vlm, method, record, base)
+    # the step has been taken: the model's answer now
+    vlm.eval()
+    (after,), prompt, started = evaluator.direct(), question.prompt.ids, question.started.ids
+    assert prompt == started[:len(prompt)] == record.views.full.ids[:len(prompt)]
+    assert before["text"] == after["text"] == EXAMPLE.answer
+    return found | {"From question to answer": [
+        len(prompt), len(started) - len(prompt), len(question.options), len(question.options[0]),
+        before["passes"], len(started), *before["log_probs"], after["log_probs"][0]]}
 
 
-def count(view):
-    return sum(label != -100 for label in view.labels)
-
-
-def of_the_inputs(step):
-    full, prompt, target = step.record.views
-    batch = packing.add_branches([full], [prompt], lambda views: train.collate(views, 0))
-    shared, pred = int(batch.shared[0]), CONFIG.pred_tokens
+def of_the_inputs(vlm, method, record):
+    (full, prompt, target), rows = record.views, method.predictor.pred_tokens
+    images = method.encode_images(record.images)
+    batch = packing.add_branches([full], [prompt], lambda views: train.collate(views, vlm.pad_id))
+    inputs, encoded = vlm.embed(batch, images, rows), vlm(batch, images, rows)
+    shared, pred = int(batch.shared[0]), len(rows)
     assert prompt.ids[:shared] == full.ids[:shared] and target.ids == full.ids[-len(target.ids):]
-    processor = step.vlm.family.processor
-    pixels = [image.pixels["pixel_values"].shape for image in step.record.images]
-    features = [image.features[0].shape for image in step.method.encode_images.kept.values()]
-    images = full.ids.count(step.vlm.lm.config.image_token_id)
-    inputs, states = step.seen["embed"][0], step.seen["forward"][0].states
-    first, *_, last = inputs["position_ids"][0, 0, -pred:].tolist()
-    sizes = [side for image in EXAMPLE.images for side in image.size]
-    patch, merge = processor.patch_size, processor.merge_size
+    image_tokens, words = int(inputs["is_image"].sum()), sum(n != -100 for n in full.labels)
+    processor, positions = vlm.family.processor.image_processor, inputs["position_ids"][0, 0]
+    patch, merge = [processor.patch_size] * 2, [processor.merge_size] * 2
+    pixels, crop_pixels = (image.pixels["pixel_values"].shape for image in record.images)
+    tokens, crop_tokens = (images[image.key].features[0].shape for image in record.images)
     return {
-        "One step, with its numbers": [CONFIG.seed, CONFIG.batch, len(batch.ids)],
-        "The record": sizes,
-        "Three views": [len(full.ids), images, count(full), shared, pred, len(target.ids)],
-        "Images, once": [patch, patch, 3, *pixels[0], merge, merge, *features[0], *pixels[1],
-                         *features[1]],
-        "One forward pass": [shared, *batch.ids.shape, pred, images, pred, first, last,
-                             *inputs["attention_mask"].shape, *states.shape,
-                             *step.losses.pair[0].shape]}
+        "One step, with its numbers": [CONFIG.seed, CONFIG.batch, 1],
+        "The record": [side for image in EXAMPLE.images for side in image.size],
+        "Three views": [len(full.ids), image_tokens, words, shared, pred, len(target.ids)],
+        "Images, once": [*patch, 3, *pixels, *merge, *tokens, *crop_pixels, *crop_tokens],
+        "One forward pass": [
+            shared, *batch.ids.shape, pred, image_tokens, pred, *positions[[-pred, -1]],
+            *inputs["attention_mask"].shape, *encoded.states.shape, *encoded.embedding.shape]}
 
 
-def of_the_losses(step):
-    full, _, target = step.record.views
-    (logits, *_), [[(forecast, at)]] = step.seen["head"], step.seen["forecasts"]
-    predicted, h_R = step.losses.pair
-    assert int(at.sum()) == len(logits) == count(full)
-    loss, after = step.losses.parts, step.after
-    terms = ("vlm", "jepa", "nextlat", "loss")
-    lora = sum(p.numel() for p in step.vlm.parameters() if p.requires_grad)
-    added = sum(p.numel() for p in step.method.predictor.parameters())
+def of_the_losses(vlm, method, record, base):
+    """Takes the step of the page."""
+    trained = [p for p in method.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=CONFIG.lr, weight_decay=method.weight_decay)
+    full, _ = method.encode_views([record], method.encode_images(record.images))
+    at = full.batch.labels != -100
+    n, vocabulary = vlm.lm.lm_head(full.states[:, :-1][at[:, 1:]]).shape
+    ((forecast, _),) = method.predictor.latent.forecasts(full.states, full.inputs, at, 1)
+    result = method([record])
+    result.total.backward()
+    norm = torch.nn.utils.clip_grad_norm_(trained, method.clip)
+    optimizer.step()
+    total, vlm_loss, jepa, nextlat = result.parts.values()
+    (total_after, *after), (predicted, h_R) = method([record]).parts.values(), result.pair
+    lora, added = (sum(p.numel() for p in part.parameters() if p.requires_grad)
+                   for part in (vlm, method.predictor))
+    warmup = math.ceil(method.warmup * CONFIG.steps)
+    (first_lr,) = get_cosine_schedule_with_warmup(optimizer, warmup, CONFIG.steps).get_last_lr()
     return {
-        "Eq. 3: the expert's words": [count(full), *logits.shape, loss["vlm"], logits.shape[1],
-                                      math.log(logits.shape[1])],
-        "Eq. 1: the embedding of the trajectory": [
-            1, len(target.ids), *h_R.shape, torch.cosine_similarity(predicted, h_R), loss["jepa"]],
-        "Eq. 2: the next state": [count(full), *forecast.shape, loss["nextlat"]],
+        "Eq. 3: the expert's words": [n, n, vocabulary, vlm_loss, vocabulary, math.log(vocabulary)],
+        "Eq. 1: the embedding of the trajectory": [1, len(record.views.target.ids), *h_R.shape,
+                                                   torch.cosine_similarity(predicted, h_R), jepa],
+        "Eq. 2: the next state": [n, *forecast.shape, nextlat],
         "Eq. 4 and the optimiser": [
-            loss["vlm"], CONFIG.lambda_latent, loss["jepa"], loss["nextlat"], loss["loss"],
-            step.norm, step.method.clip, lora, added, step.frozen, CONFIG.lr,
-            *(after[name] for name in terms), CONFIG.lr, step.warmup, CONFIG.steps,
-            step.first_lr]}
-
-
-def of_the_answer(step):
-    (question,) = step.evaluator.questions
-    prompt, started = question.prompt.ids, question.started.ids
-    assert prompt == step.record.views.full.ids[:len(prompt)] and started[:len(prompt)] == prompt
-    (one,) = {len(option) for option in question.options}
-    return {"From question to answer": [
-        len(prompt), len(started) - len(prompt), len(question.options), one, 1, len(started),
-        *step.before["log_probs"], step.answer["log_probs"][0]]}
+            vlm_loss, CONFIG.lambda_latent, jepa, nextlat, total, norm, method.clip, lora, added,
+            base, CONFIG.lr, *after, total_after, CONFIG.lr, warmup, CONFIG.steps, first_lr]}
 
 
 @pytest.mark.parametrize("section", list(SECTIONS))
 def test_numbers(section, numbers):
     found, want = SECTIONS[section], [float(value) for value in numbers[section]]
     assert len(found) == len(want), f"{found} on the page, {want} from the model"
-    for text, value in zip(found, want):
-        # half a unit of the last digit that the page gives
-        half = 0.51 * 10.0 ** -len(text.partition(".")[2])
-        assert abs(float(text.replace(",", "")) - value) < half, (text, value, want)
+    digits = [len(text.partition(".")[2]) for text in found]
+    assert found == [f"{value:,.{n}f}" for value, n in zip(want, digits)]
