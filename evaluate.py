@@ -47,7 +47,7 @@ class Evaluator:
         self.vlm, self.examples, self.prefix, self.batch = vlm, list(examples), prefix, batch
         self.chat, family = Chat(vlm.family, vlm.max_positions), vlm.family
         self.encode_images = ImageEncoder(family)
-        # how the data write an answer, such as "Answer: **x**."; without a trajectory the majority's
+        # how the data write an answer, such as "Answer: **x**."; without a trajectory, as most do
         common = answers.common_form(self.examples, prefix)
         self.questions = []
         for example in self.examples:

@@ -8,8 +8,8 @@
     python train.py --merge RUN DIR         # the result as an ordinary transformers checkpoint
     torchrun --nproc-per-node=2 train.py --accumulate 2    # processes share the passes of a step
 
-Other methods are classes in baselines/, with options of their own (--method ema --help); a plus sign
-combines them: --method mlp_head+vicreg.
+Other methods are classes in baselines/ with options of their own (--method ema --help); a plus
+combines them (--method mlp_head+vicreg).
 Left out on purpose: the run's folder, processes and signals (support/run.py), rivals and variants
 (baselines/), how questions are asked (evaluate.py).
 """
