@@ -51,8 +51,8 @@ def pixel_hashes(records, cache: Path | None, problems: list[str] | None) -> np.
     """(N,) uint64, a hash of the pixels of each question's picture. Every file is read once.
 
     records: support.records.Records. cache: a file that keeps the hashes; a picture of the same
-    size and time is not read again, also after an interruption. problems: gets an error for each
-    picture that cannot be read; None: the first one is raised.
+    size and time is not read again, also after an interruption. One process at a time writes it.
+    problems: gets an error for each picture that cannot be read; None: the first one is raised.
     """
     try:
         known = dict(np.load(cache).tolist()) if cache and cache.is_file() else {}
@@ -72,6 +72,7 @@ def pixel_hashes(records, cache: Path | None, problems: list[str] | None) -> np.
             problems.append(str(error))
             return 0
 
+    before = len(known)
     # one row for each name, in the order of the file
     _, first, name_of = np.unique(records.table["picture"], return_index=True, return_inverse=True)
     order = np.argsort(first)
@@ -81,7 +82,7 @@ def pixel_hashes(records, cache: Path | None, problems: list[str] | None) -> np.
         for place, pixels in zip(order, found):
             hashes[place] = pixels
     finally:
-        if cache and known:
+        if cache and len(known) > before:
             partial = cache.with_name(cache.name + ".partial")
             with open(partial, "wb") as file:
                 np.save(file, np.array(list(known.items()), np.uint64))
@@ -104,7 +105,7 @@ def pixel_hash(picture: Picture) -> int:
 
 def short_hash(content: bytes) -> int:
     """64 bits, the same in every process."""
-    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest())
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big")
 
 
 def progress(items: Iterable, total: int, what: str) -> Iterable:

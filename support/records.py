@@ -233,14 +233,15 @@ def read_record(folder: str | Path, row: int, outside_images: bool = False,
 
     Its split is "" if it names none. Raises ValueError also if there is no such row.
     """
-    folder = Path(folder)
-    for line, number, _ in islice(read_lines(folder / FILE), row, row + 1) if row >= 0 else ():
-        where = f"{folder / FILE}, line {number}"
+    folder, path = Path(folder), Path(folder) / FILE
+    for line, number, _ in islice(read_lines(path), row, row + 1) if row >= 0 else ():
+        where = f"{path}, line {number}"
         record = _record(line, answer_prefix, where)
         for name in picture_names(record):
             checked(folder, name, where, outside_images)
         return _example(record, folder, record.get("split") or "")
-    raise ValueError(f"{folder / FILE} has no row {row}; rows are counted from 0")
+    count = sum(1 for _ in read_lines(path))
+    raise ValueError(f"{path} has no row {row}: it has {count}, counted from 0")
 
 
 def _record(line: bytes, answer_prefix: str, where: str) -> dict:

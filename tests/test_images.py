@@ -36,10 +36,10 @@ def written(file, block=b"", **options):
 def is_shown_as(file, grey):
     """Size, and the colour in the middle of each quarter, in steps that JPEG does not blur."""
     shown, wanted = np.asarray(open_image(file, "here").convert("L")).astype(int), np.asarray(grey)
-    (h, w), points = wanted.shape, (1, 3)
-    return shown.shape == (h, w) and all(
-        round(shown[y * h // 4, x * w // 4] / 80) == round(wanted[y * h // 4, x * w // 4] / 80)
-        for y in points for x in points)
+    quarters = np.s_[wanted.shape[0] // 4::wanted.shape[0] // 2,
+                     wanted.shape[1] // 4::wanted.shape[1] // 2]
+    return shown.shape == wanted.shape and (
+        np.round(shown[quarters] / 80) == np.round(wanted[quarters] / 80)).all()
 
 
 @pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.webp", "a.mpo"])
@@ -52,17 +52,17 @@ def test_an_orientation_turns_the_picture_and_unreadable_metadata_do_not(tmp_pat
             assert is_shown_as(written(tmp_path / name, block), CORNERS), block
 
 
-@pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA", "LA", "CMYK", "I;16", "I"])
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "CMYK", "I;16"])
 @pytest.mark.parametrize("compression", [None, "tiff_lzw"])
 def test_tiff_files_are_turned_once(tmp_path, mode, compression):
     """Pillow turns them while reading; by name, it maps uncompressed ones with sides swapped."""
-    wide = {"I;16": np.uint16, "I": np.int32}.get(mode)
-    picture = Image.fromarray(CORNERS.astype(wide) * 257) if wide else Image.fromarray(
-        CORNERS).convert("RGB" if mode == "CMYK" else mode).convert(mode)
+    picture = Image.fromarray(CORNERS).convert("RGB")
+    wide = Image.fromarray(CORNERS.astype(np.uint16) * 257)
     for value, shown in SHOWN.items():
         tags = TiffImagePlugin.ImageFileDirectory_v2()
         tags[0x112] = value
-        picture.save(tmp_path / "a.tif", tiffinfo=tags, compression=compression)
+        chosen = wide if mode == "I;16" else picture.convert(mode)
+        chosen.save(tmp_path / "a.tif", tiffinfo=tags, compression=compression)
         assert is_shown_as(tmp_path / "a.tif", shown), value
 
 
