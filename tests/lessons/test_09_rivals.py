@@ -5,30 +5,12 @@ import math
 
 import pytest
 import torch
+from plain import cosine, eq1, rand, same
 
 from baselines import anti_collapse
 from conftest import assert_close, build, embeddings, gradients, terms_of
 
 GROUPS = [("zoom", "two"), ("zoom", "six"), ("zoom", "two"), ("path", "two"), ("zoom", "two")]
-
-
-def rand(*shape):
-    return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
-
-
-def same(value, naive, *leaves):
-    torch.testing.assert_close(value, naive)
-    grads = [torch.autograd.grad(x, leaves, retain_graph=True) for x in (value, naive)]
-    for one, other in zip(*grads):
-        torch.testing.assert_close(one, other)
-
-
-def cosine(a, b):
-    return a @ b / (a.norm() * b.norm())
-
-
-def eq1(prediction, h_R):
-    return 1 - sum(cosine(p, t.detach()) for p, t in zip(prediction, h_R)) / len(h_R)
 
 
 def naive_infonce(prediction, target, groups):
@@ -88,13 +70,13 @@ def naive_sigreg(method, h):
 
 
 STEPS = {
-    "current": lambda m, p, h: eq1(p, h),
-    "bias_head+current": lambda m, p, h: eq1(p + m.head.bias, h),
-    "mlp_head+current": lambda m, p, h: eq1(p + naive_head(m.head, p), h),
+    "current": lambda m, p, h: eq1(p, h.detach()),
+    "bias_head+current": lambda m, p, h: eq1(p + m.head.bias, h.detach()),
+    "mlp_head+current": lambda m, p, h: eq1(p + naive_head(m.head, p), h.detach()),
     # all three records have another answer
     "infonce+current": lambda m, p, h: naive_infonce(p, h.detach(), range(3)),
-    "vicreg": lambda m, p, h: eq1(p, h) + naive_vicreg(h),
-    "sigreg+vicreg": lambda m, p, h: eq1(p, h) + naive_vicreg(h) + 0.05 * naive_sigreg(m, h),
+    "vicreg": lambda m, p, h: eq1(p, h.detach()) + naive_vicreg(h),
+    "sigreg+vicreg": lambda m, p, h: eq1(p, h.detach()) + naive_vicreg(h) + 0.05 * naive_sigreg(m, h),
 }
 
 
