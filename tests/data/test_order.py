@@ -10,10 +10,9 @@ import torch
 from PIL import Image
 
 import data
-from support import features, run
+from support import features
 from support.chat import Chat
 from support.records import Example
-from train import Config
 from world import loader
 
 RECORDS = loader.examples("all", "train", 6, seed=3)
@@ -141,8 +140,3 @@ def test_a_faulty_record_is_one_sentence(chat, tmp_path, workers):
             (2, OSError, "2.png not found")):
         with pytest.raises(kind, match=message):
             list(data.load(dataset, [[0, row]], 2, workers))
-
-
-def test_how_many_workers():
-    assert run.workers(Config(workers=3)) == 3 and run.workers(Config()) == 0
-    assert 1 <= run.workers(Config(data="folder")) <= 8

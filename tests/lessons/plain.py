@@ -84,3 +84,23 @@ def smooth_l1(a, b):
 
 def nll(logits, token):
     return torch.logsumexp(logits, 0) - logits[token]
+
+
+def gelu(x):
+    return x * (1 + torch.erf(x / 2 ** 0.5)) / 2
+
+
+def affine(layer, x):
+    """A linear layer, with its low-rank part where it has one."""
+    base = getattr(layer, "base", layer)
+    y = base.weight @ x + base.bias
+    return y if base is layer else y + layer.scaling * (layer.lora_B @ (layer.lora_A @ x))
+
+
+def latent(predictor, state, embedding):
+    """h_t + MLP(LayerNorm([h_t ; e_{t+1}])), three linear layers with GELU between them."""
+    norm, first, _, second, _, third = predictor.mlp
+    x = torch.cat([state, embedding]) if predictor.sees_next else state
+    x = x - x.mean()
+    x = x / (x.square().mean() + norm.eps).sqrt() * norm.weight + norm.bias
+    return state + affine(third, gelu(affine(second, gelu(affine(first, x)))))

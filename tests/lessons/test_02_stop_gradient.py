@@ -9,8 +9,9 @@ from torch import nn
 
 import losses
 from baselines.variants import Current
-from conftest import assert_close, build, gradients, images_of, terms_of
 from predictor import LatentPredictor
+
+from conftest import assert_close, build, gradients, images_of, terms_of
 
 
 def reaches(value, *leaves):

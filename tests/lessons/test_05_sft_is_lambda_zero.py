@@ -7,9 +7,10 @@ import pytest
 import torch
 from plain import inputs, tokens, turns_of
 
-from conftest import assert_close, build, gradients, stirred
 from support.lora import LoRALinear, lora_layers
 from train import Config
+
+from conftest import assert_close, build, gradients, stirred
 
 
 def forward(vlm, example, labels=None):
@@ -36,7 +37,8 @@ def test_sft_is_transformers_own_loss(vlm64, mixed):
 def test_pearl_with_lambda_zero_is_sft(loaded64, mixed, options):
     found = []
     for name in ("sft", "pearl"):
-        method, batch = build(copy.deepcopy(loaded64), name, mixed[:2], lambda_latent=0.0, **options)
+        method, batch = build(copy.deepcopy(loaded64), name, mixed[:2], lambda_latent=0.0,
+                              **options)
         result = method(batch)
         grads = gradients(result.total, method)
         found.append((result, {n: g for n, g in grads.items() if n.startswith("vlm.")}))

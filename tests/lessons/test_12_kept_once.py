@@ -4,8 +4,9 @@ trains; a target is made once; what does not fit into memory is made again."""
 import pytest
 import torch
 
-from conftest import build, images_of
 from support.features import ImageEncoder, StoredTargets, load_images, with_pixels
+
+from conftest import build, images_of
 
 
 @pytest.fixture

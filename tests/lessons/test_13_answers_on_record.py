@@ -7,9 +7,10 @@ import pytest
 from PIL import Image
 
 import evaluate
-from conftest import TINY
 from support import questions
 from world import loader
+
+from conftest import TINY
 
 QUESTIONS = loader.questions("single", 2)[1:3]
 
@@ -72,8 +73,6 @@ def test_one_question_about_one_picture(tmp_path, capsys):
     # without options, what the model writes
     evaluate.ask(TINY, replace(options, options=""))
     assert len(capsys.readouterr().out.splitlines()) == 1
-
-
-def test_the_questions_of_a_checkpoint_are_those_of_every_task():
+    # without a picture, the questions of every task of the world
     records = evaluate.ask(TINY, evaluate.Options(per_task=1, device="cpu", split="validation"))
     assert [r["id"] for r in records] == [q.id for q in loader.questions("", 1, "validation")]

@@ -11,8 +11,9 @@ from plain import eq1, run, tokens, turns_of
 import baselines
 import train
 from baselines.training_records import Both, Direct, WithAnswers
-from conftest import build, embeddings, moved
 from world import loader
+
+from conftest import build, embeddings, moved
 
 RECORDS = loader.examples("multi", "train", 4)
 
