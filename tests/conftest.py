@@ -54,12 +54,6 @@ def mixed():
     return loader.examples("mixed", "train", 10, seed=3)
 
 
-@pytest.fixture(scope="session")
-def batch3(loaded64, mixed):
-    """Three records as Pearl's step gets them; their views have three lengths."""
-    return build(copy.deepcopy(loaded64), "pearl", mixed[:3])[1]
-
-
 def build(vlm, name, examples, **options):
     """--method `name` on these records in float64, away from its zero starts, and their batch."""
     torch.manual_seed(0)

@@ -10,12 +10,9 @@ import torch
 from PIL import Image
 
 import data
-from support import run
+from support import features
 from support.chat import Chat
-from support.features import (ImageEncoder, LoadedImage, StoredTargets, load_image, load_images,
-                              with_pixels)
 from support.records import Example
-from train import Config
 from world import loader
 
 RECORDS = loader.examples("all", "train", 6, seed=3)
@@ -26,12 +23,17 @@ def views(chat, example, images):
 
 
 @pytest.fixture
-def dataset(shipped):
-    return data.Trajectories(RECORDS, "train", views, Chat(shipped.family, 2048))
+def chat(shipped):
+    return Chat(shipped.family, 2048)
+
+
+@pytest.fixture
+def dataset(chat):
+    return data.Trajectories(RECORDS, "train", views, chat)
 
 
 class Folder:
-    """Records that are read from disk, as those of a data folder are; it counts them."""
+    """Records that are read from disk, as those of a data folder are; it notes which."""
 
     def __init__(self, folder, sizes):
         self.folder, self.sizes, self.read = folder, sizes, []
@@ -47,31 +49,21 @@ class Folder:
                        ["Look. " * n + "Answer: a"])
 
 
-# ---- the rows of each step ----------------------------------------------------------------------
-
-
 def test_every_row_comes_once_an_epoch_in_an_order_of_the_seed():
     steps = list(islice(data.StepRows(10, 4, seed=1), 10))
     rows = [row for step in steps for row in step]
-    assert all(len(step) == 4 for step in steps)
     epochs = [rows[start:start + 10] for start in range(0, 40, 10)]
     # a step may end one epoch and begin the next
+    assert all(len(step) == 4 for step in steps)
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs) and epochs[0] != epochs[1]
     generator = torch.Generator().manual_seed(1)
     assert epochs[0] == torch.randperm(10, generator=generator).tolist()
-    assert steps == list(islice(data.StepRows(10, 4, seed=1), 10))
     assert steps != list(islice(data.StepRows(10, 4, seed=2), 10))
     # more rows in a step than there are records
     assert sorted(next(iter(data.StepRows(3, 6, seed=0)))) == [0, 0, 1, 1, 2, 2]
-
-
-def test_a_resumed_run_continues_with_its_next_step():
-    steps = list(islice(data.StepRows(10, 4, seed=1), 7))
+    # a resumed run continues with its next step
     for start in (1, 5):
-        assert list(islice(data.StepRows(10, 4, 1, start), 7 - start)) == steps[start:]
-
-
-# ---- records and passes -------------------------------------------------------------------------
+        assert list(islice(data.StepRows(10, 4, 1, start), 10 - start)) == steps[start:]
 
 
 def test_passes_hold_views_of_similar_length(dataset):
@@ -80,8 +72,8 @@ def test_passes_hold_views_of_similar_length(dataset):
 
     order = [3, 0, 5, 1, 2]
     passes = dataset.passes(order, 2)
-    assert lengths(passes) == [sorted(sum(lengths(passes), []))[a:b]
-                               for a, b in ((0, 2), (2, 4), (4, 5))]
+    ranked = sorted(sum(lengths(passes), []))
+    assert lengths(passes) == [ranked[:2], ranked[2:4], ranked[4:]]
     assert sorted(example.row[1] for part in passes for example in part) == sorted(order)
     # one pass alone keeps the order of its rows, and each process has every second pass
     (one,) = dataset.passes(order, 5)
@@ -95,22 +87,23 @@ def test_a_training_example_holds_what_a_step_needs(dataset):
     assert len(dataset) == 6 and example.row == ("train", 2) and not example.bare
     assert (example.task, example.answer) == (record.task, record.answer)
     assert example.views == views(dataset.chat, record, example.images)
+    for n, image in enumerate(example.images):
+        # four patches are one token
+        assert image.key == f"{record.id}#{n}"
+        assert image.text == "<|image_pad|>" * (image.grid[1] * image.grid[2] // 4)
     # records in memory keep what was made of them
     assert dataset[2] is example and dataset[1] is not dataset[2]
 
 
-def test_a_record_is_read_when_it_is_used(shipped, tmp_path, monkeypatch):
-    records, opened = Folder(tmp_path, [(64, 64)] * 5), []
-    real = load_image.__globals__["opened"]
-    monkeypatch.setitem(load_image.__globals__, "opened",
-                        lambda picture: opened.append(picture) or real(picture))
-    dataset = data.Trajectories(records, "train", views, Chat(shipped.family, 2048))
+def test_a_record_is_read_when_it_is_used(chat, tmp_path, monkeypatch):
+    records, opened, real = Folder(tmp_path, [(64, 64)] * 5), [], features.opened
+    monkeypatch.setattr(features, "opened", lambda file: opened.append(file.name) or real(file))
+    dataset = data.Trajectories(records, "train", views, chat)
     # the first record shows whether the tokenizer is read as its own processor reads it
-    assert records.read == [0]
-    records.read.clear(), opened.clear()
+    assert records.read == [0] and opened == ["0.png"]
     for _ in range(2):
         dataset.passes([3, 1], 2)
-    assert records.read == [3, 1] * 2 and opened == [tmp_path / f"{n}.png" for n in (3, 1)] * 2
+    assert records.read == [0, 3, 1, 3, 1] and opened[1:] == ["3.png", "1.png"] * 2
     # an image whose features are kept needs no pixels
     dataset.known = {str(tmp_path / "3.png")}
     ((three, one),) = dataset.passes([3, 1], 2)
@@ -121,34 +114,29 @@ def test_a_record_is_read_when_it_is_used(shipped, tmp_path, monkeypatch):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_workers_prepare_the_same_batches(dataset, workers):
     torch.manual_seed(5)
-    rows = list(islice(data.StepRows(6, 4, seed=1), 3))
-    state, found = torch.get_rng_state(), list(data.load(dataset, rows, 2, workers))
+    state, rows = torch.get_rng_state(), [[3, 0, 5], [1, 2, 4]]
+    found = list(data.load(dataset, rows, 2, workers))
     # dropout must draw the same numbers with and without workers
-    assert torch.equal(state, torch.get_rng_state()) and len(found) == 3
-    for step, passes in zip(rows, found):
+    assert torch.equal(state, torch.get_rng_state())
+    for step, passes in zip(rows, found, strict=True):
         for one, other in zip(passes, dataset.passes(step, 2), strict=True):
             assert [ex[:5] for ex in one] == [ex[:5] for ex in other]
             for a, b in zip((i for ex in one for i in ex.images),
                             (i for ex in other for i in ex.images), strict=True):
                 assert a[:4] == b[:4]
                 assert torch.equal(a.pixels["pixel_values"], b.pixels["pixel_values"])
-    (share,) = data.load(dataset, [[3, 0, 5]], 2, workers, 1, 2)
+    (share,) = data.load(dataset, rows[:1], 2, workers, 1, 2)
     assert [[ex.row for ex in part] for part in share] == [
-        [ex.row for ex in part] for part in dataset.passes([3, 0, 5], 2, 1, 2)]
+        [ex.row for ex in dataset.passes(rows[0], 2)[1]]]
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_faulty_record_is_one_sentence(shipped, tmp_path, workers):
+def test_a_faulty_record_is_one_sentence(chat, tmp_path, workers):
     folder = Folder(tmp_path, [(64, 64), (2000, 4), (64, 64)])
-    dataset = data.Trajectories(folder, "train", views, Chat(shipped.family, 2048))
+    dataset = data.Trajectories(folder, "train", views, chat)
     (tmp_path / "2.png").unlink()
     for row, kind, message in (
             (1, ValueError, r"example r1: image 0 \(2000 x 4 px\) is rejected .*; crop or drop it"),
             (2, OSError, "2.png not found")):
         with pytest.raises(kind, match=message):
             list(data.load(dataset, [[0, row]], 2, workers))
-
-
-def test_how_many_workers():
-    assert run.workers(Config(workers=3)) == 3 and run.workers(Config()) == 0
-    assert 1 <= run.workers(Config(data="folder")) <= 8

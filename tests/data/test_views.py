@@ -5,7 +5,6 @@ import copy
 
 import pytest
 import torch
-from PIL import Image
 
 import data
 from support.chat import Chat, View
@@ -59,7 +58,7 @@ def test_a_blank_in_the_generation_prompt_that_turns_lack(family):
     # words are lost, or changed
     ("{{- part['text']", "{{- part['text'][:3] and 'x'",
      "does not write an assistant's turn as generation prompt"),
-    ("{{- part['text']", "{{- part['text'] | replace('digit', 'number')", "changes the assistant's"),
+    ("{{- part['text']", "{{- part['text'] | replace('digit', 'sign')", "changes the assistant's"),
     # nothing ends a turn
     ("{{- '<|im_end|>\\n' -}}", "", "does not write an assistant's turn as generation prompt"),
     # earlier turns depend on later ones
@@ -95,14 +94,6 @@ def test_ids_must_be_those_of_the_familys_own_processor(family):
     family.own_ids = lambda messages, pictures: [1]
     with pytest.raises(ValueError, match=f"example {RECORD.id}: the model's own processor"):
         chat.check_ids(RECORD, images)
-
-
-def test_turns_are_the_record_in_order():
-    assert Chat.turns(RECORD) == [
-        ("user", [RECORD.image, RECORD.question]), ("assistant", [RECORD.texts[0]]),
-        ("user", [RECORD.images[1]]), ("assistant", [RECORD.texts[1]])]
-    assert Chat.messages([("user", [Image.new("RGB", (8, 8)), "Q"])]) == [
-        dict(role="user", content=[dict(type="image"), dict(type="text", text="Q")])]
 
 
 def test_batches_are_padded_on_the_right_or_on_the_left():

@@ -13,10 +13,10 @@ from support.chat import Chat
 from support.features import load_images
 from support.records import Example
 
-EXAMPLE = Example("7", "zoom", Image.new("RGB", (128, 128), "red"), "Which digit is on the red disc?",
-                  ["seven", "two"], "seven",
-                  ["Zoom in on the red disc. [crop 12 30 28 46]", Image.new("RGB", (32, 32)),
-                   "The digit is seven. Answer: seven"])
+EXAMPLE = Example(
+    "7", "zoom", Image.new("RGB", (128, 128), "red"), "Which digit is on the red disc?",
+    ["seven", "two"], "seven", ["Zoom in on the red disc. [crop 12 30 28 46]",
+                                Image.new("RGB", (32, 32)), "The digit is seven. Answer: seven"])
 # <I0, Q> and the generation prompt
 PROMPT = ("<|im_start|>user\n<|vision_start|>" + 16 * "<|image_pad|>" + "<|vision_end|>"
           "Which digit is on the red disc?<|im_end|>\n<|im_start|>assistant\n")
@@ -100,7 +100,9 @@ def test_the_whole_text_is_tokenised_at_once(chat):
     ids = chat.tokenizer(text, add_special_tokens=False).input_ids
     whole = chat.conversation(turns, load_images(EXAMPLE, chat.family))
     assert whole.text == text and whole.ids == ids
-    assert text.endswith("<|im_end|>\n") and len(whole.without_layout().ids) == len(ids) - 1
+    prompt = chat.prompt(turns[:1], load_images(EXAMPLE, chat.family)[:1])
+    assert chat.tokenizer.decode(prompt.ids) == PROMPT and prompt.embed_at == len(prompt.ids) - 1
+    assert text.endswith("<|im_end|>\n") and len(whole.until_last_label().ids) == len(ids) - 1
     assert views_of(chat, EXAMPLE).full.ids == ids[:-1]
     # where turns begin and the assistant speaks, in characters
     assert [text[start:start + 16] for start in whole.turn_starts] == [

@@ -5,30 +5,13 @@ import math
 
 import pytest
 import torch
+from plain import affine, cosine, eq1, gelu, rand, same
 
 from baselines import anti_collapse
+
 from conftest import assert_close, build, embeddings, gradients, terms_of
 
 GROUPS = [("zoom", "two"), ("zoom", "six"), ("zoom", "two"), ("path", "two"), ("zoom", "two")]
-
-
-def rand(*shape):
-    return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
-
-
-def same(value, naive, *leaves):
-    torch.testing.assert_close(value, naive)
-    grads = [torch.autograd.grad(x, leaves, retain_graph=True) for x in (value, naive)]
-    for one, other in zip(*grads):
-        torch.testing.assert_close(one, other)
-
-
-def cosine(a, b):
-    return a @ b / (a.norm() * b.norm())
-
-
-def eq1(prediction, h_R):
-    return 1 - sum(cosine(p, t.detach()) for p, t in zip(prediction, h_R)) / len(h_R)
 
 
 def naive_infonce(prediction, target, groups):
@@ -70,31 +53,31 @@ def test_the_terms_equal_plain_loops():
     same(anti_collapse.epps_pulley(h).sum(), sum(map(naive_epps_pulley, h.T)), h)
 
 
-def naive_head(head, x):
+def naive_head(head, rows):
     norm, first, _, second = head
-    x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, False, keepdim=True) + norm.eps).sqrt()
-    x = (x * norm.weight + norm.bias) @ first.weight.T + first.bias
-    return (x * (1 + torch.erf(x / math.sqrt(2))) / 2) @ second.weight.T + second.bias
+    rows = [(x - x.mean()) / (x.var(unbiased=False) + norm.eps).sqrt() for x in rows]
+    rows = [affine(first, x * norm.weight + norm.bias) for x in rows]
+    return torch.stack([affine(second, gelu(x)) for x in rows])
 
 
 def naive_sigreg(method, h):
     """Slices are drawn from the seed (3) and the step (6)."""
     first, _, second = method.projection
-    x = h @ first.weight.T + first.bias
-    z = (x * (1 + torch.erf(x / math.sqrt(2))) / 2) @ second.weight.T + second.bias
+    z = torch.stack([affine(second, gelu(affine(first, row))) for row in h])
     drawn = torch.randn(64, 256, generator=torch.Generator().manual_seed(1_000_003 * 3 + 6))
     slices = [z @ (a / a.norm()).double() for a in drawn.T]
     return sum(map(naive_epps_pulley, slices)) / 256
 
 
+# L_JEPA of each rival from the method, h^_R and h_R: what stops the gradient, and what does not
 STEPS = {
-    "current": lambda m, p, h: eq1(p, h),
-    "bias_head+current": lambda m, p, h: eq1(p + m.head.bias, h),
-    "mlp_head+current": lambda m, p, h: eq1(p + naive_head(m.head, p), h),
+    "current": lambda m, p, h: eq1(p, h.detach()),
+    "bias_head+current": lambda m, p, h: eq1(p + m.head.bias, h.detach()),
+    "mlp_head+current": lambda m, p, h: eq1(p + naive_head(m.head, p), h.detach()),
     # all three records have another answer
     "infonce+current": lambda m, p, h: naive_infonce(p, h.detach(), range(3)),
-    "vicreg": lambda m, p, h: eq1(p, h) + naive_vicreg(h),
-    "sigreg+vicreg": lambda m, p, h: eq1(p, h) + naive_vicreg(h) + 0.05 * naive_sigreg(m, h),
+    "vicreg": lambda m, p, h: eq1(p, h.detach()) + naive_vicreg(h),
+    "sigreg+vicreg": lambda m, p, h: STEPS["vicreg"](m, p, h) + 0.05 * naive_sigreg(m, h),
 }
 
 

@@ -1,5 +1,5 @@
-"""Claims: what is kept of an answer, and what it cost; batches change no order; a question that
-cannot be asked stops the program before any is asked; one question about one picture."""
+"""Claims: what is kept of an answer, and what it cost; a question that cannot be asked stops the
+program before any is asked; one question about one picture."""
 
 from dataclasses import replace
 
@@ -7,12 +7,12 @@ import pytest
 from PIL import Image
 
 import evaluate
-from conftest import TINY
 from support import questions
-from support.chat import View
 from world import loader
 
-QUESTIONS = loader.questions("single", 2)[1:]
+from conftest import TINY
+
+QUESTIONS = loader.questions("single", 2)[1:3]
 
 
 def test_a_record_has_each_way_with_its_answer_and_cost():
@@ -28,39 +28,23 @@ def test_a_record_has_each_way_with_its_answer_and_cost():
         cost=dict(direct=dict(tokens=0, images=1), free=dict(tokens=5), call=dict(failed="lost")))
     given["direct"]["option"], given["free"]["text"] = 1, "Reply: two"
     record = questions.answer_record(example, given, "Reply:")
-    assert (record["direct_right"], record["free_right"], record["call_right"]) == (True, False,
-                                                                                    True)
+    assert [record[f"{way}_right"] for way in given] == [True, False, True]
 
 
 def test_every_question_is_answered_in_every_way_and_the_mode_is_restored(vlm64):
-    evaluator = evaluate.Evaluator(vlm64, QUESTIONS)
-    modes = []
+    evaluator, modes = evaluate.Evaluator(vlm64, QUESTIONS), []
+    echo = {"echo": lambda e: modes.append(e.vlm.training) or [dict(text=ex.answer)
+                                                               for ex in e.examples]}
     for training in (True, False):
         vlm64.train(training)
-        records = evaluate.answer_questions(evaluator, ways=dict(
-            echo=lambda e: modes.append(e.vlm.training) or [dict(text=ex.answer) for ex
-                                                            in e.examples]))
+        records = evaluate.answer_questions(evaluator, 2, echo)
         assert vlm64.training == training
     assert modes == [False, False]
-    for example, record, free in zip(QUESTIONS, records, evaluator.free()):
-        assert record["id"] == example.id and record["echo_right"]
-        assert record["free"] == free["text"] and record["direct"] in example.options
+    for example, record, free in zip(QUESTIONS, records, evaluator.free(2), strict=True):
+        assert record["id"] == example.id and record["echo_right"] and record["direct"]
+        assert record["free"] == free["text"] and record["cost"]["free"]["tokens"] <= 2
         # the task without trajectories has no tool image to give
         assert ("tool" in record) == (len(example.images) > 1)
-    (short,) = evaluate.answer_questions(evaluate.Evaluator(vlm64, QUESTIONS[:1]), 2)
-    assert short["cost"]["free"]["tokens"] <= 2
-
-
-def test_batches_of_similar_length_in_the_order_given():
-    views = [View([0] * size, [], [], 0) if size else None for size in (5, 2, 0, 9, 1)]
-    batches = []
-
-    def answer(part, numbers):
-        batches.append(numbers)
-        return [(n, len(view.ids)) for n, view in zip(numbers, part)]
-
-    assert questions.in_batches(views, answer, 3) == [(0, 5), (1, 2), None, (3, 9), (4, 1)]
-    assert batches == [[4, 1, 0], [3]]
 
 
 def test_a_question_that_cannot_be_asked_is_refused_at_once(vlm64):
@@ -76,9 +60,6 @@ def test_a_question_that_cannot_be_asked_is_refused_at_once(vlm64):
         vlm64.max_positions = longest - 1
         with pytest.raises(ValueError, match=f"example {example.id}: {longest} tokens"):
             evaluate.Evaluator(vlm64, [record])
-    # a family that shows several images in another way than one is asked directly
-    vlm64.family.alone_only = True
-    assert evaluate.Evaluator(vlm64, [replace(example, trajectory=[])]).questions[0].tool is None
 
 
 def test_one_question_about_one_picture(tmp_path, capsys):
@@ -92,9 +73,6 @@ def test_one_question_about_one_picture(tmp_path, capsys):
     # without options, what the model writes
     evaluate.ask(TINY, replace(options, options=""))
     assert len(capsys.readouterr().out.splitlines()) == 1
-
-
-def test_the_questions_of_a_checkpoint_are_those_of_the_world(capsys):
+    # without a picture, the questions of every task of the world
     records = evaluate.ask(TINY, evaluate.Options(per_task=1, device="cpu", split="validation"))
-    tasks = [question.task for question in loader.questions("", 1, "validation")]
-    assert [record["task"] for record in records] == tasks and len(tasks) > 5
+    assert [r["id"] for r in records] == [q.id for q in loader.questions("", 1, "validation")]

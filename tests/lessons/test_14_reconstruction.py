@@ -3,13 +3,15 @@ and one position at a time."""
 
 import pytest
 import torch
+from plain import nll
 
 import evaluate
 from baselines import reconstruction
 from baselines.reconstruction import LatentScale
-from conftest import assert_close, build, gradients, images_of
 from data import View, collate
 from world import loader
+
+from conftest import assert_close, build, gradients, images_of
 
 # one, two and three tool images
 RECORDS = [loader.examples("all", "train", 6, seed=3)[n] for n in (2, 0, 5)]
@@ -18,21 +20,21 @@ RECORDS = [loader.examples("all", "train", 6, seed=3)[n] for n in (2, 0, 5)]
 @pytest.mark.parametrize("latents", [0, 3])
 def test_the_view_has_a_run_of_latents_for_each_tool_image(vlm64, latents):
     _, batch = build(vlm64, "recon", RECORDS, latents=latents)
-    tokenizer = vlm64.tokenizer
+    decode = vlm64.tokenizer.decode
     for record, example in zip(RECORDS, batch):
         view = example.views.full
-        spans, marked = [image.text.count("<|image_pad|>") for image in example.images[1:]], ""
-        for position, token in enumerate(view.ids):
-            marked += "#" if position in view.inject_at else tokenizer.decode([token])
-        runs = iter("#" * (latents or count) for count in spans)
-        words = [step if isinstance(step, str) else f"<|vision_start|>{next(runs)}<|vision_end|>"
-                 for step in record.trajectory]
+        marked = "".join("#" if position in view.inject_at else decode([token])
+                         for position, token in enumerate(view.ids))
         question, _, answer = marked.partition("<|im_start|>assistant\n")
-        assert answer == "".join(words) + "<|im_end|>" and record.question in question
+        # as many as the tool image has tokens, or as the option says
+        counts = iter(latents or image.text.count("<|image_pad|>") for image in example.images[1:])
+        assert record.question in question and answer == "".join(
+            step if isinstance(step, str) else f"<|vision_start|>{'#' * next(counts)}<|vision_end|>"
+            for step in record.trajectory) + "<|im_end|>"
         # neither latents nor the end marker are the model's to write
-        assert tokenizer.decode([label for label in view.labels if label != -100]) == "".join(
-            step if isinstance(step, str) else "<|vision_start|>" for step in record.trajectory
-        ) + "<|im_end|>"
+        learned = decode([label for label in view.labels if label != -100])
+        assert learned == "".join(step if isinstance(step, str) else "<|vision_start|>"
+                                  for step in record.trajectory) + "<|im_end|>"
         assert view.images == [example.images[0].key] and view.embed_at == len(view.ids) - 1
 
 
@@ -41,7 +43,7 @@ def naive_latents(method, example):
     images, count, found = images_of(method, [example]), method.config.latents, []
     for image in example.images[1:]:
         rows = images[image.key].features[0]
-        edges = [n * len(rows) // count for n in range(count + 1)] if count else range(len(rows) + 1)
+        edges = [n * len(rows) // (count or len(rows)) for n in range((count or len(rows)) + 1)]
         found += [rows[a:max(b, a + 1)].mean(dim=0) for a, b in zip(edges, edges[1:])]
     return torch.stack(found)
 
@@ -59,7 +61,7 @@ def test_loss_and_gradient_equal_one_record_at_a_time(vlm64, latents):
         states = vlm64(collate([view], 0), images_of(method, [example]), latent).states[0]
         gaps += [((states[at - 1] / size - (target - mean) / std) ** 2).mean()
                  for at, target in zip(view.inject_at, latent)]
-        words += [-vlm64.logits(states[t - 1]).log_softmax(0)[label]
+        words += [nll(vlm64.logits(states[t - 1]), label)
                   for t, label in enumerate(view.labels) if label != -100]
     recon, vlm = sum(gaps) / len(gaps), sum(words) / len(words)
     result = method(batch)

@@ -1,0 +1,106 @@
+"""The plain way to what the lessons compare: a conversation as one text, transformers' own forward
+pass on one unpadded sequence with pixels, and the formulas of losses as they are on paper."""
+
+import types
+
+import torch
+
+from support.images import opened
+
+PAD = "<|image_pad|>"
+
+
+def turns_of(example):
+    """A user turn of image and question; then one of the assistant a text, of the user an image."""
+    return [("user", [example.image, example.question])] + [
+        ("assistant" if isinstance(step, str) else "user", [step]) for step in example.trajectory]
+
+
+def tokens(vlm, turns, more=None, tokenizer=None):
+    """The turns as one text, its ids, the characters (start, end) of each, and the inputs of the
+    images. more: what the assistant has begun to say behind the generation prompt."""
+    tokenizer, processor = tokenizer or vlm.tokenizer, vlm.family.processor
+    pictures = [opened(part) for _, parts in turns for part in parts if not isinstance(part, str)]
+    messages = [dict(role=role, content=[dict(type="text", text=part) if isinstance(part, str)
+                                         else dict(type="image") for part in parts])
+                for role, parts in turns]
+    text, *pieces = tokenizer.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=more is not None).split(PAD)
+    images = dict(processor(images=pictures, return_tensors="pt")) if pictures else {}
+    for grid, piece in zip(images.get("image_grid_thw", ()), pieces, strict=True):
+        text += PAD * (int(grid.prod()) // processor.merge_size ** 2) + piece
+    text += more or ""
+    made = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    return types.SimpleNamespace(text=text, ids=made.input_ids, spans=made.offset_mapping,
+                                 images=images)
+
+
+def inputs(vlm, ids, images):
+    row = torch.tensor([ids])
+    images = images | dict(pixel_values=images["pixel_values"].to(vlm.lm.dtype))
+    return dict(input_ids=row, attention_mask=torch.ones_like(row), **images,
+                mm_token_type_ids=(row == vlm.lm.config.image_token_id).int())
+
+
+def run(vlm, ids, images, layer=-1):
+    """(T, D) final-layer states, or those that enter a layer, and (T, V) logits of one sequence."""
+    out = vlm.lm(**inputs(vlm, ids, images), use_cache=False, output_hidden_states=True)
+    return out.hidden_states[layer][0], out.logits[0]
+
+
+def target_state(vlm, example):
+    """h_R: the state of R's last end of turn, with neither I0 nor Q."""
+    made = tokens(vlm, turns_of(example)[1:])
+    return run(vlm, made.ids[:-1], made.images)[0][-1]
+
+
+# ---- formulas -----------------------------------------------------------------------------------
+
+
+def rand(*shape):
+    return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+
+
+def same(value, naive, *leaves):
+    """Equal values and equal gradients at the leaves."""
+    torch.testing.assert_close(value, naive)
+    grads = [torch.autograd.grad(x, leaves, retain_graph=True) for x in (value, naive)]
+    for one, other in zip(*grads):
+        torch.testing.assert_close(one, other)
+
+
+def cosine(a, b):
+    return a @ b / (a.norm() * b.norm())
+
+
+def eq1(prediction, h_R):
+    return 1 - sum(map(cosine, prediction, h_R)) / len(h_R)
+
+
+def smooth_l1(a, b):
+    gaps = (a - b).abs()
+    return torch.where(gaps < 1, 0.5 * gaps * gaps, gaps - 0.5).mean()
+
+
+def nll(logits, token):
+    return torch.logsumexp(logits, 0) - logits[token]
+
+
+def gelu(x):
+    return x * (1 + torch.erf(x / 2 ** 0.5)) / 2
+
+
+def affine(layer, x):
+    """A linear layer, with its low-rank part where it has one."""
+    base = getattr(layer, "base", layer)
+    y = base.weight @ x + base.bias
+    return y if base is layer else y + layer.scaling * (layer.lora_B @ (layer.lora_A @ x))
+
+
+def latent(predictor, state, embedding):
+    """h_t + MLP(LayerNorm([h_t ; e_{t+1}])), three linear layers with GELU between them."""
+    norm, first, _, second, _, third = predictor.mlp
+    x = torch.cat([state, embedding]) if predictor.sees_next else state
+    x = x - x.mean()
+    x = x / (x.square().mean() + norm.eps).sqrt() * norm.weight + norm.bias
+    return state + affine(third, gelu(affine(second, gelu(affine(first, x)))))
