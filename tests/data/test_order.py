@@ -74,17 +74,17 @@ def test_passes_hold_views_of_similar_length(dataset):
     passes = dataset.passes(order, 2)
     ranked = sorted(sum(lengths(passes), []))
     assert lengths(passes) == [ranked[:2], ranked[2:4], ranked[4:]]
-    assert sorted(example.row[1] for part in passes for example in part) == sorted(order)
+    assert sorted(example.index[1] for part in passes for example in part) == sorted(order)
     # one pass alone keeps the order of its rows, and each process has every second pass
     (one,) = dataset.passes(order, 5)
-    assert [example.row for example in one] == [("train", row) for row in order]
+    assert [example.index for example in one] == [("train", row) for row in order]
     for rank in (0, 1):
         assert lengths(dataset.passes(order, 2, rank, 2)) == lengths(passes)[rank::2]
 
 
 def test_a_training_example_holds_what_a_step_needs(dataset):
     example, record = dataset[2], RECORDS[2]
-    assert len(dataset) == 6 and example.row == ("train", 2) and not example.bare
+    assert len(dataset) == 6 and example.index == ("train", 2) and not example.bare
     assert (example.task, example.answer) == (record.task, record.answer)
     assert example.views == views(dataset.chat, record, example.images)
     for n, image in enumerate(example.images):
@@ -126,8 +126,8 @@ def test_workers_prepare_the_same_batches(dataset, workers):
                 assert a[:4] == b[:4]
                 assert torch.equal(a.pixels["pixel_values"], b.pixels["pixel_values"])
     (share,) = data.load(dataset, rows[:1], 2, workers, 1, 2)
-    assert [[ex.row for ex in part] for part in share] == [
-        [ex.row for ex in dataset.passes(rows[0], 2)[1]]]
+    assert [[ex.index for ex in part] for part in share] == [
+        [ex.index for ex in dataset.passes(rows[0], 2)[1]]]
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -33,7 +33,7 @@ def supervised(family, view):
 
 def test_a_blank_before_the_words_is_the_models_to_write(family):
     """The generation prompt ends before it. Behind the words it belongs to them too."""
-    family.template = family.template.replace("'\\n' -}}", "':' -}}", 1).replace(
+    family.processor.chat_template = family.processor.chat_template.replace("'\\n' -}}", "':' -}}", 1).replace(
         "{{- part['text']", "{{- (' ' if message['role'] == 'assistant' else '') + part['text']"
     ).replace("{{- '<|im_end|>", "{{- ' <|im_end|>").replace("assistant\\n", "assistant:")
     full, prompt, target = views_of(family)
@@ -45,7 +45,7 @@ def test_a_blank_before_the_words_is_the_models_to_write(family):
 
 def test_a_blank_in_the_generation_prompt_that_turns_lack(family):
     """The generation prompt ends in a blank, a turn has none: the words are found from the end."""
-    family.template = family.template.replace("assistant\\n' -}}{%- endif", "assistant\\n  ' -}}"
+    family.processor.chat_template = family.processor.chat_template.replace("assistant\\n' -}}{%- endif", "assistant\\n  ' -}}"
                                               "{%- endif")
     full = views_of(family).full
     assert supervised(family, full) == "".join(f"{text}<|im_end|>" for text in RECORD.texts)
@@ -64,8 +64,8 @@ def test_a_blank_in_the_generation_prompt_that_turns_lack(family):
     # earlier turns depend on later ones
     ("{%- for message", "{{- messages | length }}{%- for message", "rewrites earlier turns")])
 def test_a_template_that_cannot_be_followed_is_refused(family, old, new, message):
-    assert old in family.template
-    family.template = family.template.replace(old, new)
+    assert old in family.processor.chat_template
+    family.processor.chat_template = family.processor.chat_template.replace(old, new)
     with pytest.raises(ValueError, match=f"{message}.*chat_template.jinja"):
         views_of(family)
 

@@ -19,7 +19,7 @@ def turns_of(example):
 def tokens(vlm, turns, more=None, tokenizer=None):
     """The turns as one text, its ids, the characters (start, end) of each, and the inputs of the
     images. more: what the assistant has begun to say behind the generation prompt."""
-    tokenizer, processor = tokenizer or vlm.tokenizer, vlm.family.processor
+    tokenizer, processor = tokenizer or vlm.tokenizer, vlm.family.processor.image_processor
     pictures = [opened(part) for _, parts in turns for part in parts if not isinstance(part, str)]
     messages = [dict(role=role, content=[dict(type="text", text=part) if isinstance(part, str)
                                          else dict(type="image") for part in parts])

@@ -102,7 +102,7 @@ def test_the_whole_text_is_tokenised_at_once(chat):
     assert whole.text == text and whole.ids == ids
     prompt = chat.prompt(turns[:1], load_images(EXAMPLE, chat.family)[:1])
     assert chat.tokenizer.decode(prompt.ids) == PROMPT and prompt.embed_at == len(prompt.ids) - 1
-    assert text.endswith("<|im_end|>\n") and len(whole.until_last_label().ids) == len(ids) - 1
+    assert text.endswith("<|im_end|>\n") and len(whole.without_layout().ids) == len(ids) - 1
     assert views_of(chat, EXAMPLE).full.ids == ids[:-1]
     # where turns begin and the assistant speaks, in characters
     assert [text[start:start + 16] for start in whole.turn_starts] == [

@@ -36,7 +36,7 @@ def test_one_pass_equals_two(loaded64, mixed, options):
 
 def test_a_family_that_cannot_pack_gets_two_passes(loaded64, mixed, monkeypatch):
     expected = step(loaded64, "two_passes", mixed[:2])[2]
-    monkeypatch.setattr(type(loaded64.family), "packs", False)
+    monkeypatch.setattr(loaded64.family, "packs", False)
     monkeypatch.delattr(packing, "encode_two_views")
     assert torch.equal(step(loaded64, "pearl", mixed[:2])[2].total, expected.total)
 
@@ -52,7 +52,7 @@ def test_the_step_equals_one_record_at_a_time(loaded64, mixed, options):
         states, inputs, labels = encoded.states[0], encoded.inputs[0], full.labels[0]
         for t in range(len(labels) - 1):
             if labels[t + 1] != -100:
-                words.append(nll(vlm.logits(states[t]), labels[t + 1]))
+                words.append(nll(vlm.lm.lm_head(states[t]), labels[t + 1]))
             forecast = states[t]
             for i, terms in enumerate(nextlat, start=1):
                 if t + i < len(labels) and (labels[t + 1:t + i + 1] != -100).all():
@@ -68,12 +68,18 @@ def test_the_step_equals_one_record_at_a_time(loaded64, mixed, options):
     assert_close(grads, gradients(naive["loss"], method), digits=4)
 
 
+def pad(views):
+    return data.collate(views, 0)
+
+
 def test_what_two_views_share():
     """All tokens up to the first difference, and never an injected one."""
-    assert packing.shared_tokens([1, 2, 3, 4], [1, 2, 9], ()) == 2
-    assert packing.shared_tokens([1, 2, 3, 4], [1, 2, 3], ()) == 3
-    assert packing.shared_tokens([1, 2, 2, 2], [1, 2, 2, 2], (2, 3)) == 2
-    assert packing.shared_tokens([1, 2], [1, 2, 5], (2,)) == 2
+    for full, ids, inject_at, shared in (([1, 2, 3, 4], [1, 2, 9], (), 2),
+                                         ([1, 2, 3, 4], [1, 2, 3], (), 3),
+                                         ([1, 2, 2, 2], [1, 2, 2, 2], (2, 3), 2),
+                                         ([1, 2, 7], [1, 2, 5], (2,), 2)):
+        views = [View(full, full, [], 2)], [View(ids, ids, [], len(ids) - 1, inject_at)]
+        assert packing.add_branches(*views, pad).shared.tolist() == [shared]
 
 
 def test_the_branch_sees_what_is_shared_and_itself():
@@ -82,7 +88,7 @@ def test_the_branch_sees_what_is_shared_and_itself():
     full = [View([1, 2, 3, 4], [-100, -100, 3, 4], [], 3),
             View([5, 6, 7], [-100, -100, -100], [], 2)]
     inputs = [View([1, 2, 8, 9], [-100] * 4, [], 3, (2,)), View([5, 6, 7], [-100] * 3, [], 2)]
-    batch = packing.add_branches(data.collate(full, 0), full, inputs)
+    batch = packing.add_branches(full, inputs, pad)
     assert batch.ids.tolist() == [[1, 2, 3, 4, 8, 9], [5, 6, 7, 0, 0, 0]]
     assert batch.labels.tolist() == [[-100, -100, 3, 4, -100, -100], [-100] * 6]
     assert batch.mask.int().tolist() == [[1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0]]

@@ -95,7 +95,7 @@ def test_the_step_under_a_rival_equals_one_by_hand(vlm64, mixed, name):
 
 def test_infonce_groups_by_task_and_answer_or_by_row(vlm64, mixed):
     _, batch = build(vlm64, "pearl", mixed[:2])
-    batch = [batch[0], batch[1], batch[0]._replace(row=("train", 2))]
+    batch = [batch[0], batch[1], batch[0]._replace(index=("train", 2))]
     prediction, h = rand(3, 4), rand(3, 4)
     for masked, groups in ((True, [0, 1, 0]), (False, [0, 1, 2])):
         method, _ = build(vlm64, "infonce", mixed[:1], lora_rank=0, infonce_masked=masked)

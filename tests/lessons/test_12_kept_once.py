@@ -68,7 +68,7 @@ def test_stored_targets_keep_what_fits_and_survive_a_file():
     rows = list(h)
     stored = StoredTargets(limit=2 * 16)
     assert torch.equal(stored.look_up(rows[::-1], h), torch.stack([h[row] for row in rows[::-1]]))
-    assert len(stored) == 2 and rows[1] in stored and rows[2] not in stored
+    assert len(stored) == 2 and rows[1] in stored.kept and rows[2] not in stored.kept
     # later the kept ones come from memory, beside one that was made again
     found = stored.look_up(rows, {rows[2]: h[rows[2]] + 5})
     assert found[:, 0].tolist() == [0, 1, 7]

@@ -61,7 +61,7 @@ def test_loss_and_gradient_equal_one_record_at_a_time(vlm64, latents):
         states = vlm64(collate([view], 0), images_of(method, [example]), latent).states[0]
         gaps += [((states[at - 1] / size - (target - mean) / std) ** 2).mean()
                  for at, target in zip(view.inject_at, latent)]
-        words += [nll(vlm64.logits(states[t - 1]), label)
+        words += [nll(vlm64.lm.lm_head(states[t - 1]), label)
                   for t, label in enumerate(view.labels) if label != -100]
     recon, vlm = sum(gaps) / len(gaps), sum(words) / len(words)
     result = method(batch)
@@ -82,7 +82,7 @@ def naive_decode(vlm, view, images, scale, latents, tokens):
         return vlm(collate([now], 0), images, torch.stack(fed) if fed else None).embedding[0]
 
     while len(words) < tokens and words[-1:] != [vlm.family.end_id]:
-        words.append(int(vlm.logits(state()).argmax()))
+        words.append(int(vlm.lm.lm_head(state()).argmax()))
         ids.append(words[-1])
         for _ in range(latents if words[-1] == start else 0):
             # the last state, in the units of the embeddings of tool images
@@ -97,11 +97,11 @@ def naive_decode(vlm, view, images, scale, latents, tokens):
 def test_decoding_equals_one_row_without_a_cache(vlm64, monkeypatch):
     method, batch = build(vlm64, "recon", RECORDS)
     method.predictor.double()
-    real, push = vlm64.logits, torch.zeros(704, dtype=torch.float64)
+    real, push = vlm64.lm.lm_head.forward, torch.zeros(704, dtype=torch.float64)
     # a model that writes start markers now and then, and that ends at different times
     push[vlm64.tokenizer.convert_tokens_to_ids("<|vision_start|>")] = 20.0
     push[vlm64.family.end_id] = 7.0
-    monkeypatch.setattr(vlm64, "logits", lambda states: real(states) + push)
+    monkeypatch.setattr(vlm64.lm.lm_head, "forward", lambda states: real(states) + push)
     evaluator = evaluate.Evaluator(vlm64, RECORDS)
     found = reconstruction.answer(evaluator, method.predictor, latents=2, tokens=5)
     start = vlm64.tokenizer.convert_tokens_to_ids("<|vision_start|>")
