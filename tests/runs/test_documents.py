@@ -1,0 +1,55 @@
+"""Claims: the commands of README, docs and room READMEs are understood, and the options that they name
+exist; links lead to files."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+import baselines
+import evaluate
+import train
+
+ROOT = Path(train.__file__).resolve().parent
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("*/*.md"))]
+COMMAND = re.compile(r"(?:python|torchrun --nproc-per-node=\w+) ([\w/-]+\.py)((?: [^`\n#&;|]*)?)")
+OPTIONS = {name for method in baselines.METHODS
+           for name in train.config_class(method).__dataclass_fields__}
+
+
+def options_of(script: str) -> set[str]:
+    """The options of a program, as its source names them."""
+    source = (ROOT / script).read_text(encoding="utf-8")
+    found = set(re.findall(r'"(?:--)?([a-z]\w+)"', source))
+    if "config" in source:
+        found |= OPTIONS
+    if "evaluate" in script + source:
+        found |= evaluate.Options.__dataclass_fields__.keys()
+    return found | set(re.findall(r"^    (\w+): \w+ = option", source, re.MULTILINE))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_documented_commands_are_understood(page):
+    text = page.read_text(encoding="utf-8").replace("\\\n", " ")  # commands of several lines
+    common = re.search(r'COMMON="(.*?)"', text)
+    for script, rest in COMMAND.findall(text):
+        rest = rest.replace("$COMMON", common[1] if common else "").replace("...", "")
+        for placeholder, value in (("M*N", "2"), ("NAME", "ema"), ("[", ""), ("]", "")):
+            rest = rest.replace(placeholder, value)
+        own, _, passed_on = rest.partition(" -- ")  # what study.py hands to train.py
+        words = own.split()
+        if script == "train.py" and not {"--resume", "--merge", "--help"} & set(words):
+            train.parse_config(words)
+        elif (ROOT / script).is_file():
+            given = {word.split("=")[0][2:] for word in words if word.startswith("--")}
+            assert given <= options_of(script) | {"help"}, (script, given - options_of(script))
+        else:
+            assert script.split("/")[-1] in ("x.py",), script
+        train.parse_config(re.sub(r"--arms.*?(?=--|$)", "", passed_on).split())
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_to_files(page):
+    for link in re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8")):
+        if "://" not in link:
+            assert (page.parent / link).exists(), link
