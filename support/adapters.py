@@ -146,7 +146,7 @@ def save_merged(vlm, checkpoint: Path, out: Path, dtype: torch.dtype | None = No
     with new_folder(out) as partial:
         share = merge(lm, read_adapter(checkpoint, lm, vlm.path), dtype)
         lm.save_pretrained(partial)
-        # this is how we ask, and no setting of the model
+        # lm's is our greedy one; the base's own is copied below
         (partial / "generation_config.json").unlink(missing_ok=True)
         for file in (file for pattern in COPIED for file in source.glob(pattern)):
             if file.is_file() and not file.match("*.index.json"):

@@ -1,8 +1,8 @@
 """Model families: how a conversation and an image become text, how an image becomes features,
 positions and attention. The rest of the project only calls the methods of `Family`.
 
-Whatever transformers' own processor of a family knows, it is asked, so that most families need no
-code here. docs/families.md lists those that were tested.
+Most families need no code here, because transformers' own processor of the family gives the ids,
+the image tokens and the pixels. docs/families.md lists the families that were tested.
 """
 
 import inspect
@@ -51,7 +51,7 @@ class Family:
         # of several templates, as transformers does
         template = template.get("default") if isinstance(template, dict) else template
         self.template = self.processor.chat_template = template
-        # some models are told which tokens belong to images
+        # some models take a mask of the image tokens
         known = inspect.signature(lm.model.forward).parameters
         self.types = [key for key in ("token_type_ids", "mm_token_type_ids") if key in known]
         # packs: the attention takes any mask, so that two views can share a pass. Not in Gemma,
@@ -159,7 +159,7 @@ class Family:
             words = set(self.tokenizer.get_vocab().values()) - set(self.tokenizer.all_special_ids)
             if max(words) >= self.lm.get_input_embeddings().num_embeddings:
                 raise ValueError("the tokenizer has tokens for which there is no embedding")
-            # without weights there is no vision tower to ask
+            # a model without weights has no vision tower to compare with
             if self.lm.device.type != "meta":
                 features = self.features([self.inputs(image)])[0].shape[1]
             if tokens != features or not tokens:

@@ -1,9 +1,8 @@
 r"""Tiny random checkpoints, each a complete folder in the layout in which its family is published.
 
 `build(name, folder)` writes config, weights, tokenizer, processor and template, in a tenth of a
-second. Kept of the originals: which file holds which template; how it opens, ends and separates
-turns, blanks included; the kind of tokenizer, what it puts in front of a text, and which of its
-added tokens are special. Not kept: sizes, weights, vocabularies.
+second. Kept of the originals: which file holds which template (templates.jinja), the kind of
+tokenizer and which of its added tokens are special. Not kept: sizes, weights, vocabularies.
 """
 
 import json
@@ -162,8 +161,7 @@ def save(folder: Path, model, processor, template: str, layout: str, **generatio
 OLD, IN_PROCESSOR = "chat_template.json", "processor_config.json"
 
 
-def qwen(folder, stem: str, layout: str, preprocessor: dict, tokenizers_template=None,
-         patch: int = 8) -> None:
+def qwen(stem: str, layout: str, preprocessor: dict, tokenizers_template, folder, patch: int = 8):
     """stem: of transformers' class names. preprocessor: its file, but for the sizes of patches."""
     marks = ["<|im_start|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
     tokenizer = finished(byte_level, marks, "<|im_end|>", "<|endoftext|>")
@@ -180,8 +178,9 @@ def qwen(folder, stem: str, layout: str, preprocessor: dict, tokenizers_template
         image_token_id="<|image_pad|>", video_token_id="<|video_pad|>",
         vision_start_token_id="<|vision_start|>", vision_end_token_id="<|vision_end|>")
     ends = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
-    save(folder, model, tokenizer, "QWEN_3" if stem == "Qwen3VL" else "QWEN_2", layout, do_sample=True,
-         temperature=1e-6, repetition_penalty=1.05, eos_token_id=ends)
+    template = "QWEN_3" if stem == "Qwen3VL" else "QWEN_2"
+    save(folder, model, tokenizer, template, layout, do_sample=True, temperature=1e-6,
+         repetition_penalty=1.05, eos_token_id=ends)
     folder, common = Path(folder), dict(patch_size=patch, merge_size=2, temporal_patch_size=2)
     images = common | dict(image_mean=[0.5] * 3, image_std=[0.5] * 3) | preprocessor
     kind = "Qwen3VLVideoProcessor" if stem == "Qwen3VL" else "Qwen2VLVideoProcessor"
@@ -200,25 +199,25 @@ SLOW = dict(image_processor_type="Qwen2VLImageProcessor")
 FAST = dict(image_processor_type="Qwen2VLImageProcessorFast")
 PIXELS = dict(min_pixels=1024, max_pixels=4096)
 EDGES = dict(shortest_edge=1024, longest_edge=4096)
-QWEN = {name: partial(qwen, stem=stem, layout=layout, preprocessor=file, tokenizers_template=text)
-        for name, stem, layout, file, text in (
+QWEN = dict(
     # the same template in both files
-    ("qwen2_vl", "Qwen2VL", OLD, SLOW | PIXELS, "QWEN_2"),
+    qwen2_vl=partial(qwen, "Qwen2VL", OLD, SLOW | PIXELS, "QWEN_2"),
     # by an older transformers: `size` too has the old keys
-    ("qwen2_vl_saved_again", "Qwen2VL", OLD, SLOW | PIXELS | dict(size=PIXELS), "QWEN_2"),
+    qwen2_vl_saved_again=partial(qwen, "Qwen2VL", OLD, SLOW | PIXELS | dict(size=PIXELS), "QWEN_2"),
     # the tokenizer's template is for text only
-    ("qwen2_5_vl", "Qwen2_5_VL", OLD, SLOW | PIXELS, "QWEN_TEXT_ONLY"),
+    qwen2_5_vl=partial(qwen, "Qwen2_5_VL", OLD, SLOW | PIXELS, "QWEN_TEXT_ONLY"),
     # `size` alone, with the old keys
-    ("qwen2_5_vl_old_size", "Qwen2_5_VL", OLD, FAST | dict(size=PIXELS), "QWEN_TEXT_ONLY"),
-    ("qwen2_5_vl_new", "Qwen2_5_VL", "new", FAST | dict(size=EDGES), None),
-    ("qwen3_vl", "Qwen3VL", OLD, FAST | dict(size=EDGES), "QWEN_3"),
-    ("qwen3_vl_new", "Qwen3VL", "new", FAST | dict(size=EDGES), None))}
+    qwen2_5_vl_old_size=partial(
+        qwen, "Qwen2_5_VL", OLD, FAST | dict(size=PIXELS), "QWEN_TEXT_ONLY"),
+    qwen2_5_vl_new=partial(qwen, "Qwen2_5_VL", "new", FAST | dict(size=EDGES), None),
+    qwen3_vl=partial(qwen, "Qwen3VL", OLD, FAST | dict(size=EDGES), "QWEN_3"),
+    qwen3_vl_new=partial(qwen, "Qwen3VL", "new", FAST | dict(size=EDGES), None))
 
 PINS = [[32, 64], [64, 32], [64, 64]]
 SQUARE = dict(height=32, width=32)
 
 
-def llava_like(folder, stem, make, template, layout=OLD, text="llama", kind=None) -> None:
+def llava_like(stem, make, template, folder, layout=OLD, text="llama", kind=None) -> None:
     """stem: Llava (as many tokens for every image) or LlavaNext (tiles, unpadded by its sides)."""
     tokenizer = make()
     pins = dict(image_grid_pinpoints=PINS) if stem == "LlavaNext" else {}
@@ -250,32 +249,6 @@ def yi() -> Tokenizer:
     return raw
 
 
-CHATML = ["<image>", "<|im_start|>"]
-LLAMA_3_MARKS = ["<image>", "<|start_header_id|>", "<|end_header_id|>"]
-LLAVA = {
-    # 1.5: no token ends a turn, a blank does
-    "llava": ("Llava", partial(llama, prepend), "VICUNA", dict(kind="LlamaTokenizer")),
-    "llava_template_in_processor_config": (
-        "Llava", partial(llama, partial(metaspace, "first")), "VICUNA", dict(layout=IN_PROCESSOR)),
-    # no published family has its kind of tokenizer
-    "llava_template_in_tokenizer_config": (
-        "Llava", partial(llama, unigram, "<|im_start|>", eos="<|im_end|>"), "INTERLEAVE",
-        dict(layout="tokenizer_config.json")),
-    "llava_interleave": ("Llava", partial(finished, byte_level, CHATML, "<|im_end|>",
-                                          "<|endoftext|>"), "INTERLEAVE",
-                         dict(layout="new", text="qwen2")),
-    # 1.6 Mistral
-    "llava_next": ("LlavaNext", partial(llama, prepend), "INST",
-                   dict(text="mistral", kind="LlamaTokenizer")),
-    "llava_next_vicuna": (
-        "LlavaNext", partial(llama, partial(metaspace, "always")), "VICUNA", {}),
-    "llava_next_llama3": ("LlavaNext", partial(finished, llama3, LLAMA_3_MARKS, "<|eot_id|>",
-                                               bos_token="<|begin_of_text|>"), "LLAMA_3", {}),
-    # 1.6 34B
-    "llava_next_yi": ("LlavaNext", partial(finished, yi, ["<unk>", *CHATML], "<|im_end|>",
-                                           bos_token="<|im_start|>", unk_token="<unk>"), "YI", {})}
-
-
 def llava_onevision(folder):  # turns and the generation prompt differ in a blank
     marks = ["<image>", "<video>", "<|im_start|>"]
     tokenizer = finished(byte_level, marks, "<|im_end|>", "<|endoftext|>")
@@ -290,7 +263,7 @@ def llava_onevision(folder):  # turns and the generation prompt differ in a blan
     save(folder, model, processor, "ONEVISION", OLD)
 
 
-def mistral(folder, stem: str, template: str, layout: str) -> None:
+def mistral(stem: str, template: str, layout: str, folder) -> None:
     """Rows of an image end in tokens of their own; there is no generation prompt."""
     marks = ["<unk>", "[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[IMG]",
              "[IMG_BREAK]", "[IMG_END]"]
@@ -300,7 +273,8 @@ def mistral(folder, stem: str, template: str, layout: str) -> None:
                          dict(model_type="pixtral", image_size=64, head_dim=16), **merge,
                          vision_feature_layer=-1, vision_feature_select_strategy="full",
                          image_token_id="[IMG]")
-    images = PixtralImageProcessorPil(size=dict(longest_edge=64), patch_size=dict(height=8, width=8))
+    images = PixtralImageProcessorPil(size=dict(longest_edge=64),
+                                      patch_size=dict(height=8, width=8))
     save(folder, model, hf.PixtralProcessor(images, tokenizer, patch_size=8, **merge), template,
          layout)
 
@@ -328,7 +302,7 @@ def gemma3(folder):
     layers = dict(sliding_window=8, layer_types=["sliding_attention", "full_attention"])
     model = random_model("Gemma3", tokenizer, layers | dict(query_pre_attn_scalar=16),
                          dict(image_size=32), mm_tokens_per_image=4,
-                         **{key.replace("_token", "_token_id"): role for key, role in roles.items()})
+                         **{f"{key}_id": role for key, role in roles.items()})
     processor = hf.Gemma3Processor(Gemma3ImageProcessorPil(size=SQUARE), tokenizer,
                                    image_seq_length=4)
     save(folder, model, processor, "GEMMA", OLD, do_sample=True, top_k=64, top_p=0.95,
@@ -351,15 +325,38 @@ def internvl(folder):
     save(folder, model, processor, "INTERNVL", "new")
 
 
-PROCESSOR = {name: partial(llava_like, stem=stem, make=make, template=template, **rest)
-             for name, (stem, make, template, rest) in LLAVA.items()} | dict(
+CHATML = ["<image>", "<|im_start|>"]
+LLAMA_3 = ["<image>", "<|start_header_id|>", "<|end_header_id|>"]
+PROCESSOR = dict(
+    # LLaVA 1.5: no token ends a turn, a blank does
+    llava=partial(llava_like, "Llava", partial(llama, prepend), "VICUNA", kind="LlamaTokenizer"),
+    llava_template_in_processor_config=partial(
+        llava_like, "Llava", partial(llama, partial(metaspace, "first")), "VICUNA",
+        layout=IN_PROCESSOR),
+    # no published family has its kind of tokenizer
+    llava_template_in_tokenizer_config=partial(
+        llava_like, "Llava", partial(llama, unigram, "<|im_start|>", eos="<|im_end|>"),
+        "INTERLEAVE", layout="tokenizer_config.json"),
+    llava_interleave=partial(
+        llava_like, "Llava", partial(finished, byte_level, CHATML, "<|im_end|>", "<|endoftext|>"),
+        "INTERLEAVE", layout="new", text="qwen2"),
+    # LLaVA 1.6: Mistral, Vicuna, Llama 3, 34B
+    llava_next=partial(llava_like, "LlavaNext", partial(llama, prepend), "INST", text="mistral",
+                       kind="LlamaTokenizer"),
+    llava_next_vicuna=partial(llava_like, "LlavaNext", partial(llama, partial(metaspace, "always")),
+                              "VICUNA"),
+    llava_next_llama3=partial(llava_like, "LlavaNext", partial(
+        finished, llama3, LLAMA_3, "<|eot_id|>", bos_token="<|begin_of_text|>"), "LLAMA_3"),
+    llava_next_yi=partial(llava_like, "LlavaNext", partial(
+        finished, yi, ["<unk>", *CHATML], "<|im_end|>", bos_token="<|im_start|>",
+        unk_token="<unk>"), "YI"),
     # SmolVLM's first release: an Idefics3, opened by what opens turns in ChatML
     idefics3=idefics3, smolvlm=partial(idefics3, bos="<|im_start|>", layout=OLD), gemma3=gemma3)
-# their processors need it; of Pixtral an assistant's content must be a string, and roles alternate
+# their processors need it
 TORCHVISION = dict(
     llava_onevision=llava_onevision, internvl=internvl,
-    pixtral=partial(mistral, stem="Llava", template="PIXTRAL", layout=OLD),
-    mistral3=partial(mistral, stem="Mistral3", template="MISTRAL_3", layout="new"))
+    pixtral=partial(mistral, "Llava", "PIXTRAL", OLD),
+    mistral3=partial(mistral, "Mistral3", "MISTRAL_3", "new"))
 BUILDERS = QWEN | PROCESSOR | TORCHVISION
 
 

@@ -190,7 +190,7 @@ def test_sizes_of_images(folders, tmp_path):
             ("Qwen3VL", 16, dict(size=dict(shortest_edge=65536, longest_edge=16777216)),
              [11750, 972, 64, 196])):
         folder = str(tmp_path / stem)
-        qwen(folder, stem, OLD, published, "QWEN_3", patch)
+        qwen(stem, OLD, published, "QWEN_3", folder, patch)
         families = load_family(folder), load_family(folder, 256 * 28 ** 2, 1280 * 28 ** 2)
         assert counts == [family.image_text(*size)[0].count("<|image_pad|>")
                           for size in ((4000, 3000), (32, 32)) for family in families]
@@ -208,7 +208,7 @@ def test_sizes_of_images(folders, tmp_path):
     ("tiny", IMAGES, dict(patch_size=16), f"{IMAGES} or tokenizer.json of .* does not fit config"),
     ("tiny", IMAGES, dict(merge_size=1), "does not fit config.json .RuntimeError: split"),
     ("tiny", IMAGES, dict(temporal_patch_size=2), "does not fit config.json .RuntimeError"),
-    ("tiny", IMAGES, dict(do_resize=False), "does not fit config.json .ValueError: cannot reshape"),
+    ("tiny", IMAGES, dict(do_resize=False), "does not fit config.json"),
     ("tiny", IMAGES, dict(image_processor_type="CLIPImageProcessor"), "does not fit .*KeyError"),
     ("tiny", OLD, {}, "chat_template.json, .*cannot be used .KeyError: 'chat_template'"),
     ("llava", IMAGES, dict(crop_size=dict(height=48, width=48)), "does not fit config.json"),
@@ -274,17 +274,6 @@ def test_damaged_weights_and_code_in_a_checkpoint_never_run(copied, tmp_path):
     (folder / "code.py").write_text(f"open({str(mark)!r}, 'w')", encoding="utf-8")
     refused(folder, "cannot be loaded")
     assert not mark.exists()
-
-
-def test_a_head_that_is_tied_need_not_be_saved(copied):
-    folder = copied("qwen2_5_vl")
-    file = folder / "model.safetensors"
-    save_file({k: v for k, v in load_file(file).items() if k != "lm_head.weight"}, file,
-              dict(format="pt"))
-    refused(folder, "lack lm_head.weight .1 in all.; restore")
-    write(folder / "config.json", tie_word_embeddings=True)
-    lm = loaded(folder).lm
-    assert lm.lm_head.weight is lm.get_input_embeddings().weight
 
 
 def test_of_generation_config_only_the_eos_ids_count(copied):
