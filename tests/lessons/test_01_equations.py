@@ -1,5 +1,5 @@
-"""Claims: each equation equals plain loops, in value and in gradient; so do the latent predictor,
-the gauges of a collapse and the log's averages.
+"""Claims: each equation equals plain loops, in value and in gradient; so does the latent predictor,
+which starts from "no change".
 
 Letters: B batch, T sequence, D hidden size, V vocabulary.
 """
@@ -15,8 +15,6 @@ from predictor import LatentPredictor, Predictor
 B, T, D, V = 3, 6, 5, 7
 # where a token is supervised
 TARGETS = torch.tensor([[0, 1, 1, 1, 0, 0], [0, 0, 1, 0, 1, 1], [1, 0, 0, 0, 0, 1]]).bool()
-
-
 DISTANCES = dict(cosine=lambda a, b: 1 - cosine(a, b), smoothl1=smooth_l1,
                  mse=lambda a, b: sum((x - y) ** 2 for x, y in zip(a, b)) / len(a),
                  l2=lambda a, b: sum((x - y) ** 2 for x, y in zip(a, b)).sqrt())
