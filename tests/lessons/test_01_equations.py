@@ -1,5 +1,5 @@
-"""Claims: each equation equals plain loops, in value and in gradient; so do the latent predictor,
-the gauges of a collapse and the log's averages.
+"""Claims: each equation equals plain loops, in value and in gradient; so does the latent predictor,
+which starts from "no change".
 
 Letters: B batch, T sequence, D hidden size, V vocabulary.
 """
@@ -15,8 +15,6 @@ from predictor import LatentPredictor, Predictor
 B, T, D, V = 3, 6, 5, 7
 # where a token is supervised
 TARGETS = torch.tensor([[0, 1, 1, 1, 0, 0], [0, 0, 1, 0, 1, 1], [1, 0, 0, 0, 0, 1]]).bool()
-
-
 DISTANCES = dict(cosine=lambda a, b: 1 - cosine(a, b), smoothl1=smooth_l1,
                  mse=lambda a, b: sum((x - y) ** 2 for x, y in zip(a, b)) / len(a),
                  l2=lambda a, b: sum((x - y) ** 2 for x, y in zip(a, b)).sqrt())
@@ -79,6 +77,21 @@ def test_eq2_predicts_each_state_from_the_one_before(horizon, sees_next):
         naive = naive + sum(terms) / max(1, len(terms)) / horizon
     value = losses.nextlat_loss(states, predictor.forecasts(states, words, TARGETS, horizon))
     same(value, naive, states, *predictor.parameters())
+
+
+def test_the_forecasts_belong_to_these_positions():
+    """Two rows of five. One step ahead reaches every target but a first token; two steps reach the
+    targets behind one of these."""
+    targets = torch.tensor([[0, 1, 1, 0, 1], [1, 0, 1, 1, 1]]).bool()
+    states = torch.randn(2, 5, 3)
+    steps = LatentPredictor(3).forecasts(states, states, targets, 3)
+    assert [where.int().tolist() for _, where in steps] == [
+        [[0, 1, 1, 0, 1], [0, 0, 1, 1, 1]], [[0, 0, 1, 0, 0], [0, 0, 0, 1, 1]],
+        [[0] * 5, [0, 0, 0, 0, 1]]]
+    # at its start the latent predictor returns the state i positions to the left
+    for i, (forecast, where) in enumerate(steps, start=1):
+        row, position = where.nonzero(as_tuple=True)
+        torch.testing.assert_close(forecast, states[row, position - i])
 
 
 def test_the_predictor_starts_from_no_change_and_from_the_end_of_turn():

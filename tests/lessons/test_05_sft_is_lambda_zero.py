@@ -20,8 +20,10 @@ def forward(vlm, example, labels=None):
                   labels=None if labels is None else torch.tensor([labels]))
 
 
-def test_sft_is_transformers_own_loss(vlm64, mixed):
-    method, batch = build(vlm64, "sft", mixed[:3])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_sft_is_transformers_own_loss(vlm64, mixed, checkpointing):
+    method, batch = build(vlm64, "sft", mixed[:3], gradient_checkpointing=checkpointing)
+    assert vlm64.lm.is_gradient_checkpointing == checkpointing
     # a mean over the tokens of the batch, so a long text weighs more
     counts = [sum(label != -100 for label in example.views.full.labels) for example in batch]
     loss = sum(forward(vlm64, record, example.views.full.labels).loss * count

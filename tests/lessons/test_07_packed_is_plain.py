@@ -9,7 +9,6 @@ from plain import eq1, nll, smooth_l1, target_state
 
 import data
 from data import View
-from predictor import LatentPredictor
 from support import packing
 
 from conftest import assert_close, build, gradients, images_of
@@ -106,18 +105,3 @@ def test_the_branch_sees_what_is_shared_and_itself():
                     [1, 1, 1, 1, 0, 0], [1, 1, 0, 0, 1, 0], [1, 1, 0, 0, 1, 1]]
     # no token sees padding
     assert not (mask[1, 0, :3, 3:] == 0).any()
-
-
-def test_the_forecasts_belong_to_these_positions():
-    """Two rows of five. One step ahead reaches every target but a first token; two steps reach the
-    targets behind one of these."""
-    targets = torch.tensor([[0, 1, 1, 0, 1], [1, 0, 1, 1, 1]]).bool()
-    states = torch.randn(2, 5, 3)
-    steps = LatentPredictor(3).forecasts(states, states, targets, 3)
-    assert [where.int().tolist() for _, where in steps] == [
-        [[0, 1, 1, 0, 1], [0, 0, 1, 1, 1]], [[0, 0, 1, 0, 0], [0, 0, 0, 1, 1]],
-        [[0] * 5, [0, 0, 0, 0, 1]]]
-    # at its start the latent predictor returns the state i positions to the left
-    for i, (forecast, where) in enumerate(steps, start=1):
-        row, position = where.nonzero(as_tuple=True)
-        torch.testing.assert_close(forecast, states[row, position - i])

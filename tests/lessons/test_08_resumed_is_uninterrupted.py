@@ -69,9 +69,10 @@ def trained_like(config):
     return weights, history
 
 
-def test_a_run_equals_plain_loops(tmp_path, capsys):
-    config = small(tmp_path / "run", accumulate=2)
-    out = train.train(config)
+def test_a_run_equals_plain_loops(tmp_path, as_program, capsys):
+    config, out = small(tmp_path / "run", accumulate=2), tmp_path / "run"
+    as_program(train.__file__, *(word for name, value in dataclasses.asdict(config).items()
+                                 for word in (f"--{name}", value)))
     expected, history = trained_like(config)
     found = weights_of(config)
     assert found.keys() == expected.keys()
@@ -90,22 +91,27 @@ def test_a_run_equals_plain_loops(tmp_path, capsys):
     assert [file.name for file in out.glob("checkpoint-*")] == [best["checkpoint"]]
     minutes = f"({results['train_seconds'] / 60:.1f} minutes); best checkpoint: step {best['step']}"
     assert f"before and after 4 steps {minutes}" in capsys.readouterr().out
+    # and the table of a finished run needs no model
+    as_program(evaluate.__file__, out, "--json", tmp_path / "table.json")
+    assert read_json(tmp_path / "table.json")["answers"] == results["answers"]
+    assert "tallest (held out)" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("method, workers", [("dropout", (2, 1)), ("ema", (0, 0))])
-def test_a_resumed_run_ends_as_an_uninterrupted_one(tmp_path, monkeypatch, method, workers):
+@pytest.mark.parametrize("method", ["dropout", "ema"])
+def test_a_resumed_run_ends_as_an_uninterrupted_one(tmp_path, monkeypatch, as_program, method):
     # the questions before and after change nothing here
     monkeypatch.setattr(evaluate, "answer_questions", lambda *_, **__: [])
     monkeypatch.setattr(evaluate, "report", lambda *_: None)
-    whole, parts = (small(tmp_path / name, method) for name in ("whole", "parts"))
+    # with workers and without
+    whole, parts = (small(tmp_path / str(n), method, steps=3, workers=n * (method == "dropout"))
+                    for n in (0, 2))
     train.train(whole)
     stops = iter([False, True])
     with monkeypatch.context() as patch:
         patch.setattr(processes, "asked_to_stop", lambda *_: next(stops))
-        train.train(dataclasses.replace(parts, workers=workers[0]))
+        train.train(parts)
     assert log_of(parts)[-1]["step"] == 2
-    saved = run.read_config(train.config_class, [parts.out])
-    train.train(dataclasses.replace(saved, workers=workers[1]), resume=True)
+    as_program(train.__file__, "--resume", parts.out)
     assert log_of(parts) == log_of(whole)
     found = weights_of(parts)
     assert all(torch.equal(found[name], weight) for name, weight in weights_of(whole).items())

@@ -1,0 +1,60 @@
+"""Claims: the model's own calls are run and their images appended; an answer that holds brackets
+is an answer; a call that cannot be run ends the attempt, as does one call too many, or a
+conversation that has outgrown the model's positions."""
+
+import pytest
+
+import evaluate
+from baselines import tool_use
+from world import loader
+
+pytestmark = pytest.mark.xfail(reason="tool_use.py reads the Answerer that is now Evaluator")
+
+
+@pytest.fixture
+def talk(vlm64, monkeypatch):
+    """The record of an attempt in which the model says these texts, and the prompts that it had."""
+    def run(*texts, limit=3):
+        evaluator = evaluate.Evaluator(vlm64, loader.questions("single", 1)[:1])
+        prompts, replies = [], iter(texts)
+
+        def generate(views, tokens):
+            prompts.extend(views)
+            return [dict(text=next(replies), tokens=5, images=len(views[0].images), passes=5)]
+
+        monkeypatch.setattr(evaluator, "generate", generate)
+        (record,) = tool_use.answer(evaluator, limit)
+        return record, prompts
+    return run
+
+
+@pytest.mark.parametrize("text", ["It is. Answer: [3, 4, 10, 12]", "See [1]. Answer: red", "[x]",
+                                  "Answer: [cropped]", "[zoom 1 2 3 4] x", "[["])
+def test_brackets_without_a_tools_name_are_an_answer(talk, text):
+    record, _ = talk(text)
+    assert record["text"] == text and "failed" not in record and record["calls"] == 0
+
+
+@pytest.mark.parametrize("text, why", [
+    ("[crop 10 20]", "wrong number of arguments"), ("[crop 50 50 40 60]", "is empty"),
+    ("Zoom [crop 1 2 3", "no tool call"), ("[Crop 1 2 30 40]", "no tool call")])
+def test_a_call_that_cannot_be_run_fails_the_attempt(talk, text, why):
+    record, _ = talk(text)
+    assert why in record["failed"] and record["text"] == "" and record["calls"] == 0
+
+
+def test_a_call_is_run_and_its_image_shown(talk, vlm64):
+    record, (first, second) = talk("Box [1, 2]: [crop 0 0 50 50] and more", "Answer: two")
+    assert (record["text"], record["calls"], record["tokens"]) == ("Answer: two", 1, 10)
+    assert len(first.images) == 1 and len(second.images) == 2 and record["images"] == 3
+    # what the model wrote behind its call is dropped
+    shown = vlm64.tokenizer.decode(second.ids[len(first.ids):])
+    assert shown.startswith("Box [1, 2]: [crop 0 0 50 50]<|im_end|>") and "more" not in shown
+    assert talk(*["[crop 0 0 50 50]"] * 3, limit=2)[0]["failed"] == "one call too many"
+
+
+def test_a_conversation_without_room_for_a_turn_is_not_asked(talk, vlm64):
+    length = len(talk("red")[1][0].ids)
+    for room, failed in ((tool_use.TURN_TOKENS, False), (tool_use.TURN_TOKENS - 1, True)):
+        vlm64.max_positions = length + room
+        assert ("tokens left" in talk("red")[0].get("failed", "")) == failed
