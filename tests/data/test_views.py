@@ -33,7 +33,8 @@ def supervised(family, view):
 
 def test_a_blank_before_the_words_is_the_models_to_write(family):
     """The generation prompt ends before it. Behind the words it belongs to them too."""
-    family.processor.chat_template = family.processor.chat_template.replace("'\\n' -}}", "':' -}}", 1).replace(
+    template = family.processor.chat_template.replace("'\\n' -}}", "':' -}}", 1)
+    family.processor.chat_template = template.replace(
         "{{- part['text']", "{{- (' ' if message['role'] == 'assistant' else '') + part['text']"
     ).replace("{{- '<|im_end|>", "{{- ' <|im_end|>").replace("assistant\\n", "assistant:")
     full, prompt, target = views_of(family)
@@ -45,8 +46,8 @@ def test_a_blank_before_the_words_is_the_models_to_write(family):
 
 def test_a_blank_in_the_generation_prompt_that_turns_lack(family):
     """The generation prompt ends in a blank, a turn has none: the words are found from the end."""
-    family.processor.chat_template = family.processor.chat_template.replace("assistant\\n' -}}{%- endif", "assistant\\n  ' -}}"
-                                              "{%- endif")
+    family.processor.chat_template = family.processor.chat_template.replace(
+        "assistant\\n' -}}{%- endif", "assistant\\n  ' -}}{%- endif")
     full = views_of(family).full
     assert supervised(family, full) == "".join(f"{text}<|im_end|>" for text in RECORD.texts)
 

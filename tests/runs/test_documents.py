@@ -1,5 +1,5 @@
-"""Claims: the commands of README, docs and room READMEs are understood, and the options that they name
-exist; links lead to files."""
+"""Claims: the commands of README, docs and room READMEs are understood, and their options exist;
+links lead to files."""
 
 import re
 from pathlib import Path

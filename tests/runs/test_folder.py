@@ -1,4 +1,4 @@
-"""Claims about a run's folder: nothing is overwritten, one process has it, a start that fails leaves
+"""Claims about a run's folder: nothing is overwritten, one process has it, a failed start leaves
 nothing; half-written files go, whole ones stay; what a run began with is compared when it is
 resumed; a state is read without executing anything; a signal ends a program as signals do."""
 

@@ -1,5 +1,5 @@
-"""Claim: a fork that keeps the six files, support/ and tiny-vlm/ alone trains Pearl and SFT, answers
-and merges; what it misses is said in one sentence. The README's Python lines run as they stand."""
+"""Claim: a fork of the six files, support/ and tiny-vlm/ alone trains Pearl and SFT, answers and
+merges; what it misses is said in one sentence. The README's Python lines run as they stand."""
 
 import os
 import re

@@ -1,5 +1,5 @@
-"""Claims about whole runs: the folder holds what docs say; the best checkpoint is kept and answers as
-plain transformers do; nothing is overwritten; a folder of one's own trains, a bad one stops before
+"""Claims about whole runs: the folder holds what docs say; the best checkpoint answers as plain
+transformers do; nothing is overwritten; a folder of one's own trains, a bad one stops before
 training; steps without a finite gradient are skipped; a run that is killed or asked to stop ends as
 the uninterrupted one; several processes train as one, also with shares of the frozen weights."""
 
@@ -123,8 +123,8 @@ def test_inference_does_not_open_the_predictor(finished, tmp_path):
     tests = scenes.make_world("mixed", "test", 2)
     for file in copy.glob("checkpoint-*/predictor.safetensors"):
         file.write_bytes(b"not a predictor")
-    answers = [evaluate.answer_questions(evaluate.Evaluator(evaluate.load_model(f, "cpu")[0], tests))
-               for f in (out, copy)]
+    models = [evaluate.load_model(folder, "cpu")[0] for folder in (out, copy)]
+    answers = [evaluate.answer_questions(evaluate.Evaluator(vlm, tests)) for vlm in models]
     assert answers[0] == answers[1]
 
 
