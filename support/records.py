@@ -76,8 +76,6 @@ class Example:
         return replace(self, bare=True, trajectory=[text])
 
 
-
-
 def write_folder(out: Path, examples: list[Example]) -> None:
     """Write `examples` as out/trajectories.jsonl and out/images/*.png. `out` must not exist yet."""
     ids = [ex.id for ex in examples]

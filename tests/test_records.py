@@ -194,14 +194,14 @@ def test_the_last_text_must_say_the_answer(tmp_path, options, answer, text, pref
 
 
 def test_unusual_records_are_counted(tmp_path):
-    texts = ("Answer: x", "It is x, not y", "<answer>x</answer>", "Answer: the x", "X")
+    texts = ("Answer: x", "It is x, not y", "<answer>x</answer>", "Answer: the x", "X", "NoAnswer: x")
     twice = [dict(RECORD, options=options) for options in (["x", "x"], ["x", "y", "y."])]
     rows = numbered(*[dict(RECORD, trajectory=[{"text": text}]) for text in texts], *twice)
     found, notes = read(tmp_path, *rows)
-    assert [ex.id for ex in found] == ["0", "1", "2", "3", "4"]
-    assert "2 of 7 records (line 6 is the first) have one option twice" in notes[0]
-    assert "3 of 7 records (line 2 is the first) have no 'Answer:' in the last text" in notes[1]
-    assert "1 of 7 records (line 4 is the first) give the answer in other words" in notes[2]
+    assert [ex.id for ex in found] == ["0", "1", "2", "3", "4", "5"]
+    assert "2 of 8 records (line 7 is the first) have one option twice" in notes[0]
+    assert "4 of 8 records (line 2 is the first) have no 'Answer:' in the last text" in notes[1]
+    assert "1 of 8 records (line 4 is the first) give the answer in other words" in notes[2]
     with pytest.warns(UserWarning) as warned:
         read_folder(tmp_path)
     assert [str(warning.message) for warning in warned] == notes
