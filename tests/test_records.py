@@ -81,7 +81,8 @@ def test_one_row_is_read_alone(tmp_path, work):
     folder = folder_of(tmp_path, b"{", b"", dict(NO_SPLIT, image="b.png"), dict(RECORD, id="2"))
     assert [read_record(folder, 1).split, read_record(folder, 2).id] == ["", "2"]
     assert work() == (2, 2)
-    for row, message in ((3, "no row 3: it has 3"), (-1, "no row -1"), (0, "line 1: not valid JSON")):
+    for row, message in ((3, "no row 3: it has 3"), (-1, "no row -1"),
+                         (0, "line 1: not valid JSON")):
         with pytest.raises(ValueError, match=message):
             read_record(folder, row)
 

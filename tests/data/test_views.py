@@ -19,6 +19,8 @@ def family(shipped):
     """A copy to change: its template and its tokenizer."""
     family = copy.copy(shipped.family)
     family.tokenizer = copy.deepcopy(family.tokenizer)
+    family.processor = copy.copy(family.processor)
+    family.processor.tokenizer = family.tokenizer
     return family
 
 
