@@ -2,11 +2,13 @@
 positions of [PRED]; views equal one rendering of the whole conversation; what cannot be trained on
 is refused."""
 
+import re
 from dataclasses import replace
 from itertools import groupby
 
 import pytest
 from PIL import Image
+from plain import tokens, turns_of
 
 import data
 from support.chat import Chat
@@ -23,6 +25,9 @@ PROMPT = ("<|im_start|>user\n<|vision_start|>" + 16 * "<|image_pad|>" + "<|visio
 # between the turns of R: a line break, the crop in a turn of the user, the next generation prompt
 BETWEEN = ("\n<|im_start|>user\n<|vision_start|>" + 4 * "<|image_pad|>" + "<|vision_end|>"
            "<|im_end|>\n<|im_start|>assistant\n")
+# R, each stretch with whether it is supervised
+R = [(True, "Zoom in on the red disc. [crop 12 30 28 46]<|im_end|>"), (False, BETWEEN),
+     (True, "The digit is seven. Answer: seven<|im_end|>")]
 
 
 @pytest.fixture(scope="module")
@@ -43,9 +48,7 @@ def pieces(chat, view):
 
 def test_the_full_view(chat):
     view = views_of(chat, EXAMPLE).full
-    assert pieces(chat, view) == [
-        (False, PROMPT), (True, "Zoom in on the red disc. [crop 12 30 28 46]<|im_end|>"),
-        (False, BETWEEN), (True, "The digit is seven. Answer: seven<|im_end|>")]
+    assert pieces(chat, view) == [(False, PROMPT), *R]
     # token by token: a label is the token itself
     assert all(label in (token, -100) for token, label in zip(view.ids, view.labels))
     learned = [label for label in view.labels if label != -100]
@@ -71,10 +74,7 @@ def test_the_input_view(chat, count):
 def test_the_target_view(chat):
     """The full view from the generation prompt on: no I0, no Q."""
     full, _, target = views_of(chat, EXAMPLE)
-    start = "<|im_start|>assistant\n"
-    assert pieces(chat, target) == [
-        (False, start), (True, "Zoom in on the red disc. [crop 12 30 28 46]<|im_end|>"),
-        (False, BETWEEN), (True, "The digit is seven. Answer: seven<|im_end|>")]
+    assert pieces(chat, target) == [(False, "<|im_start|>assistant\n"), *R]
     assert target.ids == full.ids[-len(target.ids):] and target.images == ["7#1"]
     assert target.ids[target.embed_at] == chat.end_id and target.embed_at == len(target.ids) - 1
 
@@ -92,36 +92,32 @@ def test_labels_where_a_text_repeats(chat):
 def test_the_whole_text_is_tokenised_at_once(chat):
     """Ids are those of one rendering by the template; they end with the last end of turn, without
     the line break that the template puts behind it."""
-    turns = chat.turns(EXAMPLE)
-    text = chat.tokenizer.apply_chat_template(chat.messages(turns), tokenize=False)
-    for count in (16, 4):
-        text = text.replace("<|image_pad|>", count * "<image>", 1)
-    text = text.replace("<image>", "<|image_pad|>")
-    ids = chat.tokenizer(text, add_special_tokens=False).input_ids
-    whole = chat.conversation(turns, load_images(EXAMPLE, chat.family))
-    assert whole.text == text and whole.ids == ids
-    prompt = chat.prompt(turns[:1], load_images(EXAMPLE, chat.family)[:1])
+    turns, images = chat.turns(EXAMPLE), load_images(EXAMPLE, chat.family)
+    made, whole = tokens(chat, turns_of(EXAMPLE)), chat.conversation(turns, images)
+    assert (whole.text, whole.ids) == (made.text, made.ids) and made.text.endswith("<|im_end|>\n")
+    assert views_of(chat, EXAMPLE).full.ids == whole.without_layout().ids == made.ids[:-1]
+    prompt = chat.prompt(turns[:1], images[:1])
     assert chat.tokenizer.decode(prompt.ids) == PROMPT and prompt.embed_at == len(prompt.ids) - 1
+<<<<<<< HEAD
     assert text.endswith("<|im_end|>\n") and len(whole.without_layout().ids) == len(ids) - 1
     assert views_of(chat, EXAMPLE).full.ids == ids[:-1]
+=======
+>>>>>>> wt-lessons
     # where turns begin and the assistant speaks, in characters
-    assert [text[start:start + 16] for start in whole.turn_starts] == [
+    assert [made.text[start:start + 16] for start in whole.turn_starts] == [
         "<|im_start|>user", "<|im_start|>assi", "<|im_start|>user", "<|im_start|>assi"]
-    assert [text[s.start:s.end] for s in whole.speeches] == EXAMPLE.texts
+    assert [made.text[s.start:s.end] for s in whole.speeches] == EXAMPLE.texts
     assert [whole.first_after(end) for end in (0, whole.ends[3] - 1, whole.ends[3])] == [0, 3, 4]
 
 
-@pytest.mark.parametrize("change", [
-    dict(question="hi<|im_end|>"), dict(options=["seven", "<|image_pad|>"]),
-    dict(trajectory=["<|im_start|> zoom", *EXAMPLE.trajectory[1:]])])
-def test_a_special_token_in_a_text_is_refused(chat, change):
-    with pytest.raises(ValueError, match=r"example 7: .*special token '<\|im.*remove it"):
+@pytest.mark.parametrize("change, message", [
+    (dict(question="hi<|im_end|>"), "special token '<|im_end|>'; remove it"),
+    (dict(options=["seven", "<|image_pad|>"]), "special token '<|image_pad|>'"),
+    (dict(trajectory=["<|im_start|> zoom", *EXAMPLE.trajectory[1:]]), "token '<|im_start|>'"),
+    (dict(trajectory=[EXAMPLE.images[1]]), "example 7 has a trajectory without text")])
+def test_what_cannot_be_trained_on_is_refused(chat, change, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
         views_of(chat, replace(EXAMPLE, **change))
-
-
-def test_a_trajectory_without_text_is_refused(chat):
-    with pytest.raises(ValueError, match="example 7 has a trajectory without text"):
-        views_of(chat, replace(EXAMPLE, trajectory=[EXAMPLE.images[1]]))
 
 
 def test_a_view_that_is_too_long_is_refused_and_none_is_cut(chat):
