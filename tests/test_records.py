@@ -195,7 +195,8 @@ def test_the_last_text_must_say_the_answer(tmp_path, options, answer, text, pref
 
 
 def test_unusual_records_are_counted(tmp_path):
-    texts = ("Answer: x", "It is x, not y", "<answer>x</answer>", "Answer: the x", "X", "NoAnswer: x")
+    texts = ("Answer: x", "It is x, not y", "<answer>x</answer>", "Answer: the x", "X",
+             "NoAnswer: x")
     twice = [dict(RECORD, options=options) for options in (["x", "x"], ["x", "y", "y."])]
     rows = numbered(*[dict(RECORD, trajectory=[{"text": text}]) for text in texts], *twice)
     found, notes = read(tmp_path, *rows)

@@ -98,11 +98,6 @@ def test_the_whole_text_is_tokenised_at_once(chat):
     assert views_of(chat, EXAMPLE).full.ids == whole.without_layout().ids == made.ids[:-1]
     prompt = chat.prompt(turns[:1], images[:1])
     assert chat.tokenizer.decode(prompt.ids) == PROMPT and prompt.embed_at == len(prompt.ids) - 1
-<<<<<<< HEAD
-    assert text.endswith("<|im_end|>\n") and len(whole.without_layout().ids) == len(ids) - 1
-    assert views_of(chat, EXAMPLE).full.ids == ids[:-1]
-=======
->>>>>>> wt-lessons
     # where turns begin and the assistant speaks, in characters
     assert [made.text[start:start + 16] for start in whole.turn_starts] == [
         "<|im_start|>user", "<|im_start|>assi", "<|im_start|>user", "<|im_start|>assi"]
