@@ -49,7 +49,7 @@ def test_every_fault_is_listed_at_once(tmp_path, as_program, capsys, monkeypatch
     folder_of(tmp_path, 24, row0=dict(answer="blue"), row1="{", row2=dict(image="c.png"),
               row3=dict(split="dev"), row4=dict(image="broken.png"), row5=dict(question=LONG),
               row6=dict(image="thread.png"), row12=dict(question="<|im_end|>"), row13=dict(id="9"),
-              row20=dict(image="broken.png"), row15=dict(options=["red", "red"], answer="red"))
+              row23=dict(image="broken.png"), row15=dict(options=["red", "red"], answer="red"))
     before = sorted(tmp_path.iterdir())
     monkeypatch.setattr(check_data, "PER_PROCESS", per_process)
     monkeypatch.setattr(check_data.os, "cpu_count", lambda: 2)
