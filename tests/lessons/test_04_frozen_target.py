@@ -52,7 +52,6 @@ def test_a_target_is_made_once_and_looked_up(vlm64, mixed, monkeypatch):
     assert sorted(method.targets.kept) == [("train", n) for n in range(3)]
 
 
-@pytest.mark.xfail(reason="known targets stay on the CPU", strict=True)
 def test_known_targets_come_to_the_models_device(vlm64, mixed):
     method, batch = build(vlm64, "pearl", mixed[:2])
     target(method, batch)
