@@ -19,6 +19,7 @@ from model import VLM, lora_layers
 from support.adapters import Adapter, merge, resolve, save_merged
 from support.families import load_checkpoint
 from support.files import read_json
+from train import Config
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
@@ -36,7 +37,7 @@ def run_of(folder, base, dtype=torch.float64):
 def trained(folder, base, dtype=torch.float32, std=0.1, vision=False, rank=4):
     """A model away from its start, saved in `folder`."""
     vlm = VLM(base, dtype)
-    vlm.set_trainable(rank, 2.0 * rank, 0.0, ["q_proj", "v_proj", "down_proj", "qkv"], vision)
+    vlm.set_trainable(Config(lora_rank=rank, train_vision=vision, device="cpu"))
     torch.manual_seed(1)
     for name, p in vlm.lm.named_parameters():
         if "lora_B" in name or p.requires_grad and not rank:
