@@ -62,6 +62,7 @@ class VLM(nn.Module):
         """Make the language model trainable: LoRA, or all weights with config.lora_rank 0; the
         vision tower too with config.train_vision. LoRA's alpha is twice the rank, as in the paper
         (64, 128)."""
+        # everything is frozen first
         self.lm.requires_grad_(False)
         parts = [self.lm.get_decoder()]
         if config.train_vision:
@@ -134,6 +135,7 @@ class VLM(nn.Module):
         mask = batch.mask.long()
         if batch.shared is not None:
             positions, mask = packing.branch_inputs(batch, positions, self.lm.dtype)
+        # the family passes on what its model takes
         return dict(inputs_embeds=embeds, attention_mask=mask, position_ids=positions,
                     is_image=is_image, levels=levels)
 
@@ -144,8 +146,8 @@ class VLM(nn.Module):
         # the decoder without its head, and no cache: nothing is decoded here
         states = self.family.states(**inputs, use_cache=False).last_hidden_state  # (B, T, D)
         batch = batch.to(self.lm.device)
-        rows = torch.arange(len(states), device=states.device)
         # one known position per view is its embedding
+        rows = torch.arange(len(states), device=states.device)
         return Encoded(states[rows, batch.embed_at], states, inputs["inputs_embeds"], batch)
 
     @torch.no_grad()
@@ -161,9 +163,9 @@ class VLM(nn.Module):
         states, scores = self(collate(views, self.pad_id), images).states, []  # (rows, T, D)
         for n, its_options in enumerate(options):
             scores.append([])
+            # the state at the prompt's last token predicts the first token of each option
             first = len(prompts[n].ids) - 1
             for option in its_options:
-                # the state before each token of the option predicts it
                 state = states[rows.index((n, *option[:-1])), first:first + len(option)]
                 log_p = at_least_float32(self.lm.lm_head(state)).log_softmax(dim=-1)  # (tokens, V)
                 scores[-1].append(float(log_p[range(len(option)), option].sum()))

@@ -94,6 +94,6 @@ def test_what_passes_trains_and_what_is_unusual_is_said(tmp_path, capsys):
 
 
 def test_the_small_world_is_checked_too(capsys):
-    check_data.check_data(train.parse_config(["--train_examples", "5", "--valid_examples", "5",
-                                              "--test_per_family", "1", "--regime", "mixed"]))
-    assert "16 records are well-formed; 5 train, 5 validation, 6 test" in capsys.readouterr().out
+    check_data.check_data(train.parse_config(["--train_examples", "5", "--test_per_task", "1",
+                                              "--regime", "mixed"]))
+    assert "13 records are well-formed; 5 train, 2 validation, 6 test" in capsys.readouterr().out

@@ -48,12 +48,18 @@ def test_a_failed_start_leaves_nothing_and_a_used_folder_is_left_alone(config):
 
 
 def test_one_process_at_a_time_has_the_folder(config):
-    code = ("import sys; sys.path.insert(0, sys.argv[1]); import train; from support import run\n"
-            "run.Run(train.Config(out=sys.argv[2], device='cpu'), resume=True).__enter__()")
-    with run.Run(config, resume=False):
-        other = subprocess.run([sys.executable, "-c", code, str(ROOT), config.out],
-                               capture_output=True, encoding="utf-8", check=False)
-    assert "is in use by another process" in other.stderr
+    code = ("import sys, filelock; lock = filelock.FileLock(sys.argv[1]); lock.acquire()\n"
+            "print('held', flush=True); sys.stdin.read()")
+    Path(config.out).mkdir(parents=True)
+    with subprocess.Popen([sys.executable, "-c", code, str(Path(config.out) / run.LOCK)],
+                          stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"held\n"
+        with pytest.raises(ValueError, match="is in use by another process"):
+            run.Run(config, resume=True).__enter__()
+        other.kill()
+    # the system's lock goes with its process
+    with run.Run(config, resume=True):
+        pass
 
 
 def test_a_resumed_run_removes_half_files_and_old_checkpoints_and_nothing_else(config):

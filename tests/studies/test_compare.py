@@ -113,7 +113,8 @@ def test_the_program_compares_runs_and_a_checkpoint(tmp_path, monkeypatch, capsy
         for file in ("config", "results"):
             content = run["config"] if file == "config" else run
             content = {key: value for key, value in content.items() if key != "config"}
-            (tmp_path / name / f"{file}.json").write_text(json.dumps(content))
+            (tmp_path / name / f"{file}.json").write_text(
+                json.dumps(content), encoding="utf-8")
     asked = []
     monkeypatch.setattr(evaluate, "ask", lambda path, options: asked.append(path) or answers([0]))
     monkeypatch.chdir(tmp_path)
