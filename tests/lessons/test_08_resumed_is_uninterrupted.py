@@ -92,9 +92,10 @@ def test_a_run_equals_plain_loops(tmp_path, as_program, capsys):
     minutes = f"({results['train_seconds'] / 60:.1f} minutes); best checkpoint: step {best['step']}"
     assert f"before and after 4 steps {minutes}" in capsys.readouterr().out
     # and the table of a finished run needs no model
-    as_program(evaluate.__file__, out, "--json", tmp_path / "table.json")
+    for more in ((), ("--json", tmp_path / "table.json")):
+        as_program(evaluate.__file__, out, *more)
+        assert "tallest (held out)" in capsys.readouterr().out
     assert read_json(tmp_path / "table.json")["answers"] == results["answers"]
-    assert "tallest (held out)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("method", ["dropout", "ema"])
