@@ -50,8 +50,7 @@ def test_features_beyond_the_limit_are_made_again(vlm64, images, counted):
 
 @pytest.mark.parametrize("train_vision", [False, True])
 def test_a_step_encodes_each_image_once(vlm64, mixed, counted, train_vision):
-    twice = [mixed[0], mixed[0]]
-    method, batch = build(vlm64, "current", twice, train_vision=train_vision)
+    method, batch = build(vlm64, "current", [mixed[0]] * 2, train_vision=train_vision)
     counted.clear()
     for _ in range(2):
         method(batch)

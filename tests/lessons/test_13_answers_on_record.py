@@ -73,6 +73,20 @@ def test_one_question_about_one_picture(tmp_path, capsys):
     # without options, what the model writes
     evaluate.ask(TINY, replace(options, options=""))
     assert len(capsys.readouterr().out.splitlines()) == 1
-    # without a picture, the questions of every task of the world
-    records = evaluate.ask(TINY, evaluate.Options(per_task=1, device="cpu", split="validation"))
-    assert [r["id"] for r in records] == [q.id for q in loader.questions("", 1, "validation")]
+
+
+def test_the_questions_of_a_checkpoint(monkeypatch):
+    """By these defaults; the options go before what a run was trained with."""
+    options, seen = evaluate.Options(device="cpu"), []
+    assert vars(options) == dict(
+        image="", question="", options="", tool=False, again=False, data="", outside_images=False,
+        answer_prefix="", split="test", per_task=200, free_tokens=0, call_limit=0, min_pixels=0,
+        max_pixels=0, json="", device="cpu")
+    monkeypatch.setattr(evaluate, "test_questions", lambda config, *rest: seen.append(
+        (vars(config).copy(), *rest)) or QUESTIONS[:1])
+    for more in (dict(), dict(data="DIR", outside_images=True, per_task=7, split="validation")):
+        (record,) = evaluate.ask(TINY, replace(options, **more))
+    assert record["id"] == QUESTIONS[0].id
+    plain = dict(data="", regime="", outside_images=False, answer_prefix="Answer:")
+    assert seen == [(plain, 200, "test"),
+                    (plain | dict(data="DIR", outside_images=True), 7, "validation")]
