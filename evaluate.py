@@ -18,7 +18,7 @@ how well the trajectories were learned.
 import math
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -62,7 +62,7 @@ class Evaluator:
 
     def score_options(self, views: list[View], numbers: list[int]) -> list[dict]:
         options = [self.questions[n].options for n in numbers]
-        features = self.encode_images(self.images(numbers, self.encode_images.kept))
+        features = self.encode_images(self.images(numbers, self.encode_images.kept, tools=False))
         results = []
         for n, scores in zip(numbers, self.vlm.log_probs(views, options, features)):
             best = max(range(len(scores)), key=scores.__getitem__)
@@ -96,7 +96,9 @@ class Evaluator:
 
         def decode(part: list[View], numbers: list[int]) -> list[dict]:
             # `generate` takes pixels, so here every image needs them
-            made = self.vlm.generate(part, self.images(numbers), self.encode_images, tokens)
+            tools = any(len(view.images) > 1 for view in part)
+            images = self.images(numbers, tools=tools)
+            made = self.vlm.generate(part, images, self.encode_images, tokens)
             # a row that has ended is padded until the longest of its batch has ended
             made = [ids[:ids.index(end) + 1] if end in ids else ids for ids in made]
             return [dict(text=self.decode(ids), tokens=len(ids), images=len(view.images),
@@ -104,11 +106,13 @@ class Evaluator:
 
         return in_batches(views, decode, self.batch)
 
-    def images(self, numbers: list[int], known=()) -> list[LoadedImage]:
-        """The images of these examples. known: keys that need no pixels."""
-        family = self.vlm.family
-        return [image for n in numbers
-                for image in with_pixels(load_images(self.examples[n], family), family, known)]
+    def images(self, numbers: list[int], known=(), tools: bool = True) -> list[LoadedImage]:
+        """The images of these examples, or I0 alone. known: keys that need no pixels."""
+        family, examples = self.vlm.family, [self.examples[n] for n in numbers]
+        if not tools:
+            examples = [replace(example, trajectory=[]) for example in examples]
+        return [image for example in examples
+                for image in with_pixels(load_images(example, family), family, known)]
 
     def decode(self, ids: list[int]) -> str:
         return self.vlm.tokenizer.decode(ids, skip_special_tokens=True)

@@ -75,14 +75,18 @@ class Recon(Pearl):
 
     def forward(self, batch: list[TrainingExample]) -> losses.Losses:
         images = self.encode_images([image for example in batch for image in example.images])
-        latents = torch.cat([latent_targets(images[image.key].features[0], self.config.latents)
-                             for ex in batch for image in ex.images[1:]])  # (n, D)
+        latents = torch.cat([self.predictor.mean.new_zeros(0, self.vlm.dim), *(
+            latent_targets(images[image.key].features[0], self.config.latents)
+            for ex in batch for image in ex.images[1:])])  # (n, D)
         full = self.vlm(collate([ex.views.full for ex in batch], self.vlm.pad_id), images, latents)
         vlm = losses.vlm_loss(full.states, full.batch.labels, self.vlm.lm.lm_head)
         # the state before each latent regresses the embedding that the latent stands for
         before = full.batch.inject_at.roll(-1, dims=1)  # (B, T)
-        recon = losses.reconstruction_loss(self.predictor.predicted(full.states[before]),
-                                           self.predictor.target(latents))
+        recon = vlm.new_zeros(())
+        # a pass without tool images has nothing to regress, and the mean of nothing is NaN
+        if len(latents):
+            recon = losses.reconstruction_loss(self.predictor.predicted(full.states[before]),
+                                               self.predictor.target(latents))
         total = vlm + self.config.lambda_latent * recon
         return losses.Losses.detached(total, None, vlm=vlm, recon=recon)
 

@@ -223,6 +223,9 @@ class TaskMean(Pearl):
                 images = [image for example in batch for image in example.images]
                 self.target(batch, self.encode_images(images))
                 for example in batch:
+                    if example.index not in self.targets.kept:
+                        raise ValueError("--method task_mean and answer_mean need every frozen "
+                                         "h_R in memory: fewer records, and no --shard")
                     if not example.bare:
                         groups.setdefault(self.group(example), []).append(example.index)
             for group in groups.values():

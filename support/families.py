@@ -241,6 +241,10 @@ class QwenFamily(Family):
 
     markup = "<|vision_start|><|image_pad|><|vision_end|>"
 
+    def inputs(self, image: Image.Image) -> dict[str, Tensor]:
+        # without the text's part of the processor this takes half the time
+        return dict(self.processor.image_processor(images=[image], return_tensors="pt"))
+
     def _processor(self, min_pixels: int | None, max_pixels: int | None):
         processor = QwenProcessor.from_pretrained(self.path)
         images, size = processor.image_processor, dict(processor.image_processor.size)
