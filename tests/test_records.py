@@ -153,10 +153,10 @@ def test_shares_of_the_splits_and_the_cache_of_what_was_read(tmp_path, work):
     (tmp_path / "8.png").write_bytes(picture)
     assert work()[1] == 2 and len(read(tmp_path, *rows, cache=cache)[0]) == 600
     assert work()[1] == 1  # what was read before the error is not read again
-    cache.write_text("something else")
+    cache.write_text("something else", encoding="utf-8")
     with pytest.raises(ValueError, match="cache.npy is not a cache of pictures' hashes; delete it"):
         read(tmp_path, *rows, cache=cache)
-    assert cache.read_text() == "something else"
+    assert cache.read_text(encoding="utf-8") == "something else"
 
 
 def test_pictures_in_two_splits_are_counted(tmp_path):

@@ -125,4 +125,5 @@ def test_the_program_compares_runs_and_a_checkpoint(tmp_path, monkeypatch, capsy
     written = json.loads((tmp_path / "all.json").read_text(encoding="utf-8"))
     assert asked == ["model"] and written["model"]["table"]["crop"]["direct"][0] == 0
     assert [row["system"] for row in written["systems"]] == ["no fine-tuning", "sft", "pearl"]
-    assert (tmp_path / "table.md").read_text(encoding="utf-8").strip() in text and "| pearl | 1 | 100.0 |" in text
+    table = (tmp_path / "table.md").read_text(encoding="utf-8").strip()
+    assert table in text and "| pearl | 1 | 100.0 |" in text

@@ -11,6 +11,7 @@ import pytest
 
 import train
 from analysis import benchmark, search, study
+from support.files import write_json
 from support.lora import lora_layers
 from world.scenes import REGIMES
 
@@ -29,11 +30,11 @@ def programs(monkeypatch):
             config = train.parse_config(options)
             made = a_run(config.method, config.seed, [0, 1], regime=config.regime)
             Path(config.out).mkdir()
-            (Path(config.out) / "config.json").write_text(json.dumps(made.pop("config")))
-            (Path(config.out) / "results.json").write_text(json.dumps(made))
+            write_json(Path(config.out) / "config.json", made.pop("config"))
+            write_json(Path(config.out) / "results.json", made)
         else:
             file = options[options.index("--json") + 1]
-            Path(file).write_text(json.dumps(dict(answers=answers([1, 1], tool=1, call=1))))
+            write_json(Path(file), dict(answers=answers([1, 1], tool=1, call=1)))
         return SimpleNamespace(returncode="--steps 13" in " ".join(command))
 
     monkeypatch.setattr(study.subprocess, "run", run)
@@ -67,17 +68,17 @@ def test_a_study_keeps_what_was_interrupted_and_repeats_nothing(programs, tmp_pa
                                                                 capsys):
     folder = tmp_path / "study" / "other" / "multi"
     (folder / "sft-seed0").mkdir(parents=True)
-    (folder / "sft-seed0" / "log.jsonl").write_text("interrupted")
+    (folder / "sft-seed0" / "log.jsonl").write_text("interrupted", encoding="utf-8")
     options = ["--out", tmp_path / "study", "--base", "other=DIR", "--arms", "sft", "pearl",
                "pearl K=8", "--regimes", "multi", "--seeds", 0, "--jobs", 1, "--",
                "--test_per_task", 9]
     call(monkeypatch, study.main, *options)
     kept, = folder.glob("sft-seed0.interrupted-*/log.jsonl")
-    assert kept.read_text() == "interrupted"
+    assert kept.read_text(encoding="utf-8") == "interrupted"
     assert [command[0] for command in programs] == ["train.py", "evaluate.py", *["train.py"] * 2]
     assert all("--model DIR" in " ".join(command) for command in programs if "--seed" in command)
     assert "--again --call_limit 3 --per_task 9" in " ".join(programs[1])
-    rows = json.loads((folder.parent / "multi.json").read_text())
+    rows = json.loads((folder.parent / "multi.json").read_text("utf-8"))
     assert [row["system"] for row in rows] == ["no fine-tuning", "sft", "sft + tools", "pearl",
                                                "pearl K=8"]
     # the direct answers are those of the run
