@@ -19,6 +19,7 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -213,7 +214,7 @@ def ask(path: str, options: Options) -> list[dict]:
     calls = options.call_limit or 3
     if options.tool or options.call_limit:
         tool_use = room("baselines.tool_use", "calling tools")
-        ways["call"] = lambda evaluator: tool_use.answer(evaluator, calls)
+        ways["call"] = partial(tool_use.answer, limit=calls)
     if not options.image:
         questions = test_questions(config, options.per_task, options.split)
         return answer_questions(Evaluator(vlm, questions, prefix), options.free_tokens, ways)
