@@ -3,8 +3,8 @@
 An expert answers a question about an image with a tool: where to look, the crop, the answer. Pearl
 trains a vision-language model on such trajectories R for use without the tool: from image I0 and
 question Q alone, it also learns to predict the embedding of R. LAMBDA = 0 is SFT; which of the two
-forgets less here changes with LR and seed (README: five findings). h: a final-layer state, h^: its prediction; detach(): sg, the
-stop-gradient; B batch, T tokens, D hidden size, V vocabulary, P image tokens, n learned tokens.
+forgets less here changes with LR and seed. h: a final-layer state, h^: its prediction; detach():
+sg, the stop-gradient; B batch, T tokens, D hidden size, V vocabulary, P image tokens, n learned.
 """
 
 import json
