@@ -133,9 +133,13 @@ def answer_questions(evaluator: Evaluator, free_tokens: int = 0,
                           evaluator.prefix) for n, example in enumerate(evaluator.examples)]
 
 
-def load_model(path: str | Path, device: str, min_pixels: int = 0, max_pixels: int = 0) -> tuple:
-    """(VLM, config, its method's ways to answer) of a run, or of any other checkpoint."""
+def load_model(path: str | Path, device: str, min_pixels: int = 0, max_pixels: int = 0,
+               alpha: float = 1.0) -> tuple:
+    """(VLM, config, its method's ways to answer) of a run, or of any other checkpoint. alpha: the
+    share of the run's change of the weights (VLM.load_adapter)."""
     if not (Path(path) / "best.json").is_file():
+        if alpha != 1:
+            raise ValueError(f"--alpha is for a run, and {path} has no best.json")
         vlm = VLM(path, min_pixels=min_pixels, max_pixels=max_pixels).to(device)
         defaults = dict(data="", regime="", outside_images=False, answer_prefix="Answer:")
         return vlm.eval(), SimpleNamespace(**defaults), {}
@@ -143,7 +147,7 @@ def load_model(path: str | Path, device: str, min_pixels: int = 0, max_pixels: i
     config = SimpleNamespace(**config)
     vlm = VLM(config.model, getattr(torch, config.dtype), config.min_pixels, config.max_pixels)
     # what answers is a plain VLM: the file of [PRED] and latent predictor is not even opened
-    vlm.to(device).load_adapter(checkpoint)
+    vlm.to(device).load_adapter(checkpoint, alpha)
     return vlm.eval(), config, method_of(config).ways(config, vlm, checkpoint)
 
 
@@ -195,6 +199,7 @@ class Options:
     data: str = option("", "a data folder; default: the run's own, or the world")
     outside_images: bool = option(False, "image paths may leave the data folder")
     answer_prefix: str = option("", "what starts an answer; default: the run's own, or Answer:")
+    alpha: float = option(1.0, "shrink a run's change: W0 + alpha (W - W0)")
     split: str = option("test", "test or validation")
     per_task: int = option(200, "test questions of each task of the world")
     free_tokens: int = option(0, "tokens of a free answer; 0: what the longest option needs")
@@ -207,7 +212,8 @@ class Options:
 
 def ask(path: str, options: Options) -> list[dict]:
     """The test questions of a run, or one question about one picture."""
-    vlm, config, ways = load_model(path, options.device, options.min_pixels, options.max_pixels)
+    vlm, config, ways = load_model(path, options.device, options.min_pixels,
+                                   options.max_pixels, options.alpha)
     config.data = options.data or config.data
     config.outside_images |= options.outside_images
     prefix = options.answer_prefix or config.answer_prefix
@@ -237,7 +243,8 @@ def main() -> None:
     path, rest = sys.argv[1] if len(sys.argv) > 1 else "--help", sys.argv[2:]
     options = parse(Options, ["--help"] if path.startswith("-") else rest, __doc__)
     results = Path(path) / "results.json"
-    stored = results.is_file() and not (options.again or options.data or options.image)
+    stored = results.is_file() and not (options.again or options.data or options.image
+                                      or options.alpha != 1)
     found = read_json(results)["answers"] if stored else ask(path, options)
     if found:
         columns = {path: tables.summarise(found)}

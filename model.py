@@ -194,13 +194,18 @@ class VLM(nn.Module):
         """LoRA in PEFT's layout, or all trained weights."""
         adapters.save_adapter(self.lm, lora_layers(self.lm), self.path, folder)
 
-    def load_adapter(self, folder: Path) -> None:
+    def load_adapter(self, folder: Path, alpha: float = 1.0) -> None:
         """Put a saved A and B beside the weights, or all trained weights in their place. They are
-        not added: a sum in bfloat16 would lose small changes."""
-        adapter = adapters.read_adapter(folder, self.lm, self.path)
-        self.lm.load_state_dict(adapter.weights, strict=False)
+        not added: a sum in bfloat16 would lose small changes.
+
+        alpha: the share of the change that is loaded, W0 + alpha (W - W0) (WiSE-FT, 2109.01903).
+        """
+        adapter, start = adapters.read_adapter(folder, self.lm, self.path), self.lm.state_dict()
+        self.lm.load_state_dict({name: torch.lerp(start[name], weight.to(start[name]), alpha)
+                                 for name, weight in adapter.weights.items()}, strict=False)
         for name, (low, high) in adapter.pairs.items():
-            layer = LoRALinear(self.lm.get_submodule(name), len(low), adapter.scaling * len(low))
+            scale = alpha * adapter.scaling * len(low)
+            layer = LoRALinear(self.lm.get_submodule(name), len(low), scale)
             layer.lora_A.data.copy_(low)
             layer.lora_B.data.copy_(high)
             replace_layer(self.lm, name, layer)

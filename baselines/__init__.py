@@ -5,22 +5,25 @@ mlp_head+vicreg is `class Method(MLPHead, VICReg)`. Each class calls super() for
 """
 
 from baselines.anti_collapse import BiasHead, InfoNCE, MLPHead, SIGReg, VICReg
+from baselines.centring import Centred, RunningMean
 from baselines.release import Paper, Release
 from baselines.reconstruction import Recon
+from baselines.self_distillation import SelfDistill
 from baselines.training_records import (Both, Direct, ImageFirst, StripCalls, Tracked,
                                         WithAnswers)
-from baselines.variants import (EMA, AnswerMean, Current, Dropout, NoJEPA, NoNextLat, RandomTarget,
-                                Shuffled, TargetState, TaskMean, TwoPasses)
+from baselines.variants import (EMA, AnswerMean, Current, Dropout, NextLatFactor, NoJEPA, NoNextLat,
+                                RandomTarget, Shuffled, TargetState, TaskMean, TwoPasses)
 from train import SFT, Pearl
 
 # in the order in which they are combined: what chooses records comes before what reads them
 METHODS = dict(
     tracked=Tracked, with_answers=WithAnswers, image_first=ImageFirst, strip_calls=StripCalls,
     both=Both, direct=Direct, recon=Recon, paper=Paper, release=Release, bias_head=BiasHead,
-    mlp_head=MLPHead, infonce=InfoNCE, vicreg=VICReg, sigreg=SIGReg, no_jepa=NoJEPA,
-    no_nextlat=NoNextLat, shuffled=Shuffled, random=RandomTarget, task_mean=TaskMean,
-    answer_mean=AnswerMean, dropout=Dropout, two_passes=TwoPasses, target_state=TargetState,
-    ema=EMA, current=Current, sft=SFT, pearl=Pearl)
+    mlp_head=MLPHead, running_mean=RunningMean, infonce=InfoNCE, vicreg=VICReg, sigreg=SIGReg,
+    no_jepa=NoJEPA, no_nextlat=NoNextLat, nextlat_factor=NextLatFactor, shuffled=Shuffled,
+    random=RandomTarget, task_mean=TaskMean, answer_mean=AnswerMean, dropout=Dropout,
+    two_passes=TwoPasses, centred=Centred, target_state=TargetState, ema=EMA, current=Current,
+    self_distill=SelfDistill, sft=SFT, pearl=Pearl)
 
 
 def find(name: str) -> type[Pearl]:

@@ -257,6 +257,20 @@ class NoNextLat(Pearl):
         return full.states.new_zeros(())
 
 
+@dataclass
+class NextLatFactorOptions:
+    nextlat_factor: float = option(1.0, "L = L_VLM + lambda (L_JEPA + factor * L_NextLat)")
+
+
+class NextLatFactor(Pearl):
+    """Eq. 4 has one lambda for two terms; this gives L_NextLat a factor of its own."""
+
+    Options = NextLatFactorOptions
+
+    def nextlat(self, full: Encoded, target: Encoded) -> Tensor:
+        return self.config.nextlat_factor * super().nextlat(full, target)
+
+
 class NextLatOnR(Current):
     """Eq. 2 along the target view, over all its positions (the paper's text)."""
 
