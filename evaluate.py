@@ -141,7 +141,7 @@ def load_model(path: str | Path, device: str, min_pixels: int = 0, max_pixels: i
         if alpha != 1:
             raise ValueError(f"--alpha is for a run, and {path} has no best.json")
         vlm = VLM(path, min_pixels=min_pixels, max_pixels=max_pixels).to(device)
-        defaults = dict(data="", regime="", outside_images=False, answer_prefix="Answer:")
+        defaults = dict(data="", regime="", answer_prefix="Answer:")
         return vlm.eval(), SimpleNamespace(**defaults), {}
     config, checkpoint = run.finished(Path(path))
     config = SimpleNamespace(**config)
@@ -197,7 +197,6 @@ class Options:
     tool: bool = option(False, "with --image: the model may call its tools")
     again: bool = option(False, "ask the test questions again, not from results.json")
     data: str = option("", "a data folder; default: the run's own, or the world")
-    outside_images: bool = option(False, "image paths may leave the data folder")
     answer_prefix: str = option("", "what starts an answer; default: the run's own, or Answer:")
     alpha: float = option(1.0, "shrink a run's change: W0 + alpha (W - W0)")
     split: str = option("test", "test or validation")
@@ -215,7 +214,6 @@ def ask(path: str, options: Options) -> list[dict]:
     vlm, config, ways = load_model(path, options.device, options.min_pixels,
                                    options.max_pixels, options.alpha)
     config.data = options.data or config.data
-    config.outside_images |= options.outside_images
     prefix = options.answer_prefix or config.answer_prefix
     calls = options.call_limit or 3
     if options.tool or options.call_limit:

@@ -51,7 +51,6 @@ class Config:
     data: str = option("", "data folder (docs/data.md); empty: scenes drawn by world/")
     regime: str = option("single", "which tools the world's trajectories use (world/README.md)")
     answer_prefix: str = option("Answer:", "what the last text puts before the answer")
-    outside_images: bool = option(False, "image paths may leave the data folder")
     out: str = option("", "run folder; empty: runs/METHOD-REGIME-seedSEED")
     seed: int = option(0, "first weights, order of the data, dropout")
     device: str = option("cuda" if torch.cuda.is_available() else "cpu", "any PyTorch device")

@@ -97,7 +97,7 @@ def check_data(config: train.Config) -> None:
     family = load_family(config.model, config.min_pixels, config.max_pixels)
     chat = Chat(family, family.lm.config.text_config.max_position_embeddings)
     examples = list(chain(*splits.load_splits(config))) if not config.data else read_folder(
-        config.data, config.outside_images, config.answer_prefix, notes=notes, problems=faults,
+        config.data, config.answer_prefix, notes=notes, problems=faults,
         by_pixels=True)
     processes = min(os.cpu_count(), len(examples) // PER_PROCESS)
     # the results come in the order of the rows, whichever process has them

@@ -139,7 +139,7 @@ def main() -> None:
     method = find_method(config.method)
     family = load_family(config.model, config.min_pixels, config.max_pixels)
     if config.data:
-        example = read_record(config.data, config.row, config.outside_images, config.answer_prefix)
+        example = read_record(config.data, config.row, config.answer_prefix)
     else:
         world = room("world.loader", "a record without --data")
         example = world.examples(config.regime, "train", config.row + 1)[-1]

@@ -33,7 +33,7 @@ from support.features import ImageEncoder, load_images, with_pixels  # noqa: E40
 from support.files import write_text  # noqa: E402
 from support.images import Picture, open_image  # noqa: E402
 from support.processes import run_program  # noqa: E402
-from support.records import Example, checked  # noqa: E402
+from support.records import Example  # noqa: E402
 
 INSTRUCTION = "Answer with the option's letter from the given choices directly."
 # items whose label is confirmed to be wrong (lmms-eval, issue 1018, which counts from 0)
@@ -82,11 +82,17 @@ def make_item(where: str, name: str, group: str, images: list[Picture], words: s
     return Item(where, str(name), group, images, prompt, choices, right, right)
 
 
+def readable(file: Path, where: str) -> Path:
+    """The file, after it was read once. Raises ValueError or FileNotFoundError."""
+    open_image(file, where)
+    return file
+
+
 def vstar_item(row: dict, where: str, file: Path) -> Item:
     words = row["text"]
     # as published: the words have options and instruction
     return make_item(where, row["question_id"], row["category"],
-                     [checked(file.parent, row["image"], where)], words, choices_in(words),
+                     [readable(file.parent / row["image"], where)], words, choices_in(words),
                      row["label"])._replace(prompt=words)
 
 
@@ -96,7 +102,7 @@ def mmvp_item(row: dict, where: str, file: Path) -> Item:
     index, choices = int(row["Index"]), choices_in(row["Options"])
     # the hub has the name with a blank, and much code without
     folder = "MMVP Images" if (file.parent / "MMVP Images").is_dir() else "MMVP_Images"
-    images = [checked(file.parent, f"{folder}/{index}.jpg", where)]
+    images = [readable(file.parent / folder / f"{index}.jpg", where)]
     # items 1 and 2 are a pair
     item = make_item(where, str(index), str((index - 1) // 2), images, row["Question"], choices,
                      row["Correct Answer"])

@@ -7,11 +7,12 @@ the record is used.
 """
 
 import json
+import os
 import re
+import stat
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +22,9 @@ from support.files import new_folder, on_disk
 from support.images import Picture, file_version, opened, picture_digest
 from support.picture_splits import (SPLITS, give_splits, pixel_hashes, progress, shared_pictures,
                                     short_hash)
-from support.record_checks import (FILE, TWICE, Checker, SameOptionTwice, checked, checked_record,
-                                   picture_names, read_lines)
+from support.record_checks import TWICE, SameOptionTwice, checked_record
+
+FILE = "trajectories.jsonl"
 
 
 @dataclass
@@ -147,8 +149,8 @@ class Records(Sequence):
                                  "data alone while they are in use")
             file.seek(kept["start"])
             line = file.readline()
-        record = _record(line, self.answer_prefix, self.where(row))
-        return _example(record, self.folder, (*SPLITS, "")[kept["split"]])
+        example = _example(line, self.folder, self.answer_prefix, self.where(row))
+        return replace(example, split=(*SPLITS, "")[kept["split"]])
 
     def subset(self, rows: Iterable[int]) -> "Records":
         """The records of these rows, in this order."""
@@ -182,7 +184,7 @@ def digests(records: Sequence[Example]) -> str:
     return found
 
 
-def read_folder(folder: str | Path, outside_images: bool = False, answer_prefix: str = "Answer:",
+def read_folder(folder: str | Path, answer_prefix: str = "Answer:",
                 cache: str | Path | None = None, notes: list[str] | None = None,
                 problems: list[str] | None = None, by_pixels: bool = False) -> Records:
     """Check every line of a folder in the format above, in one pass.
@@ -190,67 +192,107 @@ def read_folder(folder: str | Path, outside_images: bool = False, answer_prefix:
     Pictures must exist. They are opened, those of all questions, only if a record names no split
     (support/picture_splits.py) or with by_pixels, to find the same picture in two splits whatever
     its files are called. cache: a file that keeps what was read of them.
-    outside_images: image paths and links may leave the folder.
     notes: gets one sentence, with a count, for each kind of unusual record; None: warns instead.
     problems: gets every error, and those records are left out; None: the first one is raised, as
     ValueError or FileNotFoundError naming file, line and fix.
     """
-    folder, path, used = Path(folder), Path(folder) / FILE, 0
-    checker = Checker(folder, outside_images, answer_prefix)
-    total = sum(1 for _ in read_lines(path))
-    table, version = np.zeros(total, ROW), file_version(path)
-    for line, number, start in progress(read_lines(path), total, "reading records"):
-        try:
-            table[used] = checker.row(line, number, start)
-            used += 1
-        except SameOptionTwice:
-            checker.unusual[TWICE].append(number)
-        except (ValueError, OSError) as error:
-            if problems is None:
-                raise
-            problems.append(str(error))
-    found = checker.notes(total)
-    if not used and not problems:
-        raise ValueError("; ".join([f"{path} holds no record that can be used", *found]))
-    table = table[:used]
-    records = Records(folder, answer_prefix, version, table, list(checker.tasks))
+    records, comments = scan(Path(folder), answer_prefix, problems)
+    table = records.table
     if by_pixels or (table["split"] < 0).any():
         table["picture"] = pixel_hashes(records, cache and Path(cache), problems)
         table["split"] = give_splits(table["split"], table["picture"])
-    for note in found + shared_pictures(path, table["split"], table["picture"]):
-        if notes is None:
-            warnings.warn(note, stacklevel=2)
-        else:
-            notes.append(note)
+    comments += shared_pictures(records.folder / FILE, table["split"], table["picture"])
+    if notes is not None:
+        notes += comments
+    else:
+        for comment in comments:
+            warnings.warn(comment, stacklevel=2)
     return records
 
 
-def read_record(folder: str | Path, row: int, outside_images: bool = False,
-                answer_prefix: str = "Answer:") -> Example:
-    """The record in this row, from 0, and its pictures, checked; no other line is parsed.
+def scan(folder: Path, answer_prefix: str,
+         problems: list[str] | None) -> tuple[Records, list[str]]:
+    """The records of all lines, and a sentence for each kind of unusual ones."""
+    path, total = folder / FILE, sum(1 for _ in read_lines(folder / FILE))
+    version, table, used = file_version(path), np.zeros(total, ROW), 0
+    # hash of an id -> its line; task -> its code; kind of unusual record -> its lines
+    ids: dict[int, int] = {}
+    tasks: dict[str, int] = {}
+    unusual: dict[str, list[int]] = {}
+    for line, number, start in progress(read_lines(path), total, "reading records"):
+        try:
+            record, kind = checked_record(line, answer_prefix)
+            if (first := ids.setdefault(hash(record["id"]), number)) != number:
+                raise ValueError(f"id {record['id']!r} was used on line {first}; ids must be "
+                                 "unique")
+            stamps = [stamp(folder, name) for name in record["images"]]
+            split, task = record.get("split"), record["task"]
+            table[used] = (start, number, SPLITS.index(split) if split else -1,
+                           tasks.setdefault(task, len(tasks)),
+                           short_hash(line.strip() + repr(stamps).encode()),
+                           short_hash(record["image"].encode()))
+            used += 1
+        except SameOptionTwice:
+            kind = TWICE
+        except (ValueError, OSError) as error:
+            error = type(error)(f"{path}, line {number}: {error}")
+            if problems is None:
+                raise error from None
+            problems.append(str(error))
+            continue
+        if kind:
+            unusual.setdefault(kind, []).append(number)
+    comments = [f"{path}: {len(lines)} of {total} records (line {lines[0]} is the first) "
+                f"{kind.format(prefix=answer_prefix)}" for kind, lines in unusual.items()]
+    if not used and not problems:
+        raise ValueError("; ".join([f"{path} holds no record that can be used", *comments]))
+    return Records(folder, answer_prefix, version, table[:used], list(tasks)), comments
 
-    Its split is "" if it names none. Raises ValueError also if there is no such row.
-    """
-    folder, path = Path(folder), Path(folder) / FILE
-    for line, number, _ in islice(read_lines(path), row, row + 1) if row >= 0 else ():
-        where = f"{path}, line {number}"
-        record = _record(line, answer_prefix, where)
-        for name in picture_names(record):
-            checked(folder, name, where, outside_images)
-        return _example(record, folder, record.get("split") or "")
-    count = sum(1 for _ in read_lines(path))
+
+def read_lines(path: Path) -> Iterator[tuple[bytes, int, int]]:
+    """(line, its number from 1, its start in bytes) of each line that is not blank."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} not found: a data folder holds {FILE} and its images (see "
+                                "README, data format)")
+    start = 0
+    with open(path, "rb") as file:
+        # a line ends at a line feed and nowhere else
+        for number, line in enumerate(file, start=1):
+            if not line.isspace():
+                yield line, number, start
+            start += len(line)
+
+
+def stamp(folder: Path, name: str) -> int:
+    """A hash of a picture's size and time. Raises FileNotFoundError if it is no file."""
+    file = os.path.join(folder, on_disk(name))
+    try:
+        status = os.stat(file)
+    except (OSError, ValueError):  # no name that a file can have raises ValueError
+        status = None
+    if not status or not stat.S_ISREG(status.st_mode):
+        raise FileNotFoundError(f"image {file} not found; paths are relative to the data folder")
+    # the hash of numbers is the same in all processes
+    return hash((status.st_mtime_ns, status.st_size))
+
+
+def read_record(folder: str | Path, row: int, answer_prefix: str = "Answer:") -> Example:
+    """The record in this row, from 0; no other line is parsed. Its split is "" if it names none.
+    Raises ValueError also if there is no such row."""
+    folder, path, count = Path(folder), Path(folder) / FILE, 0
+    for count, (line, number, _) in enumerate(read_lines(path), start=1):
+        if count == row + 1:
+            return _example(line, folder, answer_prefix, f"{path}, line {number}")
     raise ValueError(f"{path} has no row {row}: it has {count}, counted from 0")
 
 
-def _record(line: bytes, answer_prefix: str, where: str) -> dict:
+def _example(line: bytes, folder: Path, answer_prefix: str, where: str) -> Example:
     try:
-        return checked_record(line, answer_prefix)[0]
+        record, _ = checked_record(line, answer_prefix)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
-
-
-def _example(record: dict, folder: Path, split: str) -> Example:
     steps = [value if kind == "text" else folder / on_disk(value)
              for kind, value in record["trajectory"]]
     return Example(record["id"], record["task"], folder / on_disk(record["image"]),
-                   record["question"], record["options"], record["answer"], steps, split)
+                   record["question"], record["options"], record["answer"], steps,
+                   record.get("split") or "")

@@ -49,7 +49,7 @@ def read_splits(config) -> dict[str, Sequence[Example]]:
     notes: list[str] = []
     # what is read of pictures to give them splits serves all runs that lie beside this one
     cache = Path(config.out).parent / "pictures.npy" if getattr(config, "out", "") else None
-    records = read_folder(config.data, config.outside_images, config.answer_prefix, cache=cache,
+    records = read_folder(config.data, config.answer_prefix, cache=cache,
                           notes=notes)
     # of several processes, which all read the folder, one prints
     if os.environ.get("RANK", "0") == "0":

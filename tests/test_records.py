@@ -80,7 +80,7 @@ def test_lines_are_parsed_once_and_pictures_opened_when_they_are_used(tmp_path, 
 def test_one_row_is_read_alone(tmp_path, work):
     folder = folder_of(tmp_path, b"{", b"", dict(NO_SPLIT, image="b.png"), dict(RECORD, id="2"))
     assert [read_record(folder, 1).split, read_record(folder, 2).id] == ["", "2"]
-    assert work() == (2, 2)
+    assert work() == (2, 0)
     for row, message in ((3, "no row 3: it has 3"), (-1, "no row -1"),
                          (0, "line 1: not valid JSON")):
         with pytest.raises(ValueError, match=message):
@@ -111,8 +111,6 @@ def test_what_changed_or_cannot_be_read_says_so_when_it_is_used(tmp_path):
     message = r"image .*broken.png cannot be read .*; replace it or drop the record"
     with pytest.raises(ValueError, match=message):
         opened(found[0].image)
-    with pytest.raises(ValueError, match=f"{FILE}, line 1: {message}"):
-        read_record(tmp_path, 0)
     with pytest.raises(ValueError, match=f"{FILE}, line 2: {message}"):
         read(tmp_path, *numbered(RECORD, dict(NO_SPLIT, image="broken.png")))
     with pytest.raises(ValueError, match=f"{FILE} has changed since it was read"):
@@ -201,9 +199,11 @@ def test_unusual_records_are_counted(tmp_path):
     rows = numbered(*[dict(RECORD, trajectory=[{"text": text}]) for text in texts], *twice)
     found, notes = read(tmp_path, *rows)
     assert [ex.id for ex in found] == ["0", "1", "2", "3", "4", "5"]
-    assert "2 of 8 records (line 7 is the first) have one option twice" in notes[0]
-    assert "4 of 8 records (line 2 is the first) have no 'Answer:' in the last text" in notes[1]
-    assert "1 of 8 records (line 4 is the first) give the answer in other words" in notes[2]
+    for count, note in zip(("4 of 8 records (line 2 is the first) have no 'Answer:' in the last",
+                            "1 of 8 records (line 4 is the first) give the answer in other words",
+                            "2 of 8 records (line 7 is the first) have one option twice"), notes,
+                           strict=True):
+        assert count in note
     with pytest.warns(UserWarning) as warned:
         read_folder(tmp_path)
     assert [str(warning.message) for warning in warned] == notes
@@ -218,10 +218,9 @@ BAD = [
     ({"question": "\ud800"}, "question is not valid Unicode"), ({"split": "dev"}, "is none of"),
     ({"image": "\ud800.png"}, "image is not valid Unicode"), ({"image": "c.png"}, "c.png not foun"),
     ({"task": 3}, "task must be a non-empty"), ({"family": 3}, "task must be a non-empty"),
-    ({"image": "a\0b.png"}, "null"), ({"image": "."}, "not found"), ({"image": "n" * 999}, "name"),
-    ({"image": "../a.png"}, "image ../a.png leaves the data folder.*--outside_images"),
-    ({"image": "/a.png"}, "leaves the data folder"), ({"trajectory": []}, "must end in"),
-    ({"trajectory": [{"image": "../b.png"}, {"text": "x"}]}, "leaves the data folder"),
+    *[({"image": name}, "not found") for name in ("a\0b.png", ".", "n" * 999)],
+    ({"image": "/a.png"}, "/a.png not found"), ({"trajectory": []}, "must end in"),
+    ({"trajectory": [{"image": "../b.png"}, {"text": "x"}]}, "b.png not found"),
     ({"trajectory": [{"image": "a.png"}]}, "must end in a text"), ({"id": "0"}, "used on line 1"),
     ({"trajectory": [{"text": " "}]}, "step 0: text must be"), (b"[]", "expected a JSON object"),
     ({"trajectory": [{"sound": "a"}]}, "step 0 must be"), (b"NaN", "expected a JSON object"),
@@ -244,17 +243,13 @@ def test_bad_records_are_refused_with_line_and_fix_one_by_one_or_all_at_once(tmp
         read_folder(tmp_path / "nowhere")
 
 
-def test_links_out_of_the_folder_are_refused_unless_allowed(tmp_path):
+def test_images_may_lie_outside_of_the_folder(tmp_path):
     (folder := tmp_path / "set").mkdir()
-    Image.new("RGB", (9, 9)).save(tmp_path / "secret.png")
-    for target, link in (("secret.png", "link.png"), ("", "up"), ("set/a.png", "inner.png")):
-        os.symlink(tmp_path / target, folder / link)
-    for name in ("link.png", "up/secret.png"):
-        with pytest.raises(ValueError, match=f"line 1: image {name} leaves the data folder"):
-            read(folder, dict(RECORD, image=name))
-        found, _ = read(folder, dict(RECORD, image=name), outside_images=True)
+    Image.new("RGB", (9, 9)).save(tmp_path / "other.png")
+    os.symlink(tmp_path / "other.png", folder / "link.png")
+    for name in ("link.png", "../other.png", str(tmp_path / "other.png")):
+        found, _ = read(folder, dict(RECORD, image=name))
         assert opened(found[0].image).size == (9, 9)
-    assert read(folder, dict(RECORD, image="inner.png"))[0]
 
 
 def test_texts_of_all_scripts_and_separators_survive(tmp_path):

@@ -165,7 +165,7 @@ def test_a_call_acts_on_the_last_image_or_on_the_one_that_it_names():
 
 def settings(**changes):
     return SimpleNamespace(**dict(data="", regime="mixed", train_examples=40, test_per_task=3,
-                                  outside_images=False, answer_prefix="Answer:") | changes)
+                                  answer_prefix="Answer:") | changes)
 
 
 def test_the_worlds_splits_have_the_sizes_of_the_options():

@@ -79,14 +79,13 @@ def test_the_questions_of_a_checkpoint(monkeypatch):
     """By these defaults; the options go before what a run was trained with."""
     options, seen = evaluate.Options(device="cpu"), []
     assert vars(options) == dict(
-        image="", question="", options="", tool=False, again=False, data="", outside_images=False,
-        answer_prefix="", split="test", per_task=200, free_tokens=0, call_limit=0, min_pixels=0,
-        max_pixels=0, json="", device="cpu")
+        image="", question="", options="", tool=False, again=False, data="",
+        answer_prefix="", alpha=1.0, split="test", per_task=200, free_tokens=0, call_limit=0,
+        min_pixels=0, max_pixels=0, json="", device="cpu")
     monkeypatch.setattr(evaluate, "test_questions", lambda config, *rest: seen.append(
         (vars(config).copy(), *rest)) or QUESTIONS[:1])
-    for more in (dict(), dict(data="DIR", outside_images=True, per_task=7, split="validation")):
+    for more in (dict(), dict(data="DIR", per_task=7, split="validation")):
         (record,) = evaluate.ask(TINY, replace(options, **more))
     assert record["id"] == QUESTIONS[0].id
-    plain = dict(data="", regime="", outside_images=False, answer_prefix="Answer:")
-    assert seen == [(plain, 200, "test"),
-                    (plain | dict(data="DIR", outside_images=True), 7, "validation")]
+    plain = dict(data="", regime="", answer_prefix="Answer:")
+    assert seen == [(plain, 200, "test"), (plain | dict(data="DIR"), 7, "validation")]
