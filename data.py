@@ -106,15 +106,16 @@ class Trajectories(Dataset):
     """The records of one split. A record is read, viewed and its images opened when it is used.
 
     views: (chat, example, images) -> Views, the method's own. known: keys of images whose features
-    the model has kept, so that they need no pixels.
+    the model has kept, so that they need no pixels. skip: a faulty record is replaced by the next
+    one, and its fault goes to `faults`, by row; else it is raised.
     """
 
     def __init__(self, records: Sequence[Example], split: str, views: Callable, chat: Chat,
-                 known=()):
+                 known=(), skip: bool = False):
         self.records, self.split, self.chat, self.known = records, split, chat, known
-        self.make_views = views
-        # records that are in memory anyway keep their views; those of a folder are made anew
-        self.made: dict[int, TrainingExample] | None = {} if isinstance(records, list) else None
+        self.make_views, self.skip = views, skip
+        self.faults: dict[int, str] = {}
+        self.ready: dict[int, TrainingExample] = {}
         # one record shows a tokenizer that we would read in another way than its own processor
         example = records[0]
         chat.check_ids(example, load_images(example, chat.family))
@@ -123,15 +124,23 @@ class Trajectories(Dataset):
         return len(self.records)
 
     def __getitem__(self, row: int) -> TrainingExample:
-        if self.made is not None and row in self.made:
-            return self.made[row]
-        example = self.records[row]
-        images = load_images(example, self.chat.family)
-        made = TrainingExample((self.split, row), example.task, example.answer, example.bare,
-                               self.make_views(self.chat, example, images), images)
-        if self.made is not None:
-            self.made[row] = made
-        return made
+        if row in self.ready:
+            return self.ready[row]
+        try:
+            example = self.records[row]
+            images = load_images(example, self.chat.family)
+            views = self.make_views(self.chat, example, images)
+        except (ValueError, OSError) as error:
+            if not self.skip or len(self.faults) > len(self) / 100:
+                raise
+            self.faults[row] = str(error)
+            return self[(row + 1) % len(self)]
+        ready = TrainingExample((self.split, row), example.task, example.answer, example.bare,
+                                views, images)
+        # records that are in memory anyway keep their views; those of a folder are made anew
+        if isinstance(self.records, list):
+            self.ready[row] = ready
+        return ready
 
     def passes(self, rows: list[int], batch: int, rank: int = 0,
                world_size: int = 1) -> list[list[TrainingExample]]:
@@ -170,18 +179,23 @@ def load(dataset: Trajectories, steps, batch: int, workers: int, rank: int = 0,
     """The passes of each step, prepared ahead by `workers` processes. steps: rows of each step."""
     def collate_step(rows: list[int]):
         try:
-            return dataset.passes(rows, batch, rank, world_size)
+            passes = dataset.passes(rows, batch, rank, world_size)
         except (ValueError, OSError) as error:  # a faulty record: its sentence, and no traceback
-            return error
+            passes = error
+        return passes, dataset.faults
 
     # the generator is the loader's own: it must not draw from the one that dropout uses
     loader = DataLoader(range(len(dataset)), batch_sampler=steps, collate_fn=collate_step,
                         num_workers=workers, pin_memory=torch.cuda.is_available(),
                         generator=torch.Generator(),
                         multiprocessing_context="fork" if workers else None)
-    for passes in loader:
+    for passes, faults in loader:
+        dataset.faults |= faults  # each worker has its own
         if isinstance(passes, Exception):
             raise passes
+        if len(dataset.faults) > len(dataset) / 100:
+            raise ValueError(f"{len(dataset.faults)} of {len(dataset)} records are faulty, and "
+                             f"--skip_bad leaves out 1%, the last one: {[*faults.values()][-1]}")
         yield passes
 
 

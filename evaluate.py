@@ -93,15 +93,10 @@ class Evaluator:
 
     def generate(self, views: list[View | None], tokens: int) -> list[dict | None]:
         """Greedy decoding of each view."""
-        end = self.chat.end_id
-
         def decode(part: list[View], numbers: list[int]) -> list[dict]:
             # `generate` takes pixels, so here every image needs them
-            tools = any(len(view.images) > 1 for view in part)
-            images = self.images(numbers, tools=tools)
+            images = self.images(numbers, tools=any(len(view.images) > 1 for view in part))
             made = self.vlm.generate(part, images, self.encode_images, tokens)
-            # a row that has ended is padded until the longest of its batch has ended
-            made = [ids[:ids.index(end) + 1] if end in ids else ids for ids in made]
             return [dict(text=self.decode(ids), tokens=len(ids), images=len(view.images),
                          passes=len(ids)) for ids, view in zip(made, part)]
 

@@ -24,7 +24,8 @@ from losses import at_least_float32
 from support import adapters, families, packing, processes
 from support.chat import View
 from support.features import EncodedImage, LoadedImage
-from support.lora import LoRALinear, add_lora, lora_layers, replace_layer
+from support.lora import add_lora, lora_layers
+
 
 class Encoded(NamedTuple):
     """Enc of a batch of views."""
@@ -174,7 +175,8 @@ class VLM(nn.Module):
     @torch.no_grad()
     def generate(self, views: list[View], images: list[LoadedImage], encode,
                  max_new_tokens: int) -> list[list[int]]:
-        """Greedy continuation of each view by the model's own `generate`: the new token ids.
+        """Greedy continuation of each view by the model's own `generate`: the new token ids, up to
+        the end of the turn.
 
         images: with pixels. encode: features of images (support/features.py), for families whose
         `generate` takes embeddings.
@@ -187,25 +189,17 @@ class VLM(nn.Module):
                                     lambda: self.embed(batch, encode(images)))
         # with embeddings as the prompt, transformers returns the new tokens alone
         start = batch.ids.shape[1] if "input_ids" in prompt else 0
-        # greedy, whatever the checkpoint's own generation_config says (families.greedy)
-        return self.lm.generate(**prompt, max_new_tokens=max_new_tokens)[:, start:].tolist()
+        # greedy, whatever the checkpoint's own generation_config says (families.load_checkpoint)
+        rows = self.lm.generate(**prompt, max_new_tokens=max_new_tokens)[:, start:].tolist()
+        # a row that has ended is padded until the longest one has ended
+        end = self.family.end_id
+        return [ids[:ids.index(end) + 1] if end in ids else ids for ids in rows]
 
     def save_adapter(self, folder: Path) -> None:
         """LoRA in PEFT's layout, or all trained weights."""
         adapters.save_adapter(self.lm, lora_layers(self.lm), self.path, folder)
 
     def load_adapter(self, folder: Path, alpha: float = 1.0) -> None:
-        """Put a saved A and B beside the weights, or all trained weights in their place. They are
-        not added: a sum in bfloat16 would lose small changes.
-
-        alpha: the share of the change that is loaded, W0 + alpha (W - W0) (WiSE-FT, 2109.01903).
-        """
-        adapter, start = adapters.read_adapter(folder, self.lm, self.path), self.lm.state_dict()
-        self.lm.load_state_dict({name: torch.lerp(start[name], weight.to(start[name]), alpha)
-                                 for name, weight in adapter.weights.items()}, strict=False)
-        for name, (low, high) in adapter.pairs.items():
-            scale = alpha * adapter.scaling * len(low)
-            layer = LoRALinear(self.lm.get_submodule(name), len(low), scale)
-            layer.lora_A.data.copy_(low)
-            layer.lora_B.data.copy_(high)
-            replace_layer(self.lm, name, layer)
+        """Load what `save_adapter` wrote, or LoRA by PEFT. alpha: the share of the change,
+        W0 + alpha (W - W0) (WiSE-FT, 2109.01903)."""
+        adapters.load_adapter(self.lm, self.path, folder, alpha)

@@ -51,6 +51,7 @@ class Config:
     data: str = option("", "data folder (docs/data.md); empty: scenes drawn by world/")
     regime: str = option("single", "which tools the world's trajectories use (world/README.md)")
     answer_prefix: str = option("Answer:", "what the last text puts before the answer")
+    skip_bad: bool = option(False, "leave out faulty records, at most 1%; else one stops the run")
     out: str = option("", "run folder; empty: runs/METHOD-REGIME-seedSEED")
     seed: int = option(0, "first weights, order of the data, dropout")
     device: str = option("cuda" if torch.cuda.is_available() else "cpu", "any PyTorch device")
@@ -192,7 +193,8 @@ def dataset(method: Pearl, examples: Sequence[Example], split: str) -> Trajector
     # records and views are class methods, so that analysis/show.py needs no weights for them
     kind, config, vlm = type(method), method.config, method.vlm
     return Trajectories(kind.records(examples, config), split, partial(kind.views, config),
-                        Chat(vlm.family, vlm.max_positions), method.encode_images.kept)
+                        Chat(vlm.family, vlm.max_positions), method.encode_images.kept,
+                        config.skip_bad)
 
 
 def fit(config: Config, current: run.Run) -> tuple | None:
@@ -240,6 +242,7 @@ def fit(config: Config, current: run.Run) -> tuple | None:
         schedule.step()
         if current.validates(step):
             current.keep_best(method, step, validate(method, valid_set))
+        current.log_faults(train_set, valid_set)
         current.save(step)
     return (tests, before, current.seconds) if current.step == config.steps else None
 

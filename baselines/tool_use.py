@@ -57,10 +57,9 @@ def generate(evaluator, views: list, talks: list["Talk"]) -> list[str]:
     """The next turn of each talk."""
     family = evaluator.vlm.family
     images = [image for talk in talks for image in with_pixels(talk.images, family)]
-    end, texts = evaluator.chat.end_id, []
+    texts = []
     made = evaluator.vlm.generate(views, images, evaluator.encode_images, TURN_TOKENS)
     for talk, ids in zip(talks, made):
-        ids = ids[:ids.index(end) + 1] if end in ids else ids
         for cost, value in dict(tokens=len(ids), images=len(talk.images), passes=len(ids)).items():
             talk.result[cost] += value
         texts.append(evaluator.decode(ids))

@@ -12,6 +12,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 from support.files import new_folder, read_json, read_tensors, write_json, write_tensors, write_text
+from support.lora import LoRALinear, replace_layer
 
 # the files of a checkpoint but weights and texts
 COPIED = ("*.json", "*.jinja", "chat_templates/*", "*.txt", "*.model")
@@ -106,6 +107,19 @@ def read_adapter(folder: Path, lm: nn.Module, path: str) -> Adapter:
             raise ValueError(f"{file} has {found} for {name}, of r = {rank} in adapter_config.json "
                              f"and ({out}, {width}) in {path}: it is for another model")
     return Adapter(alpha / rank, {n: (pair["A"], pair["B"]) for n, pair in pairs.items()}, {})
+
+
+def load_adapter(lm: nn.Module, path: str, folder: Path, alpha: float) -> None:
+    """Put a saved A and B beside the weights, or all trained weights in their place. A and B are
+    not added: a sum in bfloat16 would lose small changes. alpha: the share of the change."""
+    adapter, start = read_adapter(folder, lm, path), lm.state_dict()
+    lm.load_state_dict({name: torch.lerp(start[name], weight.to(start[name]), alpha)
+                        for name, weight in adapter.weights.items()}, strict=False)
+    for name, (low, high) in adapter.pairs.items():
+        layer = LoRALinear(lm.get_submodule(name), len(low), alpha * adapter.scaling * len(low))
+        layer.lora_A.data.copy_(low)
+        layer.lora_B.data.copy_(high)
+        replace_layer(lm, name, layer)
 
 
 @torch.no_grad()

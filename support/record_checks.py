@@ -4,7 +4,6 @@ Every fault is one sentence that names the fix; support/records.py adds file and
 """
 
 import json
-import re
 
 from support.answers import contains, has_prefix, normalise, option_index, stated_answer
 from support.picture_splits import SPLITS

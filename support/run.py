@@ -55,6 +55,7 @@ class Run:
         self.writes = self.rank == 0
         self.answers = self.writes and not config.shard
         self.step, self.best, self.bad, self.seconds = 0, math.inf, 0, 0.0
+        self.faults: set[str] = set()
 
     def __enter__(self) -> "Run":
         if self.writes:
@@ -206,6 +207,15 @@ class Run:
             self.best = metrics["loss"]
             save_best(self.out, method, step, metrics)
         self.restart_clock(step)
+
+    def log_faults(self, *datasets) -> None:
+        """A line of the log for each record that was left out (--skip_bad) and has none yet."""
+        for dataset in datasets:
+            for fault in dataset.faults.values():
+                if self.writes and fault not in self.faults:
+                    self.faults.add(fault)
+                    log(self.out, "left out", dict(step=self.step, fault=fault))
+                    print(f"      left out: {fault}", flush=True)
 
     # ---- the state ----
 

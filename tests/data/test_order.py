@@ -140,3 +140,18 @@ def test_a_faulty_record_is_one_sentence(chat, tmp_path, workers):
             (2, OSError, "2.png not found")):
         with pytest.raises(kind, match=message):
             list(data.load(dataset, [[0, row]], 2, workers))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_faulty_record_can_be_left_out_but_no_more_than_one_in_a_hundred(chat, tmp_path,
+                                                                           workers):
+    folder = Folder(tmp_path, [(64, 64)] * 3 + [(2000, 4)] + [(64, 64)] * 96)
+    dataset = data.Trajectories(folder, "train", views, chat, skip=True)
+    # the next record takes its place
+    ((one, *others),), _ = data.load(dataset, [[3, 0], [1, 3]], 2, workers)
+    assert one.index == ("train", 4) and others[0].index == ("train", 0)
+    assert list(dataset.faults) == [3] and "example r3: image 0" in dataset.faults[3]
+    (tmp_path / "50.png").unlink()
+    with pytest.raises((ValueError, OSError), match="2 of 100 records are faulty, and --skip_bad "
+                                                    "leaves out 1%, the last one: .*50.png"):
+        list(data.load(dataset, [[50]], 2, workers))

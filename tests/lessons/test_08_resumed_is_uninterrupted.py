@@ -143,7 +143,7 @@ def test_validation_weighs_each_record_alike(vlm64):
 def test_the_default_run_is_the_one_of_the_readme():
     assert dataclasses.asdict(train.parse_config(["--device", "cpu"])) == dict(
         method="pearl", model=TINY, data="", regime="single", answer_prefix="Answer:",
-        out="runs/pearl-single-seed0", seed=0, device="cpu", dtype="float32",
+        skip_bad=False, out="runs/pearl-single-seed0", seed=0, device="cpu", dtype="float32",
         lambda_latent=5.0, pred_tokens=4, distance="cosine", horizon=1, steps=200, batch=32,
         accumulate=1, lr=1e-3, lora_rank=64, train_vision=False, gradient_checkpointing=False,
         shard=False, workers=-1, min_pixels=0, max_pixels=0, train_examples=1500, test_per_task=120,

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -80,6 +81,17 @@ def test_the_log_forgets_what_came_after_the_state(tmp_path):
     log.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st', encoding="utf-8")
     run.truncate_log(log, 2)
     assert log.read_text(encoding="utf-8") == '{"step": 1}\n{"step": 2}\n'
+
+
+def test_the_log_names_each_record_that_was_left_out_once(config):
+    dataset = SimpleNamespace(faults={3: "line 4: no image"})
+    with run.Run(config, resume=False) as current:
+        for step in (5, 6):
+            current.step = step
+            current.log_faults(dataset)
+    lines = (Path(config.out) / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line) for line in lines] == [dict(kind="left out", step=5,
+                                                         fault="line 4: no image")]
 
 
 def test_a_state_comes_back_as_it_was(tmp_path):
