@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import train
 from support import images, record_checks
 from support.images import opened
 from support.picture_splits import SPLITS
@@ -75,6 +76,25 @@ def test_lines_are_parsed_once_and_pictures_opened_when_they_are_used(tmp_path, 
     assert work() == (2, 0)
     assert [opened(picture).size for picture in example.images] == [(32, 32)] * 2
     assert work() == (0, 2) and [ex.id for ex in found] == [row["id"] for row in rows]
+
+
+def test_a_run_opens_only_the_pictures_of_its_first_step(tmp_path, work, monkeypatch):
+    steps = [{"text": "call"}, {"image": "b.png"}, {"text": "Answer: x"}]
+    splits = ["validation", "validation", "test", *["train"] * 1997]
+    folder_of(tmp_path, *numbered(*[dict(RECORD, trajectory=steps, split=s) for s in splits]))
+    counts = []
+
+    def first_step(method, batch):
+        counts.append(work())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train.Pearl, "forward", first_step)
+    with pytest.raises(KeyboardInterrupt):
+        train.train(train.parse_config(f"--data {tmp_path} --out {tmp_path}/run --device cpu "
+                                       "--workers 0 --batch 4 --test_per_task 1".split()))
+    # every line once; then the batch, one record of each split to try the tokenizer, one question
+    (parsed, opened), = counts
+    assert 2004 <= parsed <= 2015 and 8 <= opened <= 25, counts
 
 
 def test_one_row_is_read_alone(tmp_path, work):
