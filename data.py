@@ -61,15 +61,16 @@ def make_views(chat: Chat, example: Example, images: list[LoadedImage], pred_tok
         raise ValueError(f"example {example.id} has a trajectory without text: nothing to learn")
     chat.check_text(example)
     turns, keys = chat.turns(example), [image.key for image in images]
-    # Deviation: the paper embeds a view at its last token. Full and target view end at the token
-    # that ends the turn, as in the release: its state can summarise what was said.
+    # Deviation: the paper's h_R is the state of R's last token. Here it is that of the end-of-turn
+    # token, as in the release: it can summarise what was said. What the template writes behind it
+    # (a newline) is dropped.
     whole = chat.conversation(turns, images).without_layout()
     full = View(whole.ids, whole.labels, keys, len(whole.ids) - 1)
 
     # Deviation: the paper appends [PRED] to <I0, Q>. Here they stand behind the generation prompt,
     # where decoding would start; the release puts them inside the user's turn (--method release).
     prompt = chat.prompt(turns[:1], images[:1])
-    # [PRED] have no ids: model.py puts their rows at the positions of inject_at
+    # end_id is a placeholder: model.py puts a [PRED] embedding at each position of inject_at
     ids = prompt.ids + [chat.end_id] * pred_tokens
     input_view = View(ids, [-100] * len(ids), keys[:1], len(ids) - 1,
                       tuple(range(len(prompt.ids), len(ids))))
@@ -116,7 +117,7 @@ class Trajectories(Dataset):
         self.make_views, self.skip = views, skip
         self.faults: dict[int, str] = {}
         self.ready: dict[int, TrainingExample] = {}
-        # one record shows a tokenizer that we would read in another way than its own processor
+        # our token ids must be those of the model's own processor: one record is compared
         example = records[0]
         chat.check_ids(example, load_images(example, chat.family))
 
@@ -144,7 +145,7 @@ class Trajectories(Dataset):
 
     def passes(self, rows: list[int], batch: int, rank: int = 0,
                world_size: int = 1) -> list[list[TrainingExample]]:
-        """A step's forward passes of `batch` examples; of several processes, this one's share."""
+        """A step's micro-batches of `batch` examples; with several processes, this one's share."""
         examples = [self[row] for row in rows]
         # passes of views of similar length need little padding
         if len(rows) > batch:
@@ -207,9 +208,10 @@ class Batch:
     # True: a token, False: padding
     mask: torch.Tensor
     labels: torch.Tensor
-    # True: the input embedding comes from outside
+    # True: a [PRED] embedding takes this token's place
     inject_at: torch.Tensor
-    embed_at: torch.Tensor  # (B,)
+    # (B,) the position whose state is the view's embedding: h^_R or h_R
+    embed_at: torch.Tensor
     # keys in order of appearance, row after row
     images: list[str]
     # for two views in one pass (support/packing.py): how many first tokens both share, (B,), and

@@ -2,7 +2,7 @@
 
     python evaluate.py RUN                          # the table of a finished run
     python evaluate.py RUN --again --call_limit 3   # ask every question again, with tools too
-    python evaluate.py tiny-vlm                     # an untrained checkpoint, on the whole world
+    python evaluate.py tiny-vlm                     # a checkpoint that was not fine-tuned
     python evaluate.py RUN --image FILE --question TEXT --options A,B,C    # ask one question
 
 The ways to answer, each with a 95% interval (Wilson) per task:
@@ -48,7 +48,8 @@ class Evaluator:
         self.vlm, self.examples, self.prefix, self.batch = vlm, list(examples), prefix, batch
         self.chat, family = Chat(vlm.family, vlm.max_positions), vlm.family
         self.encode_images = ImageEncoder(family)
-        # how the data write an answer, such as "Answer: **x**."; without a trajectory, as most do
+        # the form of an answer in the data, such as "Answer: **x**."; an example without a
+        # trajectory gets the most common form
         common = answers.common_form(self.examples, prefix)
         self.questions = []
         for example in self.examples:
@@ -147,7 +148,7 @@ def load_model(path: str | Path, device: str, min_pixels: int = 0, max_pixels: i
 
 
 def method_of(config) -> type[Method]:
-    """The class of a rival or variant. Pearl and SFT change nothing here: their base class."""
+    """The class of a method. Pearl and SFT add nothing here, so their base class will do."""
     if config.method in ("pearl", "sft"):
         return Method
     return room("baselines", f"--method {config.method}").find(config.method)
@@ -168,7 +169,7 @@ def merge(*arguments: str) -> None:
 def report(out: Path, config, tests: Sequence[Example], before: list, seconds: float) -> None:
     """Load the best checkpoint as a user would, answer the test questions, print and keep them."""
     vlm, config, ways = load_model(out, config.device)
-    # the tool's answer is asked for in the way it was learned
+    # `tool` shows trajectories as training did
     tests = [method_of(config).shown(example, config) for example in tests]
     after = answer_questions(Evaluator(vlm, tests, config.answer_prefix), ways=ways)
     best = run.best_checkpoint(out)

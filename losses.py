@@ -65,10 +65,10 @@ def jepa_loss(prediction: Tensor, target: Tensor, name: str = "cosine") -> Tenso
     # Deviation: the paper's text has D = SmoothL1 (--distance smoothl1). The authors' release has
     # 1 - cos and says that the reported numbers were made with it, so the cosine is our default.
     #
-    # The stop-gradient does not fix h_R: the same weights compute both, so a step that changes h^_R
-    # changes h_R too, and no term keeps the h_R of two examples different. SimSiam, BYOL and I-JEPA
-    # use a separate predictor network. Pearl has none, and with the current model's h_R the targets
-    # collapse (README). The default h_R is the frozen starting model's: detach() then does nothing.
+    # By default h_R comes from the frozen starting model, and detach() does nothing. It is not
+    # enough with the current model's h_R (the paper): a step that changes h^_R changes h_R too, no
+    # term keeps the h_R of two examples apart, and they collapse (README). SimSiam, BYOL and I-JEPA
+    # have a predictor network between the two ends; Pearl has none.
     target = target.detach()
     return distance(prediction, target, name).mean()
 
@@ -97,7 +97,8 @@ def pearl_loss(vlm: Tensor, jepa: Tensor, nextlat: Tensor, lambda_latent: float)
 
 
 def reconstruction_loss(prediction: Tensor, target: Tensor, name: str = "mse") -> Tensor:
-    """The rival (LVR, Mirage): mean over latents of D(state before latent j, sg[embedding j]).
+    """Not Pearl: the loss of LVR and Mirage (baselines/reconstruction.py), the mean over latents of
+    D(state before latent j, sg[embedding j]).
 
     prediction, target (n, D), one row per latent; target: visual embeddings of the tool image.
     Gradient: flows to `prediction`, stops at `target`.
@@ -114,7 +115,8 @@ class Losses(NamedTuple):
     pair: tuple[Tensor, Tensor] | None = None
 
     @classmethod
-    def detached(cls, total: Tensor, pair: tuple | None, **terms: Tensor) -> "Losses":
+    def of(cls, total: Tensor, pair: tuple | None, **terms: Tensor) -> "Losses":
+        """total keeps its graph; terms and pair are detached."""
         parts = {name: value.detach() for name, value in dict(loss=total, **terms).items()}
         return cls(total, parts, tuple(x.detach() for x in pair) if pair else None)
 

@@ -33,22 +33,22 @@ class LatentPredictor(nn.Module):
         # the MLP learns the change alone
         return state + self.mlp(torch.cat(parts, dim=-1))
 
-    def forecasts(self, states: Tensor, embeddings: Tensor, targets: Tensor,
+    def forecasts(self, states: Tensor, embeddings: Tensor, allowed: Tensor,
                   horizon: int) -> list[tuple[Tensor, Tensor]]:
         """h^_{t+1} .. h^_{t+d} from every h_t; each step starts from the forecast before it.
 
-        states, embeddings (B, T, D); targets (B, T) is True where a state may be predicted.
-        Returns for i = 1..d the states (n, D) and the mask (B, T) of their positions t + i: with
-        targets 0 0 1 1 0, positions 2 and 3 (from h_1, h_2) for i = 1, and 3 (from h_1) for i = 2.
+        states, embeddings (B, T, D); allowed (B, T) is True where a state may be predicted.
+        Returns for i = 1..d the states (n, D) and the mask (B, T) of their positions t + i. With
+        allowed 0 0 1 1 0, i = 1 predicts h_2 (from h_1) and h_3 (from h_2), i = 2 h_3 (from h_1).
         Gradient: flows to states and through the steps; stops at the token embeddings.
         """
         # Eq. 2 must not change the token embeddings: here they are an input only
         embeddings = embeddings.detach()
         # the current states as rows, and the mask of their positions
-        rows, positions, steps = states.flatten(0, 1), torch.ones_like(targets), []
+        rows, positions, steps = states.flatten(0, 1), torch.ones_like(allowed), []
         for _ in range(horizon):
-            # one position to the right, if that position is a target
-            following = targets & F.pad(positions[:, :-1], (1, 0))  # (B, T)
+            # one position to the right, if that position is allowed
+            following = allowed & F.pad(positions[:, :-1], (1, 0))  # (B, T)
             # the rows that have such a next position
             continues = F.pad(following[:, 1:], (0, 1))[positions]  # (n)
             rows, positions = self(rows[continues], embeddings[following]), following
@@ -64,9 +64,9 @@ class Predictor(nn.Module):
 
     def __init__(self, dim: int, pred_tokens: int, start: Tensor, sees_next: bool = True):
         super().__init__()
-        # Parameters and not rows of the vocabulary: LoRA freezes the embedding matrix, and new rows
-        # in it would keep their first value (as in the release). They start at the token whose
-        # state they must predict, with noise; bfloat16 would lose their small updates.
+        # Own parameters: rows of the vocabulary would stay frozen under LoRA, as in the release.
+        # They start as the end-of-turn embedding, plus noise. They are float32, because bfloat16
+        # would lose small updates.
         start = start.detach().float()
         size = start.square().mean().sqrt()
         noise = 0.1 * size * torch.randn(pred_tokens, dim, device=start.device)

@@ -1,6 +1,6 @@
 """Train a VLM with Pearl, or with what it is compared with, on expert tool-use trajectories.
 
-    python train.py                         # Pearl on the shipped VLM: about a minute on two cores
+    python train.py                         # Pearl on tiny-vlm: about two minutes on two cores
     python train.py --method sft            # the same text without the latent terms
     python train.py --method release        # the authors' code; --method paper: the paper's text
     python train.py --model Qwen/Qwen2.5-VL-3B-Instruct --data DIR --dtype bfloat16 --lr 1e-5
@@ -63,8 +63,8 @@ class Config:
     horizon: int = option(1, "d of Eq. 2, in tokens")
     # the optimiser
     steps: int = option(200, "optimiser steps")
-    batch: int = option(32, "examples in one forward pass")
-    accumulate: int = option(1, "forward passes in one optimiser step")
+    batch: int = option(32, "examples in one micro-batch")
+    accumulate: int = option(1, "micro-batches in one optimiser step")
     lr: float = option(1e-3, "peak learning rate; linear warm-up, then cosine to zero")
     lora_rank: int = option(64, "alpha is twice the rank; 0: train all weights")
     train_vision: bool = option(False, "train the vision tower too; else images are encoded once")
@@ -115,18 +115,19 @@ class Pearl(Method):
         nextlat = self.nextlat(full, target)  # Eq. 2
         total = losses.pearl_loss(vlm, jepa, nextlat, self.config.lambda_latent)  # Eq. 4
         pair = prediction, target.embedding
-        return Losses.detached(total, pair, vlm=vlm, jepa=jepa, nextlat=nextlat)
+        return Losses.of(total, pair, vlm=vlm, jepa=jepa, nextlat=nextlat)
 
     def encode_views(self, batch: list[TrainingExample],
                      images: dict[str, EncodedImage]) -> tuple[Encoded, Tensor]:
         """1. the full view, 2. h^_R of the input view."""
         full, inputs = ([example.views[n] for example in batch] for n in range(2))
         pred_tokens, pad_id = self.predictor.pred_tokens, self.vlm.pad_id
-        if not self.vlm.family.packs:  # this is the definition
-            prediction = self.vlm(collate(inputs, pad_id), images, pred_tokens).embedding
-            return self.vlm(collate(full, pad_id), images), prediction
-        # the same numbers in one pass, where the model's attention allows it
-        return packing.encode_two_views(self.vlm, full, inputs, images, pred_tokens, collate)
+        # the same result with both views in one forward pass, where the model's attention allows it
+        if self.vlm.family.packs:
+            return packing.encode_two_views(self.vlm, full, inputs, images, pred_tokens, collate)
+        # one forward pass for each view
+        encoded = self.vlm(collate(full, pad_id), images)
+        return encoded, self.vlm(collate(inputs, pad_id), images, pred_tokens).embedding
 
     def encode_target(self, vlm: VLM, batch: list[TrainingExample],
                       images: dict[str, EncodedImage]) -> Encoded:
@@ -145,8 +146,8 @@ class Pearl(Method):
             with self.vlm.starting_model() as start:
                 # a trained vision tower has changed the features, so encode with the first one
                 if self.config.train_vision:
-                    tool_images = [image for example in not_stored for image in example.images]
-                    images = ImageEncoder(start.family, frozen=False)(tool_images)
+                    their_images = [image for example in not_stored for image in example.images]
+                    images = ImageEncoder(start.family, frozen=False)(their_images)
                 h_R = self.encode_target(start, not_stored, images).embedding
                 computed = {example.index: h for example, h in zip(not_stored, h_R)}
         h_R = self.targets.look_up([example.index for example in batch], computed)  # (B, D)
@@ -156,8 +157,8 @@ class Pearl(Method):
         return losses.jepa_loss(prediction, target, self.config.distance)
 
     def nextlat(self, full: Encoded, target: Encoded) -> Tensor:
-        # Deviation: the paper runs Eq. 2 along R read alone; the release, as we do, along the
-        # supervised positions of the full view (--method paper)
+        # Deviation: the paper (--method paper) runs Eq. 2 along R read alone; we, like the release,
+        # along the supervised positions of the full view
         supervised = full.batch.labels != -100
         forecasts = self.predictor.latent.forecasts(full.states, full.inputs, supervised,
                                                     self.config.horizon)
@@ -179,7 +180,7 @@ class SFT(Pearl):
         images = self.encode_images([image for example in batch for image in example.images])
         full = self.vlm(collate([example.views.full for example in batch], self.vlm.pad_id), images)
         vlm = losses.vlm_loss(full.states, full.batch.labels, self.vlm.lm.lm_head)
-        return Losses.detached(vlm, None, vlm=vlm)
+        return Losses.of(vlm, None, vlm=vlm)
 
 
 def find_method(name: str) -> type[Pearl]:
@@ -197,15 +198,15 @@ def dataset(method: Pearl, examples: Sequence[Example], split: str) -> Trajector
                         config.skip_bad)
 
 
-def fit(config: Config, current: run.Run) -> tuple | None:
-    """The training loop. current: folder, state and signals of the run (support/run.py). Returns
+def fit(config: Config, this_run: run.Run) -> tuple | None:
+    """The training loop. this_run: folder, state and signals of the run (support/run.py). Returns
     (test examples, answers before, seconds), or None if a signal ended it."""
     torch.manual_seed(config.seed)
     vlm = VLM(config.model, getattr(torch, config.dtype), config.min_pixels, config.max_pixels)
     train_examples, valid_examples, tests = splits.load_splits(config)
     # a question that cannot be asked stops the run here, before training
     evaluator = evaluate.Evaluator(vlm, tests, config.answer_prefix)
-    method = find_method(config.method)(vlm, config, current.world_size)
+    method = find_method(config.method)(vlm, config, this_run.world_size)
     train_set = dataset(method, train_examples, "train")
     valid_set = dataset(method, valid_examples, "validation")
     method.prepare([train_set, valid_set])
@@ -214,37 +215,38 @@ def fit(config: Config, current: run.Run) -> tuple | None:
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=method.weight_decay)
     schedule = get_cosine_schedule_with_warmup(
         optimizer, math.ceil(method.warmup * config.steps), config.steps)
-    module = current.start(method, optimizer, schedule, (train_examples, valid_examples, tests))
-    before = current.once("before.json", lambda: evaluate.answer_questions(evaluator))
+    # the method, or DistributedDataParallel around it
+    module = this_run.start(method, optimizer, schedule, (train_examples, valid_examples, tests))
+    before = this_run.once("before.json", lambda: evaluate.answer_questions(evaluator))
     method.train()
-    rows = StepRows(len(train_set), config.batch * config.accumulate, config.seed, current.step)
-    ready = load(train_set, rows, config.batch, run.workers(config), current.rank,
-                 current.world_size)
+    rows = StepRows(len(train_set), config.batch * config.accumulate, config.seed, this_run.step)
+    ready = load(train_set, rows, config.batch, run.workers(config), this_run.rank,
+                 this_run.world_size)
     # the loop ends at config.steps, or after the step in which a signal came
-    for step, passes in current.steps(ready):
+    for step, passes in this_run.steps(ready):
         optimizer.zero_grad(set_to_none=True)
         results = []
         for batch in passes:
             # several processes exchange their gradients once a step, after the last pass
-            with current.exchange(module, last=batch is passes[-1]):
+            with this_run.exchange(module, last=batch is passes[-1]):
                 with run.autocast(config):
                     result = module(batch)
-                # every example weighs the same; DDP takes the mean over processes
-                (result.total * (current.world_size / config.accumulate)).backward()
+                # every micro-batch weighs the same; DDP takes the mean over processes
+                (result.total * (this_run.world_size / config.accumulate)).backward()
             results.append(result._replace(total=None))  # frees the graph
         norm = torch.nn.utils.clip_grad_norm_(parameters, method.clip)
         # one bad batch must not ruin the weights
-        if current.is_finite(norm, step):
+        if this_run.is_finite(norm, step):
             optimizer.step()
             method.after_step(step)
-        if current.logs(step):
-            current.log_step(step, losses.average(results), norm, schedule.get_last_lr()[0])
+        if this_run.logs(step):
+            this_run.log_step(step, losses.average(results), norm, schedule.get_last_lr()[0])
         schedule.step()
-        if current.validates(step):
-            current.keep_best(method, step, validate(method, valid_set))
-        current.log_faults(train_set, valid_set)
-        current.save(step)
-    return (tests, before, current.seconds) if current.step == config.steps else None
+        if this_run.validates(step):
+            this_run.keep_best(method, step, validate(method, valid_set))
+        this_run.log_faults(train_set, valid_set)
+        this_run.save(step)
+    return (tests, before, this_run.seconds) if this_run.step == config.steps else None
 
 
 @torch.no_grad()
@@ -265,12 +267,12 @@ def validate(method: Pearl, dataset: Trajectories) -> dict[str, float]:
 
 def train(config: Config, resume: bool = False) -> Path:
     """The whole run. resume: continue from the last state in config.out, to the same end."""
-    with run.Run(config, resume) as current:
+    with run.Run(config, resume) as this_run:
         # a function of its own: its model is gone when the checkpoint is loaded for the report
-        trained = fit(current.config, current)
-        if trained and current.answers:
-            evaluate.report(current.out, current.config, *trained)
-    return current.out
+        trained = fit(this_run.config, this_run)
+        if trained and this_run.answers:
+            evaluate.report(this_run.out, this_run.config, *trained)
+    return this_run.out
 
 
 def config_class(method: str) -> type[Config]:

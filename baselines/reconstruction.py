@@ -88,7 +88,7 @@ class Recon(Pearl):
             recon = losses.reconstruction_loss(self.predictor.predicted(full.states[before]),
                                                self.predictor.target(latents))
         total = vlm + self.config.lambda_latent * recon
-        return losses.Losses.detached(total, None, vlm=vlm, recon=recon)
+        return losses.Losses.of(total, None, vlm=vlm, recon=recon)
 
     @classmethod
     def ways(cls, config, vlm: VLM, checkpoint: Path) -> dict[str, Callable]:

@@ -230,4 +230,4 @@ class ReleasePasses(Release):
         decoded = losses.at_least_float32(F.linear(ahead, self.vlm.lm.lm_head.weight.detach()))
         token_term = F.cross_entropy(decoded.flatten(0, 1), wanted.flatten())
         total = losses.pearl_loss(vlm, jepa, state_term + token_term, self.config.lambda_latent)
-        return losses.Losses.detached(total, None)
+        return losses.Losses.of(total, None)

@@ -65,7 +65,7 @@ class SelfDistill(SFT):
             teacher = start(full_batch, images) if start else teacher
             teacher_logits = (start or self.vlm).lm.lm_head(before_end(teacher, counts))  # (n, V)
         kl = kl_divergence(teacher_logits, head(before_end(student, counts)))
-        return Losses.detached(vlm + self.config.lambda_latent * kl, None, vlm=vlm, kl=kl)
+        return Losses.of(vlm + self.config.lambda_latent * kl, None, vlm=vlm, kl=kl)
 
 
 def common_end(full: View, answer: View) -> int:

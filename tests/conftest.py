@@ -76,9 +76,9 @@ def embeddings(method, batch, view, rows=None):
 
 def terms_of(method, batch):
     """The terms of a step with their graphs, by name."""
-    terms, real = {}, losses.Losses.detached
+    terms, real = {}, losses.Losses.of
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(losses.Losses, "detached", lambda total, pair, **parts: terms.update(
+        patch.setattr(losses.Losses, "of", lambda total, pair, **parts: terms.update(
             parts, loss=total) or real(total, pair, **parts))
         method(batch)
     return terms

@@ -114,6 +114,6 @@ def test_eq4_weighs_both_latent_terms():
     total.backward()
     assert total.item() == pytest.approx(2 + 0.2 * (3 + 5))
     assert [x.grad.item() for x in (vlm, jepa, nextlat)] == pytest.approx([1, 0.2, 0.2])
-    result = losses.Losses.detached(total, (vlm, jepa), nextlat=nextlat)
+    result = losses.Losses.of(total, (vlm, jepa), nextlat=nextlat)
     assert result.total is total and dict(result.parts) == dict(loss=total, nextlat=nextlat)
     assert not any(x.requires_grad for x in (*result.parts.values(), *result.pair))

@@ -68,7 +68,7 @@ def test_gauges_of_collapses():
 def test_passes_are_averaged_by_their_sizes():
     """Of losses the mean; a gauge compares each prediction with the targets of all passes."""
     rows = torch.randn(2, 5, 4)
-    results = [losses.Losses.detached(torch.tensor(loss), tuple(rows[:, span]),
+    results = [losses.Losses.of(torch.tensor(loss), tuple(rows[:, span]),
                                       vlm=torch.tensor(vlm))
                for loss, vlm, span in ((1.0, 10.0, slice(4)), (2.0, 40.0, slice(4, 5)))]
     gauges = losses.collapse_gauges(*rows)
