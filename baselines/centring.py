@@ -55,8 +55,8 @@ class Centred(Pearl):
         for part in tqdm(rows.split(size), desc="neighbours", disable=None, leave=False):
             batch = [ex for ex in train_set.passes(part.tolist(), size)[0] if not ex.bare]
             if batch:
-                images = self.encode_images([image for ex in batch for image in ex.images])
                 with self.vlm.starting_model() as start:
+                    images = self.encode_images([image for ex in batch for image in ex.images])
                     keys.append(self.key(start, batch, images))
                     targets.append(super().encode_target(start, batch, images).embedding)
         keys = torch.cat(keys)
@@ -75,7 +75,9 @@ class Centred(Pearl):
         encoded = super().encode_target(vlm, batch, images)
         keys = F.normalize(self.key(vlm, batch, images) - self.mean_key, dim=1)  # (B, D)
         count = min(self.config.neighbours or len(self.keys), len(self.keys))
-        nearest = (keys @ self.keys.T).topk(count).indices  # (B, k)
+        # bfloat16 would not tell cosines as close as these apart
+        with torch.autocast(keys.device.type, enabled=False):
+            nearest = (keys @ self.keys.T).topk(count).indices  # (B, k)
         mean = torch.stack([self.sampled[row].mean(dim=0) for row in nearest])  # (B, D)
         return encoded._replace(embedding=encoded.embedding - mean.to(encoded.embedding.dtype))
 

@@ -5,7 +5,6 @@ Sources: TRL's SDFTTrainer, S2VOPD (2608.14144); there the student writes the an
 reads the expert's. Letters: D hidden size, V vocabulary, n tokens of a batch's answers.
 """
 
-from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Literal
@@ -19,7 +18,7 @@ from data import TrainingExample, Views, collate, make_views
 from losses import Losses, at_least_float32
 from model import Encoded
 from support.chat import Chat, View
-from support.features import LoadedImage
+from support.features import ImageEncoder, LoadedImage
 from support.options import option
 from support.records import Example
 from train import SFT, Config
@@ -52,19 +51,23 @@ class SelfDistill(SFT):
         return super().views(config, chat, example, images)._replace(input=bare.full)
 
     def forward(self, batch: list[TrainingExample]) -> Losses:
-        images = self.encode_images([image for example in batch for image in example.images])
+        pictures = [image for example in batch for image in example.images]
+        images = self.encode_images(pictures)
         full, answer = ([example.views[n] for example in batch] for n in range(2))
         full_batch, head = collate(full, self.vlm.pad_id), self.vlm.lm.lm_head
-        teacher = self.vlm(full_batch, images)
-        vlm = losses.vlm_loss(teacher.states, teacher.batch.labels, head)
+        encoded = self.vlm(full_batch, images)
+        vlm = losses.vlm_loss(encoded.states, encoded.batch.labels, head)
         student = self.vlm(collate(answer, self.vlm.pad_id), images)
         counts = [common_end(one, other) for one, other in zip(full, answer)]
-        # the starting model has another head only where all weights train
-        other = self.vlm.starting_model() if self.config.teacher == "start" else nullcontext(None)
-        with torch.no_grad(), other as start:
-            teacher = start(full_batch, images) if start else teacher
-            teacher_logits = (start or self.vlm).lm.lm_head(before_end(teacher, counts))  # (n, V)
-        kl = kl_divergence(teacher_logits, head(before_end(student, counts)))
+        teacher = head(before_end(encoded, counts))  # (n, V)
+        if self.config.teacher == "start":
+            with torch.no_grad(), self.vlm.starting_model() as start:
+                # a trained vision tower has changed the features, so encode with the first one
+                if self.config.train_vision:
+                    images = ImageEncoder(start.family, frozen=False)(pictures)
+                # where all weights train, the starting model has a head of its own
+                teacher = start.lm.lm_head(before_end(start(full_batch, images), counts))
+        kl = kl_divergence(teacher, head(before_end(student, counts)))
         return Losses.detached(vlm + self.config.lambda_latent * kl, None, vlm=vlm, kl=kl)
 
 

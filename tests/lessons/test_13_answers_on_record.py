@@ -80,8 +80,8 @@ def test_the_questions_of_a_checkpoint(monkeypatch):
     options, seen = evaluate.Options(device="cpu"), []
     assert vars(options) == dict(
         image="", question="", options="", tool=False, again=False, data="", outside_images=False,
-        answer_prefix="", split="test", per_task=200, free_tokens=0, call_limit=0, min_pixels=0,
-        max_pixels=0, json="", device="cpu")
+        answer_prefix="", alpha=1.0, split="test", per_task=200, free_tokens=0, call_limit=0,
+        min_pixels=0, max_pixels=0, json="", device="cpu")
     monkeypatch.setattr(evaluate, "test_questions", lambda config, *rest: seen.append(
         (vars(config).copy(), *rest)) or QUESTIONS[:1])
     for more in (dict(), dict(data="DIR", outside_images=True, per_task=7, split="validation")):

@@ -69,12 +69,19 @@ def test_controls_put_something_else_in_the_place_of_h_R(loaded64):
                                    atol=1e-7)
 
 
-def test_ablations_leave_one_term_out_and_dropout_is_loras(loaded64):
-    pearl, batch = build(copy.deepcopy(loaded64), "pearl", RECORDS[:2])
-    whole = pearl(batch).parts
-    for name in ("jepa", "nextlat"):
-        other = build(copy.deepcopy(loaded64), f"no_{name}", RECORDS[:2])[0](batch).parts
-        torch.testing.assert_close(other["loss"], whole["loss"] - 5 * whole[name])
+def test_ablations_weigh_one_term_and_dropout_is_loras(loaded64):
+    def parts(name, **options):
+        method, batch = build(copy.deepcopy(loaded64), name, RECORDS[:2], **options)
+        return method.eval()(batch).parts, method.config.lambda_latent
+
+    for base, terms in (("pearl", ("jepa", "nextlat")), ("release", ("nextlat",))):
+        whole, weight = parts(base)
+        for name in terms:
+            other, _ = parts(f"{base}+no_{name}")
+            torch.testing.assert_close(other["loss"], whole["loss"] - weight * whole[name])
+        other, _ = parts(f"{base}+nextlat_factor", nextlat_factor=3.0)
+        torch.testing.assert_close(other["nextlat"], 3 * whole["nextlat"])
+        torch.testing.assert_close(other["loss"], whole["loss"] + 2 * weight * whole["nextlat"])
     dropout, _ = build(copy.deepcopy(loaded64), "dropout", RECORDS[:1], lora_dropout=0.3)
     assert {m.p for m in dropout.modules() if isinstance(m, torch.nn.Dropout)} == {0.3}
 
