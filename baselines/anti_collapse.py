@@ -21,10 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import losses
-from baselines.variants import Current
-from data import TrainingExample
+from baselines.variants import Current, Examples, Images
 from model import Encoded
-from support.features import EncodedImage
 from support.options import option
 from train import Pearl
 
@@ -55,8 +53,7 @@ class MLPHead(Pearl):
         nn.init.zeros_(head[-1].bias)
         return head
 
-    def encode_views(self, batch: list[TrainingExample],
-                     images: dict[str, EncodedImage]) -> tuple[Encoded, Tensor]:
+    def encode_views(self, batch: Examples, images: Images) -> tuple[Encoded, Tensor]:
         full, prediction = super().encode_views(batch, images)
         return full, prediction + self.head(prediction)
 
@@ -85,17 +82,14 @@ class Bias(nn.Module):
 # ---- contrast -----------------------------------------------------------------------------------
 
 
-@dataclass
-class InfoNCEOptions:
-    infonce_masked: bool = option(True, "no negatives with the same task and answer")
-
-
 class InfoNCE(Pearl):
     """Eq. 1 with InfoNCE as D: one's own target against the others of the pass."""
 
-    Options = InfoNCEOptions
+    @dataclass
+    class Options:
+        infonce_masked: bool = option(True, "no negatives with the same task and answer")
 
-    def jepa(self, prediction: Tensor, target: Tensor, batch: list[TrainingExample]) -> Tensor:
+    def jepa(self, prediction: Tensor, target: Tensor, batch: Examples) -> Tensor:
         if self.config.batch < 2:
             raise ValueError("--method infonce needs --batch 2 or more: the other rows of a pass "
                              "are its negatives")
@@ -124,19 +118,16 @@ def infonce(prediction: Tensor, target: Tensor, groups: list) -> Tensor:
 # ---- terms that keep targets apart ---------------------------------------------------------------
 
 
-@dataclass
-class VICRegOptions:
-    vicreg: float = option(1.0, "weight of VICReg's terms beside L_JEPA")
-    vicreg_terms: Literal["both", "std"] = option("both", "variance and covariance, or variance")
-
-
 class VICReg(Current):
     """VICReg's variance and covariance terms on h_R, beside L_JEPA and inside its lambda."""
 
-    Options = VICRegOptions
+    @dataclass
+    class Options:
+        vicreg: float = option(1.0, "weight of VICReg's terms beside L_JEPA")
+        vicreg_terms: Literal["both", "std"] = option("both", "variance and covariance; variance")
     target_needs_grad = True
 
-    def jepa(self, prediction: Tensor, target: Tensor, batch: list[TrainingExample]) -> Tensor:
+    def jepa(self, prediction: Tensor, target: Tensor, batch: Examples) -> Tensor:
         # Eq. 1 stops the gradient at the target; this term sends one through it
         term = vicreg(target, self.config.vicreg_terms) if len(target) > 1 else target.new_zeros(())
         return super().jepa(prediction, target, batch) + self.config.vicreg * term
@@ -162,11 +153,6 @@ def vicreg(h: Tensor, terms: str = "both") -> Tensor:
     return v if terms == "std" else v + c / 25
 
 
-@dataclass
-class SIGRegOptions:
-    sigreg: float = option(0.05, "weight of SIGReg beside L_JEPA")
-
-
 class SIGReg(Current):
     """SIGReg on a small projection of h_R, beside L_JEPA and inside its lambda.
 
@@ -178,7 +164,9 @@ class SIGReg(Current):
     the final norm fixes h_R's scale; it can also spread what h_R hardly tells apart.
     """
 
-    Options = SIGRegOptions
+    @dataclass
+    class Options:
+        sigreg: float = option(0.05, "weight of SIGReg beside L_JEPA")
     target_needs_grad = True
 
     def build_modules(self) -> None:
@@ -192,7 +180,7 @@ class SIGReg(Current):
         super().after_step(step)
         self.step.fill_(step)
 
-    def jepa(self, prediction: Tensor, target: Tensor, batch: list[TrainingExample]) -> Tensor:
+    def jepa(self, prediction: Tensor, target: Tensor, batch: Examples) -> Tensor:
         jepa = super().jepa(prediction, target, batch)
         if len(target) < 2:
             return jepa

@@ -26,44 +26,38 @@ from support.records import Example
 from train import Config
 
 
-@dataclass
-class PaperOptions:
-    lambda_latent: float = option(0.2, "lambda of Eq. 4")
-    distance: Literal["cosine", "smoothl1", "mse", "l2"] = option("smoothl1", "D of Eq. 1")
-
-
 class Paper(NextLatOnR):
     """The paper's text. Its SmoothL1 did not make the reported numbers; the cosine did."""
 
-    Options = PaperOptions
+    @dataclass
+    class Options:
+        lambda_latent: float = option(0.2, "lambda of Eq. 4")
+        distance: Literal["cosine", "smoothl1", "mse", "l2"] = option("smoothl1", "D of Eq. 1")
     sees_next = False
-
-
-@dataclass
-class ReleaseOptions:
-    lambda_latent: float = option(0.2, "lambda of Eq. 4")
-    lr: float = option(1e-5, "peak learning rate, for billions of parameters")
-    train_vision: bool = option(True, "LoRA on the vision tower too")
-    lora_dropout: float = option(0.1, "dropout of what enters the low-rank product")
-    warmup: float = option(0.05, "share of the steps with a rising rate (PixelReasoner: 0.3)")
-    weight_decay: float = option(0.1, "of AdamW")
-    # its single rules, so that a study can leave one out
-    target_image: bool = option(True, "the target view has I0 too, in a turn without Q")
-    pred_in_user_turn: bool = option(True, "[PRED] as the last words of the user's turn")
-    supervise_layout: bool = option(True, "the line break behind a turn is learned too")
-    supervise_turns: Literal["all", "last"] = option("all", "last: the answer's alone (LVR data)")
-    nextlat_mean: Literal["tokens", "examples"] = option(
-        "examples", "of Eq. 2: over all t, or over an example's t and then over the batch")
-    nextlat_token: Literal["none", "fed", "next"] = option(
-        "fed", "decode h^_{t+1} too: to the token that it was given (t+1), or to the next one")
-    predictor_weights: Literal["trained", "lora"] = option(
-        "lora", "the latent predictor stays at random but for LoRA, the [PRED] rows as they start")
 
 
 class Release(Current):
     """The authors' code. Deviation from it: docs/differences.md, last section."""
 
-    Options = ReleaseOptions
+    @dataclass
+    class Options:
+        lambda_latent: float = option(0.2, "lambda of Eq. 4")
+        lr: float = option(1e-5, "peak learning rate, for billions of parameters")
+        train_vision: bool = option(True, "LoRA on the vision tower too")
+        lora_dropout: float = option(0.1, "dropout of what enters the low-rank product")
+        warmup: float = option(0.05, "share of the steps with a rising rate (PixelReasoner: 0.3)")
+        weight_decay: float = option(0.1, "of AdamW")
+        # its single rules, so that a study can leave one out
+        target_image: bool = option(True, "the target view has I0 too, in a turn without Q")
+        pred_in_user_turn: bool = option(True, "[PRED] as the last words of the user's turn")
+        supervise_layout: bool = option(True, "the line break behind a turn is learned too")
+        supervise_turns: Literal["all", "last"] = option("all", "last: the answer's (LVR data)")
+        nextlat_mean: Literal["tokens", "examples"] = option(
+            "examples", "of Eq. 2: over all t, or over an example's t and then over the batch")
+        nextlat_token: Literal["none", "fed", "next"] = option(
+            "fed", "decode h^_{t+1} too: to the token that it was given (t+1), or to the next one")
+        predictor_weights: Literal["trained", "lora"] = option(
+            "lora", "the latent predictor is random but for LoRA, the [PRED] rows as they start")
     warmup = property(lambda self: self.config.warmup)
     weight_decay = property(lambda self: self.config.weight_decay)
     lora_dropout = property(lambda self: self.config.lora_dropout)

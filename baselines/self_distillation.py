@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import losses
-from data import TrainingExample, Views, collate, make_views
+from baselines.variants import Examples
+from data import Views, collate, make_views
 from losses import Losses, at_least_float32
 from model import Encoded
 from support.chat import Chat, View
@@ -24,11 +25,6 @@ from support.records import Example
 from train import SFT, Config
 
 
-@dataclass
-class SelfDistillOptions:
-    teacher: Literal["current", "start"] = option("current", "the model of now, or before training")
-
-
 class SelfDistill(SFT):
     """L = L_VLM + lambda * mean over the answer's tokens of KL(teacher || student).
 
@@ -36,7 +32,9 @@ class SelfDistill(SFT):
     Gradient: flows to the student, stops at the teacher.
     """
 
-    Options = SelfDistillOptions
+    @dataclass
+    class Options:
+        teacher: Literal["current", "start"] = option("current", "model now, or before training")
 
     def build_modules(self) -> None:
         super().build_modules()
@@ -50,7 +48,7 @@ class SelfDistill(SFT):
         bare = make_views(chat, example.answer_only(config.answer_prefix), images[:1], 0)
         return super().views(config, chat, example, images)._replace(input=bare.full)
 
-    def forward(self, batch: list[TrainingExample]) -> Losses:
+    def forward(self, batch: Examples) -> Losses:
         pictures = [image for example in batch for image in example.images]
         images = self.encode_images(pictures)
         full, answer = ([example.views[n] for example in batch] for n in range(2))
