@@ -43,40 +43,31 @@ class MLPHead(Pearl):
 
     def build_modules(self) -> None:
         super().build_modules()
-        self.head = self.make_head(self.vlm.dim)
-
-    @staticmethod
-    def make_head(dim: int) -> nn.Module:
-        head = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, dim), nn.GELU(),
-                             nn.Linear(dim, dim))
-        nn.init.zeros_(head[-1].weight)
-        nn.init.zeros_(head[-1].bias)
-        return head
+        dim = self.vlm.dim
+        self.head = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, dim), nn.GELU(),
+                                  nn.Linear(dim, dim))
+        nn.init.zeros_(self.head[-1].weight)
+        nn.init.zeros_(self.head[-1].bias)
 
     def encode_views(self, batch: Examples, images: Images) -> tuple[Encoded, Tensor]:
         full, prediction = super().encode_views(batch, images)
         return full, prediction + self.head(prediction)
 
 
-class BiasHead(MLPHead):
+class BiasHead(Pearl):
     """h^_R + b, with b (D) from zero: the least that can remove a direction common to all.
 
     Source: "How Does SimSiam Avoid Collapse" (ICLR 2022): SimSiam's predictor has to remove the
     vector that all embeddings share.
     """
 
-    @staticmethod
-    def make_head(dim: int) -> nn.Module:
-        return Bias(dim)
+    def build_modules(self) -> None:
+        super().build_modules()
+        self.bias = nn.Parameter(torch.zeros(self.vlm.dim))
 
-
-class Bias(nn.Module):
-    def __init__(self, dim: int):
-        super().__init__()
-        self.bias = nn.Parameter(torch.zeros(dim))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.bias.to(x.dtype)
+    def encode_views(self, batch: Examples, images: Images) -> tuple[Encoded, Tensor]:
+        full, prediction = super().encode_views(batch, images)
+        return full, prediction + self.bias.to(prediction.dtype)
 
 
 # ---- contrast -----------------------------------------------------------------------------------
@@ -108,11 +99,10 @@ def infonce(prediction: Tensor, target: Tensor, groups: list) -> Tensor:
     """
     scores = F.normalize(prediction, dim=-1) @ F.normalize(target, dim=-1).T  # (B, B)
     scores = losses.at_least_float32(scores) / TEMPERATURE
-    masked = [[i != j and one == other for j, other in enumerate(groups)]
-              for i, one in enumerate(groups)]
-    scores = scores.masked_fill(torch.tensor(masked, device=scores.device), float("-inf"))
-    own = torch.arange(len(scores), device=scores.device)
-    return F.cross_entropy(scores, own, reduction="none")
+    same = torch.tensor([[one == other for other in groups] for one in groups])
+    rows = torch.arange(len(scores), device=scores.device)
+    scores = scores.masked_fill(same.fill_diagonal_(False).to(scores.device), float("-inf"))
+    return F.cross_entropy(scores, rows, reduction="none")
 
 
 # ---- terms that keep targets apart ---------------------------------------------------------------

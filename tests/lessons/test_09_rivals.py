@@ -7,6 +7,7 @@ import pytest
 import torch
 from plain import affine, cosine, eq1, gelu, rand, same
 
+import train
 from baselines import anti_collapse
 
 from conftest import assert_close, build, embeddings, gradients, terms_of
@@ -72,7 +73,7 @@ def naive_sigreg(method, h):
 # L_JEPA of each rival from the method, h^_R and h_R: what stops the gradient, and what does not
 STEPS = {
     "current": lambda m, p, h: eq1(p, h.detach()),
-    "bias_head+current": lambda m, p, h: eq1(p + m.head.bias, h.detach()),
+    "bias_head+current": lambda m, p, h: eq1(p + m.bias, h.detach()),
     "mlp_head+current": lambda m, p, h: eq1(p + naive_head(m.head, p), h.detach()),
     # all three records have another answer
     "infonce+current": lambda m, p, h: naive_infonce(p, h.detach(), range(3)),
@@ -106,8 +107,9 @@ def test_infonce_groups_by_task_and_answer_or_by_row(vlm64, mixed):
 
 def test_where_a_rival_has_nothing_to_do(vlm64, mixed):
     # heads start at Pearl's own prediction
-    for make in (anti_collapse.MLPHead.make_head, anti_collapse.BiasHead.make_head):
-        assert not make(8)(torch.randn(3, 8)).any()
+    method = train.find_method("mlp_head+bias_head")(
+        vlm64, train.config_class("pearl")(device="cpu", lora_rank=0))
+    assert not method.bias.any() and not method.head(torch.randn(3, 128)).any()
     # one row alone has no spread
     h = torch.randn(1, 128, dtype=torch.float64)
     for name in ("vicreg", "sigreg"):
