@@ -9,20 +9,14 @@ from plain import cosine, eq1, run, target_state, tokens, turns_of
 
 import evaluate
 import train
-from data import collate
 from model import VLM
 from support.lora import lora_layers
 from world import loader
 
-from conftest import TINY, assert_close, build, embeddings, gradients, images_of, moved, terms_of
+from conftest import (TINY, assert_close, assert_same, build, embed, embeddings, images_of, moved,
+                      terms_of)
 
 RECORDS = loader.examples("multi", "train", 6)
-
-
-def assert_term(method, batch, name, naive):
-    term = terms_of(method, batch)[name]
-    torch.testing.assert_close(term, naive, rtol=1e-5, atol=1e-7)
-    assert_close(gradients(term, method), gradients(naive, method), digits=4)
 
 
 # ---- centring -----------------------------------------------------------------------------------
@@ -30,7 +24,7 @@ def assert_term(method, batch, name, naive):
 
 def naive_centred(start, rows, records, images, sample, count):
     """Of each record h_R minus the mean h_R of the `count` sampled questions most like it."""
-    questions = [start(collate([view], 0), images, rows).embedding[0] for _, view in records]
+    questions = [embed(start, view, images, rows).embedding[0] for _, view in records]
     states = [target_state(start, record) for record, _ in records]
     mean = sum(questions[n] for n in sample) / len(sample)
     targets = []
@@ -60,7 +54,7 @@ def test_a_centred_target_is_particular_to_its_trajectory(vlm64, loaded64, name,
         targets = naive_centred(loaded64, rows, records, images_of(*start), drawn,
                                 min(neighbours or 9, len(drawn)))
     prediction = embeddings(method, batch, 1, method.predictor.pred_tokens)[:len(RECORDS)]
-    assert_term(method, batch, "jepa", eq1(prediction, targets))
+    assert_same(terms_of(method, batch)["jepa"], eq1(prediction, targets), method)
 
 
 @pytest.mark.parametrize("other", ["current", "ema", "vicreg", "paper"])
@@ -79,7 +73,7 @@ def test_the_running_mean_follows_the_targets_while_training(vlm64):
         subtracted = mean if mean.any() else h_R.mean(dim=0)
         prediction = embeddings(method, batch, 1, method.predictor.pred_tokens)
         kept = method.mean.clone()
-        assert_term(method, batch, "jepa", eq1(prediction, h_R - subtracted))
+        assert_same(terms_of(method, batch)["jepa"], eq1(prediction, h_R - subtracted), method)
         mean = (1 - share) * mean + share * h_R.mean(dim=0)
         torch.testing.assert_close(method.mean, mean, rtol=1e-5, atol=1e-6)
         assert training or torch.equal(method.mean, kept)
@@ -116,10 +110,8 @@ def naive_kl(student, teacher, records):
 def test_the_student_learns_the_teachers_distributions(vlm64, loaded64, options):
     method, batch = build(vlm64, "self_distill", RECORDS[:3], **options)
     moved(method)
-    teacher = loaded64 if options else vlm64
-    naive = naive_kl(vlm64, teacher, RECORDS[:3])
-    assert_term(method, batch, "kl", naive)
-    terms = terms_of(method, batch)
+    terms, teacher = terms_of(method, batch), loaded64 if options else vlm64
+    assert_same(terms["kl"], naive_kl(vlm64, teacher, RECORDS[:3]), method)
     torch.testing.assert_close(terms["loss"], terms["vlm"] + 5 * terms["kl"])
     torch.testing.assert_close(terms["vlm"], train.SFT.forward(method, batch).total)
 
