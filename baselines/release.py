@@ -67,11 +67,11 @@ class Release(Current):
         which freezes its own weights at their random start, and keeps the [PRED] rows in the
         embedding matrix, which is frozen too."""
         super().build_modules()
+        latent, rank = self.predictor.latent, self.config.lora_rank
         if self.config.predictor_weights == "lora":
-            if not self.config.lora_rank:
+            if not rank:
                 raise ValueError("--predictor_weights lora needs --lora_rank above 0")
             self.predictor.pred_tokens.requires_grad_(False)
-            latent, rank = self.predictor.latent, self.config.lora_rank
             latent.mlp[0].eps = 1e-6
             # frozen at the core's zero, it would predict h_t itself
             latent.mlp[-1].reset_parameters()
@@ -113,12 +113,12 @@ class Release(Current):
 def target_with_image(chat: Chat, example: Example, images: list[LoadedImage]) -> View:
     """R behind a user turn with I0 alone: the conversation without the question's text."""
     turns = [("user", [example.image]), *chat.turns(example)[1:]]
-    made = chat.conversation(turns, images).without_layout()
-    return View(made.ids, made.labels, [image.key for image in images], len(made.ids) - 1)
+    whole = chat.conversation(turns, images).without_layout()
+    return View(whole.ids, whole.labels, [image.key for image in images], len(whole.ids) - 1)
 
 
 def after_last(ids: list[int], end: int) -> list[int]:
-    """What stands behind the last `end`; everything if there is none."""
+    """The tokens behind the last `end`; all if there is none."""
     return ids[len(ids) - ids[::-1].index(end):] if end in ids else ids
 
 
@@ -133,15 +133,14 @@ def last_turn_only(view: View, end: int) -> View:
 def with_layout(chat: Chat, view: View) -> View:
     """Supervised too: what the template writes behind an assistant's turn (Qwen: a line break)."""
     turn = chat.conversation([("user", ["Q"]), ("assistant", ["Xyz"])], [])
-    layout, end = turn.ids[len(turn.without_layout().ids):], chat.end_id
+    layout = turn.ids[len(turn.without_layout().ids):]
     # the view was cut behind its last end of turn: that turn's layout is put back
     ids, labels = view.ids + layout, view.labels + [-100] * len(layout)
-    for n, label in enumerate(view.labels):
-        if label == end:
-            if ids[n + 1:n + 1 + len(layout)] != layout:
-                raise ValueError("this model's tokenizer joins what stands between two turns with "
-                                 "the next one: use --supervise_layout false")
-            labels[n + 1:n + 1 + len(layout)] = layout
+    for n in (n for n, label in enumerate(view.labels, start=1) if label == chat.end_id):
+        if ids[n:n + len(layout)] != layout:
+            raise ValueError("this model's tokenizer joins what stands between two turns with the "
+                             "next one: use --supervise_layout false")
+        labels[n:n + len(layout)] = layout
     return view._replace(ids=ids, labels=labels)
 
 
@@ -149,7 +148,7 @@ def in_user_turn(chat: Chat, view: View) -> View:
     """The input view with [PRED] as the last words of the user's turn, embedded at its end."""
     count, end = len(view.inject_at), chat.end_id
     prompt = view.ids[:len(view.ids) - count]
-    # what a prompt has behind the end of the user's turn, up to where the model would speak
+    # the tokens behind the end of the user's turn, up to where the model would speak
     opening = after_last(chat.conversation([("user", ["Q"])], [], prompt=True).ids, end)
     if end not in prompt or after_last(prompt, end) != opening:
         raise ValueError("this model's chat template does not end the user's turn with the token "
@@ -184,12 +183,12 @@ def token_loss(forecast: Tensor, where: Tensor, labels: Tensor, head: Tensor, wh
     """
     if which == "next":
         labels = F.pad(labels[:, 1:], (0, 1), value=-100)  # (B, T)
-    wanted, head = labels[where], head.detach()
-    keep = wanted != -100
-    if not keep.any():
+    token_ids, head = labels[where], head.detach()
+    supervised = token_ids != -100
+    if not supervised.any():
         return forecast.new_zeros(())
-    logits = losses.at_least_float32(F.linear(forecast[keep], head.to(forecast.dtype)))
-    return F.cross_entropy(logits, wanted[keep])
+    logits = losses.at_least_float32(F.linear(forecast[supervised], head.to(forecast.dtype)))
+    return F.cross_entropy(logits, token_ids[supervised])
 
 
 # ---- its passes, to be timed --------------------------------------------------------------------
