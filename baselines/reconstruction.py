@@ -107,10 +107,8 @@ def latent_view(chat: Chat, example: Example, images: list[LoadedImage], latents
                     for step in example.trajectory)
     turns = [*chat.turns(example)[:1], ("assistant", [words])]
     whole = chat.conversation(turns, images[:1]).without_layout()
-    token = chat.tokenizer.convert_tokens_to_ids
-    image_id, end = token(chat.family.placeholder), token(LATENT_END)
-    counts = iter(latents or chat.tokenizer(image.text, add_special_tokens=False).input_ids
-                  .count(image_id) for image in images[1:])
+    end = chat.tokenizer.convert_tokens_to_ids(LATENT_END)
+    counts = iter(latents or image.text.count(chat.family.placeholder) for image in images[1:])
     ids, labels, inject_at = [], [], ()
     for id, label in zip(whole.ids, whole.labels):
         # a supervised end marker is the model's own: the question's image is not supervised
@@ -227,8 +225,8 @@ def answer(evaluator, scale: LatentScale, latents: int, tokens: int = 112) -> li
 
     def decode(views: list[View], numbers: list[int]) -> list[dict]:
         images = evaluator.encode_images(evaluator.images(numbers, evaluator.encode_images.kept))
-        made = generate_latent(vlm, views, images, scale, latents, evaluator.chat.end_id, tokens)
+        rows = generate_latent(vlm, views, images, scale, latents, evaluator.chat.end_id, tokens)
         return [dict(text=evaluator.decode(ids), tokens=len(ids), latents=fed, images=1,
-                     passes=len(ids) + fed + ids.count(start)) for ids, fed in made]
+                     passes=len(ids) + fed + ids.count(start)) for ids, fed in rows]
 
     return in_batches([q.prompt for q in evaluator.questions], decode, evaluator.batch)

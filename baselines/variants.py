@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from tqdm import tqdm
 
-from data import Batch, Trajectories, TrainingExample, collate
+from data import Batch, Trajectories, TrainingExample
 from model import VLM, Encoded
 from support.features import EncodedImage
 from support.options import option
@@ -278,11 +278,9 @@ def every_position(batch: Batch) -> Batch:
 class TwoPasses(Pearl):
     """Full and input view in one pass each: the same numbers as one pass for both, but slower."""
 
-    def encode_views(self, batch: Examples, images: Images) -> tuple[Encoded, Tensor]:
-        full, inputs = (collate([example.views[n] for example in batch], self.vlm.pad_id)
-                        for n in range(2))
-        prediction = self.vlm(inputs, images, self.predictor.pred_tokens).embedding
-        return self.vlm(full, images), prediction
+    def build_modules(self) -> None:
+        super().build_modules()
+        self.vlm.family.packs = False
 
 
 class Dropout(Pearl):
