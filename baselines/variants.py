@@ -134,8 +134,8 @@ def states_entering(vlm: VLM, layer: int) -> Iterator[list[Tensor]]:
     the last states, behind the norm (-1, or as many as there are layers)."""
     layers, states = vlm.lm.get_decoder().layers, []
 
-    def keep(module: nn.Module, inputs: tuple, named: dict) -> None:
-        states.append(inputs[0] if inputs else named["hidden_states"])
+    def keep(module: nn.Module, inputs: tuple, keywords: dict) -> None:
+        states.append(inputs[0] if inputs else keywords["hidden_states"])
 
     last = layer in (-1, len(layers))
     with (nullcontext() if last else

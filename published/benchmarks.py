@@ -167,14 +167,14 @@ def letters_in(text: str, letters: str) -> tuple[str, str]:
     letter = rf"(?<!\w)(?<!\w['’-])([{letters}])(?!['’-]?\w)"
     # the article or the pronoun, unless "option" or the like is before it
     word = re.compile(rf"[AI][ \t]+(?!(?:{NO_NOUNS})\b)(?!{letter})[^\W\d_]")
-    named = [m for m in re.finditer(letter, text)
+    mentions = [m for m in re.finditer(letter, text)
              if not word.match(text, m.start())
              or re.search(r"(?i:option|choice|letter)\s+$", text[:m.start()])]
-    if len({m[1] for m in named}) != 1:
+    if len({m[1] for m in mentions}) != 1:
         return "", ""
     alone = re.match(rf"(?:(?i:answer|option)\s*:?\s*)?\(?([{letters}])\)?(?![^\s.:,;)!?])", text)
-    strict = alone is not None and alone.start(1) == named[0].start(1)
-    return named[0][1] if strict else "", named[0][1]
+    strict = alone is not None and alone.start(1) == mentions[0].start(1)
+    return mentions[0][1] if strict else "", mentions[0][1]
 
 
 def scores(kind: str, records: list[dict]) -> dict[str, list[float]]:

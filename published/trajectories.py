@@ -214,8 +214,8 @@ def run_call(call: str, pictures: list[Image.Image],
              published: Image.Image) -> tuple[list[int], int, Image.Image | None]:
     # our call's numbers, the number of its image and its crop, for the region that the published
     # picture shows; without such a region, the crop is None
-    given = json.loads(call)["arguments"]
-    box, target = given.get("bbox_2d") or given.get("bbox"), given.get("target_image")
+    arguments = json.loads(call)["arguments"]
+    box, target = arguments.get("bbox_2d") or arguments.get("bbox"), arguments.get("target_image")
     if not box:
         raise ValueError("a call to another tool than crop")
     target = len(pictures) if target is None else int(target)
@@ -256,8 +256,8 @@ def mix(sources: dict[Path, float], count: int, seed: int) -> Iterator[Converted
             yield where, UNREADABLE if reason.startswith("image") else reason.split(":")[0]
         # the reader passes over remarks
         with open(folder / records.FILE, encoding="utf-8-sig", errors="replace") as lines:
-            found = [json.loads(line) for line in lines if '"remarks": ["' in line]
-        pixels, remarks = {}, {record["id"].strip(): record["remarks"] for record in found}
+            with_remarks = [json.loads(line) for line in lines if '"remarks": ["' in line]
+        pixels, remarks = {}, {record["id"].strip(): record["remarks"] for record in with_remarks}
         for row, ex in enumerate(examples):
             try:
                 pixels[row] = [picture_digest(file) for file in ex.images]
@@ -281,8 +281,8 @@ def mix(sources: dict[Path, float], count: int, seed: int) -> Iterator[Converted
         rng.shuffle(train)
         for row in train[:share] + others:
             ex = examples[row]
-            named = vars(ex) | dict(id=f"{name}/{ex.id}")
-            yield Converted(**named, pixels=pixels[row], remarks=remarks.get(ex.id, []))
+            fields = vars(ex) | dict(id=f"{name}/{ex.id}")
+            yield Converted(**fields, pixels=pixels[row], remarks=remarks.get(ex.id, []))
         for row in train[share:]:
             yield f"{name}/{examples[row].id}", "training record beyond its folder's share"
 

@@ -234,8 +234,8 @@ def describe(spec: dict) -> tuple[Labels, list[QA]]:
     labels = Labels(8)
     rows = next(DESCRIBE[key] for key in spec if key in DESCRIBE)(labels, spec)
     # the task's own question is one of the object questions
-    own = [] if "objects" in spec else [(spec["question"], answer(spec["answer"]))] * 5
-    return labels, own + rows
+    task_rows = [] if "objects" in spec else [(spec["question"], answer(spec["answer"]))] * 5
+    return labels, task_rows + rows
 
 
 def object_crop(spec: dict, image: Image.Image, rng: random.Random):

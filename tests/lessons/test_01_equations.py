@@ -21,9 +21,9 @@ DISTANCES = dict(cosine=lambda a, b: 1 - cosine(a, b), smoothl1=smooth_l1,
 
 
 def test_eq3_is_the_mean_over_supervised_tokens():
-    states, weight, seen = rand(B, T, D), rand(V, D), []
+    states, weight, counts = rand(B, T, D), rand(V, D), []
     labels = torch.where(TARGETS, torch.randint(0, V, (B, T)), -100)
-    value = losses.vlm_loss(states, labels, lambda h: seen.append(len(h)) or h @ weight.T)
+    value = losses.vlm_loss(states, labels, lambda h: counts.append(len(h)) or h @ weight.T)
     terms = []
     for b in range(B):
         for t in range(1, T):
@@ -31,7 +31,7 @@ def test_eq3_is_the_mean_over_supervised_tokens():
                 terms.append(nll(weight @ states[b, t - 1], labels[b, t]))
     same(value, sum(terms) / len(terms), states, weight)
     # the head runs on the states before supervised tokens, and on no other
-    assert seen == [len(terms)]
+    assert counts == [len(terms)]
 
 
 def test_eq3_takes_the_logarithm_in_float32():

@@ -73,12 +73,12 @@ def test_which_loss_moves_which_weights(vlm64, mixed):
 def test_which_positions_each_loss_can_change(vlm64, mixed, monkeypatch):
     """Full and input view share one pass. Even so h^_R must not depend on R, which is in the same
     row, and the text not on [PRED]."""
-    kept, real = [], vlm64.embed
+    inputs, real = [], vlm64.embed
 
     def embed(*args):
-        kept.append(real(*args))
-        kept[-1]["inputs_embeds"].requires_grad_().retain_grad()
-        return kept[-1]
+        inputs.append(real(*args))
+        inputs[-1]["inputs_embeds"].requires_grad_().retain_grad()
+        return inputs[-1]
 
     monkeypatch.setattr(vlm64, "embed", embed)
     method, (example,) = build(vlm64, "pearl", mixed[:1])
@@ -88,7 +88,7 @@ def test_which_positions_each_loss_can_change(vlm64, mixed, monkeypatch):
     where = dict(jepa=[*range(first), *range(count, count + 4)], vlm=[*range(count - 1)],
                  nextlat=[*range(count - 1)])
     for name, expected in where.items():
-        assert positions_of(terms[name], kept[0]["inputs_embeds"]) == expected, name
+        assert positions_of(terms[name], inputs[0]["inputs_embeds"]) == expected, name
 
 
 class WithGraph(Current):

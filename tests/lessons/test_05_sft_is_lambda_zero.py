@@ -15,8 +15,8 @@ from conftest import assert_close, assert_same, build, gradients, stirred
 
 def forward(vlm, example, labels=None):
     """transformers' own forward pass on <I0, Q, R>, without the line break behind it."""
-    made = tokens(vlm, turns_of(example))
-    return vlm.lm(**inputs(vlm, made.ids[:-1], made.images),
+    whole = tokens(vlm, turns_of(example))
+    return vlm.lm(**inputs(vlm, whole.ids[:-1], whole.images),
                   labels=None if labels is None else torch.tensor([labels]))
 
 

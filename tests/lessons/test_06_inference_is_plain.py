@@ -31,8 +31,8 @@ def naive_log_prob(vlm, example, option, prefix="Answer:", closing=""):
 
 
 def test_direct_is_the_option_with_the_largest_log_probability(loaded64):
-    found = evaluate.Evaluator(loaded64, QUESTIONS, batch=2).direct()
-    for example, answer in zip(QUESTIONS, found, strict=True):
+    answers = evaluate.Evaluator(loaded64, QUESTIONS, batch=2).direct()
+    for example, answer in zip(QUESTIONS, answers, strict=True):
         # the end of the turn counts only where one option begins another
         begins = any(a != b and b.startswith(a) for a in example.options for b in example.options)
         naive = [naive_log_prob(loaded64, example, option, closing="<|im_end|>" * begins)
@@ -45,11 +45,11 @@ def test_direct_is_the_option_with_the_largest_log_probability(loaded64):
 
 def test_an_answer_is_asked_for_as_the_last_text_writes_it(loaded64):
     """A record shows its form in its last text; one without texts gets the most frequent form."""
-    shown = replace(QUESTIONS[-1], options=["two", "two red"], answer="two", trajectory=[
+    full = replace(QUESTIONS[-1], options=["two", "two red"], answer="two", trajectory=[
         "Say **Answer: two**", *QUESTIONS[-1].trajectory[1:-1], "So Answer: two."])
-    bare = replace(shown, trajectory=[])
-    other = replace(shown, options=["two", "red"], trajectory=["It is **Answer: two**"])
-    evaluator = evaluate.Evaluator(loaded64, [shown, bare, other, shown])
+    bare = replace(full, trajectory=[])
+    other = replace(full, options=["two", "red"], trajectory=["It is **Answer: two**"])
+    evaluator = evaluate.Evaluator(loaded64, [full, bare, other, full])
     expected = [("Answer:", ".<|im_end|>"), ("Answer:", ".<|im_end|>"), ("**Answer:", "")]
     for n, (prefix, closing) in enumerate(expected):
         question, example = evaluator.questions[n], evaluator.examples[n]
@@ -71,29 +71,29 @@ def test_a_model_that_has_broken_down_chooses_nothing(vlm64):
 @torch.no_grad()
 def naive_generate(vlm, turns, count):
     prompt = tokens(vlm, turns, "")
-    made = vlm.lm.generate(**inputs(vlm, prompt.ids, prompt.images), max_new_tokens=count)
-    return made[0, len(prompt.ids):].tolist()
+    token_ids = vlm.lm.generate(**inputs(vlm, prompt.ids, prompt.images), max_new_tokens=count)
+    return token_ids[0, len(prompt.ids):].tolist()
 
 
 @pytest.mark.parametrize("way, count", [("free", 0), ("free", 3), ("tool", 0)])
 def test_words_are_those_of_transformers_own_generate(loaded64, monkeypatch, way, count, capsys):
     evaluator, rooms, real = evaluate.Evaluator(loaded64, QUESTIONS, batch=2), [], VLM.generate
     monkeypatch.setattr(VLM, "generate", lambda *args: rooms.append(args[-1]) or real(*args))
-    found = getattr(evaluator, way)(*[count] * (count > 0))
+    answers = getattr(evaluator, way)(*[count] * (count > 0))
     # room for the longest answer and the end of the turn, or for the longest last text and more
     last = [ex.texts[-1] for ex in QUESTIONS if ex.images[1:]]
     room = dict(free=len("Answer : nine seven two".split()) + 1, tool=8 + max(
         len(loaded64.tokenizer(text).input_ids) for text in last))[way]
     assert set(rooms) == {count or room}
-    for example, answer in zip(QUESTIONS, found, strict=True):
+    for example, answer in zip(QUESTIONS, answers, strict=True):
         if way == "tool" and not example.images[1:]:
             assert answer is None
             continue
         # everything but the expert's last text is given
-        made = naive_generate(loaded64, turns_of(example)[:-1 if way == "tool" else 1],
+        token_ids = naive_generate(loaded64, turns_of(example)[:-1 if way == "tool" else 1],
                               count or room)
-        assert answer == dict(text=loaded64.tokenizer.decode(made, skip_special_tokens=True),
-                              tokens=len(made), passes=len(made),
+        assert answer == dict(text=loaded64.tokenizer.decode(token_ids, skip_special_tokens=True),
+                              tokens=len(token_ids), passes=len(token_ids),
                               images=len(example.images) if way == "tool" else 1)
     cut = "free: 4 of 4 questions have options of more than --free_tokens 3"
     assert (cut in capsys.readouterr().out) == (count == 3)

@@ -43,12 +43,12 @@ class GrownEmbedding(nn.Module):
 def words_and_states(vlm, predictor, example, turns):
     """Of each supervised token: -log p of it, the forecast state's distance, -log p by that."""
     words, distances, decoded = [], [], []
-    made = tokens(vlm, turns_of(example))
-    states, logits = run(vlm, made.ids, made.images)
+    whole = tokens(vlm, turns_of(example))
+    states, logits = run(vlm, whole.ids, whole.images)
     # the assistant's words, <|im_end|> and the line break behind it
-    spans = [match.span(1) for match in TURN.finditer(made.text)][-1 if turns == "last" else 0:]
+    spans = [match.span(1) for match in TURN.finditer(whole.text)][-1 if turns == "last" else 0:]
     table, head = vlm.lm.get_input_embeddings().weight, vlm.lm.lm_head.weight.detach().clone()
-    for t, ((start, end), token) in enumerate(zip(made.spans[1:], made.ids[1:])):
+    for t, ((start, end), token) in enumerate(zip(whole.spans[1:], whole.ids[1:])):
         if any(a <= start and end <= b for a, b in spans):
             words.append(nll(logits[t], token))
             ahead = latent(predictor, states[t], table[token].detach())
@@ -80,11 +80,11 @@ def naive_terms(method, turns, records):
     vlm.lm.set_input_embeddings(GrownEmbedding(table, method.predictor.pred_tokens))
     words, pairs, states, decoded = [], [], [], []
     for example in records:
-        found = words_and_states(vlm, method.predictor.latent, example, turns)
+        of_record = words_and_states(vlm, method.predictor.latent, example, turns)
         pairs.append(naive_embeddings(vlm, tokenizer, example))
         # means over the batch's tokens, but of the states over each example's and then the batch
-        words, decoded = words + found[0], decoded + found[2]
-        states.append(sum(found[1]) / len(found[1]))
+        words, decoded = words + of_record[0], decoded + of_record[2]
+        states.append(sum(of_record[1]) / len(of_record[1]))
     vlm.lm.set_input_embeddings(table)
     return dict(vlm=sum(words) / len(words), jepa=eq1(*zip(*pairs)),
                 state=sum(states) / len(states), token=sum(decoded) / len(decoded))

@@ -39,12 +39,12 @@ def test_the_view_has_a_run_of_latents_for_each_tool_image(vlm64, latents):
 
 def naive_latents(method, example):
     """The embeddings of each tool image, or the means of its chunks."""
-    images, count, found = images_of(method, [example]), method.config.latents, []
+    images, count, parts = images_of(method, [example]), method.config.latents, []
     for image in example.images[1:]:
         rows = images[image.key].features[0]
         edges = [n * len(rows) // (count or len(rows)) for n in range((count or len(rows)) + 1)]
-        found += [rows[a:max(b, a + 1)].mean(dim=0) for a, b in zip(edges, edges[1:])]
-    return torch.stack(found)
+        parts += [rows[a:max(b, a + 1)].mean(dim=0) for a, b in zip(edges, edges[1:])]
+    return torch.stack(parts)
 
 
 @pytest.mark.parametrize("latents", [0, 3])
@@ -100,11 +100,11 @@ def test_decoding_equals_one_row_without_a_cache(vlm64, monkeypatch):
     push[vlm64.family.end_id] = 7.0
     monkeypatch.setattr(vlm64.lm.lm_head, "forward", lambda states: real(states) + push)
     evaluator = evaluate.Evaluator(vlm64, RECORDS)
-    found = reconstruction.answer(evaluator, method.predictor, latents=2, tokens=5)
+    answers = reconstruction.answer(evaluator, method.predictor, latents=2, tokens=5)
     start = vlm64.tokenizer.convert_tokens_to_ids("<|vision_start|>")
     naive = [naive_decode(vlm64, question.prompt, images_of(method, [example]), method.predictor, 2,
                           5) for question, example in zip(evaluator.questions, batch)]
-    for answer, (words, fed) in zip(found, naive):
+    for answer, (words, fed) in zip(answers, naive):
         assert answer == dict(text=evaluator.decode(words), tokens=len(words), latents=fed,
                               images=1, passes=len(words) + fed + words.count(start))
     assert len({len(words) for words, _ in naive}) > 1 and any(fed for _, fed in naive)

@@ -41,18 +41,18 @@ def test_a_centred_target_is_particular_to_its_trajectory(vlm64, loaded64, name,
                                                           options):
     method, batch = build(vlm64, name, RECORDS, neighbours=neighbours, sample=sample, seed=4,
                           **options)
-    drawn = torch.randperm(len(batch), generator=torch.Generator().manual_seed(4))[:sample].tolist()
+    order = torch.randperm(len(batch), generator=torch.Generator().manual_seed(4)).tolist()
     # bare answers have no trajectory
-    drawn = [n for n in drawn if n < len(RECORDS)]
-    assert 1 < len(drawn) < len(RECORDS)
-    rows = method.predictor.pred_tokens.detach().clone()
+    numbers = [n for n in order[:sample] if n < len(RECORDS)]
+    assert 1 < len(numbers) < len(RECORDS)
     # the rows, the model and the images of before training count, whatever training moves
-    start = build(copy.deepcopy(loaded64), "sft", RECORDS)
+    rows = method.predictor.pred_tokens.detach().clone()
+    images = images_of(*build(copy.deepcopy(loaded64), "sft", RECORDS))
     moved(method)
     with torch.no_grad():
         records = [(record, example.views.input) for record, example in zip(RECORDS, batch)]
-        targets = naive_centred(loaded64, rows, records, images_of(*start), drawn,
-                                min(neighbours or 9, len(drawn)))
+        targets = naive_centred(loaded64, rows, records, images, numbers,
+                                min(neighbours or 9, len(numbers)))
     prediction = embeddings(method, batch, 1, method.predictor.pred_tokens)[:len(RECORDS)]
     assert_same(terms_of(method, batch)["jepa"], eq1(prediction, targets), method)
 
@@ -72,11 +72,11 @@ def test_the_running_mean_follows_the_targets_while_training(vlm64):
         # the first passes have their own batch's mean
         subtracted = mean if mean.any() else h_R.mean(dim=0)
         prediction = embeddings(method, batch, 1, method.predictor.pred_tokens)
-        kept = method.mean.clone()
+        before = method.mean.clone()
         assert_same(terms_of(method, batch)["jepa"], eq1(prediction, h_R - subtracted), method)
         mean = (1 - share) * mean + share * h_R.mean(dim=0)
         torch.testing.assert_close(method.mean, mean, rtol=1e-5, atol=1e-6)
-        assert training or torch.equal(method.mean, kept)
+        assert training or torch.equal(method.mean, before)
         moved(method)
     assert "mean" not in method.state_dict()
 
@@ -90,13 +90,13 @@ def naive_kl(student, teacher, records):
     for record in records:
         full = tokens(student, turns_of(record))
         answer = tokens(student, [turns_of(record)[0], ("assistant", [f"Answer: {record.answer}"])])
-        taught = run(teacher, full.ids, full.images)[1].detach().log_softmax(dim=-1)
-        read = run(student, answer.ids, answer.images)[1].log_softmax(dim=-1)
+        log_p = run(teacher, full.ids, full.images)[1].detach().log_softmax(dim=-1)
+        log_q = run(student, answer.ids, answer.images)[1].log_softmax(dim=-1)
         # from the end of the turn on, and without the line break behind it
         n = 2
         while full.ids[-n] == answer.ids[-n]:
             # the logits before a token predict it
-            p, q = taught[-n - 1], read[-n - 1]
+            p, q = log_p[-n - 1], log_q[-n - 1]
             terms.append((p.exp() * (p - q)).sum())
             n += 1
         # ": seven" and the end of the turn: "Answer" has a blank before it in the trajectory
