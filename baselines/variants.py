@@ -6,7 +6,7 @@ Letters: B batch, T sequence, D hidden size.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Literal
@@ -56,44 +56,31 @@ class EMA(Pearl):
         super().build_modules()
         if self.config.ema > 1:
             raise ValueError(f"--ema is at most 1, not {self.config.ema}")
-        self.teacher = Teacher(self.vlm)
+        self.names = {name.replace(".", "/"): name for name, p in self.vlm.named_parameters()
+                      if p.requires_grad}
+        # the averages of all weights that train; buffers, because the run's state has those too
+        self.teacher = nn.Module()
+        for buffer, name in self.names.items():
+            start = self.vlm.get_parameter(name).detach().clone()
+            self.teacher.register_buffer(buffer, start, persistent=False)
 
     def target(self, batch: Examples, images: Images) -> Encoded:
-        with torch.no_grad():
-            return self.encode_target(self.teacher.model(self.vlm), batch, images)
+        weights = {name: self.teacher.get_buffer(buffer) for buffer, name in self.names.items()}
 
+        def teacher(*inputs):
+            return functional_call(self.vlm, weights, inputs)
+
+        teacher.lm, teacher.family, teacher.pad_id = self.vlm.lm, self.vlm.family, self.vlm.pad_id
+        with torch.no_grad():
+            return self.encode_target(teacher, batch, images)
+
+    @torch.no_grad()
     def after_step(self, step: int) -> None:
         super().after_step(step)
         rise = step / self.config.steps if self.config.ema_rises else 0.0
-        self.teacher.follow(self.vlm, self.config.ema + (1 - self.config.ema) * rise)
-
-
-class Teacher(nn.Module):
-    """The averages of all weights that train. Buffers: saved in the run's state, so that it can be
-    resumed, and in no checkpoint."""
-
-    def __init__(self, vlm: VLM):
-        super().__init__()
-        self.names = {name.replace(".", "/"): name for name, p in vlm.named_parameters()
-                      if p.requires_grad}
+        momentum = self.config.ema + (1 - self.config.ema) * rise
         for buffer, name in self.names.items():
-            start = vlm.get_parameter(name).detach().clone()
-            self.register_buffer(buffer, start, persistent=False)
-
-    def model(self, vlm: VLM) -> Callable:
-        """The VLM with the teacher's weights, as a function."""
-        weights = {name: self.get_buffer(buffer) for buffer, name in self.names.items()}
-
-        def call(*inputs):
-            return functional_call(vlm, weights, inputs)
-
-        call.lm, call.family, call.pad_id = vlm.lm, vlm.family, vlm.pad_id
-        return call
-
-    @torch.no_grad()
-    def follow(self, vlm: VLM, momentum: float) -> None:
-        for buffer, name in self.names.items():
-            self.get_buffer(buffer).lerp_(vlm.get_parameter(name), 1 - momentum)
+            self.teacher.get_buffer(buffer).lerp_(self.vlm.get_parameter(name), 1 - momentum)
 
 
 # ---- which state of R ---------------------------------------------------------------------------
