@@ -1,7 +1,8 @@
 """Claims: a question is answered by the plain VLM. `direct` is the option with the largest
 log-probability, tokenised as training on it would; `free` and `tool` are transformers' own
-generate; a saved adapter answers as the trained model did."""
+generate; a saved adapter is the trained model to the bit, or a share of the way to it."""
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -10,9 +11,10 @@ from plain import inputs, run, tokens, turns_of
 
 import evaluate
 from model import VLM
+from support.lora import lora_layers
 from world import loader
 
-from conftest import TINY, build, moved
+from conftest import TINY, assert_close, build, moved
 
 # of several tokens, and some where one option begins another
 OPTIONS = [["seven", "two"], ["red disc", "blue", "nine seven two"], ["red", "red disc", "two"],
@@ -90,8 +92,8 @@ def test_words_are_those_of_transformers_own_generate(loaded64, monkeypatch, way
             assert answer is None
             continue
         # everything but the expert's last text is given
-        token_ids = naive_generate(loaded64, turns_of(example)[:-1 if way == "tool" else 1],
-                              count or room)
+        token_ids = naive_generate(
+            loaded64, turns_of(example)[:-1 if way == "tool" else 1], count or room)
         assert answer == dict(text=loaded64.tokenizer.decode(token_ids, skip_special_tokens=True),
                               tokens=len(token_ids), passes=len(token_ids),
                               images=len(example.images) if way == "tool" else 1)
@@ -99,14 +101,31 @@ def test_words_are_those_of_transformers_own_generate(loaded64, monkeypatch, way
     assert (cut in capsys.readouterr().out) == (count == 3)
 
 
+def effective(vlm):
+    """Every weight by its name in the plain model, with what LoRA adds to it."""
+    weights = {name.replace(".base.", "."): p for name, p in vlm.lm.named_parameters()
+               if "lora_" not in name}
+    for name, layer in lora_layers(vlm.lm).items():
+        change = layer.scaling * layer.lora_B @ layer.lora_A
+        weights[f"{name}.weight"] = weights[f"{name}.weight"] + change
+    return weights
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("rank", [4, 0])
-def test_a_saved_adapter_answers_as_the_trained_model(vlm64, mixed, tmp_path, rank):
-    method, _ = build(vlm64, "sft", mixed[:1], lora_rank=rank)
-    before = evaluate.Evaluator(vlm64, QUESTIONS[:2]).direct()
-    trained = evaluate.Evaluator(moved(method).vlm, QUESTIONS[:2]).direct()
-    vlm64.save_adapter(tmp_path)
-    plain = VLM(TINY, torch.float64)
-    plain.load_adapter(tmp_path)
-    for one, other, old in zip(trained, evaluate.Evaluator(plain, QUESTIONS[:2]).direct(), before):
-        assert one["log_probs"] == pytest.approx(other["log_probs"], rel=1e-4)
-        assert one["log_probs"] != pytest.approx(old["log_probs"], rel=1e-4)
+def test_alpha_loads_a_share_of_the_change(shipped, mixed, tmp_path, rank):
+    method, _ = build(copy.deepcopy(shipped), "sft", mixed[:1], lora_rank=rank)
+    trained, start = moved(method.float()).vlm, effective(shipped)
+    trained.save_adapter(tmp_path)
+    for alpha in (1.0, 0.5, 0.0):
+        vlm = VLM(TINY)
+        vlm.load_adapter(tmp_path, alpha)
+        shares = {name: start[name] + alpha * (weight - start[name])
+                  for name, weight in effective(trained).items()}
+        assert_close(effective(vlm), shares)
+        if alpha == 1:
+            # to the bit
+            assert all(torch.equal(weight, vlm.state_dict()[name])
+                       for name, weight in trained.state_dict().items())
+    with pytest.raises(ValueError, match="--alpha is for a run, and .* has no best.json"):
+        evaluate.load_model(TINY, "cpu", alpha=0.5)

@@ -1,5 +1,5 @@
 """Claims: the target minus what similar questions share, minus a running mean; the trajectory's
-next-token distributions as a teacher; a part of what training changed."""
+next-token distributions as a teacher."""
 
 import copy
 
@@ -7,14 +7,10 @@ import pytest
 import torch
 from plain import cosine, eq1, run, target_state, tokens, turns_of
 
-import evaluate
 import train
-from model import VLM
-from support.lora import lora_layers
 from world import loader
 
-from conftest import (TINY, assert_close, assert_same, build, embed, embeddings, images_of, moved,
-                      terms_of)
+from conftest import assert_same, build, embed, embeddings, images_of, moved, terms_of
 
 RECORDS = loader.examples("multi", "train", 6)
 
@@ -114,36 +110,3 @@ def test_the_student_learns_the_teachers_distributions(vlm64, loaded64, options)
     assert_same(terms["kl"], naive_kl(vlm64, teacher, RECORDS[:3]), method)
     torch.testing.assert_close(terms["loss"], terms["vlm"] + 5 * terms["kl"])
     torch.testing.assert_close(terms["vlm"], train.SFT.forward(method, batch).total)
-
-
-# ---- a part of the change -----------------------------------------------------------------------
-
-
-def effective(vlm):
-    """Every weight by its name in the plain model, with what LoRA adds to it."""
-    weights = {name.replace(".base.", "."): p for name, p in vlm.lm.named_parameters()
-               if "lora_" not in name}
-    for name, layer in lora_layers(vlm.lm).items():
-        change = layer.scaling * layer.lora_B @ layer.lora_A
-        weights[f"{name}.weight"] = weights[f"{name}.weight"] + change
-    return weights
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("rank", [4, 0])
-def test_alpha_loads_a_share_of_the_change(shipped, tmp_path, rank):
-    method, _ = build(copy.deepcopy(shipped), "sft", RECORDS[:1], lora_rank=rank)
-    trained, start = moved(method.float()).vlm, effective(shipped)
-    trained.save_adapter(tmp_path)
-    for alpha in (1.0, 0.5, 0.0):
-        vlm = VLM(TINY)
-        vlm.load_adapter(tmp_path, alpha)
-        shares = {name: start[name] + alpha * (weight - start[name])
-                  for name, weight in effective(trained).items()}
-        assert_close(effective(vlm), shares)
-        if alpha == 1:
-            # to the bit
-            assert all(torch.equal(weight, vlm.state_dict()[name])
-                       for name, weight in trained.state_dict().items())
-    with pytest.raises(ValueError, match="--alpha is for a run, and .* has no best.json"):
-        evaluate.load_model(TINY, "cpu", alpha=0.5)
