@@ -15,12 +15,13 @@ from baselines.variants import (EMA, AnswerMean, Current, Dropout, NextLatFactor
                                 RandomTarget, Shuffled, TargetState, TaskMean, TwoPasses)
 from train import SFT, Pearl
 
-# in the order in which they are combined: what chooses records comes before what reads them
+# in the order in which they are combined: what chooses records comes before what reads them, and
+# what weighs a term before what replaces it
 METHODS = dict(
     tracked=Tracked, with_answers=WithAnswers, image_first=ImageFirst, strip_calls=StripCalls,
-    both=Both, direct=Direct, recon=Recon, paper=Paper, release=Release, bias_head=BiasHead,
-    mlp_head=MLPHead, running_mean=RunningMean, infonce=InfoNCE, vicreg=VICReg, sigreg=SIGReg,
-    no_jepa=NoJEPA, no_nextlat=NoNextLat, nextlat_factor=NextLatFactor, shuffled=Shuffled,
+    both=Both, direct=Direct, recon=Recon, no_nextlat=NoNextLat, nextlat_factor=NextLatFactor,
+    paper=Paper, release=Release, bias_head=BiasHead, mlp_head=MLPHead, running_mean=RunningMean,
+    infonce=InfoNCE, vicreg=VICReg, sigreg=SIGReg, no_jepa=NoJEPA, shuffled=Shuffled,
     random=RandomTarget, task_mean=TaskMean, answer_mean=AnswerMean, dropout=Dropout,
     two_passes=TwoPasses, centred=Centred, target_state=TargetState, ema=EMA, current=Current,
     self_distill=SelfDistill, sft=SFT, pearl=Pearl)

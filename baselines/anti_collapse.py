@@ -21,10 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import losses
-from baselines.variants import Current
-from data import TrainingExample
+from baselines.variants import Current, Examples, Images
 from model import Encoded
-from support.features import EncodedImage
 from support.options import option
 from train import Pearl
 
@@ -45,57 +43,44 @@ class MLPHead(Pearl):
 
     def build_modules(self) -> None:
         super().build_modules()
-        self.head = self.make_head(self.vlm.dim)
+        dim = self.vlm.dim
+        self.head = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, dim), nn.GELU(),
+                                  nn.Linear(dim, dim))
+        nn.init.zeros_(self.head[-1].weight)
+        nn.init.zeros_(self.head[-1].bias)
 
-    @staticmethod
-    def make_head(dim: int) -> nn.Module:
-        head = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, dim), nn.GELU(),
-                             nn.Linear(dim, dim))
-        nn.init.zeros_(head[-1].weight)
-        nn.init.zeros_(head[-1].bias)
-        return head
-
-    def encode_views(self, batch: list[TrainingExample],
-                     images: dict[str, EncodedImage]) -> tuple[Encoded, Tensor]:
+    def encode_views(self, batch: Examples, images: Images) -> tuple[Encoded, Tensor]:
         full, prediction = super().encode_views(batch, images)
         return full, prediction + self.head(prediction)
 
 
-class BiasHead(MLPHead):
+class BiasHead(Pearl):
     """h^_R + b, with b (D) from zero: the least that can remove a direction common to all.
 
     Source: "How Does SimSiam Avoid Collapse" (ICLR 2022): SimSiam's predictor has to remove the
     vector that all embeddings share.
     """
 
-    @staticmethod
-    def make_head(dim: int) -> nn.Module:
-        return Bias(dim)
+    def build_modules(self) -> None:
+        super().build_modules()
+        self.bias = nn.Parameter(torch.zeros(self.vlm.dim))
 
-
-class Bias(nn.Module):
-    def __init__(self, dim: int):
-        super().__init__()
-        self.bias = nn.Parameter(torch.zeros(dim))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.bias.to(x.dtype)
+    def encode_views(self, batch: Examples, images: Images) -> tuple[Encoded, Tensor]:
+        full, prediction = super().encode_views(batch, images)
+        return full, prediction + self.bias.to(prediction.dtype)
 
 
 # ---- contrast -----------------------------------------------------------------------------------
 
 
-@dataclass
-class InfoNCEOptions:
-    infonce_masked: bool = option(True, "no negatives with the same task and answer")
-
-
 class InfoNCE(Pearl):
     """Eq. 1 with InfoNCE as D: one's own target against the others of the pass."""
 
-    Options = InfoNCEOptions
+    @dataclass
+    class Options:
+        infonce_masked: bool = option(True, "no negatives with the same task and answer")
 
-    def jepa(self, prediction: Tensor, target: Tensor, batch: list[TrainingExample]) -> Tensor:
+    def jepa(self, prediction: Tensor, target: Tensor, batch: Examples) -> Tensor:
         if self.config.batch < 2:
             raise ValueError("--method infonce needs --batch 2 or more: the other rows of a pass "
                              "are its negatives")
@@ -114,29 +99,25 @@ def infonce(prediction: Tensor, target: Tensor, groups: list) -> Tensor:
     """
     scores = F.normalize(prediction, dim=-1) @ F.normalize(target, dim=-1).T  # (B, B)
     scores = losses.at_least_float32(scores) / TEMPERATURE
-    masked = [[i != j and one == other for j, other in enumerate(groups)]
-              for i, one in enumerate(groups)]
-    scores = scores.masked_fill(torch.tensor(masked, device=scores.device), float("-inf"))
-    own = torch.arange(len(scores), device=scores.device)
-    return F.cross_entropy(scores, own, reduction="none")
+    same = torch.tensor([[one == other for other in groups] for one in groups])
+    rows = torch.arange(len(scores), device=scores.device)
+    scores = scores.masked_fill(same.fill_diagonal_(False).to(scores.device), float("-inf"))
+    return F.cross_entropy(scores, rows, reduction="none")
 
 
 # ---- terms that keep targets apart ---------------------------------------------------------------
 
 
-@dataclass
-class VICRegOptions:
-    vicreg: float = option(1.0, "weight of VICReg's terms beside L_JEPA")
-    vicreg_terms: Literal["both", "std"] = option("both", "variance and covariance, or variance")
-
-
 class VICReg(Current):
     """VICReg's variance and covariance terms on h_R, beside L_JEPA and inside its lambda."""
 
-    Options = VICRegOptions
+    @dataclass
+    class Options:
+        vicreg: float = option(1.0, "weight of VICReg's terms beside L_JEPA")
+        vicreg_terms: Literal["both", "std"] = option("both", "variance and covariance; variance")
     target_needs_grad = True
 
-    def jepa(self, prediction: Tensor, target: Tensor, batch: list[TrainingExample]) -> Tensor:
+    def jepa(self, prediction: Tensor, target: Tensor, batch: Examples) -> Tensor:
         # Eq. 1 stops the gradient at the target; this term sends one through it
         term = vicreg(target, self.config.vicreg_terms) if len(target) > 1 else target.new_zeros(())
         return super().jepa(prediction, target, batch) + self.config.vicreg * term
@@ -162,11 +143,6 @@ def vicreg(h: Tensor, terms: str = "both") -> Tensor:
     return v if terms == "std" else v + c / 25
 
 
-@dataclass
-class SIGRegOptions:
-    sigreg: float = option(0.05, "weight of SIGReg beside L_JEPA")
-
-
 class SIGReg(Current):
     """SIGReg on a small projection of h_R, beside L_JEPA and inside its lambda.
 
@@ -178,7 +154,9 @@ class SIGReg(Current):
     the final norm fixes h_R's scale; it can also spread what h_R hardly tells apart.
     """
 
-    Options = SIGRegOptions
+    @dataclass
+    class Options:
+        sigreg: float = option(0.05, "weight of SIGReg beside L_JEPA")
     target_needs_grad = True
 
     def build_modules(self) -> None:
@@ -192,7 +170,7 @@ class SIGReg(Current):
         super().after_step(step)
         self.step.fill_(step)
 
-    def jepa(self, prediction: Tensor, target: Tensor, batch: list[TrainingExample]) -> Tensor:
+    def jepa(self, prediction: Tensor, target: Tensor, batch: Examples) -> Tensor:
         jepa = super().jepa(prediction, target, batch)
         if len(target) < 2:
             return jepa

@@ -9,21 +9,13 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
-from baselines.variants import EMA, Current
-from data import Trajectories, TrainingExample, collate
+from baselines.variants import EMA, Current, Examples, Images, read_all
+from data import Trajectories, collate
 from losses import at_least_float32
 from model import VLM, Encoded
-from support.features import EncodedImage
 from support.options import option
 from train import Pearl
-
-
-@dataclass
-class CentredOptions:
-    neighbours: int = option(64, "k of the mean that is subtracted from h_R; 0: all of the sample")
-    sample: int = option(2000, "training questions among which neighbours are searched, at most")
 
 
 class Centred(Pearl):
@@ -35,7 +27,10 @@ class Centred(Pearl):
     Before the first step every question of the sample is encoded, and its R.
     """
 
-    Options = CentredOptions
+    @dataclass
+    class Options:
+        neighbours: int = option(64, "k of the mean that is subtracted from h_R; 0: all sampled")
+        sample: int = option(2000, "training questions in which neighbours are searched, at most")
 
     def build_modules(self) -> None:
         super().build_modules()
@@ -48,15 +43,13 @@ class Centred(Pearl):
     @torch.no_grad()
     def prepare(self, datasets: list[Trajectories]) -> None:
         super().prepare(datasets)
-        train_set, size = datasets[0], self.config.batch
         generator = torch.Generator().manual_seed(self.config.seed)
-        rows = torch.randperm(len(train_set), generator=generator)[:self.config.sample]
+        rows = torch.randperm(len(datasets[0]), generator=generator)[:self.config.sample]
         keys, targets = [], []
-        for part in tqdm(rows.split(size), desc="neighbours", disable=None, leave=False):
-            batch = [ex for ex in train_set.passes(part.tolist(), size)[0] if not ex.bare]
-            if batch:
-                images = self.encode_images([image for ex in batch for image in ex.images])
+        for batch in read_all(datasets[0], rows, self.config.batch, "neighbours"):
+            if batch := [example for example in batch if not example.bare]:
                 with self.vlm.starting_model() as start:
+                    images = self.encode_images([image for ex in batch for image in ex.images])
                     keys.append(self.key(start, batch, images))
                     targets.append(super().encode_target(start, batch, images).embedding)
         keys = torch.cat(keys)
@@ -64,38 +57,35 @@ class Centred(Pearl):
         self.keys = F.normalize(keys - self.mean_key, dim=1)  # (N, D)
         self.sampled = at_least_float32(torch.cat(targets))  # (N, D)
 
-    def key(self, start: VLM, batch: list[TrainingExample],
-            images: dict[str, EncodedImage]) -> Tensor:
+    def key(self, start: VLM, batch: Examples, images: Images) -> Tensor:
         """h^_R before training, (B, D)."""
         views = collate([example.views.input for example in batch], start.pad_id)
         return at_least_float32(start(views, images, self.first_rows).embedding)
 
-    def encode_target(self, vlm: VLM, batch: list[TrainingExample],
-                      images: dict[str, EncodedImage]) -> Encoded:
+    def encode_target(self, vlm: VLM, batch: Examples, images: Images) -> Encoded:
         encoded = super().encode_target(vlm, batch, images)
         keys = F.normalize(self.key(vlm, batch, images) - self.mean_key, dim=1)  # (B, D)
         count = min(self.config.neighbours or len(self.keys), len(self.keys))
-        nearest = (keys @ self.keys.T).topk(count).indices  # (B, k)
+        # bfloat16 would not tell cosines as close as these apart
+        with torch.autocast(keys.device.type, enabled=False):
+            nearest = (keys @ self.keys.T).topk(count).indices  # (B, k)
         mean = torch.stack([self.sampled[row].mean(dim=0) for row in nearest])  # (B, D)
         return encoded._replace(embedding=encoded.embedding - mean.to(encoded.embedding.dtype))
-
-
-@dataclass
-class RunningMeanOptions:
-    mean_momentum: float = option(0.9, "the running mean keeps this share of itself in each pass")
 
 
 class RunningMean(Current):
     """The current model's h_R minus a running mean of it: DINO's centring (2104.14294)."""
 
-    Options = RunningMeanOptions
+    @dataclass
+    class Options:
+        mean_momentum: float = option(0.9, "the running mean's share of itself in each pass")
 
     def build_modules(self) -> None:
         super().build_modules()
         # saved in the run's state, and in no checkpoint
         self.register_buffer("mean", torch.zeros(self.vlm.dim), persistent=False)
 
-    def jepa(self, prediction: Tensor, target: Tensor, batch: list[TrainingExample]) -> Tensor:
+    def jepa(self, prediction: Tensor, target: Tensor, batch: Examples) -> Tensor:
         now = target.detach().mean(dim=0).to(self.mean)
         mean = self.mean.clone() if self.mean.any() else now
         if self.training:

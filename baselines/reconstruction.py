@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 import losses
-from data import Trajectories, TrainingExample, Views, collate
+from baselines.variants import Examples, Images, read_all
+from data import Trajectories, Views, collate
 from model import VLM
 from support.chat import Chat, View
 from support.features import LoadedImage
@@ -32,16 +33,13 @@ from train import Config, Pearl
 LATENT_START, LATENT_END = "<|vision_start|>", "<|vision_end|>"
 
 
-@dataclass
-class ReconOptions:
-    latents: int = option(0, "per tool image: 0 one per image token (LVR); k chunk means")
-    decode_latents: int = option(8, "latents decoded at inference")
-
-
 class Recon(Pearl):
     """L_VLM + lambda * L_latent, teacher-forced."""
 
-    Options = ReconOptions
+    @dataclass
+    class Options:
+        latents: int = option(0, "per tool image: 0 one per image token (LVR); k chunk means")
+        decode_latents: int = option(8, "latents decoded at inference")
 
     def build_modules(self) -> None:
         vocabulary = self.vlm.tokenizer.get_vocab()
@@ -61,23 +59,24 @@ class Recon(Pearl):
     @torch.no_grad()
     def prepare(self, datasets: list[Trajectories]) -> None:
         """The scale of the training set's tool images."""
-        train_set, embeddings = datasets[0], []
-        for rows in torch.arange(len(train_set)).split(64):
-            (batch,) = train_set.passes(rows.tolist(), 64)
-            features = self.encode_images([image for ex in batch for image in ex.images[1:]])
-            embeddings += [latent_targets(features[image.key].features[0], self.config.latents)
-                           for ex in batch for image in ex.images[1:]]
-        if not embeddings:
+        rows = torch.arange(len(datasets[0]))
+        embeddings = torch.cat([
+            self.embeddings(batch, self.encode_images([i for ex in batch for i in ex.images[1:]]))
+            for batch in read_all(datasets[0], rows, 64, "tool images")])
+        if not len(embeddings):
             raise ValueError("no trajectory has a tool image: there is nothing for --method recon "
                              "to reconstruct")
-        norm = self.vlm.lm.get_decoder().norm.weight
-        self.predictor = LatentScale(torch.cat(embeddings), norm)
+        self.predictor = LatentScale(embeddings, self.vlm.lm.get_decoder().norm.weight)
 
-    def forward(self, batch: list[TrainingExample]) -> losses.Losses:
+    def embeddings(self, batch: Examples, images: Images) -> Tensor:
+        """What the latents of a batch stand for, (n, D)."""
+        parts = [latent_targets(images[image.key].features[0], self.config.latents)
+                 for example in batch for image in example.images[1:]]
+        return torch.cat([self.predictor.mean.new_zeros(0, self.vlm.dim), *parts])
+
+    def forward(self, batch: Examples) -> losses.Losses:
         images = self.encode_images([image for example in batch for image in example.images])
-        latents = torch.cat([self.predictor.mean.new_zeros(0, self.vlm.dim), *(
-            latent_targets(images[image.key].features[0], self.config.latents)
-            for ex in batch for image in ex.images[1:])])  # (n, D)
+        latents = self.embeddings(batch, images)
         full = self.vlm(collate([ex.views.full for ex in batch], self.vlm.pad_id), images, latents)
         vlm = losses.vlm_loss(full.states, full.batch.labels, self.vlm.lm.lm_head)
         # the state before each latent regresses the embedding that the latent stands for
@@ -108,10 +107,8 @@ def latent_view(chat: Chat, example: Example, images: list[LoadedImage], latents
                     for step in example.trajectory)
     turns = [*chat.turns(example)[:1], ("assistant", [words])]
     whole = chat.conversation(turns, images[:1]).without_layout()
-    token = chat.tokenizer.convert_tokens_to_ids
-    image_id, end = token(chat.family.placeholder), token(LATENT_END)
-    counts = iter(latents or chat.tokenizer(image.text, add_special_tokens=False).input_ids
-                  .count(image_id) for image in images[1:])
+    end = chat.tokenizer.convert_tokens_to_ids(LATENT_END)
+    counts = iter(latents or image.text.count(chat.family.placeholder) for image in images[1:])
     ids, labels, inject_at = [], [], ()
     for id, label in zip(whole.ids, whole.labels):
         # a supervised end marker is the model's own: the question's image is not supervised
@@ -187,35 +184,33 @@ def generate_latent(vlm: VLM, views: list[View], images: dict, scale: LatentScal
     latent, so rows in and out of a run share one batch and one KV cache. instead(inputs (B, D),
     latents fed so far, is a latent (B)) -> inputs: what a control feeds (analysis/causal.py).
     """
-    markers = vlm.tokenizer.convert_tokens_to_ids([LATENT_START, LATENT_END])
+    start_marker, end_marker = vlm.tokenizer.convert_tokens_to_ids([LATENT_START, LATENT_END])
     inputs = vlm.embed(collate(views, vlm.pad_id, left=True), images)
     position, mask = inputs["position_ids"].amax(dim=(0, 2)) + 1, inputs["attention_mask"]
-    cache = DynamicCache()
-    words: list[list[int]] = [[] for _ in views]
-    # left: latents to feed; 0: the end marker is due; -1: words
-    fed, left = [0] * len(views), [-1] * len(views)
+    cache, words, fed = DynamicCache(), [[] for _ in views], [0] * len(views)
+    # positions up to the model's next word: latents, and last the end marker
+    due = [0] * len(views)
     while True:
         out = vlm.family.states(**inputs, past_key_values=cache, use_cache=True)
         state = out.last_hidden_state[:, -1]  # (B, D)
-        token = vlm.lm.lm_head(state).argmax(dim=-1).tolist()
-        latent = torch.tensor([n > 0 for n in left], device=vlm.device)
-        for row, n in enumerate(left):
-            ended = bool(words[row]) and words[row][-1] == end_id
-            if n < 0 and not ended and len(words[row]) < max_new_tokens:
-                words[row].append(token[row])
-                left[row] = latents if token[row] == markers[0] else -1
-            elif n == 0:
-                token[row] = markers[1]
-            fed[row] += n > 0
-            left[row] = n - 1 if n >= 0 else left[row]
-        if all(n < 0 and (w[-1] == end_id or len(w) == max_new_tokens)
-               for n, w in zip(left, words)):
+        token_ids = vlm.lm.lm_head(state).argmax(dim=-1).tolist()
+        latent = torch.tensor([count > 1 for count in due], device=vlm.device)  # (B)
+        for row, token in enumerate(token_ids):
+            if due[row]:
+                fed[row] += due[row] > 1
+                # a latent replaces the embedding of any token
+                token_ids[row] = end_marker
+                due[row] -= 1
+            elif words[row][-1:] != [end_id] and len(words[row]) < max_new_tokens:
+                words[row].append(token)
+                due[row] = latents + 1 if token == start_marker else 0
+        if not any(due) and all(row[-1] == end_id or len(row) == max_new_tokens for row in words):
             return list(zip(words, fed))
-        embeds = vlm.lm.get_input_embeddings()(torch.tensor(token, device=vlm.device))  # (B, D)
-        inputs_now = scale.input(state)
+        embeds = vlm.lm.get_input_embeddings()(torch.tensor(token_ids, device=vlm.device))
+        latent_inputs = scale.input(state)  # (B, D)
         if instead is not None:
-            inputs_now = instead(inputs_now, fed, latent)
-        embeds = torch.where(latent[:, None], inputs_now.to(embeds.dtype), embeds)
+            latent_inputs = instead(latent_inputs, fed, latent)
+        embeds = torch.where(latent[:, None], latent_inputs.to(embeds.dtype), embeds)
         mask = torch.cat([mask, mask.new_ones(len(views), 1)], dim=1)
         rows = position.expand(len(inputs["position_ids"]), -1)[..., None]
         inputs |= dict(inputs_embeds=embeds[:, None], attention_mask=mask, position_ids=rows,
@@ -230,8 +225,8 @@ def answer(evaluator, scale: LatentScale, latents: int, tokens: int = 112) -> li
 
     def decode(views: list[View], numbers: list[int]) -> list[dict]:
         images = evaluator.encode_images(evaluator.images(numbers, evaluator.encode_images.kept))
-        made = generate_latent(vlm, views, images, scale, latents, evaluator.chat.end_id, tokens)
+        rows = generate_latent(vlm, views, images, scale, latents, evaluator.chat.end_id, tokens)
         return [dict(text=evaluator.decode(ids), tokens=len(ids), latents=fed, images=1,
-                     passes=len(ids) + fed + ids.count(start)) for ids, fed in made]
+                     passes=len(ids) + fed + ids.count(start)) for ids, fed in rows]
 
     return in_batches([q.prompt for q in evaluator.questions], decode, evaluator.batch)

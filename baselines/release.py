@@ -26,44 +26,38 @@ from support.records import Example
 from train import Config
 
 
-@dataclass
-class PaperOptions:
-    lambda_latent: float = option(0.2, "lambda of Eq. 4")
-    distance: Literal["cosine", "smoothl1", "mse", "l2"] = option("smoothl1", "D of Eq. 1")
-
-
 class Paper(NextLatOnR):
     """The paper's text. Its SmoothL1 did not make the reported numbers; the cosine did."""
 
-    Options = PaperOptions
+    @dataclass
+    class Options:
+        lambda_latent: float = option(0.2, "lambda of Eq. 4")
+        distance: Literal["cosine", "smoothl1", "mse", "l2"] = option("smoothl1", "D of Eq. 1")
     sees_next = False
-
-
-@dataclass
-class ReleaseOptions:
-    lambda_latent: float = option(0.2, "lambda of Eq. 4")
-    lr: float = option(1e-5, "peak learning rate, for billions of parameters")
-    train_vision: bool = option(True, "LoRA on the vision tower too")
-    lora_dropout: float = option(0.1, "dropout of what enters the low-rank product")
-    warmup: float = option(0.05, "share of the steps with a rising rate (PixelReasoner: 0.3)")
-    weight_decay: float = option(0.1, "of AdamW")
-    # its single rules, so that a study can leave one out
-    target_image: bool = option(True, "the target view has I0 too, in a turn without Q")
-    pred_in_user_turn: bool = option(True, "[PRED] as the last words of the user's turn")
-    supervise_layout: bool = option(True, "the line break behind a turn is learned too")
-    supervise_turns: Literal["all", "last"] = option("all", "last: the answer's alone (LVR data)")
-    nextlat_mean: Literal["tokens", "examples"] = option(
-        "examples", "of Eq. 2: over all t, or over an example's t and then over the batch")
-    nextlat_token: Literal["none", "fed", "next"] = option(
-        "fed", "decode h^_{t+1} too: to the token that it was given (t+1), or to the next one")
-    predictor_weights: Literal["trained", "lora"] = option(
-        "lora", "the latent predictor stays at random but for LoRA, the [PRED] rows as they start")
 
 
 class Release(Current):
     """The authors' code. Deviation from it: docs/differences.md, last section."""
 
-    Options = ReleaseOptions
+    @dataclass
+    class Options:
+        lambda_latent: float = option(0.2, "lambda of Eq. 4")
+        lr: float = option(1e-5, "peak learning rate, for billions of parameters")
+        train_vision: bool = option(True, "LoRA on the vision tower too")
+        lora_dropout: float = option(0.1, "dropout of what enters the low-rank product")
+        warmup: float = option(0.05, "share of the steps with a rising rate (PixelReasoner: 0.3)")
+        weight_decay: float = option(0.1, "of AdamW")
+        # its single rules, so that a study can leave one out
+        target_image: bool = option(True, "the target view has I0 too, in a turn without Q")
+        pred_in_user_turn: bool = option(True, "[PRED] as the last words of the user's turn")
+        supervise_layout: bool = option(True, "the line break behind a turn is learned too")
+        supervise_turns: Literal["all", "last"] = option("all", "last: the answer's (LVR data)")
+        nextlat_mean: Literal["tokens", "examples"] = option(
+            "examples", "of Eq. 2: over all t, or over an example's t and then over the batch")
+        nextlat_token: Literal["none", "fed", "next"] = option(
+            "fed", "decode h^_{t+1} too: to the token that it was given (t+1), or to the next one")
+        predictor_weights: Literal["trained", "lora"] = option(
+            "lora", "the latent predictor is random but for LoRA, the [PRED] rows as they start")
     warmup = property(lambda self: self.config.warmup)
     weight_decay = property(lambda self: self.config.weight_decay)
     lora_dropout = property(lambda self: self.config.lora_dropout)
@@ -73,11 +67,11 @@ class Release(Current):
         which freezes its own weights at their random start, and keeps the [PRED] rows in the
         embedding matrix, which is frozen too."""
         super().build_modules()
+        latent, rank = self.predictor.latent, self.config.lora_rank
         if self.config.predictor_weights == "lora":
-            if not self.config.lora_rank:
+            if not rank:
                 raise ValueError("--predictor_weights lora needs --lora_rank above 0")
             self.predictor.pred_tokens.requires_grad_(False)
-            latent, rank = self.predictor.latent, self.config.lora_rank
             latent.mlp[0].eps = 1e-6
             # frozen at the core's zero, it would predict h_t itself
             latent.mlp[-1].reset_parameters()
@@ -119,12 +113,12 @@ class Release(Current):
 def target_with_image(chat: Chat, example: Example, images: list[LoadedImage]) -> View:
     """R behind a user turn with I0 alone: the conversation without the question's text."""
     turns = [("user", [example.image]), *chat.turns(example)[1:]]
-    made = chat.conversation(turns, images).without_layout()
-    return View(made.ids, made.labels, [image.key for image in images], len(made.ids) - 1)
+    whole = chat.conversation(turns, images).without_layout()
+    return View(whole.ids, whole.labels, [image.key for image in images], len(whole.ids) - 1)
 
 
 def after_last(ids: list[int], end: int) -> list[int]:
-    """What stands behind the last `end`; everything if there is none."""
+    """The tokens behind the last `end`; all if there is none."""
     return ids[len(ids) - ids[::-1].index(end):] if end in ids else ids
 
 
@@ -139,15 +133,14 @@ def last_turn_only(view: View, end: int) -> View:
 def with_layout(chat: Chat, view: View) -> View:
     """Supervised too: what the template writes behind an assistant's turn (Qwen: a line break)."""
     turn = chat.conversation([("user", ["Q"]), ("assistant", ["Xyz"])], [])
-    layout, end = turn.ids[len(turn.without_layout().ids):], chat.end_id
+    layout = turn.ids[len(turn.without_layout().ids):]
     # the view was cut behind its last end of turn: that turn's layout is put back
     ids, labels = view.ids + layout, view.labels + [-100] * len(layout)
-    for n, label in enumerate(view.labels):
-        if label == end:
-            if ids[n + 1:n + 1 + len(layout)] != layout:
-                raise ValueError("this model's tokenizer joins what stands between two turns with "
-                                 "the next one: use --supervise_layout false")
-            labels[n + 1:n + 1 + len(layout)] = layout
+    for n in (n for n, label in enumerate(view.labels, start=1) if label == chat.end_id):
+        if ids[n:n + len(layout)] != layout:
+            raise ValueError("this model's tokenizer joins what stands between two turns with the "
+                             "next one: use --supervise_layout false")
+        labels[n:n + len(layout)] = layout
     return view._replace(ids=ids, labels=labels)
 
 
@@ -155,7 +148,7 @@ def in_user_turn(chat: Chat, view: View) -> View:
     """The input view with [PRED] as the last words of the user's turn, embedded at its end."""
     count, end = len(view.inject_at), chat.end_id
     prompt = view.ids[:len(view.ids) - count]
-    # what a prompt has behind the end of the user's turn, up to where the model would speak
+    # the tokens behind the end of the user's turn, up to where the model would speak
     opening = after_last(chat.conversation([("user", ["Q"])], [], prompt=True).ids, end)
     if end not in prompt or after_last(prompt, end) != opening:
         raise ValueError("this model's chat template does not end the user's turn with the token "
@@ -190,12 +183,12 @@ def token_loss(forecast: Tensor, where: Tensor, labels: Tensor, head: Tensor, wh
     """
     if which == "next":
         labels = F.pad(labels[:, 1:], (0, 1), value=-100)  # (B, T)
-    wanted, head = labels[where], head.detach()
-    keep = wanted != -100
-    if not keep.any():
+    token_ids, head = labels[where], head.detach()
+    supervised = token_ids != -100
+    if not supervised.any():
         return forecast.new_zeros(())
-    logits = losses.at_least_float32(F.linear(forecast[keep], head.to(forecast.dtype)))
-    return F.cross_entropy(logits, wanted[keep])
+    logits = losses.at_least_float32(F.linear(forecast[supervised], head.to(forecast.dtype)))
+    return F.cross_entropy(logits, token_ids[supervised])
 
 
 # ---- its passes, to be timed --------------------------------------------------------------------

@@ -5,7 +5,6 @@ Sources: TRL's SDFTTrainer, S2VOPD (2608.14144); there the student writes the an
 reads the expert's. Letters: D hidden size, V vocabulary, n tokens of a batch's answers.
 """
 
-from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Literal
@@ -15,19 +14,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import losses
-from data import TrainingExample, Views, collate, make_views
+from baselines.variants import Examples
+from data import Views, collate, make_views
 from losses import Losses, at_least_float32
 from model import Encoded
 from support.chat import Chat, View
-from support.features import LoadedImage
+from support.features import ImageEncoder, LoadedImage
 from support.options import option
 from support.records import Example
 from train import SFT, Config
-
-
-@dataclass
-class SelfDistillOptions:
-    teacher: Literal["current", "start"] = option("current", "the model of now, or before training")
 
 
 class SelfDistill(SFT):
@@ -37,7 +32,9 @@ class SelfDistill(SFT):
     Gradient: flows to the student, stops at the teacher.
     """
 
-    Options = SelfDistillOptions
+    @dataclass
+    class Options:
+        teacher: Literal["current", "start"] = option("current", "model now, or before training")
 
     def build_modules(self) -> None:
         super().build_modules()
@@ -51,20 +48,24 @@ class SelfDistill(SFT):
         bare = make_views(chat, example.answer_only(config.answer_prefix), images[:1], 0)
         return super().views(config, chat, example, images)._replace(input=bare.full)
 
-    def forward(self, batch: list[TrainingExample]) -> Losses:
-        images = self.encode_images([image for example in batch for image in example.images])
+    def forward(self, batch: Examples) -> Losses:
+        pictures = [image for example in batch for image in example.images]
+        images = self.encode_images(pictures)
         full, answer = ([example.views[n] for example in batch] for n in range(2))
         full_batch, head = collate(full, self.vlm.pad_id), self.vlm.lm.lm_head
-        teacher = self.vlm(full_batch, images)
-        vlm = losses.vlm_loss(teacher.states, teacher.batch.labels, head)
+        encoded = self.vlm(full_batch, images)
+        vlm = losses.vlm_loss(encoded.states, encoded.batch.labels, head)
         student = self.vlm(collate(answer, self.vlm.pad_id), images)
         counts = [common_end(one, other) for one, other in zip(full, answer)]
-        # the starting model has another head only where all weights train
-        other = self.vlm.starting_model() if self.config.teacher == "start" else nullcontext(None)
-        with torch.no_grad(), other as start:
-            teacher = start(full_batch, images) if start else teacher
-            teacher_logits = (start or self.vlm).lm.lm_head(before_end(teacher, counts))  # (n, V)
-        kl = kl_divergence(teacher_logits, head(before_end(student, counts)))
+        teacher = head(before_end(encoded, counts))  # (n, V)
+        if self.config.teacher == "start":
+            with torch.no_grad(), self.vlm.starting_model() as start:
+                # a trained vision tower has changed the features, so encode with the first one
+                if self.config.train_vision:
+                    images = ImageEncoder(start.family, frozen=False)(pictures)
+                # where all weights train, the starting model has a head of its own
+                teacher = start.lm.lm_head(before_end(start(full_batch, images), counts))
+        kl = kl_divergence(teacher, head(before_end(student, counts)))
         return Losses.of(vlm + self.config.lambda_latent * kl, None, vlm=vlm, kl=kl)
 
 

@@ -15,24 +15,23 @@ TURN_TOKENS = 56  # enough for any plan and call
 
 
 def answer(evaluator, limit: int) -> list[dict]:
-    """One dict per example (evaluate.Evaluator), in rounds: everyone who still talks writes one
-    turn, and the call in it is executed.
-
-    A call that is malformed or does not fit its image ends the attempt, as does one call too many,
-    or a conversation that has grown beyond the model's positions: `failed` then says so, and there
-    is no text.
-    """
+    """One dict per example (evaluate.Evaluator); `failed` says why an attempt has no text: a call
+    that is malformed or does not fit its image, one call too many, or a conversation that has grown
+    beyond the model's positions."""
     return [talk.result for talk in converse(evaluator, limit)]
 
 
 def converse(evaluator, limit: int) -> list["Talk"]:
-    """The finished conversation of each example (see `answer`)."""
+    """The finished conversation of each example. In each round every unfinished one gets a turn of
+    the model, and the call in it is executed."""
     talks = [Talk(evaluator, example) for example in evaluator.examples]
     for _ in range(limit + 1):
         active = [talk for talk in talks if talk.has_room()]
-        texts = in_batches([talk.view() for talk in active],
-                           lambda views, numbers, active=active: generate(
-                               evaluator, views, [active[n] for n in numbers]), evaluator.batch)
+
+        def turns(views: list, numbers: list[int], active=active) -> list[str]:
+            return generate(evaluator, views, [active[n] for n in numbers])
+
+        texts = in_batches([talk.view() for talk in active], turns, evaluator.batch)
         for talk, text in zip(active, texts):
             talk.read(text, limit)
     return talks
@@ -43,13 +42,11 @@ def show(evaluator, limit: int, stem: str) -> None:
     (talk,) = converse(evaluator, limit)
     pictures, number = iter(talk.pictures[1:]), 0
     for role, (part, *_) in talk.turns[1:]:
-        if role == "assistant":
-            print(part)
-            continue
-        while (file := Path(f"{stem}-tool-{number}.png")).exists():
-            number += 1
-        next(pictures).save(file)
-        print(f"-> {file}")
+        if role == "user":
+            while (file := Path(f"{stem}-tool-{number}.png")).exists():
+                number += 1
+            next(pictures).save(file)
+        print(part if role == "assistant" else f"-> {file}")
     print(talk.result["text"] or f"({talk.result['failed']})")
 
 
@@ -58,10 +55,11 @@ def generate(evaluator, views: list, talks: list["Talk"]) -> list[str]:
     family = evaluator.vlm.family
     images = [image for talk in talks for image in with_pixels(talk.images, family)]
     texts = []
-    made = evaluator.vlm.generate(views, images, evaluator.encode_images, TURN_TOKENS)
-    for talk, ids in zip(talks, made):
-        for cost, value in dict(tokens=len(ids), images=len(talk.images), passes=len(ids)).items():
-            talk.result[cost] += value
+    turns = evaluator.vlm.generate(views, images, evaluator.encode_images, TURN_TOKENS)
+    for talk, ids in zip(talks, turns):
+        talk.result["tokens"] += len(ids)
+        talk.result["passes"] += len(ids)
+        talk.result["images"] += len(talk.images)
         texts.append(evaluator.decode(ids))
     return texts
 
@@ -84,14 +82,14 @@ class Talk:
         return self.chat.prompt(self.turns, self.images)
 
     def has_room(self) -> bool:
-        """Whether it still talks, and the model has positions left for a turn."""
-        if "text" in self.result:
-            return False
+        """Whether it has no answer yet, and the model has positions left for a turn."""
         room = self.chat.max_tokens - len(self.view().ids)
-        if room < TURN_TOKENS:
-            self.result |= dict(text="",
-                                failed=f"{room} tokens left, a turn may need {TURN_TOKENS}")
-        return room >= TURN_TOKENS
+        if "text" not in self.result and room < TURN_TOKENS:
+            self.fail(f"{room} tokens left, a turn may need {TURN_TOKENS}")
+        return "text" not in self.result
+
+    def fail(self, reason: str) -> None:
+        self.result |= dict(text="", failed=reason)
 
     def read(self, text: str, limit: int) -> None:
         """Execute the call in `text` and append its image; a text without one is the answer."""
@@ -99,7 +97,7 @@ class Talk:
         if not call and not ATTEMPT.search(text):
             self.result["text"] = text
         elif self.result["calls"] == limit:
-            self.result |= dict(text="", failed="one call too many")
+            self.fail("one call too many")
         else:
             try:
                 self.pictures.append(call_tool(text, *self.pictures))
@@ -107,4 +105,4 @@ class Talk:
                 self.turns += [("assistant", [text[:call.end()]]), ("user", self.pictures[-1:])]
                 self.result["calls"] += 1
             except ValueError as error:
-                self.result |= dict(text="", failed=str(error))
+                self.fail(str(error))

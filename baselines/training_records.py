@@ -7,41 +7,31 @@ from itertools import cycle, islice
 
 import torch
 from torch import Tensor
+from torch.utils.data import ConcatDataset
 
 import evaluate
-from data import TrainingExample
+from baselines.variants import Examples, Images
 from model import Encoded
-from support.features import EncodedImage
 from support.options import option
+from support.questions import answer_record
 from support.records import Example
 from train import SFT, Config, Pearl
 from world.tools import CALL
 
 
+@dataclass
 class Bare(Sequence):
     """The bare answers of these rows of a split, made when they are used."""
 
-    def __init__(self, records: Sequence[Example], rows: Sequence[int], prefix: str):
-        self.records, self.rows, self.prefix = records, rows, prefix
+    records: Sequence[Example]
+    rows: Sequence[int]
+    prefix: str
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, n: int) -> Example:
         return self.records[self.rows[n]].answer_only(self.prefix)
-
-
-class Joined(Sequence):
-    """Two sequences, one behind the other."""
-
-    def __init__(self, first: Sequence, second: Sequence):
-        self.first, self.second = first, second
-
-    def __len__(self) -> int:
-        return len(self.first) + len(self.second)
-
-    def __getitem__(self, n: int):
-        return self.first[n] if n < len(self.first) else self.second[n - len(self.first)]
 
 
 class Direct(SFT):
@@ -57,12 +47,7 @@ class Both(SFT):
 
     @classmethod
     def records(cls, records: Sequence[Example], config: Config) -> Sequence[Example]:
-        return Joined(records, Bare(records, range(len(records)), config.answer_prefix))
-
-
-@dataclass
-class WithAnswersOptions:
-    share: float = option(0.1, "share of the questions that are learned as bare answers too")
+        return ConcatDataset([records, Direct.records(records, config)])
 
 
 class WithAnswers(Pearl):
@@ -73,7 +58,9 @@ class WithAnswers(Pearl):
     bare answer has no trajectory to predict, so L_JEPA leaves its row out.
     """
 
-    Options = WithAnswersOptions
+    @dataclass
+    class Options:
+        share: float = option(0.1, "share of the questions that are learned as bare answers too")
 
     @classmethod
     def records(cls, records: Sequence[Example], config: Config) -> Sequence[Example]:
@@ -84,18 +71,17 @@ class WithAnswers(Pearl):
             generator = torch.Generator().manual_seed(config.seed)
             rows = sorted(torch.randperm(len(records), generator=generator)[:count].tolist())
         rows = list(islice(cycle(rows), len(records))) if count else []
-        return Joined(records, Bare(records, rows, config.answer_prefix))
+        return ConcatDataset([records, Bare(records, rows, config.answer_prefix)])
 
-    def encode_views(self, batch: list[TrainingExample],
-                     images: dict[str, EncodedImage]) -> tuple[Encoded, Tensor]:
+    def encode_views(self, batch: Examples, images: Images) -> tuple[Encoded, Tensor]:
         full, prediction = super().encode_views(batch, images)
         return full, prediction[[not example.bare for example in batch]]
 
-    def target(self, batch: list[TrainingExample], images: dict[str, EncodedImage]) -> Encoded:
+    def target(self, batch: Examples, images: Images) -> Encoded:
         target = super().target(batch, images)
         return target._replace(embedding=target.embedding[[not ex.bare for ex in batch]])
 
-    def jepa(self, prediction: Tensor, target: Tensor, batch: list[TrainingExample]) -> Tensor:
+    def jepa(self, prediction: Tensor, target: Tensor, batch: Examples) -> Tensor:
         # a pass of bare answers alone has nothing to predict, and the mean of nothing is NaN
         return super().jepa(prediction, target, batch) if len(target) else prediction.sum()
 
@@ -120,25 +106,19 @@ class StripCalls(Pearl):
         return replace(example, trajectory=steps)
 
 
-@dataclass
-class TrackedOptions:
-    track: int = option(40, "validation questions asked at each validation")
-
-
 class Tracked(Pearl):
     """Direct accuracy, and accuracy with the expert's tool, over training: direct accuracy that
     falls means forgetting only where the accuracy with the tool has risen."""
 
-    Options = TrackedOptions
+    @dataclass
+    class Options:
+        track: int = option(40, "validation questions asked at each validation")
 
     def metrics(self, examples: Sequence[Example]) -> dict[str, float]:
-        found = [examples[n] for n in range(min(self.config.track, len(examples)))]
-        evaluator = evaluate.Evaluator(self.vlm, found, self.config.answer_prefix)
-        asked = dict(direct=evaluator.direct(), tool=evaluator.tool())
-        metrics = {}
-        for way, given in asked.items():
-            records = [evaluate.answer_record(example, {way: answer}, evaluator.prefix)
-                       for example, answer in zip(found, given) if answer]
-            right = [record[f"{way}_right"] for record in records]
+        examples = [examples[n] for n in range(min(self.config.track, len(examples)))]
+        evaluator, metrics = evaluate.Evaluator(self.vlm, examples, self.config.answer_prefix), {}
+        for way, answers in dict(direct=evaluator.direct(), tool=evaluator.tool()).items():
+            right = [answer_record(example, {way: answer}, evaluator.prefix)[f"{way}_right"]
+                     for example, answer in zip(examples, answers) if answer]
             metrics[way] = sum(right) / max(1, len(right))
         return metrics

@@ -5,7 +5,8 @@ of R (TargetState); something else in its place (Shuffled, RandomTarget, TaskMea
 Letters: B batch, T sequence, D hidden size.
 """
 
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Literal
@@ -16,11 +17,14 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from tqdm import tqdm
 
-from data import Batch, Trajectories, TrainingExample, collate
+from data import Batch, Trajectories, TrainingExample
 from model import VLM, Encoded
 from support.features import EncodedImage
 from support.options import option
 from train import Pearl
+
+Examples = list[TrainingExample]
+Images = dict[str, EncodedImage]
 
 
 class Current(Pearl):
@@ -29,16 +33,10 @@ class Current(Pearl):
     # True where a subclass needs a gradient through h_R, or through the states of R
     target_needs_grad = False
 
-    def target(self, batch: list[TrainingExample], images: dict[str, EncodedImage]) -> Encoded:
+    def target(self, batch: Examples, images: Images) -> Encoded:
         # Eq. 1 needs no gradient here, because its target is a constant
         with nullcontext() if self.target_needs_grad else torch.no_grad():
             return self.encode_target(self.vlm, batch, images)
-
-
-@dataclass
-class EMAOptions:
-    ema: float = option(0.996, "m: the teacher keeps this share of its weights in each step")
-    ema_rises: bool = option(False, "m rises to 1 at the last step in a straight line (I-JEPA)")
 
 
 class EMA(Pearl):
@@ -46,110 +44,90 @@ class EMA(Pearl):
 
     With --ema_rises m is  m + (1 - m) t / T  after step t of T (I-JEPA: 0.996 to 1).
     Sources: BYOL (2006.07733), I-JEPA (2301.08243), V-JEPA 2 (constant 0.99925). Under LoRA the
-    factors A and B are averaged, not their product; images are encoded by the current tower.
+    factors A and B are averaged, not their product; the current tower encodes the images.
     """
 
-    Options = EMAOptions
+    @dataclass
+    class Options:
+        ema: float = option(0.996, "m: the teacher keeps this share of its weights in each step")
+        ema_rises: bool = option(False, "m rises to 1 at the last step in a straight line (I-JEPA)")
 
     def build_modules(self) -> None:
         super().build_modules()
         if self.config.ema > 1:
             raise ValueError(f"--ema is at most 1, not {self.config.ema}")
-        self.teacher = Teacher(self.vlm)
+        self.names = {name.replace(".", "/"): name for name, p in self.vlm.named_parameters()
+                      if p.requires_grad}
+        # the averages of all weights that train; buffers, because the run's state has those too
+        self.teacher = nn.Module()
+        for buffer, name in self.names.items():
+            start = self.vlm.get_parameter(name).detach().clone()
+            self.teacher.register_buffer(buffer, start, persistent=False)
 
-    def target(self, batch: list[TrainingExample], images: dict[str, EncodedImage]) -> Encoded:
-        teacher = self.teacher.model(self.vlm)
+    def target(self, batch: Examples, images: Images) -> Encoded:
+        weights = {name: self.teacher.get_buffer(buffer) for buffer, name in self.names.items()}
+
+        def teacher(*inputs):
+            return functional_call(self.vlm, weights, inputs)
+
+        teacher.lm, teacher.family, teacher.pad_id = self.vlm.lm, self.vlm.family, self.vlm.pad_id
         with torch.no_grad():
             return self.encode_target(teacher, batch, images)
 
+    @torch.no_grad()
     def after_step(self, step: int) -> None:
         super().after_step(step)
         rise = step / self.config.steps if self.config.ema_rises else 0.0
-        self.teacher.follow(self.vlm, self.config.ema + (1 - self.config.ema) * rise)
-
-
-class Teacher(nn.Module):
-    """The averages of all weights that train. Buffers: saved in the run's state, so that it can be
-    resumed, and in no checkpoint."""
-
-    def __init__(self, vlm: VLM):
-        super().__init__()
-        self.names = {name.replace(".", "/"): name for name, p in vlm.named_parameters()
-                      if p.requires_grad}
+        momentum = self.config.ema + (1 - self.config.ema) * rise
         for buffer, name in self.names.items():
-            start = vlm.get_parameter(name).detach().clone()
-            self.register_buffer(buffer, start, persistent=False)
-
-    def model(self, vlm: VLM) -> Callable:
-        """The VLM with the teacher's weights, as a function."""
-        weights = {name: self.get_buffer(buffer) for buffer, name in self.names.items()}
-
-        def call(*arguments):
-            return functional_call(vlm, weights, arguments)
-
-        call.lm, call.family, call.pad_id = vlm.lm, vlm.family, vlm.pad_id
-        return call
-
-    @torch.no_grad()
-    def follow(self, vlm: VLM, momentum: float) -> None:
-        for buffer, name in self.names.items():
-            self.get_buffer(buffer).lerp_(vlm.get_parameter(name), 1 - momentum)
+            self.teacher.get_buffer(buffer).lerp_(self.vlm.get_parameter(name), 1 - momentum)
 
 
 # ---- which state of R ---------------------------------------------------------------------------
 
 
-@dataclass
-class TargetStateOptions:
-    target_layer: int = option(-1, "h_R is a state that enters this layer; -1: behind the norm")
-    target_position: Literal["end", "word", "words", "image"] = option(
-        "end", "R's last token, its last word, the mean of its words, or of its image tokens")
-
-
 class TargetState(Pearl):
     """h_R is another state of R, or a mean of states (analysis/targets.py compares them)."""
 
-    Options = TargetStateOptions
+    @dataclass
+    class Options:
+        target_layer: int = option(-1, "h_R is a state that enters this layer; -1: behind the norm")
+        target_position: Literal["end", "word", "words", "image"] = option(
+            "end", "R's last token, its last word, the mean of its words, or of its image tokens")
 
     def build_modules(self) -> None:
         super().build_modules()
-        layers = len(self.vlm.lm.get_decoder().layers)
-        if self.config.target_layer > layers:
-            raise ValueError(f"--target_layer {self.config.target_layer}: {self.vlm.path} has "
-                             f"{layers} layers; -1 is the last one's state, behind the norm")
+        layer, count = self.config.target_layer, len(self.vlm.lm.get_decoder().layers)
+        if layer > count:
+            raise ValueError(f"--target_layer {layer}: {self.vlm.path} has {count} layers; -1 is "
+                             "the last one's state, behind the norm")
 
-    def encode_target(self, vlm: VLM, batch: list[TrainingExample],
-                      images: dict[str, EncodedImage]) -> Encoded:
-        with states_entering(vlm, self.config.target_layer) as kept:
+    def encode_target(self, vlm: VLM, batch: Examples, images: Images) -> Encoded:
+        position = self.config.target_position
+        with states_entering(vlm, self.config.target_layer) as states:
             encoded = super().encode_target(vlm, batch, images)
-        states = kept[0] if kept else encoded.states
-        where = positions(encoded.batch, vlm, self.config.target_position)
-        for example, found in zip(batch, where.any(dim=1).tolist()):
-            if not found and self.config.target_position == "image":
+        where = positions(encoded.batch, vlm, position)
+        for example, has_tokens in zip(batch, where.any(dim=1).tolist()):
+            if position == "image" and not has_tokens:
                 split, number = example.index
                 raise ValueError(f"record {number} of the {split} split has no tool image for "
-                                 "--target_position image: choose another position, or leave the "
-                                 "record out")
-        return encoded._replace(embedding=mean_at(states, where))
+                                 "--target_position image: choose another, or drop the record")
+        return encoded._replace(embedding=mean_at((states or [encoded.states])[0], where))
 
 
 @contextmanager
 def states_entering(vlm: VLM, layer: int) -> Iterator[list[Tensor]]:
     """A list that holds the states (B, T, D) that enter a layer, once it has run; an empty one for
     the last states, behind the norm (-1, or as many as there are layers)."""
-    layers, kept = vlm.lm.get_decoder().layers, []
-    if layer in (-1, len(layers)):
-        yield kept
-        return
+    layers, states = vlm.lm.get_decoder().layers, []
 
-    def keep(module: nn.Module, inputs: tuple, named: dict) -> None:
-        kept.append(inputs[0] if inputs else named["hidden_states"])
+    def keep(module: nn.Module, inputs: tuple, keywords: dict) -> None:
+        states.append(inputs[0] if inputs else keywords["hidden_states"])
 
-    hook = layers[layer].register_forward_pre_hook(keep, with_kwargs=True)
-    try:
-        yield kept
-    finally:
-        hook.remove()
+    last = layer in (-1, len(layers))
+    with (nullcontext() if last else
+          layers[layer].register_forward_pre_hook(keep, with_kwargs=True)):
+        yield states
 
 
 def mean_at(states: Tensor, where: Tensor) -> Tensor:
@@ -183,7 +161,7 @@ class Shuffled(Pearl):
     """The control: each row gets the h_R of the next row of the batch, so that nothing about its
     own trajectory can be learned. What Pearl still gains is regularisation, not prediction."""
 
-    def jepa(self, prediction: Tensor, target: Tensor, batch: list[TrainingExample]) -> Tensor:
+    def jepa(self, prediction: Tensor, target: Tensor, batch: Examples) -> Tensor:
         if self.config.batch < 2:
             raise ValueError("--method shuffled needs --batch 2 or more")
         return super().jepa(prediction, target.roll(1, dims=0), batch)
@@ -192,15 +170,18 @@ class Shuffled(Pearl):
 class RandomTarget(Pearl):
     """The control: a vector drawn once for each row, as long as its h_R."""
 
-    def jepa(self, prediction: Tensor, target: Tensor, batch: list[TrainingExample]) -> Tensor:
-        drawn = []
-        for example in batch:
-            if not example.bare:
-                generator = torch.Generator().manual_seed(1_000_003 * self.config.seed
-                                                          + example.index[1])
-                drawn.append(torch.randn(target.shape[1], generator=generator))
-        drawn = F.normalize(torch.stack(drawn), dim=1).to(target)
-        return super().jepa(prediction, target.norm(dim=1, keepdim=True) * drawn, batch)
+    def jepa(self, prediction: Tensor, target: Tensor, batch: Examples) -> Tensor:
+        seeds = [1_000_003 * self.config.seed + ex.index[1] for ex in batch if not ex.bare]
+        noise = [torch.randn(target.shape[1], generator=torch.Generator().manual_seed(seed))
+                 for seed in seeds]
+        noise = F.normalize(torch.stack(noise), dim=1).to(target)
+        return super().jepa(prediction, target.norm(dim=1, keepdim=True) * noise, batch)
+
+
+def read_all(dataset: Trajectories, rows: Tensor, size: int, label: str) -> Iterator[Examples]:
+    """These rows of a data set, in batches of `size`, with a progress bar."""
+    for part in tqdm(rows.split(size), desc=label, disable=None, leave=False):
+        yield dataset.passes(part.tolist(), size)[0]
 
 
 class TaskMean(Pearl):
@@ -216,18 +197,16 @@ class TaskMean(Pearl):
     def prepare(self, datasets: list[Trajectories]) -> None:
         super().prepare(datasets)
         for dataset in datasets:
-            groups: dict[tuple[str, ...], list] = {}
-            rows = torch.arange(len(dataset)).split(self.config.batch)
-            for part in tqdm(rows, desc=f"targets of {dataset.split}", disable=None, leave=False):
-                batch = dataset.passes(part.tolist(), self.config.batch)[0]
-                images = [image for example in batch for image in example.images]
-                self.target(batch, self.encode_images(images))
+            groups = defaultdict(list)
+            for batch in read_all(dataset, torch.arange(len(dataset)), self.config.batch,
+                                  f"targets of {dataset.split}"):
+                self.target(batch, self.encode_images([i for ex in batch for i in ex.images]))
+                if any(example.index not in self.targets.kept for example in batch):
+                    raise ValueError("--method task_mean and answer_mean need every frozen h_R in "
+                                     "memory: fewer records, and no --shard")
                 for example in batch:
-                    if example.index not in self.targets.kept:
-                        raise ValueError("--method task_mean and answer_mean need every frozen "
-                                         "h_R in memory: fewer records, and no --shard")
                     if not example.bare:
-                        groups.setdefault(self.group(example), []).append(example.index)
+                        groups[self.group(example)].append(example.index)
             for group in groups.values():
                 mean = torch.stack([self.targets.kept[row] for row in group]).mean(dim=0)
                 self.targets.kept |= dict.fromkeys(group, mean)
@@ -246,7 +225,7 @@ class AnswerMean(TaskMean):
 class NoJEPA(Pearl):
     """L = L_VLM + lambda L_NextLat."""
 
-    def jepa(self, prediction: Tensor, target: Tensor, batch: list[TrainingExample]) -> Tensor:
+    def jepa(self, prediction: Tensor, target: Tensor, batch: Examples) -> Tensor:
         return prediction.new_zeros(())
 
 
@@ -257,15 +236,12 @@ class NoNextLat(Pearl):
         return full.states.new_zeros(())
 
 
-@dataclass
-class NextLatFactorOptions:
-    nextlat_factor: float = option(1.0, "L = L_VLM + lambda (L_JEPA + factor * L_NextLat)")
-
-
 class NextLatFactor(Pearl):
     """Eq. 4 has one lambda for two terms; this gives L_NextLat a factor of its own."""
 
-    Options = NextLatFactorOptions
+    @dataclass
+    class Options:
+        nextlat_factor: float = option(1.0, "L = L_VLM + lambda (L_JEPA + factor * L_NextLat)")
 
     def nextlat(self, full: Encoded, target: Encoded) -> Tensor:
         return self.config.nextlat_factor * super().nextlat(full, target)
@@ -289,24 +265,16 @@ def every_position(batch: Batch) -> Batch:
 class TwoPasses(Pearl):
     """Full and input view in one pass each: the same numbers as one pass for both, but slower."""
 
-    def encode_views(self, batch: list[TrainingExample],
-                     images: dict[str, EncodedImage]) -> tuple[Encoded, Tensor]:
-        full, inputs = ([example.views[n] for example in batch] for n in range(2))
-        pred_tokens, pad_id = self.predictor.pred_tokens, self.vlm.pad_id
-        prediction = self.vlm(collate(inputs, pad_id), images, pred_tokens).embedding
-        return self.vlm(collate(full, pad_id), images), prediction
-
-
-@dataclass
-class DropoutOptions:
-    lora_dropout: float = option(0.1, "dropout of what enters the low-rank product")
+    def build_modules(self) -> None:
+        super().build_modules()
+        self.vlm.family.packs = False
 
 
 class Dropout(Pearl):
     """Dropout in LoRA."""
 
-    Options = DropoutOptions
+    @dataclass
+    class Options:
+        lora_dropout: float = option(0.1, "dropout of what enters the low-rank product")
 
-    @property
-    def lora_dropout(self) -> float:
-        return self.config.lora_dropout
+    lora_dropout = property(lambda self: self.config.lora_dropout)

@@ -27,11 +27,11 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import evaluate  # noqa: E402
 from model import VLM  # noqa: E402
-from published.common import digest, open_boxes, parquet_rows, text_file  # noqa: E402
+from published.common import open_boxes, parquet_rows, text_file  # noqa: E402
 from support.chat import Chat  # noqa: E402
 from support.features import ImageEncoder, load_images, with_pixels  # noqa: E402
 from support.files import write_text  # noqa: E402
-from support.images import Picture, open_image  # noqa: E402
+from support.images import Picture, open_image, picture_digest  # noqa: E402
 from support.processes import run_program  # noqa: E402
 from support.records import Example  # noqa: E402
 
@@ -59,7 +59,7 @@ class Item(NamedTuple):
 
 
 def choices_in(text: str) -> dict[str, str]:
-    # letter -> text of "(A) red (B) blue", on one line or on several
+    """Letter -> text of "(A) red (B) blue", on one line or on several."""
     choices = {}
     for letter, choice in re.findall(r"\(([A-Za-z])\)\s*(.*?)\s*(?=\([A-Za-z]\)|\n|$)", text):
         # in order: another letter in parentheses is a word
@@ -89,31 +89,30 @@ def readable(file: Path, where: str) -> Path:
 
 
 def vstar_item(row: dict, where: str, file: Path) -> Item:
-    words = row["text"]
+    words, image = row["text"], readable(file.parent / row["image"], where)
     # as published: the words have options and instruction
-    return make_item(where, row["question_id"], row["category"],
-                     [readable(file.parent / row["image"], where)], words, choices_in(words),
-                     row["label"])._replace(prompt=words)
+    return make_item(where, row["question_id"], row["category"], [image], words,
+                     choices_in(words), row["label"])._replace(prompt=words)
 
 
 def mmvp_item(row: dict, where: str, file: Path) -> Item:
     if not row["Index"].strip().isdecimal():
         raise ValueError(f"{where}: Index must be a number")
-    index, choices = int(row["Index"]), choices_in(row["Options"])
+    index = int(row["Index"])
     # the hub has the name with a blank, and much code without
     folder = "MMVP Images" if (file.parent / "MMVP Images").is_dir() else "MMVP_Images"
-    images = [readable(file.parent / folder / f"{index}.jpg", where)]
+    image = readable(file.parent / folder / f"{index}.jpg", where)
     # items 1 and 2 are a pair
-    item = make_item(where, str(index), str((index - 1) // 2), images, row["Question"], choices,
-                     row["Correct Answer"])
+    item = make_item(where, str(index), str((index - 1) // 2), [image], row["Question"],
+                     choices_in(row["Options"]), row["Correct Answer"])
     # of two choices, the other one is right
-    others = "".join(letter for letter in choices if letter not in item.label)
+    others = "".join(letter for letter in item.choices if letter not in item.label)
     return item._replace(corrected=others) if index in MMVP_WRONG else item
 
 
 def blink_item(row: dict, where: str, file: Path) -> Item:
-    images = [open_image(io.BytesIO(row[key]["bytes"]), where)
-              for key in (f"image_{n}" for n in range(1, 100)) if row.get(key)]
+    images = [open_image(io.BytesIO(row[f"image_{n}"]["bytes"]), where)
+              for n in range(1, 100) if row.get(f"image_{n}")]
     if not images:
         raise ValueError(f"{where}: no image")
     choices = {letter: str(text).strip() for letter, text in zip(LETTERS, row["choices"])}
@@ -174,14 +173,14 @@ def letters_in(text: str, letters: str) -> tuple[str, str]:
     letter = rf"(?<!\w)(?<!\w['’-])([{letters}])(?!['’-]?\w)"
     # the article or the pronoun, unless "option" or the like is before it
     word = re.compile(rf"[AI][ \t]+(?!(?:{NO_NOUNS})\b)(?!{letter})[^\W\d_]")
-    named = [m for m in re.finditer(letter, text)
+    mentions = [m for m in re.finditer(letter, text)
              if not word.match(text, m.start())
              or re.search(r"(?i:option|choice|letter)\s+$", text[:m.start()])]
-    if len({m[1] for m in named}) != 1:
+    if len({m[1] for m in mentions}) != 1:
         return "", ""
     alone = re.match(rf"(?:(?i:answer|option)\s*:?\s*)?\(?([{letters}])\)?(?![^\s.:,;)!?])", text)
-    strict = alone is not None and alone.start(1) == named[0].start(1)
-    return named[0][1] if strict else "", named[0][1]
+    strict = alone is not None and alone.start(1) == mentions[0].start(1)
+    return mentions[0][1] if strict else "", mentions[0][1]
 
 
 def scores(kind: str, records: list[dict]) -> dict[str, list[float]]:
@@ -228,17 +227,17 @@ class Questions:
         family, end = self.vlm.family, self.chat.end_id
         images = [image for n in numbers
                   for image in with_pixels(load_images(self.examples[n], family), family)]
-        made = self.vlm.generate([self.prompts[n] for n in numbers], images, self.encode_images,
+        rows = self.vlm.generate([self.prompts[n] for n in numbers], images, self.encode_images,
                                  self.tokens)
         return [self.chat.tokenizer.decode(ids[:ids.index(end)] if end in ids else ids,
-                                           skip_special_tokens=True) for ids in made]
+                                           skip_special_tokens=True) for ids in rows]
 
 
 def origin(items: list[Item], tokens: int, questions: Questions | None = None) -> dict:
     # what makes predictions; without questions, as far as it is known before the model is loaded
     parts = dict(items=[
         # without the source: a folder may move
-        [*item._replace(source="", images=[*map(digest, item.images)])] for item in items])
+        [*item._replace(source="", images=[*map(picture_digest, item.images)])] for item in items])
     if questions:
         lm, processor = questions.vlm.lm, questions.vlm.family.processor
         parts |= dict(dtype=str(lm.dtype), image_processor=processor.to_dict(), weights=[

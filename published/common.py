@@ -1,18 +1,15 @@
-r"""Shared by both readers: text files, parquet rows, digests of pictures, texts without markup.
+r"""Shared by both readers: text files, parquet rows, texts without markup.
 
 Published texts carry the markup of the models that they were made for. It is known by its place: a
 placeholder (<image>, <lvr>) is at the start or the end of a turn, and <think>, <answer> or \boxed{}
 enclose a part of a model's turn. Elsewhere the same letters are words ("<image> or <img>?").
 """
 
-import hashlib
 import json
 import re
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Iterator, TextIO
-
-from support.images import Picture, opened
 
 # characters read at a time
 CHUNK = 1 << 20
@@ -75,12 +72,6 @@ def parquet_rows(files: list[Path]) -> Iterator[dict]:
     for file in files:
         for batch in parquet.ParquetFile(file).iter_batches(32):
             yield from batch.to_pylist()
-
-
-def digest(picture: Picture) -> str:
-    # equal pixels have one name, in whatever file
-    image = opened(picture).convert("RGB")
-    return hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest()[:32]
 
 
 def clean(text: str) -> str:

@@ -25,11 +25,11 @@ from PIL import Image, ImageChops, ImageStat
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from published.common import (GIVEN, alike, clean, digest, open_boxes,  # noqa: E402
-                              parquet_rows, read_list, split_answer)
+from published.common import (GIVEN, alike, clean, open_boxes, parquet_rows,  # noqa: E402
+                              read_list, split_answer)
 from support import records  # noqa: E402
 from support.files import new_folder, on_disk  # noqa: E402
-from support.images import Picture, open_image  # noqa: E402
+from support.images import Picture, open_image, picture_digest  # noqa: E402
 from support.processes import run_program  # noqa: E402
 from world import tools  # noqa: E402
 
@@ -76,7 +76,7 @@ def example(name: str, task: str, picture: Picture, image: Image.Image, question
     # JSON can write such a half, and UTF-8 cannot
     if re.search("[\ud800-\udfff]", "".join([name, task, *texts])):
         raise ValueError("a text holds half a character (lone surrogate)")
-    pixels = [digest(image), *(digest(step) for step in steps if not isinstance(step, str))]
+    pixels = [picture_digest(part) for part in [image, *steps] if not isinstance(part, str)]
     # by the picture, 98 : 1 : 1, so that all questions on it are on one side in every set
     split = {0: "test", 1: "validation"}.get(int(pixels[0], 16) % 100, "train")
     # no choices are published with these sets: the answer is the only one
@@ -214,8 +214,8 @@ def run_call(call: str, pictures: list[Image.Image],
              published: Image.Image) -> tuple[list[int], int, Image.Image | None]:
     # our call's numbers, the number of its image and its crop, for the region that the published
     # picture shows; without such a region, the crop is None
-    given = json.loads(call)["arguments"]
-    box, target = given.get("bbox_2d") or given.get("bbox"), given.get("target_image")
+    arguments = json.loads(call)["arguments"]
+    box, target = arguments.get("bbox_2d") or arguments.get("bbox"), arguments.get("target_image")
     if not box:
         raise ValueError("a call to another tool than crop")
     target = len(pictures) if target is None else int(target)
@@ -256,11 +256,11 @@ def mix(sources: dict[Path, float], count: int, seed: int) -> Iterator[Converted
             yield where, UNREADABLE if reason.startswith("image") else reason.split(":")[0]
         # the reader passes over remarks
         with open(folder / records.FILE, encoding="utf-8-sig", errors="replace") as lines:
-            found = [json.loads(line) for line in lines if '"remarks": ["' in line]
-        pixels, remarks = {}, {record["id"].strip(): record["remarks"] for record in found}
+            with_remarks = [json.loads(line) for line in lines if '"remarks": ["' in line]
+        pixels, remarks = {}, {record["id"].strip(): record["remarks"] for record in with_remarks}
         for row, ex in enumerate(examples):
             try:
-                pixels[row] = [digest(open_image(file, UNREADABLE)) for file in ex.images]
+                pixels[row] = [picture_digest(file) for file in ex.images]
                 rank = max(records.SPLITS.index(ex.split), strictest.get(pixels[row][0], 0))
                 strictest[pixels[row][0]] = rank
             except (ValueError, OSError):
@@ -281,8 +281,8 @@ def mix(sources: dict[Path, float], count: int, seed: int) -> Iterator[Converted
         rng.shuffle(train)
         for row in train[:share] + others:
             ex = examples[row]
-            named = vars(ex) | dict(id=f"{name}/{ex.id}")
-            yield Converted(**named, pixels=pixels[row], remarks=remarks.get(ex.id, []))
+            fields = vars(ex) | dict(id=f"{name}/{ex.id}")
+            yield Converted(**fields, pixels=pixels[row], remarks=remarks.get(ex.id, []))
         for row in train[share:]:
             yield f"{name}/{examples[row].id}", "training record beyond its folder's share"
 

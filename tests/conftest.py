@@ -119,6 +119,17 @@ def assert_close(one, other, digits=5):
                                    msg=lambda text, name=name: f"{name}: {text}")
 
 
+def assert_same(value, naive, module, rtol=1e-5, atol=1e-7, digits=4):
+    """Equal values, and equal gradients of all that trains."""
+    torch.testing.assert_close(value, naive, rtol=rtol, atol=atol)
+    assert_close(gradients(value, module), gradients(naive, module), digits)
+
+
+def embed(vlm, view, images, rows=None):
+    """One view in a pass of its own."""
+    return vlm(collate([view], vlm.pad_id), images, rows)
+
+
 @pytest.fixture
 def as_program(monkeypatch):
     """`python FILE ARGS` without a process of its own; SystemExit has its exit status."""

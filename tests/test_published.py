@@ -41,6 +41,11 @@ def pictures(tmp_path, monkeypatch):
     return folder
 
 
+def written(kind, rows, images, out):
+    published.write(published.convert(kind, [rows], images), out)
+    return read_folder(out)
+
+
 def check_calls(ex):
     """Our tool gives for each call, on the first picture, the picture behind it. Their number."""
     pairs = list(zip(ex.trajectory[0::2], ex.trajectory[1::2]))
@@ -117,11 +122,11 @@ ERROR, SIZE = [{"text": "\nCropped image is too small: 12x9\n"}], [{"text": "(Im
     ("pixelreasoner", trace(END, image=None), "0 images beside the question")])
 def test_what_cannot_be_used_is_counted(pictures, tmp_path, kind, row, reason, capsys):
     good = dict(lvr=lvr(), thinkmorph=thinkmorph(), pixelreasoner=trace(END))[kind]
-    published.write(published.convert(kind, [[row, good]], pictures), tmp_path / "out")
-    kept, *_, left = capsys.readouterr().out.splitlines()
-    assert "1 records kept, 1 left out" in kept and reason in left and f"; first: {kind}-" in left
+    written(kind, [row, good], pictures, tmp_path / "out")
+    first, *_, left = capsys.readouterr().out.splitlines()
+    assert "1 records kept, 1 left out" in first and reason in left and f"; first: {kind}-" in left
     with pytest.raises(ValueError, match="no record could be used"):
-        published.write(published.convert(kind, [[row]], pictures), tmp_path / "nothing")
+        written(kind, [row], pictures, tmp_path / "nothing")
 
 
 def test_lvr_boxes_become_calls_and_every_turn_is_counted(pictures, tmp_path, capsys):
@@ -149,8 +154,7 @@ def test_questions_on_one_picture_are_on_one_side_with_one_copy(pictures, tmp_pa
     (pictures / "copy.png").write_bytes((pictures / "crop.png").read_bytes())
     Image.open(pictures / "crop.png").save(pictures / "crop.bmp")
     rows = [lvr(image=[name]) for name in ("crop.png", "crop.png", "copy.png", "crop.bmp")]
-    published.write(published.convert("lvr", [rows], pictures), tmp_path / "out")
-    examples = read_folder(tmp_path / "out")
+    examples = written("lvr", rows, pictures, tmp_path / "out")
     assert len({ex.split for ex in examples}) == 1
     assert sorted(image.suffix for image in {ex.image for ex in examples}) == [".bmp", ".png"]
     others = [Image.new("RGB", (10, 10), (n % 256, n // 256, 9)) for n in range(600)]
@@ -216,8 +220,7 @@ def test_the_call_is_that_of_the_region_in_the_published_picture(pictures, tmp_p
     # the authors' tool resizes what it cut, and the picture was saved as JPEG
     cut.resize((cut.width * 2 // 28 * 28, cut.height * 2 // 28 * 28)).save(pictures / "cut.jpg")
     rows = [trace(a_call(box), [{"image": "cut.jpg"}], END)]
-    published.write(published.convert("pixelreasoner", [rows], pictures), tmp_path / "out")
-    [ex] = read_folder(tmp_path / "out")
+    [ex] = written("pixelreasoner", rows, pictures, tmp_path / "out")
     numbers = [int(v) for v in ex.texts[0].partition("[crop ")[2].rstrip("]").split()]
     assert numbers == [pytest.approx(100 * v, abs=1) for v in region] and check_calls(ex) == 1
 
@@ -304,9 +307,9 @@ def test_folders_of_one_name_mix_and_nothing_else_changes(tmp_path, capsys, as_p
         assert f"left out       {line}" in report
     # either the report or a warning says so
     assert "option" in report + str(notes and notes[0].message)
-    shown = {ex.id: opened(ex.image).tobytes() for ex in mixed}
-    assert len(set(shown.values())) == len(shown) == 15
-    assert shown["3-x/q 1"] == opened(one / "images" / "record.1-0.png").tobytes()
+    pixels = {ex.id: opened(ex.image).tobytes() for ex in mixed}
+    assert len(set(pixels.values())) == len(pixels) == 15
+    assert pixels["3-x/q 1"] == opened(one / "images" / "record.1-0.png").tobytes()
     # a later change of the mixture changes nothing else, and a picture is written once
     for file in (out / "images").iterdir():
         assert not file.is_symlink() and file.stat().st_nlink == 1

@@ -2,28 +2,27 @@
 
     python tiny-vlm/pretrain.py --out DIR [--device cuda] [--seed 0]
 
-The result is an ordinary Qwen2_5_VLForConditionalGeneration checkpoint (1.9M parameters).
+The result is an ordinary Qwen2_5_VLForConditionalGeneration checkpoint (1.9M parameters); its
+architecture, chat template and image processor are the files of this folder.
   1. Vision: tower and merger learn dense labels (what is in each cell of 8 x 8 px) on scenes and
      on tool outputs.
   2. Language: the language model learns dialogues on the features of the frozen tower. Most are
-     about one to three of these images: captions, boxes, short answers such as "Answer: seven"; a
-     tool output is just another image. Some have no image ("Repeat: ..."): they train the embedding
-     of every word. Two auxiliary heads teach what a large model knows by itself: where an image
-     token is in its image, and an end-of-turn state that sums up the turn (the words of the last
-     question and reply). The checkpoint does not keep them.
+     about one to three of these images: captions, boxes, short answers such as "Answer: seven".
+     Some have no image ("Repeat: ..."): they train the embedding of every word. Two auxiliary heads
+     teach what a large model knows by itself: where an image token is in its image, and an
+     end-of-turn state that sums up the turn. The checkpoint does not keep them.
 The model never sees a trajectory: no call, no plan, no answer after a tool's output. Its scenes
-come from the world's "pretrain" split, so no training, validation or test scene is among them
-(world/scenes.py). They come from the tasks of WEIGHTS alone, so a new task of the world does not
-change what this model has seen.
+come from the world's "pretrain" split (world/scenes.py) and from the tasks of WEIGHTS alone.
 """
 
 import argparse
 import itertools
-import json
 import math
 import random
+import shutil
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from functools import lru_cache
 from pathlib import Path
@@ -37,28 +36,14 @@ from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # before any other `world`
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))  # before any other `world`
 
 from world import scenes, tools
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>",
            "<|image_pad|>", "<|video_pad|>"]
-# ChatML with the image tokens of the Qwen-VL family, without a system turn
-CHAT_TEMPLATE = (
-    "{%- for message in messages -%}"
-    "{{- '<|im_start|>' + message['role'] + '\\n' -}}"
-    "{%- if message['content'] is string -%}{{- message['content'] -}}"
-    "{%- else -%}{%- for part in message['content'] -%}"
-    "{%- if part['type'] == 'image' -%}{{- '<|vision_start|><|image_pad|><|vision_end|>' -}}"
-    "{%- else -%}{{- part['text'] -}}{%- endif -%}"
-    "{%- endfor -%}{%- endif -%}"
-    "{{- '<|im_end|>\\n' -}}"
-    "{%- endfor -%}"
-    "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}")
-PATCH, MERGE = 8, 2
-PROCESSOR = dict(image_processor_type="Qwen2VLImageProcessor", patch_size=PATCH, merge_size=MERGE,
-                 temporal_patch_size=1, size=dict(shortest_edge=32 * 32, longest_edge=64 * 64),
-                 image_mean=[0.5] * 3, image_std=[0.5] * 3)
+PATCH, MERGE = 8, 2  # as in preprocessor_config.json
 COLOURS, SHAPES, DIGITS = list(scenes.COLOURS), scenes.SHAPES, scenes.DIGITS
 QA = tuple[str, str]  # a question about a picture and its answer
 
@@ -74,28 +59,17 @@ def build_tokenizer(texts: list[str]) -> transformers.PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>",
-        additional_special_tokens=SPECIAL[1:], chat_template=CHAT_TEMPLATE)
+        additional_special_tokens=SPECIAL[1:],
+        # ChatML with the image tokens of the Qwen-VL family, without a system turn
+        chat_template=(HERE / "chat_template.jinja").read_text(encoding="utf-8"))
 
 
-def build_model(tokenizer: transformers.PreTrainedTokenizerFast):
-    token = tokenizer.convert_tokens_to_ids
-    config = transformers.Qwen2_5_VLConfig(
-        text_config=dict(
-            vocab_size=math.ceil(len(tokenizer) / 64) * 64, hidden_size=128, intermediate_size=384,
-            num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
-            max_position_embeddings=2048, tie_word_embeddings=True, bos_token_id=None,
-            rope_parameters=dict(rope_type="default", rope_theta=10000.0, mrope_section=[4, 6, 6]),
-            eos_token_id=token("<|im_end|>"), pad_token_id=token("<|endoftext|>")),
-        vision_config=dict(
-            depth=4, hidden_size=128, intermediate_size=256, num_heads=4, in_channels=3,
-            patch_size=PATCH, spatial_merge_size=MERGE, temporal_patch_size=1, out_hidden_size=128,
-            window_size=64, fullatt_block_indexes=[0, 1, 2, 3], tokens_per_second=2),
-        image_token_id=token("<|image_pad|>"), video_token_id=token("<|video_pad|>"),
-        vision_start_token_id=token("<|vision_start|>"),
-        vision_end_token_id=token("<|vision_end|>"), tie_word_embeddings=True)
+def build_model(vocabulary: int):
+    config = transformers.AutoConfig.from_pretrained(HERE)
+    config.text_config.vocab_size = math.ceil(vocabulary / 64) * 64
     model = transformers.Qwen2_5_VLForConditionalGeneration(config)
-    model.generation_config.eos_token_id = token("<|im_end|>")
-    model.generation_config.pad_token_id = token("<|endoftext|>")
+    for name in ("eos_token_id", "pad_token_id"):
+        setattr(model.generation_config, name, getattr(config.text_config, name))
     return model
 
 
@@ -114,6 +88,8 @@ class Labels:
     and the object's size, about 0 to 1; NaN where no object has its centre.
     """
 
+    names = "flags", "digit", "shape", "measure"
+
     def __init__(self, cells: int, origin=(0, 0), size: int = scenes.SIZE):
         """cells: on each side of a picture that shows the `size` px from `origin` on."""
         self.flags = np.zeros((cells, cells, len(FLAGS)), dtype=np.float16)
@@ -121,21 +97,20 @@ class Labels:
         self.measure = np.full((cells, cells, 3), np.nan, dtype=np.float16)
         self.origin, self.scale, self.cells = origin, cells / size, cells
 
-    def put(self, x: float, y: float, flags: dict[str, float], size: float | None = None,
-            digit: int | None = None, shape: str | None = None) -> None:
-        """What is at the point (x, y); outside the picture, nothing."""
+    def put(self, x: float, y: float, size: float | None = None, digit: int = -1, shape: str = "",
+            **flags: float) -> None:
+        """What is at the point (x, y), if the picture shows it."""
         column, row = ((v - o) * self.scale for v, o in zip((x, y), self.origin))
-        if not (0 <= column < self.cells and 0 <= row < self.cells):
-            return
-        cell = int(row), int(column)
-        for name, value in flags.items():
-            self.flags[cell][CHANNEL[name]] = value
-        if size is not None:
-            self.measure[cell] = column % 1, row % 1, size
-        if digit is not None:
-            self.digit[cell] = digit
-        if shape is not None:
-            self.shape[cell] = SHAPES.index(shape)
+        if 0 <= column < self.cells and 0 <= row < self.cells:
+            cell = int(row), int(column)
+            for name, value in flags.items():
+                self.flags[cell][CHANNEL[name]] = value
+            if size is not None:
+                self.measure[cell] = column % 1, row % 1, size
+            if digit >= 0:
+                self.digit[cell] = digit
+            if shape:
+                self.shape[cell] = SHAPES.index(shape)
 
     def area(self, x0: float, y0: float, x1: float, y1: float, name: str) -> None:
         """Set a flag in all cells whose centre is in the box."""
@@ -158,7 +133,7 @@ def captions(*things: str) -> list[QA]:
 def label_objects(labels: Labels, objects: list) -> None:
     for x, y, r, shape, colour, digit in objects:
         labels.area(x - r, y - r, x + r, y + r, colour)
-        labels.put(x, y, {colour: 1}, r / 20, digit, shape)
+        labels.put(x, y, r / 20, digit, shape, **{colour: 1})
 
 
 def object_questions(objects: list, origin=(0, 0), size: int = scenes.SIZE) -> list[QA]:
@@ -189,7 +164,7 @@ def describe_objects(labels: Labels, spec: dict) -> list[QA]:
 
 def describe_bars(labels: Labels, spec: dict) -> list[QA]:
     bars, tallest = spec["bars"], scenes.tallest_bar(spec["bars"], dots_only=True)
-    rows = [("Which bar is the tallest?", answer(max(bars, key=lambda b: b[1])[2])),
+    rows = [("Which bar is the tallest?", answer(scenes.tallest_bar(bars)[2])),
             ("Which bar is the shortest?", answer(min(bars, key=lambda b: b[1])[2])),
             ("Which bars are dotted?", answer(*(b[2] for b in bars if b[3]))),
             ("Which colours are the bars?", answer(*(b[2] for b in bars)))]
@@ -197,14 +172,14 @@ def describe_bars(labels: Labels, spec: dict) -> list[QA]:
     for x, height, colour, has_dot, digit in bars:
         labels.area(x, 110 - height, x + 14, 110, colour)
         flags = {colour: 1, "dotted": has_dot, "answer": colour == tallest[2]}
-        labels.put(x + 7, 103, flags, height / 100)
+        labels.put(x + 7, 103, height / 100, **flags)
         place = map(scenes.percent, (x - 1, 108 - height, x + 16))
         rows.append((f"Where is the {colour} bar?", answer(*place, 87)))
         if spec["family"] == "highlight+crop":
-            labels.put(x + 7, 119, {}, digit=digit)
-            rows.append((f"Which digit is under the {colour} bar?", answer(DIGITS[digit])))
+            labels.put(x + 7, 119, digit=digit)
             place = answer(*scenes.box(x + 7, 118, 9))
-            rows.append((f"Where is the digit under the {colour} bar?", place))
+            rows += [(f"Which digit is under the {colour} bar?", answer(DIGITS[digit])),
+                     (f"Where is the digit under the {colour} bar?", place)]
     return rows
 
 
@@ -213,11 +188,10 @@ def describe_balls(labels: Labels, spec: dict) -> list[QA]:
     for x, y in itertools.product(centres, centres):
         for a, b, r, z in spec["balls"]:
             if (x - a) ** 2 + (y - b) ** 2 <= r * r:
-                labels.put(x, y, {"near": (z + 1) / 16})
+                labels.put(x, y, near=(z + 1) / 16)
     for i, name in spec["marks"]:
         x, y, _, z = spec["balls"][i]
-        flags = {name: 1, "near": (z + 1) / 16, "answer": name == spec["answer"]}
-        labels.put(x, y, flags, 0.15)
+        labels.put(x, y, 0.15, near=(z + 1) / 16, answer=name == spec["answer"], **{name: 1})
         rows.append((f"Where is the {name} mark?", answer(*map(scenes.percent, (x, y)))))
     return rows + captions(*(f"{name} mark" for _, name in spec["marks"]))
 
@@ -239,14 +213,14 @@ def describe_routes(labels: Labels, spec: dict) -> list[QA]:
         flag = "route" if points is routes[0] else "other route"
         for (x0, y0), (x1, y1) in itertools.pairwise(points):
             for t in np.linspace(0, 1, 7):
-                labels.put(x0 + t * (x1 - x0), y0 + t * (y1 - y0), {flag: 1})
-        labels.put(*points[-1], {colour: 1}, 0.5)
+                labels.put(x0 + t * (x1 - x0), y0 + t * (y1 - y0), **{flag: 1})
+        labels.put(*points[-1], 0.5, **{colour: 1})
         rows.append((f"Where is the {colour} disc?", answer(*scenes.box(*points[-1], 11))))
         if spec["family"] == "path+crop":
-            labels.put(*points[-1], {}, digit=digit)
+            labels.put(*points[-1], digit=digit)
             rows.append((f"Which digit is on the {colour} disc?", answer(DIGITS[digit])))
-    labels.put(*routes[0][0], {"ring": 1}, 0.5)
-    labels.put(*routes[0][-1], {"answer": 1})
+    labels.put(*routes[0][0], 0.5, ring=1)
+    labels.put(*routes[0][-1], answer=1)
     return rows
 
 
@@ -260,8 +234,8 @@ def describe(spec: dict) -> tuple[Labels, list[QA]]:
     labels = Labels(8)
     rows = next(DESCRIBE[key] for key in spec if key in DESCRIBE)(labels, spec)
     # the task's own question is one of the object questions
-    own = [] if "objects" in spec else [(spec["question"], answer(spec["answer"]))] * 5
-    return labels, own + rows
+    task_rows = [] if "objects" in spec else [(spec["question"], answer(spec["answer"]))] * 5
+    return labels, task_rows + rows
 
 
 def object_crop(spec: dict, image: Image.Image, rng: random.Random):
@@ -279,13 +253,12 @@ def object_crop(spec: dict, image: Image.Image, rng: random.Random):
     centre, half = ((x, y), r) if kind == "object" else ((x, y + offset), 7)
     labels = Labels(4, (centre[0] - half, centre[1] - half), 2 * half)
     labels.area(0, 0, scenes.SIZE, scenes.SIZE, colour)
-    labels.put(x, y + offset, {}, digit=digit)
-    questions = [("Which digit is this?", answer(DIGITS[digit]))]
-    if kind == "mark":
-        questions += captions(DIGITS[digit])
-    else:
-        labels.put(x, y, {}, shape=shape)
-        questions += captions(f"{colour} {shape} {DIGITS[digit]}")
+    labels.put(x, y + offset, digit=digit)
+    name = "" if kind == "mark" else f"{colour} {shape} "
+    questions = [("Which digit is this?", answer(DIGITS[digit])),
+                 *captions(name + DIGITS[digit])]
+    if kind == "object":
+        labels.put(x, y, shape=shape)
         questions += [("What is this?", answer(f"{colour} {shape}")),
                       (f"Which digit is on the {colour} {shape}?", answer(DIGITS[digit])),
                       ("Where is the mark?", answer(*scenes.box(r, r + offset, 7, size=2 * r)))]
@@ -301,7 +274,7 @@ def digit_crop(spec: dict, image: Image.Image, rng: random.Random):
         n = rng.randrange(len(spec["walks"]))
         (x, y), r, digit = scenes.node_xy(spec["walks"][n][-1]), 11, spec["digits"][n]
     labels = Labels(4, (x - r, y - r), 2 * r)
-    labels.put(x, y, {}, digit=digit)
+    labels.put(x, y, digit=digit)
     questions = [("Which digit is this?", answer(DIGITS[digit])), *captions(DIGITS[digit])]
     return tools.crop(image, *scenes.box(x, y, r)), labels, questions
 
@@ -376,14 +349,9 @@ def to_tokens(cells: np.ndarray) -> np.ndarray:
 
 
 class Picture(NamedTuple):
-    """A picture as the processor's patches, and the labels of its tokens, (tokens, 4, ...) each."""
-
     patches: np.ndarray
     grid: tuple[int, int, int]
-    flags: np.ndarray
-    digit: np.ndarray
-    shape: np.ndarray
-    measure: np.ndarray
+    labels: dict[str, np.ndarray]  # by name, of its tokens, (tokens, 4, ...) each
     questions: list[QA]
 
 
@@ -397,9 +365,9 @@ def prepare(job: tuple[int, int, int, str]) -> list[Picture]:
         grid = tuple(int(v) for v in out["image_grid_thw"][0])
         # the edge of the image may cut a crop short: then labels and tokens do not match
         if grid[1:] == labels.digit.shape:
-            arrays = (labels.flags, labels.digit, labels.shape, labels.measure)
-            pictures.append(Picture(out["pixel_values"].astype(np.float16), grid,
-                                    *map(to_tokens, arrays), questions))
+            tokens = {name: to_tokens(getattr(labels, name)) for name in Labels.names}
+            pictures.append(Picture(out["pixel_values"].astype(np.float16), grid, tokens,
+                                    questions))
     return pictures
 
 
@@ -409,24 +377,40 @@ def make_pool(count: int, seed: int, folder: Path, workers: int) -> list[Picture
         return [picture for part in executor.map(prepare, jobs) for picture in part]
 
 
-# ---- stage 1: vision ----
+# ---- training ----
 
 
-def optimiser(modules, lr: float, steps: int):
+def fit(stage: str, modules, lr: float, steps: int, losses_of: Callable, held_out: Callable):
+    """losses_of(step) -> losses by name; held_out() -> a line for the log, every 250 steps."""
     parameters = [p for module in modules for p in module.parameters()]
     adam = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=0.05)
     schedule = transformers.get_cosine_schedule_with_warmup(adam, min(200, steps // 10), steps)
-    return adam, schedule, parameters
+    start = time.time()
+    for step in range(1, steps + 1):
+        sum(losses_of(step).values()).backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        adam.step(), schedule.step(), adam.zero_grad()
+        if step % 250 == 0 or step == steps:
+            with torch.no_grad():
+                print(f"{stage} {step}/{steps} held out: {held_out()} | "
+                      f"{time.time() - start:.0f} s", flush=True)
+
+
+def line(values: dict) -> str:
+    return " ".join(f"{name} {value:.3f}" for name, value in values.items())
+
+
+# ---- stage 1: vision ----
 
 
 def vision_batch(pictures: list[Picture], device, noise: float):
     """(pixels, grids, labels): the labels by name, for all tokens of the batch."""
-    def join(name: str) -> torch.Tensor:
-        parts = [getattr(picture, name) for picture in pictures]
+    def join(parts: list[np.ndarray]) -> torch.Tensor:
         return torch.from_numpy(np.concatenate(parts)).to(device).float()
 
-    pixels, grid = join("patches"), torch.tensor([p.grid for p in pictures], device=device)
-    labels = {name: join(name) for name in ("flags", "digit", "shape", "measure")}
+    pixels = join([p.patches for p in pictures])
+    grid = torch.tensor([p.grid for p in pictures], device=device)
+    labels = {name: join([p.labels[name] for p in pictures]) for name in Labels.names}
     labels["colour"] = pixels.view(-1, 4, 3, PATCH ** 2).mean(dim=-1)  # mean colour of each cell
     return pixels + noise * torch.randn_like(pixels), grid, labels
 
@@ -458,28 +442,26 @@ def dense_losses(out: torch.Tensor, labels: dict[str, torch.Tensor]):
     return losses, accuracies
 
 
-def train_vision(model, pool, valid, steps: int, batch: int, lr: float, device) -> None:
+def train_vision(model, pool, valid, steps: int, device) -> None:
     head = nn.Sequential(nn.LayerNorm(128, elementwise_affine=False),
                          nn.Linear(128, 4 * sum(OUTPUTS.values()))).to(device)
-    adam, schedule, parameters = optimiser([model.model.visual, head], lr, steps)
-    start, rng = time.time(), random.Random(0)
-    for step in range(1, steps + 1):
-        pixels, grid, labels = vision_batch(rng.choices(pool, k=batch), device, 0.06)
+    rng = random.Random(0)
+
+    def outputs(pixels, grid) -> torch.Tensor:
+        return head(features(model, pixels, grid)).unflatten(-1, (4, -1)).float()
+
+    def losses_of(step: int) -> dict[str, torch.Tensor]:
+        pixels, grid, labels = vision_batch(rng.choices(pool, k=64), device, 0.06)
         with torch.autocast(torch.device(device).type, torch.bfloat16):
-            out = head(features(model, pixels, grid)).unflatten(-1, (4, -1)).float()
-        losses, _ = dense_losses(out, labels)
-        sum(losses.values()).backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        adam.step(), schedule.step(), adam.zero_grad()
-        if step % 250 == 0 or step == steps:
-            with torch.no_grad():
-                pixels, grid, labels = vision_batch(valid[:400], device, 0.0)
-                out = head(features(model, pixels, grid)).unflatten(-1, (4, -1))
-                held_out = dense_losses(out, labels)
-            losses, right = (" ".join(f"{name} {value:.3f}" for name, value in part.items())
-                             for part in held_out)
-            print(f"vision {step}/{steps} held out: {losses} | right: {right} | "
-                  f"{time.time() - start:.0f} s", flush=True)
+            out = outputs(pixels, grid)
+        return dense_losses(out, labels)[0]
+
+    def held_out() -> str:
+        pixels, grid, labels = vision_batch(valid[:400], device, 0.0)
+        losses, right = dense_losses(outputs(pixels, grid), labels)
+        return f"{line(losses)} | right: {line(right)}"
+
+    fit("vision", [model.model.visual, head], 1e-3, steps, losses_of, held_out)
 
 
 # ---- stage 2: language ----
@@ -537,7 +519,7 @@ class Talker:
             image = []
             if index is not None:
                 pictures.append(index)
-                tokens = len(self.pool[index].digit)
+                tokens = len(self.pool[index].labels["digit"])
                 names = ["<|vision_start|>", *["<|image_pad|>"] * tokens, "<|vision_end|>"]
                 image = [self.special(name) for name in names]
             prompt = [*header("user"), *image, *question, end, *newline, *header("assistant")]
@@ -601,42 +583,36 @@ def language_losses(model, heads, rows: list[Dialogue], pool, cache,
     return losses
 
 
-def train_language(model, tokenizer, pool, valid, steps: int, batch: int, lr: float, device,
-                   summary: float) -> None:
+def train_language(model, tokenizer, pool, valid, steps: int, device, summary: float) -> None:
     """The language model learns the dialogues, on frozen features with a little noise; summary: the
     weight of that loss."""
-    cache, talker, start = all_features(model, pool, device), Talker(tokenizer, pool), time.time()
+    cache, talker = all_features(model, pool, device), Talker(tokenizer, pool)
     valid_cache, valid_talker = all_features(model, valid, device), Talker(tokenizer, valid)
     place, words = nn.Linear(128, 8), nn.Linear(128, model.config.text_config.vocab_size)
     heads = nn.ModuleDict(dict(place=place, summary=words)).to(device)
-    adam, schedule, parameters = optimiser([model.model.language_model, heads], lr, steps)
-    rng = random.Random(1)
-    for step in range(steps):
+    rng, rows, batch = random.Random(1), [], 32
+
+    def losses_of(step: int) -> dict[str, torch.Tensor]:
         # four batches at a time, by length: dialogues of similar length need little padding
-        if step % 4 == 0:
-            rows = sorted((talker.dialogue(rng) for _ in range(batch * 4)),
-                          key=lambda row: len(row.ids))
-        part = rows[step % 4 * batch:(step % 4 + 1) * batch]
+        if not rows:
+            rows.extend(sorted((talker.dialogue(rng) for _ in range(batch * 4)),
+                               key=lambda row: len(row.ids)))
+        part, rows[:] = rows[:batch], rows[batch:]
         losses = language_losses(model, heads, part, pool, cache, device)
-        losses["summary"] = summary * losses["summary"]
-        sum(losses.values()).backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        adam.step(), schedule.step(), adam.zero_grad()
-        if (step + 1) % 250 == 0 or step + 1 == steps:
-            with torch.no_grad():
-                same = random.Random(0)
-                part = [valid_talker.dialogue(same) for _ in range(64)]
-                losses = language_losses(model, heads, part, valid, valid_cache, device)
-            text = " ".join(f"{name} {value:.4f}" for name, value in losses.items())
-            print(f"language {step + 1}/{steps} held out: {text} | {time.time() - start:.0f} s",
-                  flush=True)
+        return losses | dict(summary=summary * losses["summary"])
+
+    def held_out() -> str:
+        same = random.Random(0)
+        part = [valid_talker.dialogue(same) for _ in range(64)]
+        return line(language_losses(model, heads, part, valid, valid_cache, device))
+
+    fit("language", [model.model.language_model, heads], 1.5e-3, steps, losses_of, held_out)
 
 
 def save(model, tokenizer, out: Path) -> None:
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
-    text = json.dumps(PROCESSOR, indent=2) + "\n"
-    (out / "preprocessor_config.json").write_text(text, encoding="utf-8")
+    shutil.copyfile(HERE / "preprocessor_config.json", out / "preprocessor_config.json")
 
 
 def parse_args() -> argparse.Namespace:
@@ -664,7 +640,7 @@ def main() -> None:
     args.out.mkdir(parents=True)
     torch.manual_seed(args.seed)
     tokenizer = build_tokenizer(tokenizer_texts(args.seed))
-    model = build_model(tokenizer).to(args.device)
+    model = build_model(len(tokenizer)).to(args.device)
     size = sum(p.numel() for p in model.parameters()) / 1e6
     print(f"{size:.2f}M parameters, vocabulary {len(tokenizer)}")
     save(model, tokenizer, args.out)
@@ -677,11 +653,10 @@ def main() -> None:
         vision = type(model).from_pretrained(args.vision).model.visual
         model.model.visual.load_state_dict(vision.state_dict())
     else:
-        train_vision(model, pool, valid, args.vision_steps, 64, 1e-3, args.device)
+        train_vision(model, pool, valid, args.vision_steps, args.device)
     save(model, tokenizer, args.out)
     torch.manual_seed(args.seed)
-    train_language(model, tokenizer, pool, valid, args.language_steps, 32, 1.5e-3, args.device,
-                   args.summary)
+    train_language(model, tokenizer, pool, valid, args.language_steps, args.device, args.summary)
     save(model, tokenizer, args.out)
     print(f"saved {args.out} after {(time.time() - start) / 60:.1f} minutes")
 

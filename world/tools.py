@@ -9,7 +9,7 @@ model writes. Crop and highlight fit any image; depth, jigsaw and path fit scene
 import re
 
 import numpy as np
-from PIL import Image, ImageFilter
+from PIL import Image, ImageDraw, ImageFilter
 
 ROUTE_SHADE, ROUTE_PAINT, RING = 200, (255, 90, 200), (255, 255, 255)
 # px: side of a piece, width of its frame, left and top of the four framed pieces
@@ -84,21 +84,15 @@ def path(image: Image.Image, x: int, y: int) -> Image.Image:
     """Paint the route that touches the point (x, y)."""
     pixels = np.asarray(image).copy()
     h, w = pixels.shape[:2]
+    row, column = y * h // 100, x * w // 100
+    top, left = max(0, row - 6), max(0, column - 6)
     # (H, W) routes and the ring are the only bright grey
     route = pixels.min(-1) > ROUTE_SHADE - 45
-    region, row, column = np.zeros_like(route), y * h // 100, x * w // 100
-    region[max(0, row - 6):row + 7, max(0, column - 6):column + 7] = True
-    region &= route
-    count = 0
-    # grow by one pixel in each direction until nothing is added
-    while count < (count := int(region.sum())):
-        wider = region.copy()
-        wider[1:] |= region[:-1]
-        wider[:-1] |= region[1:]
-        wider[:, 1:] |= region[:, :-1]
-        wider[:, :-1] |= region[:, 1:]
-        region = wider & route
-    pixels[region] = ROUTE_PAINT
+    region = Image.fromarray(route.astype(np.uint8)).copy()  # a copy may be painted
+    for dy, dx in np.argwhere(route[top:row + 7, left:column + 7]).tolist():
+        if region.getpixel((left + dx, top + dy)) == 1:
+            ImageDraw.floodfill(region, (left + dx, top + dy), 2)
+    pixels[np.asarray(region) == 2] = ROUTE_PAINT
     return Image.fromarray(pixels)
 
 

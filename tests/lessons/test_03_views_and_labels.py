@@ -93,15 +93,16 @@ def test_the_whole_text_is_tokenised_at_once(chat):
     """Ids are those of one rendering by the template; they end with the last end of turn, without
     the line break that the template puts behind it."""
     turns, images = chat.turns(EXAMPLE), load_images(EXAMPLE, chat.family)
-    made, whole = tokens(chat, turns_of(EXAMPLE)), chat.conversation(turns, images)
-    assert (whole.text, whole.ids) == (made.text, made.ids) and made.text.endswith("<|im_end|>\n")
-    assert views_of(chat, EXAMPLE).full.ids == whole.without_layout().ids == made.ids[:-1]
+    plain, whole = tokens(chat, turns_of(EXAMPLE)), chat.conversation(turns, images)
+    assert whole.text == plain.text and plain.text.endswith("<|im_end|>\n")
+    assert whole.ids == plain.ids
+    assert views_of(chat, EXAMPLE).full.ids == whole.without_layout().ids == plain.ids[:-1]
     prompt = chat.prompt(turns[:1], images[:1])
     assert chat.tokenizer.decode(prompt.ids) == PROMPT and prompt.embed_at == len(prompt.ids) - 1
     # where turns begin and the assistant speaks, in characters
-    assert [made.text[start:start + 16] for start in whole.turn_starts] == [
+    assert [plain.text[start:start + 16] for start in whole.turn_starts] == [
         "<|im_start|>user", "<|im_start|>assi", "<|im_start|>user", "<|im_start|>assi"]
-    assert [made.text[s.start:s.end] for s in whole.speeches] == EXAMPLE.texts
+    assert [plain.text[s.start:s.end] for s in whole.speeches] == EXAMPLE.texts
     assert [whole.first_after(end) for end in (0, whole.ends[3] - 1, whole.ends[3])] == [0, 3, 4]
 
 

@@ -31,22 +31,22 @@ def test_h_R_is_the_starting_models(vlm64, loaded64, mixed, options):
     expected = naive_targets(loaded64, mixed[:2])
     # one row is used at once, the other after the model has moved
     first = target(moved(method), batch[:1])
-    found = target(moved(method), batch)
-    assert close(found, expected) and torch.equal(found[0], first[0])
+    both = target(moved(method), batch)
+    assert close(both, expected) and torch.equal(both[0], first[0])
     # the moved model's own h_R is another one
     assert not close(naive_targets(vlm64, mixed[:2]), expected)
 
 
 def test_a_target_is_made_once_and_looked_up(vlm64, mixed, monkeypatch):
     method, batch = build(vlm64, "pearl", mixed[:3])
-    made, real = [], method.encode_target
+    counts, real = [], method.encode_target
     monkeypatch.setattr(method, "encode_target",
-                        lambda vlm, rows, images: made.append(len(rows)) or real(vlm, rows, images))
+                        lambda vlm, rows, *rest: counts.append(len(rows)) or real(vlm, rows, *rest))
     both = target(method, [batch[2], batch[0]])
     # looked up in any order, and beside a new row; a step with known rows alone makes none
     again = target(method, batch)
     assert torch.equal(again[[2, 0]], both) and torch.equal(method(batch).pair[1], again)
-    assert made == [2, 1] and not both.requires_grad
+    assert counts == [2, 1] and not both.requires_grad
     # in the model's own dtype, by split and row, up to 8 GB
     assert method.targets.limit == 8e9
     assert {h.dtype for h in method.targets.kept.values()} == {torch.float64}

@@ -1,7 +1,8 @@
 """Claims: a question is answered by the plain VLM. `direct` is the option with the largest
 log-probability, tokenised as training on it would; `free` and `tool` are transformers' own
-generate; a saved adapter answers as the trained model did."""
+generate; a saved adapter is the trained model to the bit, or a share of the way to it."""
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -10,9 +11,10 @@ from plain import inputs, run, tokens, turns_of
 
 import evaluate
 from model import VLM
+from support.lora import lora_layers
 from world import loader
 
-from conftest import TINY, build, moved
+from conftest import TINY, assert_close, build, moved
 
 # of several tokens, and some where one option begins another
 OPTIONS = [["seven", "two"], ["red disc", "blue", "nine seven two"], ["red", "red disc", "two"],
@@ -31,8 +33,8 @@ def naive_log_prob(vlm, example, option, prefix="Answer:", closing=""):
 
 
 def test_direct_is_the_option_with_the_largest_log_probability(loaded64):
-    found = evaluate.Evaluator(loaded64, QUESTIONS, batch=2).direct()
-    for example, answer in zip(QUESTIONS, found, strict=True):
+    answers = evaluate.Evaluator(loaded64, QUESTIONS, batch=2).direct()
+    for example, answer in zip(QUESTIONS, answers, strict=True):
         # the end of the turn counts only where one option begins another
         begins = any(a != b and b.startswith(a) for a in example.options for b in example.options)
         naive = [naive_log_prob(loaded64, example, option, closing="<|im_end|>" * begins)
@@ -45,11 +47,11 @@ def test_direct_is_the_option_with_the_largest_log_probability(loaded64):
 
 def test_an_answer_is_asked_for_as_the_last_text_writes_it(loaded64):
     """A record shows its form in its last text; one without texts gets the most frequent form."""
-    shown = replace(QUESTIONS[-1], options=["two", "two red"], answer="two", trajectory=[
+    full = replace(QUESTIONS[-1], options=["two", "two red"], answer="two", trajectory=[
         "Say **Answer: two**", *QUESTIONS[-1].trajectory[1:-1], "So Answer: two."])
-    bare = replace(shown, trajectory=[])
-    other = replace(shown, options=["two", "red"], trajectory=["It is **Answer: two**"])
-    evaluator = evaluate.Evaluator(loaded64, [shown, bare, other, shown])
+    bare = replace(full, trajectory=[])
+    other = replace(full, options=["two", "red"], trajectory=["It is **Answer: two**"])
+    evaluator = evaluate.Evaluator(loaded64, [full, bare, other, full])
     expected = [("Answer:", ".<|im_end|>"), ("Answer:", ".<|im_end|>"), ("**Answer:", "")]
     for n, (prefix, closing) in enumerate(expected):
         question, example = evaluator.questions[n], evaluator.examples[n]
@@ -71,42 +73,59 @@ def test_a_model_that_has_broken_down_chooses_nothing(vlm64):
 @torch.no_grad()
 def naive_generate(vlm, turns, count):
     prompt = tokens(vlm, turns, "")
-    made = vlm.lm.generate(**inputs(vlm, prompt.ids, prompt.images), max_new_tokens=count)
-    return made[0, len(prompt.ids):].tolist()
+    token_ids = vlm.lm.generate(**inputs(vlm, prompt.ids, prompt.images), max_new_tokens=count)
+    return token_ids[0, len(prompt.ids):].tolist()
 
 
 @pytest.mark.parametrize("way, count", [("free", 0), ("free", 3), ("tool", 0)])
 def test_words_are_those_of_transformers_own_generate(loaded64, monkeypatch, way, count, capsys):
     evaluator, rooms, real = evaluate.Evaluator(loaded64, QUESTIONS, batch=2), [], VLM.generate
     monkeypatch.setattr(VLM, "generate", lambda *args: rooms.append(args[-1]) or real(*args))
-    found = getattr(evaluator, way)(*[count] * (count > 0))
+    answers = getattr(evaluator, way)(*[count] * (count > 0))
     # room for the longest answer and the end of the turn, or for the longest last text and more
     last = [ex.texts[-1] for ex in QUESTIONS if ex.images[1:]]
     room = dict(free=len("Answer : nine seven two".split()) + 1, tool=8 + max(
         len(loaded64.tokenizer(text).input_ids) for text in last))[way]
     assert set(rooms) == {count or room}
-    for example, answer in zip(QUESTIONS, found, strict=True):
+    for example, answer in zip(QUESTIONS, answers, strict=True):
         if way == "tool" and not example.images[1:]:
             assert answer is None
             continue
         # everything but the expert's last text is given
-        made = naive_generate(loaded64, turns_of(example)[:-1 if way == "tool" else 1],
-                              count or room)
-        assert answer == dict(text=loaded64.tokenizer.decode(made, skip_special_tokens=True),
-                              tokens=len(made), passes=len(made),
+        token_ids = naive_generate(
+            loaded64, turns_of(example)[:-1 if way == "tool" else 1], count or room)
+        assert answer == dict(text=loaded64.tokenizer.decode(token_ids, skip_special_tokens=True),
+                              tokens=len(token_ids), passes=len(token_ids),
                               images=len(example.images) if way == "tool" else 1)
     cut = "free: 4 of 4 questions have options of more than --free_tokens 3"
     assert (cut in capsys.readouterr().out) == (count == 3)
 
 
+def effective(vlm):
+    """Every weight by its name in the plain model, with what LoRA adds to it."""
+    weights = {name.replace(".base.", "."): p for name, p in vlm.lm.named_parameters()
+               if "lora_" not in name}
+    for name, layer in lora_layers(vlm.lm).items():
+        change = layer.scaling * layer.lora_B @ layer.lora_A
+        weights[f"{name}.weight"] = weights[f"{name}.weight"] + change
+    return weights
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("rank", [4, 0])
-def test_a_saved_adapter_answers_as_the_trained_model(vlm64, mixed, tmp_path, rank):
-    method, _ = build(vlm64, "sft", mixed[:1], lora_rank=rank)
-    before = evaluate.Evaluator(vlm64, QUESTIONS[:2]).direct()
-    trained = evaluate.Evaluator(moved(method).vlm, QUESTIONS[:2]).direct()
-    vlm64.save_adapter(tmp_path)
-    plain = VLM(TINY, torch.float64)
-    plain.load_adapter(tmp_path)
-    for one, other, old in zip(trained, evaluate.Evaluator(plain, QUESTIONS[:2]).direct(), before):
-        assert one["log_probs"] == pytest.approx(other["log_probs"], rel=1e-4)
-        assert one["log_probs"] != pytest.approx(old["log_probs"], rel=1e-4)
+def test_alpha_loads_a_share_of_the_change(shipped, mixed, tmp_path, rank):
+    method, _ = build(copy.deepcopy(shipped), "sft", mixed[:1], lora_rank=rank)
+    trained, start = moved(method.float()).vlm, effective(shipped)
+    trained.save_adapter(tmp_path)
+    for alpha in (1.0, 0.5, 0.0):
+        vlm = VLM(TINY)
+        vlm.load_adapter(tmp_path, alpha)
+        shares = {name: start[name] + alpha * (weight - start[name])
+                  for name, weight in effective(trained).items()}
+        assert_close(effective(vlm), shares)
+        if alpha == 1:
+            # to the bit
+            assert all(torch.equal(weight, vlm.state_dict()[name])
+                       for name, weight in trained.state_dict().items())
+    with pytest.raises(ValueError, match="--alpha is for a run, and .* has no best.json"):
+        evaluate.load_model(TINY, "cpu", alpha=0.5)

@@ -11,44 +11,36 @@ import data
 from data import View
 from support import packing
 
-from conftest import assert_close, build, gradients, images_of
+from conftest import assert_close, assert_same, build, embed, gradients, images_of, terms_of
 
 
 def step(vlm, name, examples, **options):
     method, batch = build(copy.deepcopy(vlm), name, examples, **options)
-    result = method(batch)
-    return method, batch, result, gradients(result.total, method)
+    terms = terms_of(method, batch)
+    return terms, gradients(terms["loss"], method)
 
 
 @pytest.mark.parametrize("options", [
     dict(), dict(pred_tokens=0, horizon=3, train_vision=True), dict(lora_rank=0, pred_tokens=1)],
     ids=str)
-def test_one_pass_equals_two(loaded64, mixed, options):
-    assert loaded64.family.packs
-    _, _, one, packed = step(loaded64, "pearl", mixed[:2], **options)
-    _, _, two, plain = step(loaded64, "two_passes", mixed[:2], **options)
-    assert one.parts.keys() == {"loss", "vlm", "jepa", "nextlat"}
-    for name in one.parts:
-        torch.testing.assert_close(one.parts[name], two.parts[name], rtol=1e-6, atol=1e-8)
-    assert_close(packed, plain, digits=4)
-
-
-def test_a_family_that_cannot_pack_gets_two_passes(loaded64, mixed, monkeypatch):
-    expected = step(loaded64, "two_passes", mixed[:2])[2]
-    monkeypatch.setattr(loaded64.family, "packs", False)
+def test_one_pass_equals_two(loaded64, mixed, monkeypatch, options):
+    one, packed = step(loaded64, "pearl", mixed[:2], **options)
+    # what a family that cannot pack gets
     monkeypatch.delattr(packing, "encode_two_views")
-    assert torch.equal(step(loaded64, "pearl", mixed[:2])[2].total, expected.total)
+    two, plain = step(loaded64, "two_passes", mixed[:2], **options)
+    assert one.keys() == {"loss", "vlm", "jepa", "nextlat"}
+    torch.testing.assert_close(one, two, rtol=1e-6, atol=1e-8)
+    assert_close(packed, plain, digits=4)
 
 
 @pytest.mark.parametrize("options", [dict(), dict(pred_tokens=0, horizon=3)], ids=str)
 def test_the_step_equals_one_record_at_a_time(loaded64, mixed, options):
-    method, batch, result, grads = step(loaded64, "pearl", mixed[:3], **options)
+    method, batch = build(copy.deepcopy(loaded64), "pearl", mixed[:3], **options)
     vlm, images, horizon = method.vlm, images_of(method, batch), method.config.horizon
     words, pairs, nextlat = [], [], [[] for _ in range(horizon)]
     for record, example in zip(mixed, batch):
-        full, prompt, _ = (data.collate([view], vlm.pad_id) for view in example.views)
-        encoded = vlm(full, images)
-        states, inputs, labels = encoded.states[0], encoded.inputs[0], full.labels[0]
+        encoded = embed(vlm, example.views.full, images)
+        states, inputs, labels = encoded.states[0], encoded.inputs[0], encoded.batch.labels[0]
         for t in range(len(labels) - 1):
             if labels[t + 1] != -100:
                 words.append(nll(vlm.lm.lm_head(states[t]), labels[t + 1]))
@@ -57,14 +49,15 @@ def test_the_step_equals_one_record_at_a_time(loaded64, mixed, options):
                 if t + i < len(labels) and (labels[t + 1:t + i + 1] != -100).all():
                     forecast = method.predictor.latent(forecast, inputs[t + i].detach())
                     terms.append(smooth_l1(forecast, states[t + i].detach()))
-        prediction = vlm(prompt, images, method.predictor.pred_tokens).embedding[0]
+        prediction = embed(vlm, example.views.input, images,
+                           method.predictor.pred_tokens).embedding[0]
         pairs.append((prediction, target_state(loaded64, record).detach()))
     naive = dict(vlm=sum(words) / len(words), jepa=eq1(*zip(*pairs)),
                  nextlat=sum(sum(terms) / len(terms) for terms in nextlat) / horizon)
     naive["loss"] = naive["vlm"] + 5.0 * (naive["jepa"] + naive["nextlat"])
+    terms = terms_of(method, batch)
     for name, value in naive.items():
-        torch.testing.assert_close(result.parts[name], value.detach(), rtol=1e-5, atol=1e-7)
-    assert_close(grads, gradients(naive["loss"], method), digits=4)
+        assert_same(terms[name], value, method)
 
 
 def pad(views):

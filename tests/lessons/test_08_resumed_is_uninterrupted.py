@@ -89,13 +89,13 @@ def test_a_run_equals_plain_loops(tmp_path, monkeypatch, as_program, capsys):
     minutes = f"({results['train_seconds'] / 60:.1f} minutes); best checkpoint: step {best['step']}"
     assert f"before and after 4 steps {minutes}" in capsys.readouterr().out
     # the table of a finished run needs no model, but for other questions
-    asked, again = tmp_path / "a.json", ("--again", "--split", "validation", "--per_task", 1)
-    for more, split in (((), "test"), (("--json", asked), "test"), (("--json", asked, *again),
+    file, again = tmp_path / "a.json", ("--again", "--split", "validation", "--per_task", 1)
+    for more, split in (((), "test"), (("--json", file), "test"), (("--json", file, *again),
                                                                     "validation")):
         as_program(evaluate.__file__, out, *more)
         assert "tallest (held out)" in capsys.readouterr().out
         if more:
-            assert all(f"-{split}-" in answer["id"] for answer in read_json(asked)["answers"])
+            assert all(f"-{split}-" in answer["id"] for answer in read_json(file)["answers"])
     merged = []
     monkeypatch.setattr(evaluate.adapters, "save_merged", lambda _, *rest: merged.append(rest))
     as_program(train.__file__, "--merge", out, "DIR")
@@ -120,8 +120,8 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(tmp_path, monkeypatch, as_pr
     assert log_of(parts)[-1]["step"] == 2
     as_program(train.__file__, "--resume", parts.out)
     assert log_of(parts) == log_of(whole)
-    found = weights_of(parts)
-    assert all(torch.equal(found[name], weight) for name, weight in weights_of(whole).items())
+    weights = weights_of(parts)
+    assert all(torch.equal(weights[name], weight) for name, weight in weights_of(whole).items())
 
 
 def test_validation_weighs_each_record_alike(vlm64):
@@ -129,15 +129,15 @@ def test_validation_weighs_each_record_alike(vlm64):
     records = loader.examples("multi", "validation", 5)
     method, _ = build(vlm64, "pearl", records, batch=2)
     dataset = train.dataset(method.train(), records, "validation")
-    found = train.validate(method, dataset)
+    metrics = train.validate(method, dataset)
     assert method.training and not method.eval().training
     parts = [method(dataset.passes(rows, 2)[0]).parts for rows in ([0, 1], [2, 3], [4])]
     for name in parts[0]:
         mean = sum(size * part[name] for size, part in zip((2, 2, 1), parts)) / 5
-        assert found[name] == pytest.approx(float(mean), rel=1e-6)
+        assert metrics[name] == pytest.approx(float(mean), rel=1e-6)
     whole = method(dataset.passes([0, 1, 2, 3, 4], 5)[0])
     gauges = train.losses.collapse_gauges(*whole.pair)
-    assert {name: found[name] for name in gauges} == pytest.approx(gauges, rel=1e-4)
+    assert {name: metrics[name] for name in gauges} == pytest.approx(gauges, rel=1e-4)
 
 
 def test_the_default_run_is_the_one_of_the_readme():

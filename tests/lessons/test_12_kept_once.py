@@ -69,8 +69,8 @@ def test_stored_targets_keep_what_fits_and_survive_a_file():
     assert torch.equal(stored.look_up(rows[::-1], h), torch.stack([h[row] for row in rows[::-1]]))
     assert len(stored) == 2 and rows[1] in stored.kept and rows[2] not in stored.kept
     # later the kept ones come from memory, beside one that was made again
-    found = stored.look_up(rows, {rows[2]: h[rows[2]] + 5})
-    assert found[:, 0].tolist() == [0, 1, 7]
+    h_R = stored.look_up(rows, {rows[2]: h[rows[2]] + 5})
+    assert h_R[:, 0].tolist() == [0, 1, 7]
     loaded = StoredTargets(limit=2 * 16)
     loaded.load(stored.state())
     assert loaded.kept.keys() == stored.kept.keys() and loaded.size == stored.size == 32

@@ -17,18 +17,18 @@ QUESTIONS = loader.questions("single", 2)[1:3]
 
 def test_a_record_has_each_way_with_its_answer_and_cost():
     example = replace(QUESTIONS[0], options=["two", "six"], answer="six")
-    given = dict(direct=dict(text="two", option=0, log_probs=[-1.0, -2.0], tokens=0, images=1),
+    answers = dict(direct=dict(text="two", option=0, log_probs=[-1.0, -2.0], tokens=0, images=1),
                  free=dict(text="It is. Answer: Six.", tokens=5), call=dict(text="", failed="lost"))
-    record = questions.answer_record(example, given, "Answer:")
+    record = questions.answer_record(example, answers, "Answer:")
     assert record == dict(
         id=example.id, task=example.task, options=["two", "six"], answer="six",
         direct="two", direct_right=False, free="It is. Answer: Six.", free_right=True,
         # a tool call that fails gives no answer, and the direct one counts
         call="(lost)", call_right=False,
         cost=dict(direct=dict(tokens=0, images=1), free=dict(tokens=5), call=dict(failed="lost")))
-    given["direct"]["option"], given["free"]["text"] = 1, "Reply: two"
-    record = questions.answer_record(example, given, "Reply:")
-    assert [record[f"{way}_right"] for way in given] == [True, False, True]
+    answers["direct"]["option"], answers["free"]["text"] = 1, "Reply: two"
+    record = questions.answer_record(example, answers, "Reply:")
+    assert [record[f"{way}_right"] for way in answers] == [True, False, True]
 
 
 def test_every_question_is_answered_in_every_way_and_the_mode_is_restored(vlm64):
@@ -77,15 +77,15 @@ def test_one_question_about_one_picture(tmp_path, capsys):
 
 def test_the_questions_of_a_checkpoint(monkeypatch):
     """By these defaults; the options go before what a run was trained with."""
-    options, seen = evaluate.Options(device="cpu"), []
+    options, calls = evaluate.Options(device="cpu"), []
     assert vars(options) == dict(
         image="", question="", options="", tool=False, again=False, data="",
         answer_prefix="", alpha=1.0, split="test", per_task=200, free_tokens=0, call_limit=0,
         min_pixels=0, max_pixels=0, json="", device="cpu")
-    monkeypatch.setattr(evaluate, "test_questions", lambda config, *rest: seen.append(
+    monkeypatch.setattr(evaluate, "test_questions", lambda config, *rest: calls.append(
         (vars(config).copy(), *rest)) or QUESTIONS[:1])
     for more in (dict(), dict(data="DIR", per_task=7, split="validation")):
         (record,) = evaluate.ask(TINY, replace(options, **more))
     assert record["id"] == QUESTIONS[0].id
     plain = dict(data="", regime="", answer_prefix="Answer:")
-    assert seen == [(plain, 200, "test"), (plain | dict(data="DIR"), 7, "validation")]
+    assert calls == [(plain, 200, "test"), (plain | dict(data="DIR"), 7, "validation")]

@@ -7,10 +7,10 @@ from plain import nll
 
 import evaluate
 from baselines import reconstruction
-from data import View, collate
+from data import View
 from world import loader
 
-from conftest import assert_close, build, gradients, images_of
+from conftest import assert_same, build, embed, images_of, terms_of
 
 # one, two and three tool images
 RECORDS = [loader.examples("all", "train", 6, seed=3)[n] for n in (2, 0, 5)]
@@ -39,12 +39,12 @@ def test_the_view_has_a_run_of_latents_for_each_tool_image(vlm64, latents):
 
 def naive_latents(method, example):
     """The embeddings of each tool image, or the means of its chunks."""
-    images, count, found = images_of(method, [example]), method.config.latents, []
+    images, count, parts = images_of(method, [example]), method.config.latents, []
     for image in example.images[1:]:
         rows = images[image.key].features[0]
         edges = [n * len(rows) // (count or len(rows)) for n in range((count or len(rows)) + 1)]
-        found += [rows[a:max(b, a + 1)].mean(dim=0) for a, b in zip(edges, edges[1:])]
-    return torch.stack(found)
+        parts += [rows[a:max(b, a + 1)].mean(dim=0) for a, b in zip(edges, edges[1:])]
+    return torch.stack(parts)
 
 
 @pytest.mark.parametrize("latents", [0, 3])
@@ -57,18 +57,16 @@ def test_loss_and_gradient_equal_one_record_at_a_time(vlm64, latents):
     gaps, words = [], []
     for example in batch:
         view, latent = example.views.full, naive_latents(method, example)
-        states = vlm64(collate([view], 0), images_of(method, [example]), latent).states[0]
+        states = embed(vlm64, view, images_of(method, [example]), latent).states[0]
         gaps += [((states[at - 1] / size - (target - mean) / std) ** 2).mean()
                  for at, target in zip(view.inject_at, latent)]
         words += [nll(vlm64.lm.lm_head(states[t - 1]), label)
                   for t, label in enumerate(view.labels) if label != -100]
-    recon, vlm = sum(gaps) / len(gaps), sum(words) / len(words)
-    result = method(batch)
-    torch.testing.assert_close(result.parts["recon"], recon.detach(), rtol=1e-4, atol=1e-7)
-    torch.testing.assert_close(result.parts["vlm"], vlm.detach(), rtol=1e-5, atol=1e-7)
-    assert result.pair is None
-    naive = gradients(vlm + 5.0 * recon, method)
-    assert_close(gradients(result.total, method), naive, digits=3)
+    terms, recon, vlm = terms_of(method, batch), sum(gaps) / len(gaps), sum(words) / len(words)
+    assert_same(terms["recon"], recon, method, rtol=1e-4, digits=3)
+    assert_same(terms["vlm"], vlm, method)
+    torch.testing.assert_close(terms["loss"], terms["vlm"] + 5.0 * terms["recon"])
+    assert method(batch).pair is None
 
 
 def naive_decode(vlm, view, images, scale, latents, tokens):
@@ -78,7 +76,7 @@ def naive_decode(vlm, view, images, scale, latents, tokens):
 
     def state():
         now = View(ids, ids, view.images, len(ids) - 1, tuple(at))
-        return vlm(collate([now], 0), images, torch.stack(fed) if fed else None).embedding[0]
+        return embed(vlm, now, images, torch.stack(fed) if fed else None).embedding[0]
 
     while len(words) < tokens and words[-1:] != [vlm.family.end_id]:
         words.append(int(vlm.lm.lm_head(state()).argmax()))
@@ -102,11 +100,11 @@ def test_decoding_equals_one_row_without_a_cache(vlm64, monkeypatch):
     push[vlm64.family.end_id] = 7.0
     monkeypatch.setattr(vlm64.lm.lm_head, "forward", lambda states: real(states) + push)
     evaluator = evaluate.Evaluator(vlm64, RECORDS)
-    found = reconstruction.answer(evaluator, method.predictor, latents=2, tokens=5)
+    answers = reconstruction.answer(evaluator, method.predictor, latents=2, tokens=5)
     start = vlm64.tokenizer.convert_tokens_to_ids("<|vision_start|>")
     naive = [naive_decode(vlm64, question.prompt, images_of(method, [example]), method.predictor, 2,
                           5) for question, example in zip(evaluator.questions, batch)]
-    for answer, (words, fed) in zip(found, naive):
+    for answer, (words, fed) in zip(answers, naive):
         assert answer == dict(text=evaluator.decode(words), tokens=len(words), latents=fed,
                               images=1, passes=len(words) + fed + words.count(start))
     assert len({len(words) for words, _ in naive}) > 1 and any(fed for _, fed in naive)

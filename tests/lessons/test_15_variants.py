@@ -29,10 +29,10 @@ def test_the_teacher_follows_slowly(vlm64):
             # m rises in a straight line to 1 at step 10
             m = 0.9 + 0.1 * step / 10
             means = {n: m * means[n] + (1 - m) * p for n, p in weights.items()}
-        found = method(batch).pair[1]
+        h_R = method(batch).pair[1]
         for n, p in weights.items():
             p.copy_(means[n])
-    torch.testing.assert_close(found, embeddings(method, batch, 2), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(h_R, embeddings(method, batch, 2), rtol=1e-4, atol=1e-5)
     assert not any("teacher" in name for name in method.state_dict())
 
 
@@ -40,13 +40,13 @@ def test_the_teacher_follows_slowly(vlm64):
 def test_a_state_of_R_is_the_one_that_layer_and_position_name(vlm64, loaded64, layer, position):
     method, batch = build(vlm64, "target_state", RECORDS[:2], target_layer=layer,
                           target_position=position)
-    for record, example, found in zip(RECORDS, batch, method(batch).pair[1]):
-        view, made = example.views.target, tokens(loaded64, turns_of(record)[1:])
+    for record, example, h_R in zip(RECORDS, batch, method(batch).pair[1]):
+        view, whole = example.views.target, tokens(loaded64, turns_of(record)[1:])
         words = [n for n, label in enumerate(view.labels) if label not in (-100, view.ids[-1])]
         where = dict(end=[len(view.ids) - 1], word=words[-1:], words=words,
                      image=[n for n, token in enumerate(view.ids) if token == 5])[position]
-        states = run(loaded64, view.ids, made.images, layer)[0]
-        torch.testing.assert_close(found, states[where].mean(dim=0), rtol=1e-5, atol=1e-5)
+        states = run(loaded64, view.ids, whole.images, layer)[0]
+        torch.testing.assert_close(h_R, states[where].mean(dim=0), rtol=1e-5, atol=1e-5)
 
 
 def test_controls_put_something_else_in_the_place_of_h_R(loaded64):
@@ -54,27 +54,34 @@ def test_controls_put_something_else_in_the_place_of_h_R(loaded64):
     # three records of one task: the first two have the same answer
     records = [first, next(record for record in others if record.answer == first.answer),
                next(record for record in others if record.answer != first.answer)]
-    seen = {}
+    results = {}
     for name in ("pearl", "shuffled", "random", "task_mean", "answer_mean"):
         method, batch = build(copy.deepcopy(loaded64), name, records, seed=2)
-        seen[name] = method(batch)
-    prediction, (a, b, c) = seen["pearl"].pair
-    drawn = [torch.randn(128, generator=torch.Generator().manual_seed(1_000_003 * 2 + n)).double()
+        results[name] = method(batch)
+    prediction, (a, b, c) = results["pearl"].pair
+    random = [torch.randn(128, generator=torch.Generator().manual_seed(1_000_003 * 2 + n)).double()
              for n in range(3)]
-    naive = dict(pearl=[a, b, c], shuffled=[c, a, b], random=drawn,
+    naive = dict(pearl=[a, b, c], shuffled=[c, a, b], random=random,
                  # the mean of all records of the task, or of those with the same answer
                  task_mean=3 * [(a + b + c) / 3], answer_mean=[(a + b) / 2, (a + b) / 2, c])
     for name, targets in naive.items():
-        torch.testing.assert_close(seen[name].parts["jepa"], eq1(prediction, targets), rtol=1e-5,
+        torch.testing.assert_close(results[name].parts["jepa"], eq1(prediction, targets), rtol=1e-5,
                                    atol=1e-7)
 
 
-def test_ablations_leave_one_term_out_and_dropout_is_loras(loaded64):
-    pearl, batch = build(copy.deepcopy(loaded64), "pearl", RECORDS[:2])
-    whole = pearl(batch).parts
-    for name in ("jepa", "nextlat"):
-        other = build(copy.deepcopy(loaded64), f"no_{name}", RECORDS[:2])[0](batch).parts
-        torch.testing.assert_close(other["loss"], whole["loss"] - 5 * whole[name])
+def test_ablations_weigh_one_term_and_dropout_is_loras(loaded64):
+    def parts(name, **options):
+        method, batch = build(copy.deepcopy(loaded64), name, RECORDS[:2], **options)
+        return method.eval()(batch).parts, method.config.lambda_latent
+
+    for base, terms in (("pearl", ("jepa", "nextlat")), ("release", ("nextlat",))):
+        whole, weight = parts(base)
+        for name in terms:
+            other, _ = parts(f"{base}+no_{name}")
+            torch.testing.assert_close(other["loss"], whole["loss"] - weight * whole[name])
+        other, _ = parts(f"{base}+nextlat_factor", nextlat_factor=3.0)
+        torch.testing.assert_close(other["nextlat"], 3 * whole["nextlat"])
+        torch.testing.assert_close(other["loss"], whole["loss"] + 2 * weight * whole["nextlat"])
     dropout, _ = build(copy.deepcopy(loaded64), "dropout", RECORDS[:1], lora_dropout=0.3)
     assert {m.p for m in dropout.modules() if isinstance(m, torch.nn.Dropout)} == {0.3}
 
@@ -90,19 +97,19 @@ def test_bare_answers():
     bare = [dataclasses.replace(r, bare=True, trajectory=[f"Answer: {r.answer}"]) for r in RECORDS]
     assert list(Direct.records(RECORDS, options())) == bare
     assert list(Both.records(RECORDS, options())) == RECORDS + bare
-    drawn = []
+    samples = []
     for seed, share, count in ((0, 0.3, 2), (1, 0.3, 2), (0, 0.25, 1), (0, 1.0, 4), (0, 0.0, 0)):
-        found = list(WithAnswers.records(RECORDS, options(seed=seed, share=share)))
+        records = list(WithAnswers.records(RECORDS, options(seed=seed, share=share)))
         # a share is drawn by the seed, and repeated until answers are half of all
-        numbers = [bare.index(record) for record in found[4:]]
-        assert found[:4] == RECORDS and numbers == (sorted(set(numbers)) * 4)[:4]
+        numbers = [bare.index(record) for record in records[4:]]
+        assert records[:4] == RECORDS and numbers == (sorted(set(numbers)) * 4)[:4]
         assert len(set(numbers)) == count
-        drawn.append(numbers)
-    assert drawn[0] != drawn[1]
+        samples.append(numbers)
+    assert samples[0] != samples[1]
     # validation has all of them
     valid = loader.examples("multi", "validation", 3)
-    found = WithAnswers.records(valid, options(share=0.3))
-    assert [record.id for record in found] == [record.id for record in valid] * 2
+    records = WithAnswers.records(valid, options(share=0.3))
+    assert [record.id for record in records] == [record.id for record in valid] * 2
     with pytest.raises(ValueError, match="--share is at most 1"):
         WithAnswers.records(RECORDS, options(share=1.5))
 
@@ -125,9 +132,9 @@ def test_trajectories_are_shown_in_another_way():
 
 
 def test_classes_compose():
-    found = baselines.find("mlp_head+vicreg+with_answers")
-    assert [cls.__name__ for cls in found.__mro__[1:6]] == ["WithAnswers", "MLPHead", "VICReg",
-                                                            "Current", "Pearl"]
+    joined = baselines.find("mlp_head+vicreg+with_answers")
+    assert [cls.__name__ for cls in joined.__mro__[1:6]] == ["WithAnswers", "MLPHead", "VICReg",
+                                                             "Current", "Pearl"]
     # neither the order of the names matters, nor a class that another one includes
     assert baselines.find("vicreg+mlp_head").__bases__ == (baselines.MLPHead, baselines.VICReg)
     assert baselines.find("current+vicreg") is baselines.VICReg

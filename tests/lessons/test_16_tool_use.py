@@ -46,8 +46,8 @@ def test_a_call_is_run_and_its_image_shown(talk, vlm64):
     assert (record["text"], record["calls"], record["tokens"]) == ("Answer: two", 1, 10)
     assert len(first.images) == 1 and len(second.images) == 2 and record["images"] == 3
     # what the model wrote behind its call is dropped
-    shown = vlm64.tokenizer.decode(second.ids[len(first.ids):])
-    assert shown.startswith("Box [1, 2]: [crop 0 0 50 50]<|im_end|>") and "more" not in shown
+    added = vlm64.tokenizer.decode(second.ids[len(first.ids):])
+    assert added.startswith("Box [1, 2]: [crop 0 0 50 50]<|im_end|>") and "more" not in added
     assert talk(*["[crop 0 0 50 50]"] * 3, limit=2)[0]["failed"] == "one call too many"
 
 
