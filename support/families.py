@@ -46,10 +46,9 @@ class Family:
             self.processor = self._processor(min_pixels, max_pixels)
             # placeholder: what the template writes for an image
             self.tokenizer, self.placeholder = self.processor.tokenizer, self.processor.image_token
-            template = self.processor.chat_template or self.tokenizer.chat_template
-        # of several templates the default one, as transformers does
-        template = template.get("default") if isinstance(template, dict) else template
-        self.template = self.processor.chat_template = template
+            # of several templates transformers takes the one called default
+            self.processor.chat_template = (self.processor.chat_template
+                                            or self.tokenizer.chat_template)
         # some models take a mask of the image tokens
         arguments = inspect.signature(lm.model.forward).parameters
         self.types = [key for key in ("token_type_ids", "mm_token_type_ids") if key in arguments]
@@ -187,7 +186,7 @@ class Family:
         outputs = [self.lm.model.get_image_features(**self._joined([image]), return_dict=True)
                    for image in images]
         width = self.lm.config.text_config.hidden_size
-        # some towers return a list, one tensor an image or a tile
+        # a tensor, or a list with one for each tile
         return [torch.cat(list(out.pooler_output)).reshape(1, -1, width) for out in outputs]
 
     def _joined(self, images: list[dict[str, Tensor]]) -> BatchFeature:
@@ -253,11 +252,10 @@ class QwenFamily(Family):
     def image_text(self, width: int, height: int) -> tuple[str, tuple[int, int, int]]:
         # computed, because an image may have millions of pixels
         images = self.processor.image_processor
-        patch, merge_size, size = images.patch_size, images.merge_size, images.size
-        height, width = smart_resize(height, width, patch * merge_size, size.shortest_edge,
-                                     size.longest_edge)
-        grid = (1, height // patch, width // patch)
-        return self.placeholder * (grid[1] * grid[2] // merge_size ** 2), grid
+        height, width = smart_resize(height, width, images.patch_size * images.merge_size,
+                                     images.size.shortest_edge, images.size.longest_edge)
+        grid = 1, height // images.patch_size, width // images.patch_size
+        return self.placeholder * (grid[1] * grid[2] // images.merge_size ** 2), grid
 
     def features(self, images: list[dict[str, Tensor]]) -> list[Tensor]:
         # all in one call; each level is a tuple with (P, D) of each image

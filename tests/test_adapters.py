@@ -121,7 +121,7 @@ X = "base_model.model.x.lora_{}.weight".format
     (dict(r=8), {}, "'A': .4, 48., .* of r = 8 in adapter_config.json and .32, 48. in .*: it is f"),
     ({}, {"base_model.model.x.lora_magnitude_vector": torch.ones(32)}, "which is no low-rank pair"),
     ({}, {X("A"): torch.ones(4, 32)}, "has {'A': .4, 32.} for x"),
-    ({}, {X("A"): torch.ones(4, 32), X("B"): torch.ones(32, 4)}, "x.weight, of r = 4 .* and .0, 0.")])
+    ({}, {X("A"): torch.ones(4, 32), X("B"): torch.ones(32, 4)}, "x.weight, .* and .0, 0")])
 def test_other_adapters_are_refused(base, tmp_path, config, tensors, message):
     trained(tmp_path, base)
     write(tmp_path / "adapter_config.json", **config)

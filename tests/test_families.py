@@ -90,7 +90,7 @@ def test_ids_are_those_of_the_familys_own_processor(family, tool_images, image_f
     turns, images = conversation(tool_images, image_first)
     turns = turns[:-1] if prompt else turns
     reason = "others stand beside it" if family.alone_only and tool_images else (
-        "roles must alternate" if image_first and "alternate" in family.template else None)
+        "roles must alternate" if image_first and "alternate" in family.processor.chat_template else None)
     if reason:
         with pytest.raises(ValueError, match=f"refuses the conversation .*{reason}"):
             family.render(turns)
@@ -150,9 +150,9 @@ def test_which_template_counts(copied):
     only the tokenizer's, for text alone, is given Qwen's mark of an image."""
     for name in ("llava", "idefics3", "qwen3_vl_new"):
         folder = copied(name)
-        before = loaded(folder).template
+        before = loaded(folder).processor.chat_template
         write(folder / TOKENS, chat_template="{{ 'for text only' }}")
-        assert loaded(folder).template == before
+        assert loaded(folder).processor.chat_template == before
     folder, (turns, _) = copied("qwen2_5_vl"), conversation(1)
     whole, template = loaded(folder).render(turns), read_json(folder / OLD)["chat_template"]
     (folder / OLD).unlink()
@@ -189,9 +189,9 @@ def test_sizes_of_images(folders, tmp_path):
             ("Qwen2_5_VL", 14, dict(min_pixels=3136, max_pixels=12845056), [15301, 1230, 4, 256]),
             ("Qwen3VL", 16, dict(size=dict(shortest_edge=65536, longest_edge=16777216)),
              [11750, 972, 64, 196])):
-        folder = str(tmp_path / stem)
-        qwen(stem, OLD, published, "QWEN_3", folder, patch)
-        families = load_family(folder), load_family(folder, 256 * 28 ** 2, 1280 * 28 ** 2)
+        qwen(stem, OLD, published, "QWEN_3", tmp_path / stem, patch)
+        families = [load_family(str(tmp_path / stem), *pixels)
+                    for pixels in ((), (256 * 28 ** 2, 1280 * 28 ** 2))]
         assert counts == [family.image_text(*size)[0].count("<|image_pad|>")
                           for size in ((4000, 3000), (32, 32)) for family in families]
     for name, pixels, message in (("qwen3_vl", (5000, None), "from 5000 to 4096 pixels"),
