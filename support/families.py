@@ -46,9 +46,8 @@ class Family:
             self.processor = self._processor(min_pixels, max_pixels)
             # placeholder: what the template writes for an image
             self.tokenizer, self.placeholder = self.processor.tokenizer, self.processor.image_token
-            # of several templates transformers takes the one called default
-            self.processor.chat_template = (self.processor.chat_template
-                                            or self.tokenizer.chat_template)
+        # of several templates transformers takes the one called default
+        self.processor.chat_template = self.processor.chat_template or self.tokenizer.chat_template
         # some models take a mask of the image tokens
         arguments = inspect.signature(lm.model.forward).parameters
         self.types = [key for key in ("token_type_ids", "mm_token_type_ids") if key in arguments]
@@ -202,7 +201,7 @@ class Family:
                **rest):
         """The language model's output for embeddings (B, T, D), positions (A, B, T) and levels
         (S - 1, all P, D), which Qwen3-VL adds in its first layers."""
-        # the whole model, so that it also does what it does around its language model
+        # the whole model, because some do more around their language model
         return self.lm.model(inputs_embeds=inputs_embeds, position_ids=position_ids[0],
                              **{key: is_image.long() for key in self.types}, **rest)
 
@@ -266,8 +265,8 @@ class QwenFamily(Family):
     def positions(self, ids: Tensor, mask: Tensor, grids: list) -> Tensor:
         # on the CPU: these are hundreds of small steps, and on a GPU each would be a kernel
         ids, device, grid = ids.cpu(), ids.device, torch.tensor(grids) if grids else None
+        # without the token types the model would silently count in one row
         is_image = (ids == self.lm.config.image_token_id).int()
-        # with the token types: without them the model would silently count in one row
         return self.lm.model.get_rope_index(ids, mm_token_type_ids=is_image, image_grid_thw=grid,
                                             attention_mask=mask.cpu().long())[0].to(device)
 

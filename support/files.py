@@ -81,9 +81,6 @@ def new_folder(out: Path):
     partial.mkdir(parents=True)
     try:
         yield partial
-        # again, because a rename would replace an empty folder
-        if out.exists():
-            raise FileExistsError(f"{out} has been made by another process meanwhile")
         partial.rename(out)
     finally:  # after the rename it is gone
         shutil.rmtree(partial, ignore_errors=True)
