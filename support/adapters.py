@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,10 +32,8 @@ class Adapter(NamedTuple):
 
 
 def resolve(path: str) -> tuple[str, list[Path]]:
-    """(checkpoint folder or hub id, adapters to merge into it, in this order).
-
-    path: either of these two, a run folder, or an adapter folder as we or PEFT write it.
-    """
+    """(checkpoint folder or hub id, adapters to merge into it, in this order). path: either of
+    these two, a run folder, or an adapter folder as we or PEFT write it."""
     adapters: list[Path] = []
     while (folder := Path(path).expanduser()).is_dir():
         if (folder / "best.json").is_file():
@@ -52,10 +51,11 @@ def resolve(path: str) -> tuple[str, list[Path]]:
 
 def save_adapter(lm: nn.Module, layers: dict[str, nn.Module], path: str, folder: Path) -> None:
     """The LoRA layers of the model from `path`, or all trained weights if there are none."""
-    base = Path(path).expanduser()
     # absolute, so that the base is found from any folder
+    base = Path(path).expanduser()
     config = dict(base_model_name_or_path=str(base.resolve()) if base.is_dir() else path)
     if layers:
+        file = "adapter_model.safetensors"
         tensors = {f"base_model.model.{name}.lora_{part}.weight": getattr(layer, f"lora_{part}")
                    for name, layer in layers.items() for part in "AB"}
         first = next(iter(layers.values()))
@@ -64,9 +64,9 @@ def save_adapter(lm: nn.Module, layers: dict[str, nn.Module], path: str, folder:
                        lora_alpha=first.scaling * rank, lora_dropout=first.dropout.p,
                        target_modules=sorted(layers), inference_mode=True)
     else:
+        file = "model.safetensors"
         tensors = {name: p for name, p in lm.named_parameters() if p.requires_grad}
-    name = "adapter_model.safetensors" if layers else "model.safetensors"
-    write_tensors(tensors, folder / name, dict(format="pt"))
+    write_tensors(tensors, folder / file, dict(format="pt"))
     write_json(folder / "adapter_config.json", config)
 
 
@@ -80,33 +80,35 @@ def read_adapter(folder: Path, lm: nn.Module, path: str) -> Adapter:
             if shapes.get(name) != weight.shape:
                 raise ValueError(f"{file} belongs to another model: {path} has no such {name}")
         return Adapter(1.0, {}, weights)
-    file, config = folder / "adapter_config.json", read_json(folder / "adapter_config.json")
+    file = folder / "adapter_config.json"
+    config = read_json(file)
     for field, plain in PLAIN.items():
         if config.get(field) and config[field] not in plain:
             raise ValueError(f"{file} sets {field} to {config[field]}, which is not supported: "
-                             "merge that adapter with PEFT's merge_and_unload, and give the result")
+                             "merge that adapter with PEFT's merge_and_unload")
     alpha, rank = config.get("lora_alpha"), config.get("r")
     if not isinstance(alpha, int | float) or not isinstance(rank, int) or rank < 1:
         raise ValueError(f"{file} describes no LoRA of PEFT (lora_alpha {alpha!r}, r {rank!r})")
-
     file, known, pairs = folder / "adapter_model.safetensors", lm.state_dict(), {}
     # an adapter may have the names of an older transformers, which renames them in checkpoints too
     renamings = [r for r in get_model_conversion_mapping(lm) if isinstance(r, WeightRenaming)]
     # the tensors say which layers have a pair: target_modules may be a pattern
     for key, tensor in read_tensors(file, lm.device)[0].items():
-        match = re.fullmatch(r"base_model\.model\.(.+)\.lora_([AB])(\.weight)", key)
+        match = re.fullmatch(r"base_model\.model\.(.+)\.lora_([AB])\.weight", key)
         if not match:
             raise ValueError(f"{file} holds {key}, which is no low-rank pair of a linear layer: "
-                             "merge that adapter with PEFT's merge_and_unload, and give the result")
-        name, _ = rename_source_key(match[1] + match[3], renamings, [], lm.base_model_prefix, known)
-        pairs.setdefault(name.removesuffix(".weight"), {})[match[2]] = tensor
+                             "merge that adapter with PEFT's merge_and_unload")
+        name, _ = rename_source_key(f"{match[1]}.weight", renamings, [], lm.base_model_prefix,
+                                    known)
+        pairs.setdefault(name, {})[match[2]] = tensor
     for name, pair in pairs.items():
-        found = {part: tuple(tensor.shape) for part, tensor in pair.items()}
-        out, width = shapes.get(f"{name}.weight", (0, 0))
-        if found != dict(A=(rank, width), B=(out, rank)):
-            raise ValueError(f"{file} has {found} for {name}, of r = {rank} in adapter_config.json "
+        sizes = {part: tuple(tensor.shape) for part, tensor in pair.items()}
+        out, width = shapes.get(name, (0, 0))
+        if sizes != dict(A=(rank, width), B=(out, rank)):
+            raise ValueError(f"{file} has {sizes} for {name}, of r = {rank} in adapter_config.json "
                              f"and ({out}, {width}) in {path}: it is for another model")
-    return Adapter(alpha / rank, {n: (pair["A"], pair["B"]) for n, pair in pairs.items()}, {})
+    return Adapter(alpha / rank, {name.removesuffix(".weight"): (pair["A"], pair["B"])
+                                  for name, pair in pairs.items()}, {})
 
 
 def load_adapter(lm: nn.Module, path: str, folder: Path, alpha: float) -> None:
@@ -124,10 +126,8 @@ def load_adapter(lm: nn.Module, path: str, folder: Path, alpha: float) -> None:
 
 @torch.no_grad()
 def merge(lm: nn.Module, adapter: Adapter, dtype: torch.dtype | None = None) -> float:
-    """Put an adapter into the weights, and all weights into dtype (None: their own).
-
-    Returns the share of the change that survives: 1 - |rounding error| / |change|, at least 0.
-    """
+    """Put an adapter into the weights, and all weights into dtype (None: their own). Returns the
+    share of the change that survives: 1 - |rounding error| / |change|, at least 0."""
     change = error = 0.0
     for name, weight in lm.named_parameters():
         old = weight.detach()
@@ -144,25 +144,22 @@ def merge(lm: nn.Module, adapter: Adapter, dtype: torch.dtype | None = None) -> 
 
 
 def save_merged(vlm, checkpoint: Path, out: Path, dtype: torch.dtype | None = None) -> float:
-    """Merge an adapter into the model that it was trained on and write that as an ordinary
-    checkpoint folder: the weights, and all other files of the base to the byte.
-
-    checkpoint: the adapter. dtype: of the weights; None: the one in the base's config.json. Returns
-    the share of the change that survives in it (see `merge`). Raises FileExistsError.
-    """
+    """Write the model with an adapter (`checkpoint`) merged into it as an ordinary checkpoint: new
+    weights, and all other files of the base to the byte. dtype: of the weights; None: the one in
+    the base's config.json. Returns what `merge` does. Raises FileExistsError."""
     lm, source = vlm.lm, Path(vlm.family.path)
     if not source.is_dir():
         source = Path(snapshot_download(vlm.family.path, allow_patterns=list(COPIED)))
     config = read_json(source / "config.json")
-    stored = config.get("dtype") or config.get("torch_dtype")
-    dtype = dtype or getattr(torch, stored or "", lm.dtype)
+    stored = config.get("dtype") or config.get("torch_dtype") or ""
+    dtype = dtype or getattr(torch, stored, lm.dtype)
     name = str(dtype).removeprefix("torch.")
     with new_folder(out) as partial:
         share = merge(lm, read_adapter(checkpoint, lm, vlm.path), dtype)
         lm.save_pretrained(partial)
         # lm's is our greedy one; the base's own is copied below
         (partial / "generation_config.json").unlink(missing_ok=True)
-        for file in (file for pattern in COPIED for file in source.glob(pattern)):
+        for file in chain(*map(source.glob, COPIED)):
             if file.is_file() and not file.match("*.index.json"):
                 copy = partial / file.relative_to(source)
                 copy.parent.mkdir(exist_ok=True)

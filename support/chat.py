@@ -11,7 +11,6 @@ each turn is known in characters, and the tokenizer says which characters each t
 from typing import NamedTuple
 
 from support.features import LoadedImage
-from support.images import opened
 from support.records import Example
 
 Turn = tuple[str, list]  # (role, parts); a part is a text or a picture
@@ -21,12 +20,9 @@ class View(NamedTuple):
     """One sequence."""
 
     ids: list[int]
-    # the token itself where it is supervised, -100 elsewhere
-    labels: list[int]
-    # keys of the images, in order of appearance
-    images: list[str]
-    # the position whose final-layer state is the view's embedding
-    embed_at: int
+    labels: list[int]  # the token itself where it is supervised, else -100
+    images: list[str]  # keys of the images, in order of appearance
+    embed_at: int  # the position whose final-layer state is the view's embedding
     # positions whose input embedding comes from outside: [PRED] rows, or the rival's latents
     inject_at: tuple[int, ...] = ()
 
@@ -34,12 +30,9 @@ class View(NamedTuple):
 class Speech(NamedTuple):
     """The place of an assistant's turn in the rendered text, in characters."""
 
-    # the generation prompt ends here and the model's own tokens begin
-    start: int
-    # the first character of the words; some templates put a blank before it
-    words: int
-    # the end-of-turn token begins here
-    end: int
+    start: int  # the generation prompt ends here and the model's own tokens begin
+    words: int  # the first character of the words; some templates put a blank before it
+    end: int  # the end-of-turn token begins here
 
 
 class Conversation(NamedTuple):
@@ -47,8 +40,7 @@ class Conversation(NamedTuple):
 
     text: str
     ids: list[int]
-    # the token itself where the assistant speaks, else -100
-    labels: list[int]
+    labels: list[int]  # the token itself where the assistant speaks, else -100
     # per token: where it ends in the text; per turn: where it begins (both in characters)
     ends: list[int]
     turn_starts: list[int]
@@ -59,8 +51,8 @@ class Conversation(NamedTuple):
         return next((n for n, end in enumerate(self.ends) if end > position), len(self.ends))
 
     def without_layout(self) -> "Conversation":
-        """Without what the template writes after the last end-of-turn token (Qwen: a newline)."""
-        # that layout is the template's and not the model's, and h_R stands at the end token
+        """Without what the template writes after the last end-of-turn token (Qwen: a newline):
+        h_R is the state of the end token."""
         stop = max(n for n, label in enumerate(self.labels) if label != -100) + 1
         return self._replace(ids=self.ids[:stop], labels=self.labels[:stop], ends=self.ends[:stop])
 
@@ -72,19 +64,19 @@ class Chat:
 
     def __init__(self, family, max_tokens: int):
         self.family, self.tokenizer, self.max_tokens = family, family.tokenizer, max_tokens
+        self.end_id = family.end_id
         # a template is a program: we learn what it puts around words from words that we know
         prompt = [("user", ["Q"])]
         question = self._render(prompt)
         self.header = self._render(prompt, add_generation_prompt=True)[len(question):]
         turn = self._render([*prompt, ("assistant", ["Xyz"])])[len(question):]
-        opening, found, self.ending = turn.partition("Xyz")
+        opening, _, self.ending = turn.partition("Xyz")
         # training turns must begin with the tokens that inference begins with, up to blanks
-        if not found or opening.strip() != self.header.strip() or not self.ending.strip():
+        if opening.strip() != self.header.strip() or not self.ending.strip():
             raise ValueError(
                 "the model's chat template does not write an assistant's turn as generation "
                 f"prompt, text, end of turn: {self.header!r} and {turn!r}; give the checkpoint "
                 "another chat_template.jinja")
-        self.end_id = family.end_id
 
     @staticmethod
     def turns(example: Example) -> list[Turn]:
@@ -104,20 +96,18 @@ class Chat:
         return self.family.render(self.messages(turns), **options)
 
     def prompt(self, turns: list[Turn], images: list[LoadedImage]) -> View:
-        """A conversation and the generation prompt: of <I0, Q>, all that inference sees."""
-        # the model starts to speak behind it, so nothing is supervised
+        """A conversation and the generation prompt: of <I0, Q>, all that inference sees. Nothing is
+        supervised."""
         ids = self.conversation(turns, images, prompt=True).ids
         return View(ids, [-100] * len(ids), [image.key for image in images], len(ids) - 1)
 
     def conversation(self, turns: list[Turn], images: list[LoadedImage],
                      prompt: bool = False) -> Conversation:
-        """The turns as tokens, followed by the generation prompt if `prompt`.
-
-        images: those of the turns, in order. Raises ValueError if the template rewrites earlier
-        turns or changes the assistant's text.
-        """
+        """The turns as tokens, followed by the generation prompt if `prompt`. images: those of the
+        turns, in order. Raises ValueError if the template rewrites earlier turns or changes the
+        assistant's text."""
         # `rendered` has one placeholder per image; in `text` the placeholders are expanded
-        rendered, text, starts, speeches, waiting = "", "", [], [], iter(images)
+        rendered, text, starts, speeches, images = "", "", [], [], iter(images)
         for n, (role, parts) in enumerate(turns):
             whole = self._render(turns[:n + 1])
             if not whole.startswith(rendered):
@@ -127,10 +117,10 @@ class Chat:
             starts.append(len(text))
             if role == "assistant":
                 speeches.append(self._speech(turn, parts[0], len(text)))
+            # an image becomes as many image tokens as its size asks for
             first, *rest = turn.split(self.family.placeholder)
             assert len(rest) == sum(not isinstance(part, str) for part in parts), turn
-            # an image becomes as many image tokens as its size asks for
-            text += first + "".join(next(waiting).text + piece for piece in rest)
+            text += first + "".join(next(images).text + piece for piece in rest)
         if prompt:
             text += self._render(turns, add_generation_prompt=True)[len(rendered):]
         # The whole text is tokenised at once. Many tokenizers treat a piece that stands alone
@@ -159,11 +149,11 @@ class Chat:
 
     def check_text(self, example: Example) -> None:
         """No text may contain what the template uses as its own markup."""
-        for text in [example.question, *example.options, *example.texts]:
-            for token in self.family.reserved:
-                if token in text:
-                    raise ValueError(f"example {example.id}: the text contains the model's "
-                                     f"special token {token!r}; remove it")
+        text = "\n".join([example.question, *example.options, *example.texts])
+        for token in self.family.reserved:
+            if token in text:
+                raise ValueError(f"example {example.id}: the text contains the model's special "
+                                 f"token {token!r}; remove it")
 
     def check_length(self, tokens: int, example: Example) -> None:
         # a view that is cut off loses its last token, which carries the embedding
@@ -173,10 +163,9 @@ class Chat:
                              "--max_pixels")
 
     def check_ids(self, example: Example, images: list[LoadedImage]) -> None:
-        """Our ids must be those of the family's own processor, which everybody else uses."""
+        """Our ids must be those of the family's own processor."""
         turns = self.turns(example)
-        theirs = self.family.own_ids(self.messages(turns), [opened(i) for i in example.images])
-        if self.conversation(turns, images).ids != theirs:
+        ids = self.family.own_ids(self.messages(turns), [image.picture for image in images])
+        if self.conversation(turns, images).ids != ids:
             raise ValueError(f"example {example.id}: the model's own processor makes other ids of "
-                             "this conversation than ours; this family or tokenizer is not "
-                             "supported")
+                             "this conversation; this family or tokenizer is not supported")

@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import (AutoConfig, AutoModelForImageTextToText, AutoProcessor, GenerationConfig,
-                          PreTrainedModel, Qwen2VLProcessor)
+from transformers import (AutoConfig, AutoModelForImageTextToText, AutoProcessor, BatchFeature,
+                          GenerationConfig, PreTrainedModel, Qwen2VLProcessor)
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
 from support.adapters import merge, read_adapter, resolve
@@ -26,8 +26,7 @@ def one_sentence(start: str):
     """Turns any error inside into a ValueError: `start` and the first line of the error."""
     try:
         yield
-    # files and templates of others can fail in every way
-    except Exception as error:
+    except Exception as error:  # foreign files and templates can fail in every way
         first = str(error).strip().split("\n")[0]
         raise ValueError(f"{start} ({type(error).__name__}: {first})") from None
 
@@ -40,25 +39,22 @@ class Family:
     markup: str | None = None
 
     def __init__(self, path: str, lm: PreTrainedModel, min_pixels=None, max_pixels=None):
-        # pixels: settings of the processor that were changed
-        self.path, self.lm, self.texts, self.pixels = path, lm, {}, None
+        # texts: what stands for an image, by size; pixels: changed settings of the image processor
+        self.path, self.lm, self.texts, self.pixels = path, lm, {}, {}
         with one_sentence(f"the processor files of {path} (preprocessor_config.json, "
                           "chat_template.json, ...) cannot be used"):
-            # placeholder: what the template writes for an image
             self.processor = self._processor(min_pixels, max_pixels)
+            # placeholder: what the template writes for an image
             self.tokenizer, self.placeholder = self.processor.tokenizer, self.processor.image_token
-            template = self.processor.chat_template or self.tokenizer.chat_template
-        # of several templates, as transformers does
-        template = template.get("default") if isinstance(template, dict) else template
-        self.template = self.processor.chat_template = template
+        # of several templates transformers takes the one called default
+        self.processor.chat_template = self.processor.chat_template or self.tokenizer.chat_template
         # some models take a mask of the image tokens
-        known = inspect.signature(lm.model.forward).parameters
-        self.types = [key for key in ("token_type_ids", "mm_token_type_ids") if key in known]
+        arguments = inspect.signature(lm.model.forward).parameters
+        self.types = [key for key in ("token_type_ids", "mm_token_type_ids") if key in arguments]
         # packs: the attention takes any mask, so that two views can share a pass. Not in Gemma,
         # where the tokens of one image see each other, and not where layers have a window.
         layers = getattr(lm.config.text_config, "layer_types", None) or ["full_attention"]
         self.packs = "token_type_ids" not in self.types and set(layers) == {"full_attention"}
-        # what no text of an example may contain
         self.reserved = self._reserved_tokens()
         self._fit_template()
         self._check_image()
@@ -72,34 +68,31 @@ class Family:
                              f"positions in several rows (of these only {', '.join(FAMILIES)})")
         return AutoProcessor.from_pretrained(self.path)
 
-    def render(self, messages: list[dict], add_generation_prompt: bool = False) -> str:
+    def render(self, messages: list[dict], add_generation_prompt: bool = False, **options) -> str:
         """The conversation as text, a placeholder for every image. messages: [{"role": "user" |
         "assistant", "content": [{"type": "text", "text": str} or {"type": "image"}, ...]}, ...].
         Raises ValueError with the template's own reason."""
         with one_sentence(f"the chat template of {self.path} refuses the conversation"):
-            return self._apply_template(messages, add_generation_prompt)
+            images = sum(part["type"] == "image" for m in messages for part in m["content"])
+            if self.alone_only and images > 1:
+                raise ValueError("this model sees an image in another way when others stand beside "
+                                 "it: train on bare answers (--method direct), or choose another")
+            adapted = []
+            for message in messages:
+                role, parts = message["role"], message["content"]
+                if role == "assistant":
+                    parts = [dict(type="text", text=parts[0]["text"] + self.closing)]
+                if role in self.string_roles:
+                    parts = "".join(part.get("text", self.markup) for part in parts)
+                adapted.append(dict(role=role, content=parts))
+            return self.processor.apply_chat_template(
+                adapted, add_generation_prompt=add_generation_prompt, **options)
 
     def own_ids(self, messages: list[dict], images: list[Image.Image],
                 add_generation_prompt: bool = False) -> list[int]:
         """What the family's own processor makes of a conversation and its images."""
-        return list(self._apply_template(messages, add_generation_prompt, tokenize=True,
-                                         processor_kwargs=dict(images=images))[0])
-
-    def _apply_template(self, messages: list[dict], add_generation_prompt: bool, **options):
-        shown = sum(part["type"] == "image" for m in messages for part in m["content"])
-        if self.alone_only and shown > 1:
-            raise ValueError("this model is shown an image in another way when others stand beside "
-                             "it: train on bare answers (--method direct), or choose another model")
-        adapted = []
-        for message in messages:
-            role, parts = message["role"], message["content"]
-            if role == "assistant":
-                parts = [*parts[:-1], dict(parts[-1], text=parts[-1]["text"] + self.closing)]
-            if role in self.string_roles:
-                parts = "".join(p["text"] if p["type"] == "text" else self.markup for p in parts)
-            adapted.append(dict(role=role, content=parts))
-        return self.processor.apply_chat_template(
-            adapted, add_generation_prompt=add_generation_prompt, **options)
+        return list(self.render(messages, add_generation_prompt, tokenize=True,
+                                processor_kwargs=dict(images=images))[0])
 
     def encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Token ids of a whole conversation, with its images expanded, and their spans in
@@ -136,19 +129,18 @@ class Family:
         self.end_id: int = self.tokenizer.convert_tokens_to_ids(self.end_token)
 
     def _reserved_tokens(self) -> set[str]:
-        # special tokens, and the marks of images and videos, which some tokenizers call plain; not
-        # words that were merely added to a vocabulary (Gemma's line breaks and HTML tags)
+        """What no text of an example may contain: special tokens, and marks of images and videos,
+        which some tokenizers call plain; but not every added word (Gemma's line breaks, HTML)."""
         pattern = r".*(image|video|vision|boi|eoi).*_(token|id|index)"
-        marks = [value for key, value in (vars(self.processor) | self.lm.config.to_dict()).items()
-                 if value and re.fullmatch(pattern, key)]
-        found = {mark if isinstance(mark, str) else self.tokenizer.convert_ids_to_tokens(mark)
-                 for mark in marks} - {None}
-        found |= {t.content for t in self.tokenizer.added_tokens_decoder.values() if t.special}
-        return found | set(self.tokenizer.all_special_tokens)
+        marks = [mark if isinstance(mark, str) else self.tokenizer.convert_ids_to_tokens(mark)
+                 for key, mark in (vars(self.processor) | self.lm.config.to_dict()).items()
+                 if mark and re.fullmatch(pattern, key)]
+        special = [t.content for t in self.tokenizer.added_tokens_decoder.values() if t.special]
+        return {*marks, *special, *self.tokenizer.all_special_tokens} - {None}
 
     @torch.no_grad()
     def _check_image(self) -> None:
-        # one image on trial: the processor must make as many tokens as the vision tower
+        """One image on trial: the processor must make as many tokens as the vision tower."""
         image, token = Image.new("RGB", (60, 44)), self.lm.config.image_token_id
         with one_sentence(f"preprocessor_config.json or tokenizer.json of {self.path} does not fit "
                           "config.json"):
@@ -183,22 +175,23 @@ class Family:
 
     def inputs(self, image: Image.Image) -> dict[str, Tensor]:
         """What the vision tower takes."""
-        wanted = inspect.signature(self.lm.model.get_image_features).parameters
+        arguments = inspect.signature(self.lm.model.get_image_features).parameters
         out = self.processor(text=[self.placeholder], images=[image], return_tensors="pt")
-        return {key: value for key, value in out.items() if key in wanted}
+        return {key: value for key, value in out.items() if key in arguments}
 
     def features(self, images: list[dict[str, Tensor]]) -> list[Tensor]:
         """Features (S, P, D) of each image from its `inputs`; S = 1 but in Qwen3-VL."""
         # one at a time, because sizes and numbers of tiles differ
-        found = [self.lm.model.get_image_features(**self._joined([image]), return_dict=True)
-                 for image in images]
-        return [_flat(out.pooler_output).flatten(0, -2)[None] for out in found]
+        outputs = [self.lm.model.get_image_features(**self._joined([image]), return_dict=True)
+                   for image in images]
+        width = self.lm.config.text_config.hidden_size
+        # a tensor, or a list with one for each tile
+        return [torch.cat(list(out.pooler_output)).reshape(1, -1, width) for out in outputs]
 
-    def _joined(self, images: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        joined = {key: torch.cat([image[key] for image in images])
-                  for key in (images[0] if images else ())}
-        return {key: value.to(self.lm.device, self.lm.dtype if value.is_floating_point() else None)
-                for key, value in joined.items()}
+    def _joined(self, images: list[dict[str, Tensor]]) -> BatchFeature:
+        joined = {key: torch.cat([image[key] for image in images]) for key in images[0]}
+        # whole numbers keep their dtype
+        return BatchFeature(joined).to(self.lm.device, self.lm.dtype)
 
     def positions(self, ids: Tensor, mask: Tensor, grids: list) -> Tensor:
         """(A, B, T) from ids and mask (B, T) and the grids of the images in them."""
@@ -208,7 +201,7 @@ class Family:
                **rest):
         """The language model's output for embeddings (B, T, D), positions (A, B, T) and levels
         (S - 1, all P, D), which Qwen3-VL adds in its first layers."""
-        # the whole model, so that it also does what it does around its language model
+        # the whole model, because some do more around their language model
         return self.lm.model(inputs_embeds=inputs_embeds, position_ids=position_ids[0],
                              **{key: is_image.long() for key in self.types}, **rest)
 
@@ -222,11 +215,6 @@ class Family:
         is_image = (batch.ids == self.lm.config.image_token_id).long()
         return dict(input_ids=batch.ids, attention_mask=batch.mask.long(),
                     **dict.fromkeys(self.types, is_image), **self._joined(pixels))
-
-
-def _flat(features) -> Tensor:
-    # some towers return a list, one tensor an image or a tile
-    return torch.cat(list(features)) if isinstance(features, (list, tuple)) else features
 
 
 class QwenProcessor(Qwen2VLProcessor):
@@ -254,35 +242,31 @@ class QwenFamily(Family):
         if not isinstance(least, int) or not isinstance(most, int) or not 0 < least <= most:
             raise ValueError(f"the size of images is from {least!r} to {most!r} pixels: correct "
                              "shortest_edge and longest_edge, or --min_pixels and --max_pixels")
-        area = dict(shortest_edge=least, longest_edge=most)
-        images.size = type(images.size)(**area)
+        images.size = type(images.size)(shortest_edge=least, longest_edge=most)
         if min_pixels or max_pixels:
-            self.pixels = dict(size=area, min_pixels=least, max_pixels=most)
+            self.pixels = dict(size=dict(shortest_edge=least, longest_edge=most),
+                               min_pixels=least, max_pixels=most)
         return processor
 
     def image_text(self, width: int, height: int) -> tuple[str, tuple[int, int, int]]:
         # computed, because an image may have millions of pixels
         images = self.processor.image_processor
-        patch, merge_size, size = images.patch_size, images.merge_size, images.size
-        height, width = smart_resize(height, width, patch * merge_size, size.shortest_edge,
-                                     size.longest_edge)
-        grid = (1, height // patch, width // patch)
-        return self.placeholder * (grid[1] * grid[2] // merge_size ** 2), grid
+        height, width = smart_resize(height, width, images.patch_size * images.merge_size,
+                                     images.size.shortest_edge, images.size.longest_edge)
+        grid = 1, height // images.patch_size, width // images.patch_size
+        return self.placeholder * (grid[1] * grid[2] // images.merge_size ** 2), grid
 
     def features(self, images: list[dict[str, Tensor]]) -> list[Tensor]:
-        # all in one call
-        joined = self._joined(images)
-        out = self.lm.model.get_image_features(**joined, return_dict=True)
-        levels = [out.pooler_output, *(getattr(out, "deepstack_features", None) or [])]
-        merge_size = self.processor.image_processor.merge_size
-        tokens = (joined["image_grid_thw"].prod(dim=1) // merge_size ** 2).tolist()
-        return list(torch.stack([_flat(level) for level in levels]).split(tokens, dim=1))
+        # all in one call; each level is a tuple with (P, D) of each image
+        out = self.lm.model.get_image_features(**self._joined(images), return_dict=True)
+        levels = [out.pooler_output, *getattr(out, "deepstack_features", ())]
+        return [torch.stack(image) for image in zip(*levels)]
 
     def positions(self, ids: Tensor, mask: Tensor, grids: list) -> Tensor:
         # on the CPU: these are hundreds of small steps, and on a GPU each would be a kernel
         ids, device, grid = ids.cpu(), ids.device, torch.tensor(grids) if grids else None
+        # without the token types the model would silently count in one row
         is_image = (ids == self.lm.config.image_token_id).int()
-        # with the token types: without them the model would silently count in one row
         return self.lm.model.get_rope_index(ids, mm_token_type_ids=is_image, image_grid_thw=grid,
                                             attention_mask=mask.cpu().long())[0].to(device)
 
@@ -299,11 +283,8 @@ FAMILIES = dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl"), QwenFamily)
 
 def load_checkpoint(path: str, dtype: torch.dtype, min_pixels: int | None = None,
                     max_pixels: int | None = None) -> tuple[PreTrainedModel, Family]:
-    """The model and its family.
-
-    path: a checkpoint folder, a hub id, or a run or adapter folder, whose adapter is then merged.
-    min_pixels, max_pixels: of an image as the model gets it; None: as in the checkpoint's files.
-    Raises ValueError, one sentence, if it cannot be loaded or served.
+    """The model and its family. path: a checkpoint folder, a hub id, or a run or adapter folder,
+    whose adapter is then merged. Raises ValueError, one sentence, if it cannot be loaded or served.
     """
     base, adapters = resolve(path)
     named = base if base == path else f"{base} (the base of {path})"
@@ -313,13 +294,13 @@ def load_checkpoint(path: str, dtype: torch.dtype, min_pixels: int | None = None
             base, dtype=dtype, use_safetensors=True, trust_remote_code=False,
             output_loading_info=True, ignore_mismatched_sizes=True)
     # transformers would only warn of these. Older versions saved the two tensors that are computed.
-    unknown = [name for name in report["unexpected_keys"]
-               if not name.endswith(("position_ids", "inv_freq"))]
+    extra = [name for name in report["unexpected_keys"]
+             if not name.endswith(("position_ids", "inv_freq"))]
     shapes = [name for name, *_ in report["mismatched_keys"]]
-    for wrong, names in (("lack", report["missing_keys"]), ("have another shape of", shapes),
-                         ("hold what config.json has no place for:", unknown)):
+    for fault, names in (("lack", report["missing_keys"]), ("have another shape of", shapes),
+                         ("hold what config.json has no place for:", extra)):
         if names:
-            raise ValueError(f"the weights in {base} {wrong} {', '.join(sorted(names)[:3])} "
+            raise ValueError(f"the weights in {base} {fault} {', '.join(sorted(names)[:3])} "
                              f"({len(names)} in all); restore the checkpoint's files")
     check_finite(dict(lm.named_parameters()), base)
     family = FAMILIES.get(lm.config.model_type, Family)(base, lm, min_pixels, max_pixels)
@@ -327,7 +308,6 @@ def load_checkpoint(path: str, dtype: torch.dtype, min_pixels: int | None = None
     # sampling, penalties and minimum lengths would change answers without a word.
     ends = lm.generation_config.eos_token_id or []
     ends = {family.end_id, *([ends] if isinstance(ends, int) else ends)}
-    # padding is masked, so any token will do
     lm.generation_config = GenerationConfig(do_sample=False, eos_token_id=sorted(ends),
                                             pad_token_id=family.end_id)
     for folder in adapters:

@@ -17,15 +17,12 @@ Grid = tuple[int, int, int] | None  # patches (t, h, w), in families whose posit
 
 
 class LoadedImage(NamedTuple):
-    """A picture of an example: what it is in the text, and at last the vision tower's inputs."""
+    """A picture of an example: its tokens as text, and at last the vision tower's inputs."""
 
-    # the same key means the same picture, in one run
-    key: str
-    # what stands for it in a conversation: a run of image tokens
-    text: str
+    key: str  # the same key means the same picture, in one run
+    text: str  # a run of image tokens
     grid: Grid
-    # upright RGB, until the pixels are made of it
-    picture: Image.Image | None
+    picture: Image.Image | None  # upright RGB, until the pixels are made of it
     pixels: dict[str, Tensor] | None = None
 
 
@@ -37,8 +34,7 @@ class EncodedImage(NamedTuple):
 
 
 def load_images(example: Example, family) -> list[LoadedImage]:
-    """The images of an example, I0 first, each opened once. Raises ValueError naming the example
-    for a picture that the family's processor rejects."""
+    """The images of an example, I0 first, each opened once."""
     return [load_image(image, str(image) if isinstance(image, Path) else f"{example.id}#{n}",
                        family, f"example {example.id}: image {n}")
             for n, image in enumerate(example.images)]
@@ -61,38 +57,32 @@ def with_pixels(images: list[LoadedImage], family, skip=()) -> list[LoadedImage]
 
 
 class ImageEncoder:
-    """The vision tower with a memory: while the tower is frozen, each image is encoded once.
-
-    limit: bytes of features to keep. With a trained tower nothing is kept.
-    """
+    """The vision tower with a memory of `limit` bytes: while the tower is frozen, each image is
+    encoded once. Of a tower that trains nothing is kept."""
 
     def __init__(self, family, frozen: bool = True, limit: float = 2e9):
-        self.family, self.frozen, self.limit = family, frozen, limit
+        self.family, self.frozen, self.limit = family, frozen, limit if frozen else 0
         self.kept: dict[str, EncodedImage] = {}
         self.size = 0  # bytes in `kept`
 
     def __call__(self, images: list[LoadedImage]) -> dict[str, EncodedImage]:
-        """Features by key; every image that has none yet is encoded in one call."""
-        images = {image.key: image for image in images}
-        new = [image for key, image in images.items() if key not in self.kept]
-        found = {key: self.kept[key] for key in images if key in self.kept}
+        """Features by key; the images that have none yet are encoded in one call."""
+        new = {image.key: image for image in images if image.key not in self.kept}
+        encoded = {image.key: self.kept[image.key] for image in images if image.key not in new}
         if new:
             # a frozen tower needs no gradient, so it keeps no activations
             with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-                features = self.family.features([image.pixels for image in new])
-            for image, own in zip(new, features):
-                # a slice would keep the features of the whole call in memory
-                own = own.clone() if self.frozen else own
-                found[image.key] = EncodedImage(own, image.grid)
-                if self.frozen and self.size + own.nbytes <= self.limit:
-                    self.kept[image.key] = found[image.key]
-                    self.size += own.nbytes
-        return found
+                features = self.family.features([image.pixels for image in new.values()])
+            for (key, image), tensor in zip(new.items(), features):
+                encoded[key] = EncodedImage(tensor, image.grid)
+                if self.size + tensor.nbytes <= self.limit:
+                    self.kept[key], self.size = encoded[key], self.size + tensor.nbytes
+        return encoded
 
 
 class StoredTargets:
     """Embeddings h_R by row, on the CPU and in the model's own dtype: 450,000 of a 7B in bfloat16
-    are 3.2 GB. Beyond `limit` bytes a row is not kept, and is made again when it is used."""
+    are 3.2 GB. Beyond `limit` bytes a row is not kept, and is computed at each use."""
 
     def __init__(self, limit: float):
         self.limit, self.size = limit, 0
@@ -102,7 +92,7 @@ class StoredTargets:
         return len(self.kept)
 
     def look_up(self, rows: list[tuple[str, int]], new: dict[tuple[str, int], Tensor]) -> Tensor:
-        """h_R (B, D) of these rows. new: those that were just made, on the model's device."""
+        """h_R (B, D) of these rows. new: those just computed, on the model's device."""
         device = next(iter(new.values())).device if new else None
         for row, h in new.items():
             if self.size + h.nbytes <= self.limit:
@@ -110,10 +100,9 @@ class StoredTargets:
         return torch.stack([new[row] if row in new else self.kept[row].to(device) for row in rows])
 
     def state(self) -> dict:
-        """For a resumed run: made again in other batches, they would differ in the last digits."""
+        """For a resumed run: in other batches, h_R would differ in the last digits."""
         values = list(self.kept.values())
-        return dict(rows=[list(row) for row in self.kept],
-                    values=torch.stack(values) if values else None)
+        return dict(rows=list(self.kept), values=torch.stack(values) if values else None)
 
     def load(self, state: dict) -> None:
         for (split, row), h in zip(state["rows"], state["values"] if state["rows"] else ()):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def read_json(file: Path) -> dict:
-    """A JSON object from disk. Raises ValueError naming the file if it holds anything else."""
+    """A JSON object. Raises ValueError naming the file if it holds anything else."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -23,8 +23,8 @@ def read_json(file: Path) -> dict:
 
 
 def read_tensors(file: Path, device="cpu") -> tuple[dict[str, Tensor], dict[str, str]]:
-    """All tensors and the metadata of a file. Raises ValueError unless all are whole and finite."""
-    # safetensors and never pickle: what is read here is data and cannot run
+    """All tensors, finite ones, and the metadata of a file."""
+    # safetensors and never pickle: data that cannot run
     try:
         with safe_open(file, framework="pt", device=str(device)) as saved:
             tensors, metadata = {n: saved.get_tensor(n) for n in saved.keys()}, saved.metadata()
@@ -41,7 +41,6 @@ def check_finite(tensors: dict[str, Tensor], where: str) -> None:
 
 
 def write_tensors(tensors: dict, file: Path, metadata: dict[str, str] | None = None) -> None:
-    """A safetensors file. Raises OSError naming it, for instance on a full disk."""
     with _whole(file) as partial:
         save_file({n: t.detach().contiguous() for n, t in tensors.items()}, partial, metadata)
         # on the disk before it is renamed: a power failure must not leave an empty file
@@ -51,7 +50,7 @@ def write_tensors(tensors: dict, file: Path, metadata: dict[str, str] | None = N
 
 def write_text(file: Path, text: str) -> None:
     with _whole(file) as partial:
-        # a path that is not UTF-8 has half characters, which become \udc80 as in JSON
+        # half characters, of a path that is not UTF-8, become \udc80 as in JSON
         partial.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
@@ -61,7 +60,8 @@ def write_json(file: Path, value) -> None:
 
 @contextmanager
 def _whole(file: Path):
-    # the rename is one step, so that a reader sees the old file or the new one and never a half
+    """The rename is one step, so that a reader sees the old file or the new one and never a half.
+    Raises OSError naming the file, for instance on a full disk."""
     partial = file.with_name(file.name + ".partial")
     try:
         yield partial
@@ -81,12 +81,8 @@ def new_folder(out: Path):
     partial.mkdir(parents=True)
     try:
         yield partial
-        # again, because a rename would replace an empty folder
-        if out.exists():
-            raise FileExistsError(f"{out} has been made by another process meanwhile")
         partial.rename(out)
-    # after any error, a signal included; after the rename it is gone
-    finally:
+    finally:  # after the rename it is gone
         shutil.rmtree(partial, ignore_errors=True)
 
 

@@ -39,13 +39,11 @@ def add_lora(model: nn.Module, rank: int, alpha: float, dropout: float) -> None:
     """Freeze `model`, then put a LoRALinear around each of its nn.Linear layers."""
     # frozen first, because the new layers bring trainable parameters
     model.requires_grad_(False)
-    linear = {name: module for name, module in model.named_modules()
-              if isinstance(module, nn.Linear)}
-    for name, layer in linear.items():
-        replace_layer(model, name, LoRALinear(layer, rank, alpha, dropout))
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear):
+            replace_layer(model, name, LoRALinear(module, rank, alpha, dropout))
 
 
 def replace_layer(model: nn.Module, name: str, layer: nn.Module) -> None:
-    # whoever calls the layer by its name now calls the new one
     parent, _, last = name.rpartition(".")
     setattr(model.get_submodule(parent), last, layer)

@@ -7,7 +7,6 @@ import sys
 
 from transformers import HfArgumentParser
 
-
 # the least values of numbers; of all others it is 0
 LEAST = dict.fromkeys(("steps", "batch", "accumulate", "horizon", "eval_every", "test_per_task",
                        "track"), 1) | dict(train_examples=2, workers=-1, target_layer=-1)
@@ -39,8 +38,7 @@ class ShortHelp(argparse.RawDescriptionHelpFormatter):
 
 
 def parse(config_class: type, argv: list[str] | None, description: str):
-    """An instance of config_class from the command line. Ends the program with the list of known
-    options where one is unknown."""
+    """An instance of config_class from the command line."""
     parser = HfArgumentParser(config_class, description=description, allow_abbrev=False,
                               formatter_class=ShortHelp, usage="%(prog)s [--OPTION VALUE ...]")
     config, = parser.parse_args_into_dataclasses(sys.argv[1:] if argv is None else argv)
@@ -61,9 +59,9 @@ def value_of(name: str, argv: list[str] | None, default: str) -> str:
 def with_options(config_class: type, methods: list[type]) -> type:
     """config_class with the options of these methods. A method's `Options` is a dataclass: a field
     that config_class has too gets the method's default."""
-    own = [cls.Options for cls in methods if "Options" in vars(cls)]
     # dataclasses collect the fields from the last base to the first
-    return dataclasses.make_dataclass("Config", [], bases=(*dict.fromkeys(own), config_class))
+    bases = dict.fromkeys(cls.Options for cls in methods if "Options" in vars(cls))
+    return dataclasses.make_dataclass("Config", [], bases=(*bases, config_class))
 
 
 def room(name: str, needed_for: str):

@@ -1,8 +1,6 @@
-"""Two views of an example in one forward pass: the full view, and behind it what the input view
-does not share with it.
-
-A saving, not part of the method: `--method two_passes` gives each view a pass of its own, with the
-same numbers.
+"""Two views of an example in one forward pass: the full view, and behind it the rest of the input
+view. A saving, not part of the method: `--method two_passes` gives each view a pass of its own,
+with the same numbers.
 Letters: B batch, T sequence, A rows of positions.
 """
 
@@ -19,10 +17,9 @@ def add_branches(full_views, input_views, collate):
         <I0, Q> and generation prompt | R | padding | [PRED] x K | padding
                      shared              full         branch
 
-    The branch sees what both views share, and itself; R never sees the branch. Attention and
-    positions are given explicitly (`branch_inputs`), so it does not matter where the branch stands:
-    at the end, the full view's states are a slice. `embed_at` points to h^_R (with K = 0 to the
-    last shared token).
+    The branch sees the shared tokens and itself; R never sees the branch. `branch_inputs` makes
+    attention and positions, so the branch can stand at the end, where the full view's states are a
+    slice. `embed_at` points to h^_R (with K = 0 to the last shared token).
     """
     # how many first tokens the views share, [PRED] apart
     ends = [min(view.inject_at, default=len(view.ids)) for view in input_views]
@@ -32,19 +29,17 @@ def add_branches(full_views, input_views, collate):
     rest = collate([view._replace(ids=view.ids[n:], labels=view.labels[n:], images=[],
                                   inject_at=[at - n for at in view.inject_at])
                     for view, n in zip(input_views, shared)])
-    width, embed_at = batch.ids.shape[1], [view.embed_at for view in input_views]
+    shared, embed_at = torch.tensor(shared), torch.tensor([view.embed_at for view in input_views])
+    in_branch = embed_at >= shared
     joined = {name: torch.cat([getattr(batch, name), getattr(rest, name)], dim=1)
               for name in ("ids", "mask", "labels", "inject_at")}
-    return replace(batch, **joined, branch=rest.ids.shape[1], shared=torch.tensor(shared),
-                   embed_at=torch.tensor([at if at < n else width + at - n
-                                          for at, n in zip(embed_at, shared)]))
+    return replace(batch, **joined, branch=rest.ids.shape[1], shared=shared,
+                   embed_at=embed_at + in_branch * (batch.ids.shape[1] - shared))
 
 
 def branch_inputs(batch, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Positions (A, B, T) and additive attention mask (B, 1, T, T) of a batch with branches.
-
-    positions (A, B, T - branch): those of the full views alone.
-    """
+    positions (A, B, T - branch): those of the full views alone."""
     device, width = positions.device, positions.shape[-1]
     rows = torch.arange(len(batch.ids), device=device)
     # the last shared token is a text token, so the branch counts on from it as text does

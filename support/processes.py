@@ -14,9 +14,8 @@ import torch.distributed as dist
 
 
 def run_program(main: Callable[[], None], stopped: str = "stopped") -> None:
-    """What every script ends with: main(), with errors that a user can mend as one sentence, and
-    signals as `on_signal` says; `stopped` is then said. Text that the terminal's encoding lacks is
-    printed as \\u...."""
+    """main(), with a user's errors as one sentence and signals as `on_signal` says; `stopped` is
+    then printed. Text that the terminal's encoding lacks is printed as \\u...."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
@@ -29,64 +28,57 @@ def run_program(main: Callable[[], None], stopped: str = "stopped") -> None:
     except KeyboardInterrupt:
         print(stopped, file=sys.stderr)
         SIGNALS.number = SIGNALS.number or signal.SIGINT
-    end_as_signalled()
+    if SIGNALS.number:
+        # end as an ordinary program does, so that `a && b` and loops of a shell stop (the status is
+        # 130 for SIGINT, 143 for SIGTERM); nobody may read the streams any more
+        with suppress(OSError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        signal.signal(SIGNALS.number, signal.SIG_DFL)
+        signal.raise_signal(SIGNALS.number)
 
 
 # ---- several processes ----
 
 
 def start_processes(config) -> tuple[int, int]:
-    """(rank, number of processes); under torchrun also sets this process's device. Raises
-    ValueError if they do not fit."""
-    world, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
-    if config.shard and (world == 1 or not config.lora_rank):
+    """(rank, number of processes); under torchrun also sets this process's device."""
+    world_size, cuda = int(os.environ.get("WORLD_SIZE", 1)), None
+    if config.shard and (world_size == 1 or not config.lora_rank):
         raise ValueError("--shard shares frozen weights between processes: start it with torchrun "
                          "and two or more, and with --lora_rank above 0")
-    if world == 1:
+    if world_size == 1:
         return 0, 1
-    if config.accumulate % world:
-        raise ValueError(f"--accumulate {config.accumulate} passes cannot be shared by {world} "
-                         "processes: make it a multiple")
+    if config.accumulate % world_size:
+        raise ValueError(f"--accumulate {config.accumulate} passes cannot be shared by "
+                         f"{world_size} processes: make it a multiple")
     if torch.device(config.device).type == "cuda":
-        config.device = f"cuda:{local}"
-        torch.cuda.set_device(local)
-    cuda = torch.device(config.device) if config.device.startswith("cuda") else None
-    # a day, not PyTorch's 10 or 30 minutes: the others wait while the first process validates and
-    # answers the test questions
+        config.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        cuda = torch.device(config.device)
+        torch.cuda.set_device(cuda)
+    # a day, because the others wait while the first process validates and answers questions
     dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(days=1), device_id=cuda)
-    return dist.get_rank(), world
+    return dist.get_rank(), world_size
 
 
 def leave() -> None:
-    """Ends every process but the first, whose work goes on, without Python's clean-up.
-
-    A thread of gloo may still hold the last tensor that was exchanged, and is aborted if it lets go
-    while Python ends (seen in 10 of 150 small runs). Destroying the group waits for that thread
-    while keeping from it the lock that it needs, and can hang.
-    """
+    """Ends every process but the first, whose work goes on, without Python's clean-up."""
+    # a thread of gloo may still hold the last tensor that was exchanged, and aborts the program if
+    # it lets go while Python ends (seen in 10 of 150 small runs); to destroy the group can hang
     if dist.is_initialized() and dist.get_rank() > 0:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0)
 
 
-def own_passes(rows: list[int], batch: int, rank: int, world: int) -> list[list[int]]:
-    """The forward passes of a step that fall to this process: every world-th, of `batch` examples
-    each."""
-    return [rows[start:start + batch] for start in range(0, len(rows), batch)][rank::world]
-
-
-def shard_frozen(decoder: torch.nn.Module, device: str, processes: int) -> None:
+def shard_frozen(decoder: torch.nn.Module, device: str, world_size: int) -> None:
     """Each process keeps its share of the layers' frozen weights (FSDP), and gathers a layer's
-    others when it runs.
-
-    What trains stays whole in every process: it is small (LoRA), and is exchanged, saved and
-    resumed as without.
-    """
-    from torch.distributed.device_mesh import init_device_mesh  # here: loading takes a second
+    others when it runs. LoRA's weights are small and stay whole in every process."""
+    # imported here, because loading takes a second
+    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    mesh = init_device_mesh(torch.device(device).type, (processes,))
+    mesh = init_device_mesh(torch.device(device).type, (world_size,))
     for layer in decoder.layers:
         trained = {p for p in layer.parameters() if p.requires_grad}
         fully_shard(layer, mesh=mesh, reshard_after_forward=True, ignored_params=trained)
@@ -97,9 +89,7 @@ def shard_frozen(decoder: torch.nn.Module, device: str, processes: int) -> None:
 
 @dataclass
 class Signals:
-    """What is known of SIGINT and SIGTERM."""
-
-    number: int = 0  # the one that ends the program; 0: none came
+    number: int = 0  # the signal that ends the program; 0: none came
     in_loop: bool = False  # a step is lost if the program ends now
 
 
@@ -107,12 +97,9 @@ SIGNALS = Signals()
 
 
 def on_signal(number: int, frame) -> None:
-    """In the training loop the first signal ends it after the step it is in, with its state saved;
-    any other ends the program.
-
-    With several processes a second one does not: torchrun sends its own after the terminal's, and
-    ends by force who is still there after half a minute.
-    """
+    """In the training loop the first signal ends the loop after its step, with its state saved;
+    any other ends the program. With several processes a second one does not, because torchrun sends
+    its own after the terminal's."""
     first, SIGNALS.number = not SIGNALS.number, SIGNALS.number or number
     if not SIGNALS.in_loop or not (first or int(os.environ.get("WORLD_SIZE", 1)) > 1):
         raise KeyboardInterrupt
@@ -122,7 +109,7 @@ def on_signal(number: int, frame) -> None:
 
 @contextmanager
 def finishing_steps() -> Iterator[None]:
-    """While the context lasts a signal waits for asked_to_stop, since a step would be lost."""
+    """A signal inside waits for `asked_to_stop`, since a step would be lost."""
     SIGNALS.in_loop = True
     try:
         yield
@@ -130,22 +117,10 @@ def finishing_steps() -> Iterator[None]:
         SIGNALS.in_loop = False
 
 
-def asked_to_stop(world: int, device: str) -> bool:
-    """Whether a signal came; with several processes, to any of them, so that all end after the same
-    step."""
-    if world > 1:
-        told = torch.tensor(int(SIGNALS.number), device=device)
-        dist.all_reduce(told, dist.ReduceOp.MAX)
-        SIGNALS.number = int(told)
+def asked_to_stop(world_size: int, device: str) -> bool:
+    """Whether a signal came to any of the processes, so that all end after the same step."""
+    if world_size > 1:
+        number = torch.tensor(int(SIGNALS.number), device=device)
+        dist.all_reduce(number, dist.ReduceOp.MAX)
+        SIGNALS.number = int(number)
     return bool(SIGNALS.number)
-
-
-def end_as_signalled() -> None:
-    """If a signal ended the work, end by it as an ordinary program does, so that `a && b` and loops
-    of a shell stop (its status is 130 for SIGINT, 143 for SIGTERM); else return."""
-    if SIGNALS.number:
-        with suppress(OSError):  # nobody reads them any more
-            sys.stdout.flush()
-            sys.stderr.flush()
-        signal.signal(SIGNALS.number, signal.SIG_DFL)
-        signal.raise_signal(SIGNALS.number)

@@ -30,7 +30,6 @@ def make_question(chat: Chat, example: Example, images: list[LoadedImage],
     # a family that shows a single image differently from several can only be asked directly
     if len(images) > 1 and not chat.family.alone_only:
         longest = max(longest, len(chat.conversation(turns, images).without_layout().ids))
-        # what follows the last tool image is asked for
         last = max(n for n, (role, _) in enumerate(turns) if role == "user")
         tool = chat.prompt(turns[:last + 1], images)
     chat.check_length(longest, example)
@@ -44,47 +43,47 @@ def started_answer(chat: Chat, example: Example, images: list[LoadedImage],
     # each option is tokenised as training would: inside the whole answer
     for option in example.options:
         turns = [*chat.turns(example)[:1], ("assistant", [form.text(option)])]
-        made = chat.conversation(turns, images).without_layout()
-        whole.append(made.ids)
+        answer = chat.conversation(turns, images).without_layout()
+        whole.append(answer.ids)
+        prefix_end = answer.speeches[0].words + len(form.prefix)
         # the option's own tokens end here; its full stop and the end of the turn follow
-        before = made.speeches[0].words + len(form.prefix + form.gap)
-        ends.append(made.first_after(before + len(option) - 1) + 1)
+        ends.append(answer.first_after(prefix_end + len(form.gap) + len(option) - 1) + 1)
     # the prompt is what all options share, up to the end of the prefix
-    start = made.first_after(made.speeches[0].words + len(form.prefix))
+    start = answer.first_after(prefix_end)
     # a tokenizer may join the prefix's last letters with an option's first ones
     while any(ids[:start] != whole[0][:start] for ids in whole):
         start -= 1
-    own = [ids[start:end] for ids, end in zip(whole, ends)]
+    options = [ids[start:end] for ids, end in zip(whole, ends)]
     # where one option begins another ("top", "top left"), the end of the turn decides
-    if any(a is not b and b[:len(a)] == a for a in own for b in own):
-        own = [ids[start:] for ids in whole]
+    if any(a is not b and b[:len(a)] == a for a in options for b in options):
+        options = [ids[start:] for ids in whole]
     keys = [image.key for image in images]
-    return View(whole[0][:start], [-100] * start, keys, start - 1), own
+    return View(whole[0][:start], [-100] * start, keys, start - 1), options
 
 
 def in_batches(views: list[View | None], answer: Callable, batch: int) -> list:
-    """answer(views, their numbers) over batches of similar length; results in the order given,
+    """answer(views, their numbers) over batches of similar length; results in the views' order,
     None where a view is None."""
-    out: list = [None] * len(views)
+    results: list = [None] * len(views)
     # sorted by length, because a short prompt beside a long one is mostly padding
     order = sorted((n for n, view in enumerate(views) if view), key=lambda n: len(views[n].ids))
     for start in range(0, len(order), batch):
         numbers = order[start:start + batch]
         for n, result in zip(numbers, answer([views[n] for n in numbers], numbers)):
-            out[n] = result
-    return out
+            results[n] = result
+    return results
 
 
-def answer_record(example: Example, given: dict[str, dict], prefix: str) -> dict:
+def answer_record(example: Example, answers_by_way: dict[str, dict], prefix: str) -> dict:
     """What a run keeps of an example's answers: for each way the text, whether it is right, and
     its cost."""
     record = dict(id=example.id, task=example.task, options=example.options, answer=example.answer,
                   cost={})
-    for way, answer in given.items():
+    for way, answer in answers_by_way.items():
         text, option = answer["text"], answer.get("option")
         # a tool call that fails gives no answer, and the direct one counts
         if answer.get("failed"):
-            text, option = f"({answer['failed']})", given["direct"]["option"]
+            text, option = f"({answer['failed']})", answers_by_way["direct"]["option"]
         elif "option" not in answer:
             option = answers.says(text, example.options, prefix)
         record[way], record[f"{way}_right"] = text, option == example.options.index(example.answer)

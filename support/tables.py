@@ -38,27 +38,24 @@ def overall(table: dict[str, dict]) -> str:
 
 def format_table(columns: dict[str, dict[str, dict]]) -> str:
     """Tasks down, models across: direct [95% interval] and the other ways, all in %."""
-    tasks = list(dict.fromkeys(task for table in columns.values() for task in table))
-    ways = {name: [w for w in WAYS[1:] if any(w in row for row in table.values())]
-            for name, table in columns.items()}
-    width = {name: max(21 + 8 * len(ways[name]), len(name) + 2) for name in columns}
-    heads = {name: "direct [95%]".ljust(19) + "".join(w.rjust(8) for w in ways[name])
-             for name in columns}
-    lines = [f"{'task':18s}   n chance " + "".join(name.ljust(width[name]) for name in columns),
-             " " * 30 + "".join(heads[name].ljust(width[name]) for name in columns)]
-    for task in tasks:
-        first = next(table[task] for table in columns.values() if task in table)
+    tasks: dict[str, dict] = {}
+    for table in columns.values():
+        tasks = tasks | {task: row for task, row in table.items() if task not in tasks}
+    lines = [f"{'task':18s}   n chance ", " " * 30]
+    for task, row in tasks.items():
         label = f"{task} (held out)" if task == HELD_OUT else task
-        cells = []
-        for name, table in columns.items():
-            row = table.get(task, {})
-            direct = ""
+        lines.append(f"{label:18s}{row['n']:4d} {100 * row['chance']:5.0f}  ")
+    for name, table in columns.items():
+        ways = [way for way in WAYS[1:] if any(way in row for row in table.values())]
+        cells = [name, "direct [95%]".ljust(19) + "".join(way.rjust(8) for way in ways)]
+        for task in tasks:
+            row, direct = table.get(task, {}), ""
             if "direct" in row:
                 direct = "{:5.1f} [{:4.1f}-{:5.1f}]".format(*(100 * v for v in row["direct"]))
-            rest = "".join(f"{100 * row[w][0]:8.1f}" if w in row else "       -"
-                           for w in ways[name])
-            cells.append((direct.ljust(19) + rest).ljust(width[name]))
-        lines.append(f"{label:18s}{first['n']:4d} {100 * first['chance']:5.0f}  " + "".join(cells))
+            rest = [f"{100 * row[way][0]:8.1f}" if way in row else "       -" for way in ways]
+            cells.append(direct.ljust(19) + "".join(rest))
+        width = max(21 + 8 * len(ways), len(name) + 2)
+        lines = [line + cell.ljust(width) for line, cell in zip(lines, cells)]
     return "\n".join(line.rstrip() for line in lines)
 
 
@@ -66,10 +63,10 @@ def conclusion(method: str, before: dict, after: dict) -> str:
     """The last table in words. before, after: see `summarise`."""
     total = overall(after)
     was, now = (100 * table[total]["direct"][0] for table in (before, after))
-    lines = [f"In words: from image and question alone (direct) {was:.1f}% were right before and "
-             f"{now:.1f}% are now."]
+    text = (f"In words: from image and question alone (direct) {was:.1f}% were right before and "
+            f"{now:.1f}% are now.")
     if "tool" in after[total]:
         skill = 100 * after[total]["tool"][0]
-        lines.append(f"With the expert's tool (tool) {skill:.1f}%: how well the trajectories were "
-                     "learned. \"free\" is low where the model begins with its plan.")
-    return "\n".join(lines)
+        text += (f"\nWith the expert's tool (tool) {skill:.1f}%: how well the trajectories were "
+                 "learned. \"free\" is low where the model begins with its plan.")
+    return text

@@ -1,5 +1,5 @@
-"""train.py, and other programs, as processes of their own, each forked from one that has everything
-imported: to start Python and import PyTorch takes longer than any of the runs that the tests start.
+"""train.py as a process of its own, forked from one that has everything imported: to start Python
+and import PyTorch takes longer than any of the runs that the tests start.
 """
 
 import multiprocessing
@@ -7,9 +7,7 @@ import os
 import re
 import runpy
 import socket
-import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -23,29 +21,23 @@ ROOT = Path(train.__file__).resolve().parent
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["programs"])
-# multiprocessing looks after all children whenever one begins: two threads would ask for one's end
-ASKING = threading.Lock()
 
 
 class Program:
-    """`python FILE ARGS`, train.py unless told, begun at once; what it says is in the file `log`.
+    """`python train.py ARGS`, begun at once; its output is in the file `log`. watched: check that
+    each process holds half of what --shard shares."""
 
-    watched: that each process holds half of what --shard shares.
-    """
-
-    def __init__(self, *args, log: Path, env: dict[str, str] | None = None, watched: bool = False,
-                 file: str = train.__file__):
+    def __init__(self, *args, log: Path, env: dict[str, str] | None = None, watched: bool = False):
         self.log = log
-        command = [str(argument) for argument in (file, *args)]
-        self.process = CONTEXT.Process(target=_run, args=(command, str(log), env or {}, watched))
-        with ASKING:
-            self.process.start()
+        self.process = CONTEXT.Process(target=_run, args=([*map(str, args)], str(log), env or {},
+                                                          watched))
+        self.process.start()
 
     def said(self) -> str:
         return self.log.read_text(encoding="utf-8") if self.log.exists() else ""
 
     def wait_for_step(self, step: int, seconds: float = 120) -> None:
-        """Until the loop has said so, or the program has ended."""
+        """Until the loop has printed it, or the program has ended."""
         until = time.time() + seconds
         while self.process.is_alive():
             if any(int(n) >= step for n in re.findall(r"^ *(\d+)/\d+ ", self.said(), re.MULTILINE)):
@@ -59,50 +51,38 @@ class Program:
 
     def status(self) -> int:
         """Waits; 0 or the exit status, or minus the signal that ended it."""
-        while True:
-            with ASKING:
-                if not self.process.is_alive():
-                    return self.process.exitcode
-            time.sleep(0.005)
-
-
-def run(command: list[str], stdout, stderr: int, env: dict[str, str]):
-    """In place of subprocess.run([sys.executable, FILE, ...]) with all that it says in a file."""
-    python, file, *args = command
-    assert python == sys.executable and stderr == subprocess.STDOUT
-    program = Program(*args, log=Path(stdout.name), env=env, file=file)
-    return subprocess.CompletedProcess(command, program.status())
+        self.process.join()
+        return self.process.exitcode
 
 
 def together(*args, log: Path, watched: bool = False) -> None:
     """Two processes, as torchrun starts them, to their end."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        port = str(free.getsockname()[1])
     both = [Program(*args, log=log.with_suffix(f".{rank}"), watched=watched, env=dict(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port), OMP_NUM_THREADS="1")) for rank in range(2)]
+        MASTER_PORT=port, OMP_NUM_THREADS="1")) for rank in range(2)]
     assert [program.status() for program in both] == [0, 0], [program.said() for program in both]
 
 
-def _run(command: list[str], log: str, env: dict[str, str], watched: bool) -> None:
+def _run(args: list[str], log: str, env: dict[str, str], watched: bool) -> None:
     os.environ.update(env)
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    for descriptor in (1, 2):
+    for descriptor, stream in ((1, sys.stdout), (2, sys.stderr)):
         os.dup2(file, descriptor)
-    for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(line_buffering=True)
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     if watched:
         processes.shard_frozen = _watched_shard(processes.shard_frozen)
-    sys.argv = command
-    runpy.run_path(sys.argv[0], run_name="__main__")
+    sys.argv = [train.__file__, *args]
+    runpy.run_path(train.__file__, run_name="__main__")
 
 
 def _watched_shard(shard):
-    def watched(decoder, device, world):
+    def watched(decoder, device, world_size):
         whole = {name: p.numel() for name, p in decoder.layers.named_parameters()}
-        shard(decoder, device, world)
+        shard(decoder, device, world_size)
         for name, p in decoder.layers.named_parameters():
             assert p.numel() == whole[name], name
             assert p.requires_grad or p.to_local().numel() == whole[name] // 2, name

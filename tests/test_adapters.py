@@ -3,7 +3,6 @@ or refused in one sentence; an adapter changes the layers that its tensors name,
 changes beside bfloat16 weights are kept, or their loss is reported; a merged checkpoint is the
 base's own files, to the byte, beside other weights, and loads with transformers alone."""
 
-import os
 import shutil
 from pathlib import Path
 
@@ -13,25 +12,19 @@ from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from checkpoints import build, write
+from checkpoints import build, read, write
 from conftest import TINY
 import train
 from model import VLM, lora_layers
 from support.adapters import Adapter, merge, resolve, save_merged
 from support.families import load_checkpoint
-from support.files import read_json
+
+ADAPTER, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     return build("qwen2_5_vl", tmp_path_factory.mktemp("base"))
-
-
-def run_of(folder, base, dtype=torch.float64):
-    """A run folder as training leaves it, and the trained model."""
-    vlm = trained(folder / "checkpoint-20", base, dtype)
-    write(folder / "config.json", model=str(base), method="pearl", dtype="float32")
-    write(folder / "best.json", checkpoint="checkpoint-20", step=20)
-    return vlm
 
 
 def trained(folder, base, dtype=torch.float32, std=0.1, vision=False, rank=4):
@@ -47,13 +40,29 @@ def trained(folder, base, dtype=torch.float32, std=0.1, vision=False, rank=4):
     return vlm.eval()
 
 
-def assert_merged(plain, vlm):
-    """Every weight of `plain` is the trained model's, with W + (alpha / r) B A in LoRA's places."""
+def run_of(folder, base):
+    """A run folder as training leaves it, and the trained model."""
+    vlm = trained(folder / "checkpoint-20", base, torch.float64)
+    write(folder / "config.json", model=str(base), method="pearl", dtype="float32")
+    write(folder / "best.json", checkpoint="checkpoint-20", step=20)
+    return vlm
+
+
+def assert_merged(folder, vlm):
+    """Every weight is the trained model's, with W + (alpha / r) B A in LoRA's places."""
     expected = {name.replace(".base.", "."): weight for name, weight in vlm.lm.state_dict().items()
                 if "lora_" not in name}
     for name, layer in lora_layers(vlm.lm).items():
         expected[f"{name}.weight"] = layer.base.weight + layer.scaling * layer.lora_B @ layer.lora_A
-    torch.testing.assert_close(dict(plain.state_dict()), expected)
+    lm, family = load_checkpoint(str(folder), vlm.lm.dtype)
+    torch.testing.assert_close(dict(lm.state_dict()), expected)
+    return family
+
+
+def refused(path, message):
+    with pytest.raises(ValueError, match=message) as error:
+        load_checkpoint(str(path), torch.float32)
+    assert "\n" not in str(error.value)
 
 
 @torch.no_grad()
@@ -71,28 +80,27 @@ def logits(lm):
     ("llava_next", "vision_tower.vision_model.encoder.", "model.vision_tower.encoder.")])
 def test_an_adapter_by_the_names_of_an_older_transformers(tmp_path, name, old, new):
     vlm = trained(tmp_path, build(name, tmp_path / "base"), torch.float64, vision=True)
-    file = tmp_path / "adapter_model.safetensors"
     named = {key.replace(f"base_model.model.{new}", f"base_model.model.{old}"): tensor
-             for key, tensor in load_file(file).items()}
+             for key, tensor in load_file(tmp_path / ADAPTER).items()}
     assert sum(f"model.{old}" in key for key in named) >= 2
-    save_file(named, file)
-    assert_merged(load_checkpoint(str(tmp_path), torch.float64)[0], vlm)
+    save_file(named, tmp_path / ADAPTER)
+    assert_merged(tmp_path, vlm)
 
 
 @pytest.mark.parametrize("rank", [4, 0])
 def test_what_is_saved_is_loaded_from_anywhere(base, tmp_path, monkeypatch, rank):
     """Merged as --model, beside the weights as an adapter; LoRA and full fine-tuning."""
     monkeypatch.chdir(base.parent)
-    vlm, again = (trained(tmp_path, base.name, torch.float64, rank=rank),
-                  VLM(base.name, torch.float64))
+    vlm = trained(tmp_path, base.name, torch.float64, rank=rank)
+    again = VLM(base.name, torch.float64)
     again.load_adapter(tmp_path)
     assert lora_layers(again.lm).keys() == lora_layers(vlm.lm).keys()
     assert torch.equal(logits(again.lm), logits(vlm.lm))
     monkeypatch.chdir(tmp_path)
     # PEFT also writes patterns there: the tensors say which layers are meant
     for names in (["q_proj"], r".*language_model.*\.q_proj", "all-linear"):
-        write(tmp_path / "adapter_config.json", target_modules=names, rank_pattern={})
-        assert_merged(load_checkpoint(str(tmp_path), torch.float64)[0], vlm)
+        write(tmp_path / CONFIG, target_modules=names, rank_pattern={})
+        assert_merged(tmp_path, vlm)
 
 
 def test_the_same_as_peft_itself(base, tmp_path):
@@ -103,7 +111,7 @@ def test_the_same_as_peft_itself(base, tmp_path):
         if "lora_B" in name:
             torch.nn.init.normal_(p)
     wrapped.save_pretrained(tmp_path)
-    write(tmp_path / "adapter_config.json", base_model_name_or_path=str(base))
+    write(tmp_path / CONFIG, base_model_name_or_path=str(base))
     ours = load_checkpoint(str(tmp_path), torch.float64)[0].state_dict()
     torch.testing.assert_close(dict(ours), dict(wrapped.merge_and_unload().state_dict()))
 
@@ -121,25 +129,20 @@ X = "base_model.model.x.lora_{}.weight".format
     (dict(r=8), {}, "'A': .4, 48., .* of r = 8 in adapter_config.json and .32, 48. in .*: it is f"),
     ({}, {"base_model.model.x.lora_magnitude_vector": torch.ones(32)}, "which is no low-rank pair"),
     ({}, {X("A"): torch.ones(4, 32)}, "has {'A': .4, 32.} for x"),
-    ({}, {X("A"): torch.ones(4, 32), X("B"): torch.ones(32, 4)}, "for x, of r = 4 .* and .0, 0.")])
-def test_other_adapters_are_refused(base, tmp_path, config, tensors, message):
-    trained(tmp_path, base)
-    write(tmp_path / "adapter_config.json", **config)
-    file = tmp_path / "adapter_model.safetensors"
-    save_file(load_file(file) | tensors, file)
-    with pytest.raises(ValueError, match=message):
-        load_checkpoint(str(tmp_path), torch.float32)
-
-
-def test_damaged_adapters_are_refused_and_nothing_runs(base, tmp_path):
-    trained(tmp_path, base)
-    file = tmp_path / "adapter_model.safetensors"
-    whole, bomb = file.read_bytes(), f"cos\nsystem\n(S'touch {tmp_path}/mark'\ntR.".encode()
-    for content in (b"", whole[:-1], bomb):
-        file.write_bytes(content)
-        with pytest.raises(ValueError, match="adapter_model.safetensors is not a whole safetens"):
-            load_checkpoint(str(tmp_path), torch.float32)
-    assert not (tmp_path / "mark").exists()
+    ({}, {X("A"): torch.ones(4, 32), X("B"): torch.ones(32, 4)}, "x.weight, .* and .0, 0"),
+    *[({}, content, "adapter_model.safetensors is not a whole safetens")
+      for content in (b"", b"cos\nsystem\n(S'touch mark'\ntR.", b"cut")]])
+def test_other_and_damaged_adapters_are_refused(base, tmp_path, monkeypatch, config, tensors,
+                                                message):
+    monkeypatch.chdir(tmp_path)
+    file, _ = tmp_path / ADAPTER, trained(tmp_path, base)
+    write(tmp_path / CONFIG, **config)
+    if isinstance(tensors, dict):
+        save_file(load_file(file) | tensors, file)
+    else:
+        file.write_bytes(file.read_bytes()[:-1] if tensors == b"cut" else tensors)
+    refused(tmp_path, message)
+    assert not Path("mark").exists()  # nothing of it runs
 
 
 def test_what_model_may_name(base, tmp_path, monkeypatch):
@@ -148,38 +151,33 @@ def test_what_model_may_name(base, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for named in (run, run / "checkpoint-20", "run", "./run", "run/checkpoint-20"):
         assert resolve(str(named))[0] == str(base)
-    lm, family = load_checkpoint("run", torch.float64)
-    assert_merged(lm, first)
-    assert family.path == str(base)
+    assert assert_merged("run", first).path == str(base)
     assert resolve(str(later)) == (str(base), [run / "checkpoint-20", later / "checkpoint-20"])
-    assert_merged(load_checkpoint("later", torch.float64)[0], second)
+    assert_merged("later", second)
     assert resolve("Qwen/Qwen2.5-VL-3B-Instruct") == ("Qwen/Qwen2.5-VL-3B-Instruct", [])
 
 
-def test_what_model_may_not_name(base, tmp_path, monkeypatch):
+SEEN = "seen from .*, cannot be loaded"
+
+
+@pytest.mark.parametrize("named, file, fields, message", [
+    *[(name, "", {}, f"^{name}, {SEEN}") for name in ("./nothing", "/nothing/there", "Some/Model")],
+    ("a b//c?", "", {}, SEEN),
+    ("empty", "notes.json", {}, "in its config.json"),
+    ("outside", "best.json", dict(checkpoint="../a/checkpoint-2"), "^outside/checkpoint-2 .the ba"),
+    ("typeless", "config.json", dict(hidden_size=3), "Unrecognized model"),
+    ("newer", "config.json", dict(model_type="qwen9_vl"), "has model type `qwen9_vl` but Tran"),
+    ("words", "config.json", dict(model_type="qwen2"), "configuration class .*Qwen2Config"),
+    ("circle", CONFIG, dict(base_model_name_or_path="circle"), "names 'circle' as its base model;"),
+    ("nameless", CONFIG, dict(base_model_name_or_path=""), "names '' as its base model; correct"),
+    ("astray", CONFIG, dict(base_model_name_or_path="runs/tiny"),
+     f"^runs/tiny .the base of astray., {SEEN}")])
+def test_what_model_may_not_name(tmp_path, monkeypatch, named, file, fields, message):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "empty").mkdir()
-    run_of(tmp_path / "outside", base)
-    write(tmp_path / "outside" / "best.json", checkpoint="../circle/checkpoint-2")
-    for folder, name in (("circle", "circle"), ("astray", "runs/tiny"), ("nameless", "")):
-        (tmp_path / folder).mkdir()
-        write(tmp_path / folder / "adapter_config.json", base_model_name_or_path=name)
-    for folder, kind in (("typeless", None), ("newer", "qwen9_vl"), ("words", "qwen2")):
-        (tmp_path / folder).mkdir()
-        write(tmp_path / folder / "config.json", hidden_size=3, model_type=kind)
-    seen = f"seen from {tmp_path}, cannot be loaded"
-    for named, message in (
-            ("./nothing", f"^./nothing, {seen}"), ("/nothing/there", "^/nothing/there, seen"),
-            ("runs/nothing", seen), ("Some/Model-3B", seen), ("a b//c?", seen),
-            ("empty", "in its config.json"), ("outside", "outside.checkpoint-2 .the base"),
-            ("typeless", "Unrecognized model"), ("newer", "has model type `qwen9_vl` but Tran"),
-            ("words", "Unrecognized configuration class .*Qwen2Config"),
-            ("circle", "names 'circle' as its base model; correct it"),
-            ("nameless", "names '' as its base model"),
-            ("astray", f"^runs/tiny .the base of astray., {seen}")):
-        with pytest.raises(ValueError, match=message) as refused:
-            load_checkpoint(named, torch.float32)
-        assert "\n" not in str(refused.value)
+    if file:
+        (tmp_path / named).mkdir()
+        write(tmp_path / named / file, **fields)
+    refused(named, message)
 
 
 # ---- merging ----
@@ -196,8 +194,8 @@ def test_a_merge_is_rounded_once():
 def test_small_changes_beside_bfloat16_weights(tmp_path):
     """Kept where A and B stay beside the weights; merged, the share that survives is reported."""
     vlm, again = trained(tmp_path, TINY, torch.bfloat16, 2e-5, rank=64), VLM(TINY, torch.bfloat16)
-    start = logits(again.lm.float())  # in float32, so that only the weights are rounded
-    again = VLM(TINY, torch.bfloat16)
+    # in float32, so that only the weights are rounded
+    start = logits(VLM(TINY, torch.bfloat16).lm.float())
     again.load_adapter(tmp_path)
     exact = logits(vlm.lm.float())
     assert torch.equal(logits(again.lm.float()), exact)
@@ -206,7 +204,6 @@ def test_small_changes_beside_bfloat16_weights(tmp_path):
         out = tmp_path / str(dtype)
         shares[dtype] = save_merged(VLM(TINY, torch.bfloat16), tmp_path, out, dtype)
         lm = AutoModelForImageTextToText.from_pretrained(out)
-        assert lm.dtype == dtype  # transformers loads what was written
         lost[dtype] = (logits(lm.float()) - exact).norm() / (exact - start).norm()
     assert shares[torch.bfloat16] < 0.3 and shares[torch.float32] > 0.999
     assert lost[torch.bfloat16] > 0.3 and lost[torch.float32] < 0.01
@@ -217,15 +214,15 @@ def test_a_merged_checkpoint_is_the_bases_files_and_other_weights(tmp_path, name
     """Its config.json too, by the names that transformers 4 and servers read."""
     base, out = build(name, tmp_path / "base"), tmp_path / "merged"
     if name.startswith("qwen"):
-        text = read_json(base / "config.json")["text_config"]
+        text = read(base / "config.json")["text_config"]
         rope = text.pop("rope_parameters")
         text |= dict(rope_theta=rope.pop("rope_theta"), rope_scaling=dict(rope, type="mrope"))
         write(base / "config.json", text_config=text)
     if name == "qwen3_vl_new":  # beside chat_template.json transformers allows no such folder
         (base / "chat_templates").mkdir()
-        (base / "chat_templates" / "tools.jinja").write_text("{{ 'tools' }}", encoding="utf-8")
+        write(base / "chat_templates" / "tools.jinja")
     for extra in ("merges.txt", "tokenizer.model", "model.safetensors.index.json"):
-        (base / extra).write_text("{}", encoding="utf-8")
+        write(base / extra)
     if name == "idefics3":
         (base / "generation_config.json").unlink()
     vlm = trained(tmp_path, base)
@@ -237,7 +234,7 @@ def test_a_merged_checkpoint_is_the_bases_files_and_other_weights(tmp_path, name
     assert load_file(base / "model.safetensors").keys() == load_file(
         out / "model.safetensors").keys()
     assert "mm_token_type_ids" in capsys.readouterr().out
-    assert_merged(load_checkpoint(str(out), torch.float32)[0], vlm)
+    assert_merged(out, vlm)
     for dtype in (torch.float32, torch.bfloat16):
         plain = VLM(base, dtype)
         save_merged(plain, tmp_path, tmp_path / str(dtype), dtype)
@@ -247,7 +244,7 @@ def test_a_merged_checkpoint_is_the_bases_files_and_other_weights(tmp_path, name
         AutoProcessor.from_pretrained(out)
     with pytest.raises(FileExistsError, match="merged exists already"):
         save_merged(VLM(base), tmp_path, out)
-    assert not [file for file in os.listdir(tmp_path) if file.endswith(".partial")]
+    assert not [*tmp_path.glob("*.partial")]
 
 
 @pytest.mark.parametrize("name, tied", [("tiny", True), ("qwen2_5_vl", 0), ("qwen3_vl_new", 0)])
@@ -256,12 +253,11 @@ def test_full_fine_tuning_and_the_size_of_images(tmp_path, name, tied):
     base, out = TINY if tied else build(name, tmp_path / name), tmp_path / "merged"
     vlm, plain = trained(tmp_path, base, rank=0), VLM(base, min_pixels=900, max_pixels=2048)
     save_merged(plain, tmp_path, out)
-    again = VLM(out)
-    assert (again.lm.lm_head.weight is again.lm.get_input_embeddings().weight) == bool(tied)
-    assert_merged(again.lm, vlm)
-    size = again.family.processor.image_processor.size
+    family = assert_merged(out, vlm)
+    assert (family.lm.lm_head.weight is family.lm.get_input_embeddings().weight) == bool(tied)
+    size = family.processor.image_processor.size
     assert (size.shortest_edge, size.longest_edge) == (900, 2048)
-    assert again.family.image_text(500, 300) == plain.family.image_text(500, 300)
+    assert family.image_text(500, 300) == plain.family.image_text(500, 300)
 
 
 def test_a_model_of_the_hubs_cache_needs_no_network(base, tmp_path, monkeypatch):

@@ -3,41 +3,42 @@ is published; our states and answers are those of transformers' own forward pass
 pixels; padding, and a second view in the same pass, change no state; what is damaged or cannot be
 served is refused in one sentence, and nothing of it runs."""
 
-import dataclasses
 import shutil
 import struct
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from torch.nn.functional import pad
 
-from checkpoints import BUILDERS, OLD, TEMPLATES, TORCHVISION, build, qwen, write
+from checkpoints import (BOTH, BUILDERS, IMAGES, OLD, TEMPLATES, TOKENS, TORCHVISION, build, qwen,
+                         write)
 from conftest import TINY
+from data import collate, make_views
+from model import VLM
 from support.chat import Chat
 from support.families import load_checkpoint, load_family
-from support.features import load_images
+from support.features import ImageEncoder, load_images, with_pixels
 from support.files import read_json
+from support.packing import encode_two_views
+from support.records import Example
 
 HAVE_TORCHVISION = transformers.utils.is_torchvision_available()
-IMAGES, BOTH, TOKENS = "preprocessor_config.json", "processor_config.json", "tokenizer_config.json"
 
 
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory):
-    """name -> folder of that checkpoint, built when first asked for; not to be changed."""
-    made = dict(tiny=Path(TINY))
+    """name -> folder of that checkpoint, built at its first use; not to be changed."""
+    built = dict(tiny=Path(TINY))
 
     def folder(name):
         if name in TORCHVISION and not HAVE_TORCHVISION:
             pytest.skip("its processor needs torchvision")
-        if name not in made:
-            made[name] = build(name, tmp_path_factory.mktemp(name))
-        return made[name]
+        if name not in built:
+            built[name] = build(name, tmp_path_factory.mktemp(name))
+        return built[name]
 
     return folder
 
@@ -48,8 +49,13 @@ def copied(folders, tmp_path):
 
 
 @pytest.fixture(scope="module", params=list(BUILDERS))
-def family(request, folders):
-    return load_checkpoint(str(folders(request.param)), torch.float64)[1]
+def vlm(request, folders):
+    return VLM(folders(request.param), torch.float64)
+
+
+@pytest.fixture(scope="module")
+def family(vlm):
+    return vlm.family
 
 
 def loaded(folder):
@@ -62,22 +68,13 @@ def refused(folder, message):
     assert "\n" not in str(error.value)
 
 
-def conversation(tool_images, image_first=False):
-    """A question and its trajectory, as messages, and the images that it shows."""
-    image, images = dict(type="image"), [Image.new("RGB", size, "red") for size in (
-        (60, 40), (30, 70), (64, 64))]
-    turns = [("user", [image, dict(type="text", text="Which?\n\nA. red  B. blue")])]
-    for _ in range(tool_images):
-        call = [("assistant", [dict(type="text", text="Zoom in. [crop 12 30]")]), ("user", [image])]
-        turns += call[::-1] if image_first else call
-    turns.append(("assistant", [dict(type="text", text="Answer: se7en")]))
-    return [dict(role=role, content=parts) for role, parts in turns], images[:tool_images + 1]
-
-
-def expanded(family, turns, images, prompt=False):
-    head, *rest = family.render(turns, prompt).split(family.placeholder)
-    texts = [family.image_text(*image.size)[0] for image in images]
-    return head + "".join(text + part for text, part in zip(texts, rest, strict=True))
+def record(tool_images, image_first=False):
+    image, *crops = [Image.new("RGB", size, "red") for size in ((60, 40), (30, 70), (64, 64))]
+    call, steps = "Zoom in. [crop 12 30]", []
+    for crop in crops[:tool_images]:
+        steps += [crop, call] if image_first else [call, crop]
+    return Example("1", "task", image, "Which?\n\nA. red  B. blue", ["red", "blue"], "red",
+                   [*steps, "It is se7en. Answer: red"])
 
 
 # ---- text ----
@@ -87,25 +84,26 @@ def expanded(family, turns, images, prompt=False):
     (0, False, False), (0, False, True), (1, False, False), (1, False, True), (2, False, False),
     (2, True, False)])
 def test_ids_are_those_of_the_familys_own_processor(family, tool_images, image_first, prompt):
-    turns, images = conversation(tool_images, image_first)
-    turns = turns[:-1] if prompt else turns
+    example, chat = record(tool_images, image_first), Chat(family, 4096)
+    images, template = load_images(example, family), family.processor.chat_template
+    turns = chat.turns(example)[:-1] if prompt else chat.turns(example)
     reason = "others stand beside it" if family.alone_only and tool_images else (
-        "roles must alternate" if image_first and "alternate" in family.template else None)
+        "roles must alternate" if image_first and "alternate" in template else None)
     if reason:
         with pytest.raises(ValueError, match=f"refuses the conversation .*{reason}"):
-            family.render(turns)
+            chat.conversation(turns, images)
         return
-    whole = expanded(family, turns, images, prompt)
-    ids, spans = family.encode(whole)
-    assert ids == family.own_ids(turns, images, prompt)
-    assert len(spans) == len(ids) and spans[-1][1] == len(whole)
+    whole, messages = chat.conversation(turns, images, prompt), chat.messages(turns)
+    assert whole.ids == family.own_ids(messages, example.images, prompt)
+    assert len(whole.ends) == len(whole.ids) and whole.ends[-1] == len(whole.text)
     if family.closing:  # a published template without an end: the text is closed by hand
-        assert whole.count(family.closing) == tool_images + (not prompt)
+        assert whole.text.count(family.closing) == tool_images + (not prompt)
     # of Qwen's processor ours lacks the part for videos; of `size` with old keys it makes nothing
     if "qwen" in family.path and HAVE_TORCHVISION and "old_size" not in family.path:
         own = transformers.AutoProcessor.from_pretrained(family.path)
-        assert [ids] == own.apply_chat_template(turns, add_generation_prompt=prompt, tokenize=True,
-                                                processor_kwargs=dict(images=images))
+        assert [whole.ids] == own.apply_chat_template(
+            messages, add_generation_prompt=prompt, tokenize=True,
+            processor_kwargs=dict(images=example.images))
 
 
 def test_special_tokens(family):
@@ -128,19 +126,16 @@ def test_marks_of_images_are_reserved_special_or_not(copied, name, token):
     assert token not in family.tokenizer.all_special_tokens and token in family.reserved
 
 
-def test_labels_are_what_the_assistant_says(family, mixed):
+def test_labels_are_what_the_assistant_says(family):
     """The same for a model without its weights."""
-    for tool_images in range(1 if family.alone_only else 3):
-        steps = ["Zoom. [crop 1 2]", mixed[0].images[1]] * tool_images
-        example = dataclasses.replace(mixed[0], image=mixed[0].image.resize((60, 40)),
-                                      trajectory=[*steps, "It is seven. Answer: seven"])
+    for example in map(record, range(1 if family.alone_only else 3)):
         for reader in (family, load_family(family.path)):
             chat, images = Chat(reader, 4096), load_images(example, reader)
             chat.check_ids(example, images)
             full = chat.conversation(chat.turns(example), images).without_layout()
             learned = [label for label in full.labels if label != -100]
             assert full.ids[-1] == family.end_id
-            assert learned.count(family.end_id) == tool_images + 1
+            assert learned.count(family.end_id) == len(example.texts)
             words = family.tokenizer.decode(learned, skip_special_tokens=True)
             assert "".join(words.split()) == "".join("".join(example.texts).split())
 
@@ -150,10 +145,10 @@ def test_which_template_counts(copied):
     only the tokenizer's, for text alone, is given Qwen's mark of an image."""
     for name in ("llava", "idefics3", "qwen3_vl_new"):
         folder = copied(name)
-        before = loaded(folder).template
+        before = loaded(folder).processor.chat_template
         write(folder / TOKENS, chat_template="{{ 'for text only' }}")
-        assert loaded(folder).template == before
-    folder, (turns, _) = copied("qwen2_5_vl"), conversation(1)
+        assert loaded(folder).processor.chat_template == before
+    folder, turns = copied("qwen2_5_vl"), Chat.messages(Chat.turns(record(1)))
     whole, template = loaded(folder).render(turns), read_json(folder / OLD)["chat_template"]
     (folder / OLD).unlink()
     assert loaded(folder).render(turns) == whole
@@ -189,9 +184,9 @@ def test_sizes_of_images(folders, tmp_path):
             ("Qwen2_5_VL", 14, dict(min_pixels=3136, max_pixels=12845056), [15301, 1230, 4, 256]),
             ("Qwen3VL", 16, dict(size=dict(shortest_edge=65536, longest_edge=16777216)),
              [11750, 972, 64, 196])):
-        folder = str(tmp_path / stem)
-        qwen(stem, OLD, published, "QWEN_3", folder, patch)
-        families = load_family(folder), load_family(folder, 256 * 28 ** 2, 1280 * 28 ** 2)
+        qwen(stem, OLD, published, "QWEN_3", tmp_path / stem, patch)
+        families = [load_family(str(tmp_path / stem), *pixels)
+                    for pixels in ((), (256 * 28 ** 2, 1280 * 28 ** 2))]
         assert counts == [family.image_text(*size)[0].count("<|image_pad|>")
                           for size in ((4000, 3000), (32, 32)) for family in families]
     for name, pixels, message in (("qwen3_vl", (5000, None), "from 5000 to 4096 pixels"),
@@ -206,7 +201,7 @@ def test_sizes_of_images(folders, tmp_path):
      "preprocessor_config.json, .* the size of images is from '1' to '4' pixels: correct shortest"),
     ("tiny", IMAGES, dict(size=dict(height=64, width=64)), "from None to None"),
     ("tiny", IMAGES, dict(patch_size=16), f"{IMAGES} or tokenizer.json of .* does not fit config"),
-    ("tiny", IMAGES, dict(merge_size=1), "does not fit config.json .RuntimeError: split"),
+    ("tiny", IMAGES, dict(merge_size=1), "becomes 48 tokens of number 5, and 12 features"),
     ("tiny", IMAGES, dict(temporal_patch_size=2), "does not fit config.json .RuntimeError"),
     ("tiny", IMAGES, dict(do_resize=False), "does not fit config.json"),
     ("tiny", IMAGES, dict(image_processor_type="CLIPImageProcessor"), "does not fit .*KeyError"),
@@ -289,25 +284,11 @@ def test_of_generation_config_only_the_eos_ids_count(copied):
 # ---- states and answers ----
 
 
-def ids_of(family, turns, images, prompt=False):
-    return torch.tensor([family.encode(expanded(family, turns, images, prompt))[0]])
-
-
-def embedded(family, ids, images):
-    """The inputs of the language model by the family's own methods; ids (1, T)."""
-    is_image = ids == family.lm.config.image_token_id
-    features = torch.cat(family.features([family.inputs(image) for image in images]), dim=1)
-    embeds = family.lm.get_input_embeddings()(ids)
-    grids, mask = [family.image_text(*i.size)[1] for i in images], torch.ones_like(ids)
-    return dict(inputs_embeds=embeds.masked_scatter(is_image[..., None], features[0]),
-                attention_mask=mask, position_ids=family.positions(ids, mask, grids),
-                is_image=is_image, levels=features[1:])
-
-
 def own_inputs(family, ids, images):
     """What transformers' own model is given: ids, and the processor's pixels."""
     own = family.processor(text=[family.placeholder * len(images)], images=[images],
                            return_tensors="pt")
+    ids = torch.tensor([ids])
     is_image = (ids == family.lm.config.image_token_id).long()
     own = {key: is_image if key.endswith("token_type_ids") else
            value.double() if value.is_floating_point() else value for key, value in own.items()}
@@ -315,42 +296,30 @@ def own_inputs(family, ids, images):
 
 
 @torch.no_grad()
-def test_states_and_answers_are_those_of_transformers(family):
-    turns, images = conversation(0 if family.alone_only else 1)
-    ids = ids_of(family, turns, images)
+def test_states_and_answers_are_those_of_transformers(vlm, family):
+    example, encode = record(0 if family.alone_only else 1), ImageEncoder(family)
+    images = load_images(example, family)
+    full, prompt, _ = make_views(Chat(family, 4096), example, images, 0)
+    images = with_pixels(images, family)
     torch.testing.assert_close(
-        family.states(**embedded(family, ids, images)).last_hidden_state,
-        family.lm.model(**own_inputs(family, ids, images)).last_hidden_state)
-    ids = ids_of(family, turns[:1], images[:1], prompt=True)
-    answer = family.lm.generate(**own_inputs(family, ids, images[:1]), max_new_tokens=6)
-    prompt = family.prompt(SimpleNamespace(ids=ids, mask=ids > -1), [family.inputs(images[0])],
-                           lambda: embedded(family, ids, images[:1]))
-    ours = family.lm.generate(**prompt, max_new_tokens=6)[0].tolist()
-    assert answer[0, ids.shape[1]:].tolist() == ours[ids.shape[1] * ("input_ids" in prompt):]
+        vlm(collate([full], vlm.pad_id), encode(images)).states,
+        vlm.lm.model(**own_inputs(family, full.ids, example.images)).last_hidden_state)
+    answer = vlm.lm.generate(**own_inputs(family, prompt.ids, example.images[:1]),
+                             max_new_tokens=6)
+    assert vlm.generate([prompt], images[:1], encode, 6) == [answer[0, len(prompt.ids):].tolist()]
 
 
 @torch.no_grad()
-def test_padding_and_a_second_view_in_the_same_pass_change_no_state(family):
-    turns, images = conversation(0)
-    ids = ids_of(family, turns, images)
-    inputs, end, width = embedded(family, ids, images), ids.shape[1], ids.shape[1] + 3
-    plain = family.states(**inputs).last_hidden_state
-    # three more tokens, which are first padding
-    more = ids[:, -4:-1]
-    embeds = torch.cat([inputs["inputs_embeds"], family.lm.get_input_embeddings()(more)], dim=1)
-    inputs |= dict(inputs_embeds=embeds, is_image=pad(inputs["is_image"], (0, 3)))
-    padded = inputs | dict(attention_mask=(torch.arange(width) < end).long()[None],
-                           position_ids=pad(inputs["position_ids"], (0, 3), value=1))
-    torch.testing.assert_close(family.states(**padded).last_hidden_state[:, :end], plain)
+def test_padding_and_a_second_view_in_the_same_pass_change_no_state(vlm, family):
+    images, rows = load_images(record(0), family), torch.randn(3, vlm.dim, dtype=torch.float64)
+    full, prompt, _ = make_views(Chat(family, 4096), record(0), images, len(rows))
+    features = ImageEncoder(family)(with_pixels(images, family))
+    longer = full._replace(ids=full.ids + full.ids[-4:-1], labels=full.labels + [-100] * 3)
+    plain = vlm(collate([full], vlm.pad_id), features).states
+    padded = vlm(collate([full, longer], vlm.pad_id), features).states
+    torch.testing.assert_close(padded[:1, :len(full.ids)], plain)
     if family.packs:
-        # then a second view, which only sees itself and what it shares with the first
-        shared = end - 2
-        steps = inputs["position_ids"][..., shared - 1:shared] + torch.arange(1, 4)
-        hidden = torch.ones(width, width).triu(1).bool()
-        hidden[end:, shared:end] = True
-        mask = hidden[None, None].double() * torch.finfo(torch.float64).min
-        both = family.states(**inputs | dict(attention_mask=mask, position_ids=torch.cat(
-            [inputs["position_ids"], steps], dim=-1))).last_hidden_state
-        second = embedded(family, torch.cat([ids[:, :shared], more], dim=1), images)
-        second = family.states(**second).last_hidden_state
-        torch.testing.assert_close(both, torch.cat([plain, second[:, shared:]], dim=1))
+        both, prediction = encode_two_views(vlm, [full], [prompt], features, rows, collate)
+        torch.testing.assert_close(both.states, plain)
+        alone = vlm(collate([prompt], vlm.pad_id), features, rows)
+        torch.testing.assert_close(prediction, alone.embedding)
