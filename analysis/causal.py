@@ -31,8 +31,7 @@ from PIL import Image
 from torch import Tensor
 
 import evaluate
-from analysis.states import arm_of
-from analysis.tables import mean_std, paired_difference
+from analysis.tables import arm_of, mean_std, paired_difference
 from baselines import reconstruction
 from model import VLM
 from support import answers, run
@@ -414,7 +413,7 @@ def measure_all(args) -> tuple[dict[str, list[Results]], dict[str, int]]:
             scale = reconstruction.load_scale(run.finished(path)[1], vlm)
             latents = args.latents or config.decode_latents
         found = tests_of(vlm, config, questions, scale, latents)
-        systems.setdefault(arm_of(path), []).append(found)
+        systems.setdefault(arm_of(path.name), []).append(found)
     return systems, questions.distances
 
 

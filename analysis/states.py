@@ -38,12 +38,6 @@ from support.run import collapse_hint, finished
 POSITIONS = ("end", "word", "words", "image")
 
 
-def arm_of(run: Path) -> str:
-    """The name that all seeds of an experiment share: pearl_K=8-seed3 is "pearl K=8"."""
-    name, _, seed = run.name.rpartition("-seed")
-    return (name if seed.isdigit() else run.name).replace("_", " ")
-
-
 def config_of(run: Path, device: str) -> train.Config:
     """The options that a run was trained with, for one process on this device."""
     saved, _ = finished(run)

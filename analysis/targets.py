@@ -31,6 +31,7 @@ import evaluate
 import losses
 import train
 from analysis import figures, states, text_model
+from analysis.tables import arm_of
 from model import VLM
 from support import options
 from support.files import read_json
@@ -111,7 +112,7 @@ def runs_report(runs: list[Path], device: str) -> str:
         numbers = numbers_of(train.find_method(config.method)(vlm, config), examples)
         # validations included
         ms = 1000 * read_json(run / "results.json")["train_seconds"] / config.steps
-        arms.setdefault(states.arm_of(run), []).append(numbers | dict(ms=ms))
+        arms.setdefault(arm_of(run.name), []).append(numbers | dict(ms=ms))
     return table(arms)
 
 
