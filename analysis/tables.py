@@ -12,9 +12,15 @@ from support.tables import HELD_OUT, overall, summarise
 T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)
 
 
-def mean_std(values: list[float]) -> str:
-    spread = f" +/- {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.1f}{spread}"
+def mean_std(values: list[float], digits: int = 1) -> str:
+    spread = f" +/- {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{spread}"
+
+
+def table_of(head: list[str], rows: list[list[str]]) -> str:
+    """Markdown."""
+    lines = [f"| {' | '.join(cells)} |" for cells in (head, *rows)]
+    return "\n".join([lines[0], "|" + "---|" * len(head), *lines[1:]])
 
 
 def paired_difference(ours: list[float], theirs: list[float]) -> tuple[float, float] | None:

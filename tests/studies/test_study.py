@@ -111,7 +111,7 @@ def test_settings_are_chosen_on_validation_questions(programs, tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("options, name", [
-    ("steps --steps 1 --batch 2 --train_examples 4", "release_over_sft"),
+    ("steps --steps 1 --batch 2 --train_examples 4", "paper_over_sft"),
     ("answers tiny-vlm --per_task 1", "tool_ms"),
     ("data --records 40 --pictures 10 --steps 2 --batch 2 --workers 0", "share_of_a_step_waiting")])
 def test_a_benchmark_ends_with_one_json_line_and_writes_nothing(tmp_path, monkeypatch, capsys,
@@ -126,6 +126,5 @@ def test_a_benchmark_ends_with_one_json_line_and_writes_nothing(tmp_path, monkey
 def test_all_variants_train_one_model():
     methods = benchmark.build(train.parse_config(["--device", "cpu"]))
     vlm, = {method.vlm for method in methods.values()}
-    # LoRA is there once, and each method has its own options
+    # LoRA is there once
     assert lora_layers(vlm) and not any(lora_layers(x.base) for x in lora_layers(vlm).values())
-    assert methods["release"].config.nextlat_mean == "examples"
