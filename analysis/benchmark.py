@@ -5,10 +5,10 @@
     python analysis/benchmark.py data --records 100000                    # options of train.py
 
 steps: SFT; Pearl with the cached target (the default), with the current model's, with one pass a
-view too, and with Eq. 2 along R, which needs a gradient there (the paper); the authors' release,
-three views with gradient. The variants take turns on the same batches of one model in one process,
-so that other work on the machine slows all of them. A row is the median over --steps rounds after
-two to warm up. Peak GiB, model included: what PyTorch allocated on a GPU; 0 on a CPU.
+view too, and with Eq. 2 along R, which needs a gradient there (the paper). The variants take turns
+on the same batches of one model in one process, so that other work on the machine slows all of
+them. A row is the median over --steps rounds after two to warm up. Peak GiB, model included: what
+PyTorch allocated on a GPU; 0 on a CPU.
 answers: the median over --per_task questions of each task, one question at a time.
 data: how a run begins on a folder of so many records, two pictures each, of a few hundred files;
 the memory is the main process's. The last line is one JSON object.
@@ -32,16 +32,15 @@ from PIL import Image
 
 import evaluate
 import train
-from baselines.release import ReleasePasses
 from data import StepRows, TrainingExample
 from model import VLM
 from support import run, splits
-from support.options import option, parse, with_options
+from support.options import option, parse
 from support.processes import run_program
 from support.records import Example, record_line
 
 VARIANTS = dict(sft="sft", cached="pearl", current="current", two_passes="two_passes+current",
-                paper="paper", release=ReleasePasses)
+                paper="paper")
 # rounds: in the first the optimiser gets its state and the images their features
 WARMUP = 2
 
@@ -61,10 +60,7 @@ def build(config: train.Config) -> dict[str, train.Pearl]:
     vlm = VLM(config.model, getattr(torch, config.dtype), config.min_pixels, config.max_pixels)
     methods = {}
     for name, method in VARIANTS.items():
-        method = train.find_method(method) if isinstance(method, str) else method
-        # the run's options, and the defaults of those that only this method has
-        own = with_options(train.Config, method.__mro__)(**vars(config))
-        methods[name] = method(vlm, own).train()
+        methods[name] = train.find_method(method)(vlm, config).train()
         # the first one has put LoRA around the layers, and they need it only once
         vlm.set_trainable = lambda *_: None
     # every picture is encoded once for all of them

@@ -18,8 +18,10 @@ import difflib
 import random
 import statistics
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -31,8 +33,7 @@ from PIL import Image
 from torch import Tensor
 
 import evaluate
-from analysis.states import arm_of
-from analysis.tables import mean_std, paired_difference
+from analysis.tables import arm_of, mean_std, paired_difference, table_of
 from baselines import reconstruction
 from model import VLM
 from support import answers, run
@@ -44,37 +45,54 @@ from support.records import Example
 from support.splits import load_splits
 from support.tables import wilson
 from train import Config
-from world import loader, scenes
+from world import loader
 
 # what a mark says of an answer
 RIGHT, SAME, FOLLOWS, STAYS = "right", "unchanged", "as the image", "as the question"
-# at least one latent was fed; right with the dots minus right without them, on the same scene
-FED, EFFECT = "with latents", "effect of the dots"
 BASE, ALL_FAR, GUESS = "no fine-tuning", "all but near copies", "guessing"
 # a question with fewer words changed is a near copy of a trained one
 NEAR = 2
 
-# of each question the option that was answered; None: none of them
-Choices = list[int | None]
-# a mark for each question, by its id
+# by the question's id: the text of the option that was answered (None: none of them); a mark
+Choices = dict[str, str | None]
 Marks = dict[str, float]
 # by (part, test, measure); the first of a part has nothing replaced
 Results = dict[tuple[str, str, str], Marks]
 
 
-def right(examples: Sequence[Example], chosen: Choices) -> Marks:
-    return {ex.id: int(option is not None and ex.options[option] == ex.answer)
-            for ex, option in zip(examples, chosen)}
-
-
-def guessed(examples: Sequence[Example]) -> Marks:
-    return {ex.id: 1 / len(ex.options) for ex in examples}
-
-
-def same(examples: Sequence[Example], chosen: Choices, before: Choices) -> Marks:
+def matches(choices: Choices, expected: Choices) -> Marks:
     # none of the options, twice, is not the same answer
-    return {ex.id: int(one is not None and one == other)
-            for ex, one, other in zip(examples, chosen, before)}
+    return {i: int(text is not None and text == expected[i]) for i, text in choices.items()}
+
+
+def choices_of(examples: Sequence[Example], replies: list[dict], prefix: str) -> Choices:
+    """From the replies of a way to answer (evaluate.Evaluator)."""
+    choices = {}
+    for ex, reply in zip(examples, replies):
+        option = (reply["option"] if "option" in reply
+                  else answers.says(reply["text"], ex.options, prefix))
+        choices[ex.id] = None if option is None else ex.options[option]
+    return choices
+
+
+class Subject(NamedTuple):
+    """A model and the questions of its trained tasks."""
+
+    vlm: VLM
+    examples: list[Example]
+    prefix: str
+
+    def ask(self, examples: Sequence[Example], way: str = "direct") -> Choices:
+        replies = getattr(evaluate.Evaluator(self.vlm, examples, self.prefix), way)()
+        return choices_of(examples, replies, self.prefix)
+
+
+def right(examples: Sequence[Example], choices: Choices) -> Marks:
+    return matches(choices, {ex.id: ex.answer for ex in examples})
+
+
+def chance(examples: Sequence[Example]) -> Marks:
+    return {ex.id: 1 / len(ex.options) for ex in examples}
 
 
 # ---- whose picture replaces a question's own ----------------------------------------------------
@@ -85,14 +103,14 @@ def partners(examples: list[Example], fits: Callable[[Example, Example], bool]) 
 
     Drawn with a fixed seed; as far as they fit, no question twice before all were used.
     """
-    found = {}
+    pairs = {}
     for task in dict.fromkeys(ex.task for ex in examples):
         order = [i for i, ex in enumerate(examples) if ex.task == task]
         random.Random(0).shuffle(order)
         for place, i in enumerate(order):
             others = order[place + 1:] + order[:place]
-            found[i] = next((j for j in others if fits(examples[i], examples[j])), None)
-    return {i: found[i] for i in sorted(found) if found[i] is not None}
+            pairs[i] = next((j for j in others if fits(examples[i], examples[j])), None)
+    return {i: pairs[i] for i in sorted(pairs) if pairs[i] is not None}
 
 
 def other_image(one: Example, other: Example) -> bool:
@@ -124,37 +142,17 @@ def with_tool_images(example: Example, other: Example) -> Example:
                                         for step in example.trajectory])
 
 
-# ---- images and tool images ---------------------------------------------------------------------
-
-
-class Subject(NamedTuple):
-    vlm: VLM
-    examples: list[Example]
-    prefix: str
-
-    def direct(self, examples: list[Example]) -> Choices:
-        evaluator = evaluate.Evaluator(self.vlm, examples, self.prefix)
-        return [reply["option"] for reply in evaluator.direct()]
-
-    def tool(self, examples: list[Example]) -> Choices:
-        """The options that follow the expert's calls and their images."""
-        replies = evaluate.Evaluator(self.vlm, examples, self.prefix).tool()
-        return [answers.says(reply["text"], ex.options, self.prefix)
-                for ex, reply in zip(examples, replies)]
-
-
 def image_tests(subject: Subject) -> Results:
-    examples, own = subject.examples, subject.direct(subject.examples)
-    found = {("image", "as it is", RIGHT): right(examples, own),
-             ("image", GUESS, RIGHT): guessed(examples)}
-    pairs = partners(examples, other_image)
-    swapped = {i: replace(examples[i], image=examples[j].image) for i, j in pairs.items()}
-    grey = {i: blanked(example) for i, example in enumerate(examples)}
-    for test, shown in (("grey", grey), ("another question's", swapped)):
-        kept, chosen = [examples[i] for i in shown], subject.direct([*shown.values()])
-        found["image", test, RIGHT] = right(kept, chosen)
-        found["image", test, SAME] = same(kept, chosen, [own[i] for i in shown])
-    return found
+    examples, before = subject.examples, subject.ask(subject.examples)
+    results = {("image", "as it is", RIGHT): right(examples, before),
+               ("image", GUESS, RIGHT): chance(examples)}
+    swapped = [replace(examples[i], image=examples[j].image)
+               for i, j in partners(examples, other_image).items()]
+    for test, rows in (("grey", [*map(blanked, examples)]), ("another question's", swapped)):
+        choices = subject.ask(rows)
+        results["image", test, RIGHT] = right(rows, choices)
+        results["image", test, SAME] = matches(choices, before)
+    return results
 
 
 def tool_tests(subject: Subject) -> Results:
@@ -163,137 +161,122 @@ def tool_tests(subject: Subject) -> Results:
     # some families can be shown one image alone
     if subject.vlm.family.alone_only or not examples:
         return {}
-    found = {("tool image", "as it is", RIGHT): right(examples, subject.tool(examples)),
-             ("tool image", GUESS, RIGHT): guessed(examples)}
-    for test, fits in (("another's, same answer", same_answer),
-                       ("another's, other answer", other_answer)):
+    results = {("tool image", "as it is", RIGHT): right(examples, subject.ask(examples, "tool")),
+               ("tool image", GUESS, RIGHT): chance(examples)}
+    for test, fits, measure in (("another's, same answer", same_answer, RIGHT),
+                                ("another's, other answer", other_answer, STAYS)):
         pairs = [(examples[i], examples[j]) for i, j in partners(examples, fits).items()]
-        kept = [ex for ex, _ in pairs]
-        chosen = subject.tool([with_tool_images(*pair) for pair in pairs])
-        if fits is same_answer:
-            found["tool image", test, RIGHT] = right(kept, chosen)
-        else:
-            theirs = [replace(ex, answer=other.answer) for ex, other in pairs]
-            found["tool image", test, STAYS] = right(kept, chosen)
-            found["tool image", test, FOLLOWS] = right(theirs, chosen)
-    return found
+        rows = [with_tool_images(*pair) for pair in pairs]
+        choices = subject.ask(rows, "tool")
+        results["tool image", test, measure] = right(rows, choices)
+        if measure == STAYS:
+            theirs = {ex.id: other.answer for ex, other in pairs}
+            results["tool image", test, FOLLOWS] = matches(choices, theirs)
+    return results
 
 
 # ---- latents ------------------------------------------------------------------------------------
 
+# (latent, its number) -> the latent that is fed; None for a question that has none to feed
+Source = Callable[[Tensor, int], Tensor] | None
 
-class LatentReader:
-    """A recon run that answers with other latents than its own.
 
-    latents: how many between two markers (a run). kept: by question, the latents (D) that the model
-    made itself, run after run.
-    """
+def latent_choices(evaluator: evaluate.Evaluator, scale, latents: int,
+                   source_of: Callable[[int], Source] = lambda question: None) -> Choices:
+    """The answers of a recon run that feeds itself `latents` a time, from each question's source;
+    without a source its own."""
 
-    def __init__(self, evaluator: evaluate.Evaluator, scale, latents: int):
-        self.evaluator, self.scale, self.latents = evaluator, scale, latents
-        self.kept: dict[int, list[Tensor]] = {}
+    def decode(views: list, numbers: list[int]) -> list[dict]:
+        sources = [source_of(number) for number in numbers]
 
-    def keep(self, question: int) -> Callable[[Tensor, int], Tensor]:
-        made = self.kept[question] = []
+        def instead(inputs: Tensor, fed: list[int], is_latent: Tensor) -> Tensor:
+            return torch.stack([
+                source(latent, k - 1).to(latent) if source and feeds else latent
+                for source, latent, k, feeds in zip(sources, inputs, fed, is_latent)])  # (B, D)
 
-        def kept(latent: Tensor, number: int) -> Tensor:
-            made.append(latent)
-            return latent
-        return kept
+        images = evaluator.encode_images(evaluator.images(numbers))
+        rows = reconstruction.generate_latent(evaluator.vlm, views, images, scale, latents,
+                                              evaluator.chat.end_id, 112, instead)
+        return [dict(text=evaluator.decode(ids)) for ids, _ in rows]
 
-    def choices(self, source: Callable | None = None, latents: int | None = None) -> Choices:
-        """source(question): None, or a function (latent, its number) -> the latent that is fed."""
-        evaluator = self.evaluator
-        latents = self.latents if latents is None else latents
+    replies = in_batches([q.prompt for q in evaluator.questions], decode, evaluator.batch)
+    return choices_of(evaluator.examples, replies, evaluator.prefix)
 
-        def decode(views: list, numbers: list[int]) -> list[list[int]]:
-            sources = [source(number) if source else None for number in numbers]
 
-            def instead(inputs: Tensor, fed: list[int], is_latent: Tensor) -> Tensor:
-                return torch.stack([
-                    sources[n](one, fed[n] - 1).to(one) if sources[n] and is_latent[n] else one
-                    for n, one in enumerate(inputs)])  # (B, D)
+def replacements(evaluator: evaluate.Evaluator, own_latents: dict[int, list[Tensor]],
+                 n: int) -> dict[str, Callable[[int], Source]]:
+    """By test, the source of each question's latents. own_latents: by question, the latents (D)
+    that the model made itself, run after run, n a run."""
+    every = torch.stack(sum(own_latents.values(), []))
+    mean, std = every.mean(dim=0), every.std(dim=0, correction=0)  # (D)
+    pairs = partners(evaluator.examples, other_image)
 
-            images = evaluator.encode_images(evaluator.images(numbers))
-            made = reconstruction.generate_latent(evaluator.vlm, views, images, self.scale, latents,
-                                                  evaluator.chat.end_id, 112, instead)
-            return [words for words, _ in made]
+    def in_turn(latents: list[Tensor]) -> Source:
+        # a run beyond the last one gets the last one's latents again
+        runs = len(latents) // n
+        return (lambda _, k: latents[min(k // n, runs - 1) * n + k % n]) if runs else None
 
-        words = in_batches([q.prompt for q in evaluator.questions], decode, evaluator.batch)
-        return [answers.says(evaluator.decode(ids), ex.options, evaluator.prefix)
-                for ex, ids in zip(evaluator.examples, words)]
+    def noise(question: int) -> Source:
+        draw = torch.Generator().manual_seed(question)
+        return lambda latent, _: mean + std * torch.randn(len(mean), generator=draw).to(mean)
 
-    def sources(self) -> dict[str, Callable]:
-        """By test, the source of a question's latents; it is None for a question without any."""
-        n, every = self.latents, torch.stack(sum(self.kept.values(), []))
-        mean, std = every.mean(dim=0), every.std(dim=0, correction=0)  # (D)
-        pairs, evaluator = partners(self.evaluator.examples, other_image), self.evaluator
+    def first(question: int) -> Source:
+        started: dict[int, Tensor] = {}  # each run's own first latent
+        return lambda latent, k: started.setdefault(k // n, latent)
 
-        def in_turn(made: list[Tensor]) -> Callable | None:
-            # a run beyond the last one gets the last one's latents again
-            runs = len(made) // n
-            return (lambda _, k: made[min(k // n, runs - 1) * n + k % n]) if runs else None
+    def true(question: int) -> Source:
+        images = evaluator.images([question])[1:]
+        features = [evaluator.encode_images(images)[image.key].features[0] for image in images]
+        return in_turn([latent for one in features
+                        for latent in reconstruction.latent_targets(one, n)])
 
-        def noise(question: int) -> Callable:
-            draw = torch.Generator().manual_seed(question)
-            return lambda latent, _: mean + std * torch.randn(len(mean), generator=draw).to(mean)
-
-        def first(question: int) -> Callable:
-            started: dict[int, Tensor] = {}  # each run's own first latent
-            return lambda latent, k: started.setdefault(k // n, latent)
-
-        def true(question: int) -> Callable | None:
-            images = evaluator.images([question])[1:]
-            features = [evaluator.encode_images(images)[image.key].features[0] for image in images]
-            return in_turn([latent for one in features
-                            for latent in reconstruction.latent_targets(one, n)])
-
-        return {"zeros": lambda _: lambda latent, _: torch.zeros_like(latent), "noise": noise,
-                "its first one repeated": first, "the true ones": true,
-                "another question's": lambda question: in_turn(
-                    self.kept[pairs[question]] if question in pairs else [])}
+    return {"zeros": lambda _: lambda latent, _: torch.zeros_like(latent), "noise": noise,
+            "its first one repeated": first, "the true ones": true,
+            "another question's": lambda question: in_turn(
+                own_latents.get(pairs.get(question), []))}
 
 
 def latent_tests(subject: Subject, scale, latents: int) -> Results:
     """The latents that a recon run feeds itself replaced, as many as before."""
     examples = [ex for ex in subject.examples if len(ex.images) > 1]
     evaluator = evaluate.Evaluator(subject.vlm, examples, subject.prefix)
-    reader = LatentReader(evaluator, scale, latents)
-    own, direct = reader.choices(reader.keep), subject.direct(examples)
-    fed = {ex.id: int(len(reader.kept[i]) > 0) for i, ex in enumerate(examples)}
-    found = {("latents", "its own", RIGHT): right(examples, own),
-             ("latents", "its own", FED): fed, ("latents", GUESS, RIGHT): guessed(examples),
-             ("latents", "markers alone", RIGHT): right(examples, reader.choices(latents=0)),
-             ("latents", "answered directly", RIGHT): right(examples, direct)}
+    ask, own_latents = partial(latent_choices, evaluator, scale), defaultdict(list)
+    before = ask(latents, lambda question: lambda latent, _: (
+        own_latents[question].append(latent) or latent))
+    results = {("latents", "its own", RIGHT): right(examples, before),
+               # at least one latent was fed
+               ("latents", "its own", "with latents"): {
+                   ex.id: int(i in own_latents) for i, ex in enumerate(examples)},
+               ("latents", GUESS, RIGHT): chance(examples),
+               ("latents", "markers alone", RIGHT): right(examples, ask(0)),
+               ("latents", "answered directly", RIGHT): right(examples, subject.ask(examples))}
     # a model that feeds itself no latents has none to replace
-    for test, source in reader.sources().items() if any(fed.values()) else ():
-        rows = [i for i in range(len(examples)) if source(i) is not None]
-        chosen, kept = reader.choices(source), [examples[i] for i in rows]
-        chosen = [chosen[i] for i in rows]
-        found["latents", test, RIGHT] = right(kept, chosen)
-        found["latents", test, SAME] = same(kept, chosen, [own[i] for i in rows])
-    return found
+    sources = replacements(evaluator, own_latents, latents) if own_latents else {}
+    for test, source_of in sources.items():
+        choices = ask(latents, source_of)
+        choices = {ex.id: choices[ex.id] for i, ex in enumerate(examples) if source_of(i)}
+        results["latents", test, RIGHT] = right(examples, choices)
+        results["latents", test, SAME] = matches(choices, before)
+    return results
+
+
+# ---- questions that no trajectory covers --------------------------------------------------------
 
 
 class Questions(NamedTuple):
     trained: list[Example]
-    # by task
-    untrained: dict[str, list[Example]]
-    # by untrained task: words between its questions and the nearest trained one, at least
-    distances: dict[str, int]
+    untrained: dict[str, list[Example]]  # by task
+    distances: dict[str, int]  # of untrained tasks: the fewest words to a trained question
 
 
 def questions_of(config, per_task: int) -> Questions:
     options = vars(config) | dict(train_examples=200, test_per_task=per_task)
     learned, _, tests = load_splits(SimpleNamespace(**options))
     texts, tasks = {ex.question for ex in learned[:2000]}, {ex.task for ex in learned}
-    # in the world, the held-out task also without the dots that a trained task asks about
-    others = tests if config.data else [
-        *loader.questions("", per_task),
-        *(scenes.tallest_without_dots("test", i, 0) for i in range(per_task))]
     groups: dict[str, list[Example]] = {}
-    for example in (ex for ex in others if ex.task not in tasks):
-        groups.setdefault(example.task, []).append(example)
+    for example in tests if config.data else loader.questions("", per_task):
+        if example.task not in tasks:
+            groups.setdefault(example.task, []).append(example)
     distances = {task: min(words_apart(question, text) for question in {ex.question for ex in rows}
                            for text in texts) for task, rows in groups.items()}
     return Questions([ex for ex in tests if ex.task in tasks], groups, distances)
@@ -308,21 +291,11 @@ def words_apart(one: str, other: str) -> int:
 
 
 def untrained_tests(subject: Subject, questions: Questions) -> Results:
-    found = {("untrained", task, RIGHT): right(rows, subject.direct(rows))
-             for task, rows in questions.untrained.items()}
-    far = [task for task, words in questions.distances.items() if words >= NEAR]
-    if scenes.NO_DOTS in questions.untrained:
-        # the dots suggest a trained question, so the held-out task counts without them
-        far = [*(task for task in far if not task.startswith(scenes.HELD_OUT)), scenes.NO_DOTS]
-        dots, plain = (found["untrained", task, RIGHT]
-                       for task in (scenes.HELD_OUT, scenes.NO_DOTS))
-        # both tasks have the same scenes in the same order
-        found["untrained", scenes.HELD_OUT, EFFECT] = {
-            scene: dots[scene] - mark for scene, mark in zip(dots, plain.values())}
-    if far:
-        found["untrained", ALL_FAR, RIGHT] = {
-            i: mark for task in far for i, mark in found["untrained", task, RIGHT].items()}
-    return found
+    results = {("untrained", task, RIGHT): right(rows, subject.ask(rows))
+               for task, rows in questions.untrained.items()}
+    far = {i: mark for (_, task, _), marks in results.items() for i, mark in marks.items()
+           if questions.distances[task] >= NEAR}
+    return results | ({("untrained", ALL_FAR, RIGHT): far} if far else {})
 
 
 # ---- the table ----------------------------------------------------------------------------------
@@ -351,48 +324,45 @@ def compared_with(key: tuple[str, str, str], seeds: list[Results],
     """The same question by the base, or with nothing replaced; nothing for the base itself."""
     part, test, measure = key
     if part == "untrained":
-        return [found[key] for found in base if base is not seeds]
+        return [results[key] for results in base if base is not seeds]
     own = next(other for other in seeds[0] if other[0] == part)
     if measure == FOLLOWS:
         own = part, test, STAYS
-    return [found[own] for found in seeds if measure in (RIGHT, FOLLOWS) and key != own]
+    return [results[own] for results in seeds if measure in (RIGHT, FOLLOWS) and key != own]
 
 
 def table(systems: dict[str, list[Results]], distances: dict[str, int]) -> str:
     """Markdown: for each result its share in %, with the 95% interval (Wilson) of one seed or the
     standard deviation over seeds, and the difference to what it is compared with."""
-    head = ("system", "part", "replaced by", "answers", "n", "% [95%] or +/- std", "- unreplaced; "
-            "untrained: - before training; as the image: - as the question [95%]")
-    lines, count = [head, ("---",) * len(head)], 0
+    head = ["system", "part", "replaced by", "answers", "n", "% [95%] or +/- std", "- unreplaced; "
+            "untrained: - before training; as the image: - as the question [95%]"]
+    lines, count = [], 0
     for name, seeds in systems.items():
         for key, marks in seeds[0].items():
             (part, test, measure), n, change = key, len(marks), ""
-            shares = [100 * statistics.mean(found[key].values()) for found in seeds if n]
+            shares = [100 * statistics.mean(results[key].values()) for results in seeds if n]
             value = mean_std(shares) if n else "no question fits"
-            if len(shares) == 1 and measure != EFFECT and test != GUESS:
+            if len(shares) == 1 and test != GUESS:
                 low, high = wilson(sum(marks.values()), n)
                 value += f" [{100 * low:.1f}, {100 * high:.1f}]"
             if part == "untrained" and test in distances:
                 test += f" ({distances[test]} words apart)"
             other = compared_with(key, seeds, systems.get(BASE, []))
-            if other and (found := gap([found[key] for found in seeds], other)):
-                mean, half = found
+            if other and (difference := gap([results[key] for results in seeds], other)):
+                mean, half = difference
                 change, count = f"{mean:+.1f} [{mean - half:+.1f}, {mean + half:+.1f}]", count + 1
-            lines.append((name, part, test, measure, str(n), value, change))
-    return "\n".join([*("| " + " | ".join(line) + " |" for line in lines), "",
-                      f"{count} differences. An interval that holds 0 shows no difference; one in "
-                      "twenty intervals of 95% misses the true value by chance."])
+            lines.append([name, part, test, measure, str(n), value, change])
+    return (f"{table_of(head, lines)}\n\n{count} differences. An interval that holds 0 shows no "
+            "difference; one in twenty intervals of 95% misses the true value by chance.")
 
 
 @torch.no_grad()
 def tests_of(vlm: VLM, config, questions: Questions, scale=None, latents: int = 0) -> Results:
-    shown = [evaluate.method_of(config).shown(ex, config) for ex in questions.trained]
-    subject = Subject(vlm.eval(), shown, config.answer_prefix)
-    if scale:
-        found = latent_tests(subject, scale, latents)
-    else:
-        found = image_tests(subject) | tool_tests(subject)
-    return found | untrained_tests(subject, questions)
+    examples = [evaluate.method_of(config).shown(ex, config) for ex in questions.trained]
+    subject = Subject(vlm.eval(), examples, config.answer_prefix)
+    results = (latent_tests(subject, scale, latents) if scale
+               else image_tests(subject) | tool_tests(subject))
+    return results | untrained_tests(subject, questions)
 
 
 def measure_all(args) -> tuple[dict[str, list[Results]], dict[str, int]]:
@@ -413,8 +383,8 @@ def measure_all(args) -> tuple[dict[str, list[Results]], dict[str, int]]:
         if config.method.endswith("recon"):
             scale = reconstruction.load_scale(run.finished(path)[1], vlm)
             latents = args.latents or config.decode_latents
-        found = tests_of(vlm, config, questions, scale, latents)
-        systems.setdefault(arm_of(path), []).append(found)
+        results = tests_of(vlm, config, questions, scale, latents)
+        systems.setdefault(arm_of(path.name), []).append(results)
     return systems, questions.distances
 
 

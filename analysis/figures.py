@@ -31,7 +31,7 @@ import torch.nn.functional as F
 import evaluate
 import train
 from analysis import probes
-from analysis.states import State, config_of
+from analysis.states import Place, config_of
 from analysis.views_picture import ViewsPicture
 from baselines import reconstruction
 from model import VLM
@@ -242,13 +242,14 @@ def neighbours(nearest: list[list[int]], examples: Sequence[Example], library: S
     return figure
 
 
-def layers(rows: list[State], name: str):
+def layers(rows: dict[Place, dict[str, float]], name: str):
     """The answer's share above chance at each layer, one line for each position."""
     figure, axes = canvas([f"{name}: states of R as the cosine sees them",
                            f"{name}: with the mean of all states subtracted"], columns=2)
     for axis, field in zip(axes, ("above_chance", "centred")):
-        for position in dict.fromkeys(row.position for row in rows):
-            line = [(row.layer, getattr(row, field)) for row in rows if row.position == position]
+        for position in dict.fromkeys(position for _, position in rows):
+            line = [(layer, numbers[field]) for (layer, other), numbers in rows.items()
+                    if other == position]
             axis.plot(*zip(*line), marker="o", label=position)
         axis.set(xlabel="layer (0: input of the first; last: behind the final norm)",
                  ylabel="share that depends on the answer,\nabove chance")

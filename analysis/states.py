@@ -15,12 +15,12 @@ predicted from <I0, Q>.
 Letters: n records, B batch, T sequence, D hidden size.
 """
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -36,12 +36,7 @@ from support.records import Example
 from support.run import collapse_hint, finished
 
 POSITIONS = ("end", "word", "words", "image")
-
-
-def arm_of(run: Path) -> str:
-    """The name that all seeds of an experiment share: pearl_K=8-seed3 is "pearl K=8"."""
-    name, _, seed = run.name.rpartition("-seed")
-    return (name if seed.isdigit() else run.name).replace("_", " ")
+Place = tuple[int, str]  # a layer and a position
 
 
 def config_of(run: Path, device: str) -> train.Config:
@@ -74,28 +69,22 @@ def targets_of(method: train.Pearl, records: Sequence[Example]) -> Tensor:
 
 
 @torch.no_grad()
-def states_of(method: train.Pearl, records: Sequence[Example]) -> dict[tuple[int, str], Tensor]:
-    """(n, D) for each (layer, position). Layer 0 is what enters the first layer, the highest number
-    the state behind the final norm. "image" is left out if a record has no tool image."""
-    vlm, found = method.vlm, {}
+def states_of(method: train.Pearl, records: Sequence[Example]) -> dict[Place, Tensor]:
+    """(n, D) for each layer and position. Layer 0 is what enters the first layer, the highest
+    number the state behind the final norm. "image" is left out if a record has no tool image."""
+    vlm, parts = method.vlm, defaultdict(list)
     for batch, images in passes(method, records):
         with ExitStack() as stack:
-            layers = [stack.enter_context(states_entering(vlm, layer))
-                      for layer in range(len(vlm.lm.get_decoder().layers))]
+            entering = [stack.enter_context(states_entering(vlm, layer))
+                        for layer in range(len(vlm.lm.get_decoder().layers))]
             encoded = method.encode_target(vlm, batch, images)
-        states = [*(kept[0] for kept in layers), encoded.states]
         for position in POSITIONS:
             where = positions(encoded.batch, vlm, position)
             if where.any(dim=1).all():
-                add_means(found, states, position, where)
-    joined = {key: torch.cat(parts) for key, parts in found.items()}
-    return {key: h for key, h in joined.items() if len(h) == len(records)}
-
-
-def add_means(found: dict, states: Sequence[Tensor], position: str, where: Tensor) -> None:
-    """Append to found[layer, position] the means of states (B, T, D) over where (B, T)."""
-    for layer, state in enumerate(states):
-        found.setdefault((layer, position), []).append(mean_at(state.float(), where).cpu())
+                for layer, states in enumerate([*(kept[0] for kept in entering), encoded.states]):
+                    parts[layer, position].append(mean_at(states.float(), where).cpu())
+    return {place: torch.cat(means) for place, means in parts.items()
+            if sum(map(len, means)) == len(records)}
 
 
 def shares(h: Tensor, records: Sequence) -> dict[str, float]:
@@ -103,7 +92,8 @@ def shares(h: Tensor, records: Sequence) -> dict[str, float]:
 
     common: the mean of all rows. task: what the mean of each task adds. answer: what the mean of
     each answer adds within its task. rest: what is left. Beside them answer_by_chance: the answer's
-    share with shuffled answers in each task, because small groups always explain a little.
+    share with shuffled answers in each task, because small groups always explain a little, and
+    above_chance: the answer's share minus that.
     """
     h = F.normalize(h.double(), dim=1)
     tasks = [record.task for record in records]
@@ -125,36 +115,28 @@ def shares(h: Tensor, records: Sequence) -> dict[str, float]:
     answer = unexplained([(record.task, record.answer) for record in records])
     chance = unexplained(list(zip(tasks, shuffled)))
     return dict(common=1 - common, task=common - task, answer=task - answer, rest=answer,
-                answer_by_chance=task - chance)
+                answer_by_chance=task - chance, above_chance=chance - answer)
 
 
-class State(NamedTuple):
-    """What one layer and position reveals."""
-
-    layer: int
-    position: str
-    # `shares`, and losses.collapse_gauges of all h_R with themselves
-    numbers: dict[str, float]
-    # the share that depends on the answer, minus its share by chance; centred: the same with the
-    # mean of all rows subtracted
-    above_chance: float
-    centred: float
+def numbers_of(h: Tensor, records: Sequence) -> dict[str, float]:
+    """`shares`, and the gauges of a collapse, of h_R (n, D)."""
+    return shares(h, records) | losses.collapse_gauges(h, h)
 
 
-def measure(states: dict[tuple[int, str], Tensor], records: Sequence) -> list[State]:
-    rows = []
-    for (layer, position), h in states.items():
-        unit, own = F.normalize(h, dim=1), shares(h, records)
-        centred = shares(unit - unit.mean(0), records)
-        rows.append(State(layer, position, own | losses.collapse_gauges(h, h),
-                          *(x["answer"] - x["answer_by_chance"] for x in (own, centred))))
+def measure(states: dict[Place, Tensor], records: Sequence) -> dict[Place, dict[str, float]]:
+    """The numbers of each place. centred: above_chance with the mean of all rows subtracted."""
+    rows = {}
+    for place, h in states.items():
+        unit = F.normalize(h, dim=1)
+        centred = shares(unit - unit.mean(0), records)["above_chance"]
+        rows[place] = numbers_of(h, records) | dict(centred=centred)
     return rows
 
 
-def recommended(rows: list[State]) -> State:
-    """By the rule at the top of this file."""
-    middle = max(row.layer for row in rows) / 2
-    late = [row for row in rows if row.layer >= middle]
-    distinct = [row for row in late if not collapse_hint(row.numbers, frozen=True)]
-    return max(distinct or late, key=lambda row: (round(row.above_chance, 3), row.layer,
-                                                  -POSITIONS.index(row.position)))
+def recommended(rows: dict[Place, dict[str, float]]) -> Place:
+    """By the rule at the top of this file. rows: see `measure`."""
+    middle = max(layer for layer, _ in rows) / 2
+    late = [place for place in rows if place[0] >= middle]
+    distinct = [place for place in late if not collapse_hint(rows[place], frozen=True)]
+    return max(distinct or late, key=lambda place: (
+        round(rows[place]["above_chance"], 3), place[0], -POSITIONS.index(place[1])))

@@ -1,12 +1,15 @@
-"""The whole comparison by one command: systems, regimes, seeds, one result file a run, resumable.
+"""A comparison by one command: arms, regimes, seeds, one result file a run, resumable.
 
     python analysis/study.py --out runs/study --seeds 0 1 2 --jobs 2    # then analysis/figures.py
-    python analysis/study.py --out runs/study --arms sft pearl --regimes mixed -- --steps 100
+    python analysis/study.py --out runs/study --arms sft "pearl --lambda_latent 10" -- --steps 100
     python analysis/study.py --out runs/study --base other=DIR --arms sft pearl    # a second base
+    python analysis/study.py --out runs/search --split validation --regimes single --seeds 0 \
+        --arms "ema --ema 0.99" "ema --ema 0.999"    # to choose a setting: validation questions
 
-What follows `--` goes to every train.py (--steps is 300 without it). A finished run is not
-repeated; the remains of one that was interrupted are renamed, never deleted. At the end
-OUT/BASE/REGIME.md holds the table of systems and REGIME.json its numbers.
+An arm is what follows --method on the command line of train.py. What follows `--` goes to every
+train.py (--steps is 300 without it). A finished run is not repeated; the remains of one that was
+interrupted are renamed, never deleted. At the end OUT/BASE/REGIME.md holds the table of all runs
+that are there and REGIME.json its numbers. Use another --out for another --split.
 """
 
 import argparse
@@ -22,70 +25,16 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # before any other `analysis`
 
-from analysis.tables import comparison, read_run
+from analysis.tables import arm_of, comparison, read_run, run_name
 from support.files import write_json, write_text
 from support.options import value_of
 from support.processes import run_program
-from train import Config
+from train import Config, parse_config
 from world.scenes import REGIMES
 
-RECON = "recon --latents 4 --decode_latents 4"
-# arm -> --method, and the options of the run. Every run measures no fine-tuning before it starts.
-SYSTEMS = {"sft": "sft", "direct": "direct", "recon": f"{RECON} --lambda_latent 1",
-           "pearl": "pearl"}
-ABLATIONS = {
-    "sft lr 3e-4": "sft --lr 3e-4",
-    # as many trajectories a step as the others, and as many answers
-    "sft and direct": "both --batch 64",
-    # each method's best of six settings on validation (RESULTS.md)
-    "sft searched": "dropout+sft --lora_dropout 0.1 --lr 1e-4",
-    "direct searched": "direct --lr 3e-4",
-    "recon searched": f"{RECON} --lr 3e-4 --lambda_latent 0.1",
-    "pearl searched": "pearl --lambda_latent 10",
-    "pearl current target": "current --lambda_latent 1",
-    # the release's own learning rate, 1e-5, is one for billions of parameters
-    "pearl as in the paper": "paper", "pearl as released": "release --lr 1e-3",
-    "pearl without NextLat": "no_nextlat", "pearl without JEPA": "no_jepa",
-    **{f"pearl K={k}": f"pearl --pred_tokens {k}" for k in (0, 1, 2, 8)},
-    **{f"pearl {name}": f"pearl --distance {name}" for name in ("smoothl1", "mse", "l2")},
-    "pearl shuffled targets": "shuffled", "pearl random targets": "random",
-    "pearl family targets": "task_mean", "pearl answer targets": "answer_mean",
-    "recon one latent a patch": "recon --decode_latents 16 --lambda_latent 1",
-    "sft image first": "image_first+sft", "pearl image first": "image_first",
-    "recon image first": f"image_first+{RECON} --lambda_latent 1",
-    # cures for a collapsing target (baselines/anti_collapse.py) in `single`, 200 steps, each with
-    # the best of four settings on validation (analysis/search.py; RESULTS.md)
-    "pearl, frozen target": "pearl --lambda_latent 1",
-    "pearl, current target": "current --lambda_latent 5",
-    "pearl, bias head": "bias_head+current --lambda_latent 5",
-    "pearl, MLP head": "mlp_head+current --lambda_latent 1",
-    "pearl, InfoNCE": "infonce+current --lambda_latent 5",
-    "pearl, VICReg": "vicreg --vicreg 1 --lambda_latent 1",
-    "pearl, SIGReg": "sigreg --sigreg 0.05 --lambda_latent 1",
-    "pearl, EMA": "ema --ema 0.999 --lambda_latent 1",
-    "pearl, EMA, MLP head": "mlp_head+ema --ema 0.999 --lambda_latent 1",
-    # variants, with the setting of what they vary
-    "pearl, InfoNCE with mates": "infonce+current --infonce_masked false --lambda_latent 5",
-    "pearl, InfoNCE, frozen target": "infonce --lambda_latent 5",
-    "pearl, InfoNCE with mates, frozen target": "infonce --infonce_masked false --lambda_latent 5",
-    "pearl, std alone": "vicreg --vicreg 1 --vicreg_terms std --lambda_latent 1",
-    "pearl, EMA rising": "ema --ema 0.99 --ema_rises true --lambda_latent 1",
-    # another state of R, by the frozen model (analysis/targets.py --layers recommends one)
-    **{f"pearl target {place}": f"target_state --target_position {place}"
-       for place in ("word", "words", "image")},
-    **{f"pearl target {place} of layer 2": f"target_state --target_position {place} "
-       "--target_layer 2" for place in ("end", "word", "words", "image")},
-    # a share of the questions as bare answers too, as many a step as trajectories; lambda: the
-    # best of four on validation, at a tenth of the questions (analysis/search.py)
-    **{f"{name} and {share:.0%} answers": f"with_answers+{options} --share {share} --batch 64"
-       for share in (0.01, 0.1, 1.0) for name, options in {
-           "sft": "sft", "pearl": "pearl --lambda_latent 0.2",
-           "pearl, InfoNCE": "infonce --lambda_latent 5"}.items()},
-}
-ARMS = SYSTEMS | ABLATIONS
-FIRST = "mixed"  # the regime in which the ablations run
+# every run measures the model before it starts, so no arm is "no fine-tuning"
+SYSTEMS = ["sft", "direct", "recon --latents 4 --decode_latents 4 --lambda_latent 1", "pearl"]
 STEPS = "300"  # of every run, whatever train.py's default is: RESULTS.md's tables are of so many
-QUESTIONS = str(Config.test_per_task)  # of each task that a run is asked
 
 
 # ---- runs side by side --------------------------------------------------------------------------
@@ -131,56 +80,45 @@ def run_all(jobs: list[Job], side_by_side: int) -> int:
     return failed
 
 
-# ---- what a study runs, and what it finds -------------------------------------------------------
-
-
-def method_options(arm: str, track: int = 0) -> list[str]:
-    """Options of train.py for an arm as it is written above. track: see --method tracked."""
-    method, *options = f"tracked+{arm} --track {track}".split() if track else arm.split()
-    return ["--method", method, *options]
+# ---- what a study runs, and its tables ----------------------------------------------------------
 
 
 def plan(args: argparse.Namespace) -> list[Job]:
-    """The headline systems first. args: see parse_args."""
-    if unknown := set(args.arms or ()) - ARMS.keys():
-        raise ValueError(f"unknown arm {sorted(unknown)[0]!r}: choose among {', '.join(ARMS)}")
-    (name, _, model), jobs = args.base.partition("="), []
+    """All runs, seed by seed. args: see parse_args. Ends the program for an unknown method or
+    option, before any run."""
+    name, _, model = args.base.partition("=")
+    common = ["--steps", STEPS, *(["--model", model] if model else []), *args.rest]
+    count = ["--per_task", value_of("test_per_task", args.rest, str(Config.test_per_task))]
     # sft is also asked to call its tools: the questions of the run again, three calls at most
-    calls = ["--call_limit", "3", "--per_task", value_of("test_per_task", args.rest, QUESTIONS)]
-    for own, regimes in ((SYSTEMS, args.regimes), (ABLATIONS, args.regimes[:1])):
-        chosen = [arm for arm in own if not args.arms or arm in args.arms]
-        for seed, regime, arm in product(args.seeds, regimes, chosen):
-            options = [*method_options(own[arm], args.track), "--regime", regime,
-                       "--seed", str(seed), "--steps", STEPS]
-            options += ["--model", model] if model else []
-            folder = args.out / name / regime / f"{arm.replace(' ', '_')}-seed{seed}"
-            jobs.append(Job(folder, options + args.rest, calls if arm == "sft" else []))
+    asks = {"sft": ["--call_limit", "3", *count]}
+    if args.split == "validation":
+        # test questions must choose nothing: the run asks one of each task, and nobody reads it
+        common += ["--test_per_task", "1"]
+        asks = dict.fromkeys(args.arms, ["--split", "validation", *count])
+    jobs = []
+    for seed, regime, arm in product(args.seeds, args.regimes, args.arms):
+        method = f"tracked+{arm} --track {args.track}" if args.track else arm
+        options = ["--method", *method.split(), "--regime", regime, "--seed", str(seed), *common]
+        parse_config(options)
+        folder = args.out / name / regime / run_name(arm, seed)
+        jobs.append(Job(folder, options, asks.get(arm, [])))
     return jobs
 
 
-def arm_of(run: str) -> str:
-    """The arm of a run folder's name."""
-    return run.rpartition("-seed")[0].replace("_", " ")
-
-
-def finished_runs(folder: Path) -> dict[str, dict]:
-    """The finished runs of one regime's folder by name (tables.read_run), in the arms' order."""
-    place = {arm: n for n, arm in enumerate(ARMS)}
-    runs = [file.parent for file in sorted(folder.glob("*-seed*/results.json"))]
-    # an arm that is gone comes last
-    runs.sort(key=lambda run: place.get(arm_of(run.name), len(place)))
-    return {run.name: read_run(run) for run in runs}
-
-
-def write_tables(folder: Path, against: str) -> None:
-    """REGIME.md and REGIME.json of every regime below a base's folder, from all runs there, each
-    arm compared with `against`."""
-    for regime in sorted(p for p in folder.iterdir() if p.is_dir()):
-        if runs := finished_runs(regime):
-            rows, text = comparison(runs, against, {run: arm_of(run) for run in runs})
-            write_json(folder / f"{regime.name}.json", rows)
-            write_text(folder / f"{regime.name}.md", text + "\n")
-            print(f"\n{folder.name}, {regime.name}\n{text}")
+def write_tables(args: argparse.Namespace) -> None:
+    """REGIME.md and REGIME.json of every regime below the base's folder, from all runs there: the
+    arms of args first, each compared with args.against."""
+    base = args.out / args.base.partition("=")[0]
+    order = {arm: n for n, arm in enumerate(args.arms)}
+    last_file = "results.json" if args.split == "test" else "asked.json"
+    for regime in sorted(p for p in base.iterdir() if p.is_dir()):
+        folders = sorted(file.parent for file in regime.glob(f"*-seed*/{last_file}"))
+        folders.sort(key=lambda folder: order.get(arm_of(folder.name), len(order)))
+        if runs := {folder.name: read_run(folder, args.split) for folder in folders}:
+            rows, text = comparison(runs, args.against, {run: arm_of(run) for run in runs})
+            write_json(base / f"{regime.name}.json", rows)
+            write_text(base / f"{regime.name}.md", text + "\n")
+            print(f"\n{base.name}, {regime.name}\n{text}")
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
@@ -189,12 +127,13 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--base", default="tiny-vlm", metavar="NAME[=DIR]", help="or DIR's base")
-    parser.add_argument("--arms", nargs="*", help="default: all")
-    parser.add_argument("--regimes", nargs="*", choices=list(REGIMES),
-                        default=[FIRST, *(name for name in REGIMES if name != FIRST)],
-                        help="the systems run in all of these, the ablations in the first")
+    parser.add_argument("--arms", nargs="*", default=SYSTEMS, metavar="ARM",
+                        help=f"as --method of train.py; default: {', '.join(SYSTEMS)}")
+    parser.add_argument("--regimes", nargs="*", choices=list(REGIMES), default=list(REGIMES))
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2, 3, 4])
-    parser.add_argument("--against", default="sft", choices=list(ARMS), metavar="ARM",
+    parser.add_argument("--split", choices=["test", "validation"], default="test",
+                        help="whose questions the table is made of")
+    parser.add_argument("--against", default="sft", metavar="ARM",
                         help="the arm that the tables compare the others with")
     parser.add_argument("--track", type=int, default=0, help="as of train.py --method tracked")
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side")
@@ -207,7 +146,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 def main() -> None:
     args = parse_args(sys.argv[1:])
     failed = run_all(plan(args), args.jobs)
-    write_tables(args.out / args.base.partition("=")[0], args.against)
+    write_tables(args)
     if failed:
         sys.exit(f"{failed} runs failed; the same command repeats only them")
 

@@ -12,9 +12,15 @@ from support.tables import HELD_OUT, overall, summarise
 T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)
 
 
-def mean_std(values: list[float]) -> str:
-    spread = f" +/- {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.1f}{spread}"
+def mean_std(values: list[float], digits: int = 1) -> str:
+    spread = f" +/- {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{spread}"
+
+
+def table_of(head: list[str], rows: list[list[str]]) -> str:
+    """Markdown."""
+    lines = [f"| {' | '.join(cells)} |" for cells in (head, *rows)]
+    return "\n".join([lines[0], "|" + "---|" * len(head), *lines[1:]])
 
 
 def paired_difference(ours: list[float], theirs: list[float]) -> tuple[float, float] | None:
@@ -28,18 +34,31 @@ def paired_difference(ours: list[float], theirs: list[float]) -> tuple[float, fl
     return statistics.mean(gaps), t * statistics.stdev(gaps) / math.sqrt(len(gaps))
 
 
-def read_run(folder: Path) -> dict:
-    """config, answers and answers before of a finished run. Where a study asked for explicit tool
-    use (asked.json), its answers stand beside the others."""
-    run = dict(config=read_json(folder / "config.json"), **read_json(folder / "results.json"))
-    if (folder / "asked.json").is_file():
-        asked = {answer["id"]: answer for answer in read_json(folder / "asked.json")["answers"]}
-        for answer in run["answers"]:
-            called = asked.get(answer["id"], {})
-            if "call_right" in called:
-                answer["call_right"] = called["call_right"]
-                answer["cost"]["call"] = called["cost"]["call"]
-    return run
+def run_name(arm: str, seed: int) -> str:
+    """The name of a run's folder: of "pearl --pred_tokens 8" pearl,pred_tokens=8-seed3."""
+    return f"{arm.replace(' --', ',').replace(' ', '=')}-seed{seed}"
+
+
+def arm_of(run: str) -> str:
+    """The arm of a folder's name, which all its seeds share (see `run_name`)."""
+    name, _, seed = run.rpartition("-seed")
+    return (name if seed.isdigit() else run).replace(",", " --").replace("=", " ")
+
+
+def read_run(folder: Path, split: str = "test") -> dict:
+    """config, answers and answers before of a finished run. A study may have asked more questions
+    (asked.json): those of another split stand alone, and explicit tool use beside the others."""
+    config, file = read_json(folder / "config.json"), folder / "asked.json"
+    asked = read_json(file)["answers"] if file.is_file() else []
+    if split != "test":
+        return dict(config=config, answers=asked)
+    run, calls = read_json(folder / "results.json"), {answer["id"]: answer for answer in asked}
+    for answer in run["answers"]:
+        call = calls.get(answer["id"], {})
+        if "call_right" in call:
+            answer["call_right"] = call["call_right"]
+            answer["cost"]["call"] = call["cost"]["call"]
+    return dict(run, config=config)
 
 
 # ---- which runs belong together -----------------------------------------------------------------

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import losses
 from baselines.variants import Current, NextLatOnR
-from data import TrainingExample, Views, collate
+from data import Views
 from model import Encoded
 from support.chat import Chat, View
 from support.features import LoadedImage
@@ -189,38 +189,3 @@ def token_loss(forecast: Tensor, where: Tensor, labels: Tensor, head: Tensor, wh
         return forecast.new_zeros(())
     logits = losses.at_least_float32(F.linear(forecast[supervised], head.to(forecast.dtype)))
     return F.cross_entropy(logits, token_ids[supervised])
-
-
-# ---- its passes, to be timed --------------------------------------------------------------------
-
-
-class ReleasePasses(Release):
-    """The release's losses in the passes that the release makes (analysis/benchmark.py).
-
-    One batch of all three views, padded to one length, with gradient in all; latent predictor and
-    head at every position, the head in all three views and once more on the forecasts. This is the
-    release without its fused kernels, which save the logits' memory but not their arithmetic.
-    """
-
-    def forward(self, batch: list[TrainingExample]) -> losses.Losses:
-        images = self.encode_images([image for example in batch for image in example.images])
-        count, views = len(batch), [ex.views[n] for n in range(3) for ex in batch]
-        pred_rows = self.predictor.pred_tokens.repeat(count, 1)
-        encoded = self.vlm(collate(views, self.vlm.pad_id), images, pred_rows)
-        states = encoded.states
-        wanted = encoded.batch.labels[:, 1:].clone()  # (3B, T-1) the token after each position
-        wanted[count:] = -100  # a target view's are supervised in the full view
-        logits = losses.at_least_float32(self.vlm.lm.lm_head(states[:, :-1]))  # (3B, T-1, V)
-        vlm = F.cross_entropy(logits.flatten(0, 1), wanted.flatten())
-        _, prediction, target = encoded.embedding.split(count)  # (B, D) each
-        jepa = losses.jepa_loss(prediction, target, "cosine")
-
-        # every position is predicted and decoded; only those before a supervised token count
-        full, wanted = states[:count], wanted[:count]
-        ahead = self.predictor.latent(full[:, :-1], encoded.inputs[:count, 1:].detach())
-        counts = wanted != -100
-        state_term = mean_of_means(full, ahead[counts], F.pad(counts, (1, 0)))
-        decoded = losses.at_least_float32(F.linear(ahead, self.vlm.lm.lm_head.weight.detach()))
-        token_term = F.cross_entropy(decoded.flatten(0, 1), wanted.flatten())
-        total = losses.pearl_loss(vlm, jepa, state_term + token_term, self.config.lambda_latent)
-        return losses.Losses.of(total, None)

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from PIL import Image, ImageChops
+from PIL import Image
 
 from support import records, splits
 from world import loader, scenes, tools
@@ -64,21 +64,6 @@ def test_regimes_have_the_calls_of_their_descriptions():
     assert not any(scenes.make_example(scenes.HELD_OUT, "test", i, 0).trajectory for i in range(3))
     with pytest.raises(ValueError, match="unknown regime 'none': choose one of single"):
         scenes.make_world("none", "train", 1)
-
-
-def test_tallest_without_dots_differs_in_the_dots_alone():
-    for i in range(5):
-        spec = scenes.make_spec("tallest", "test", i, 0)
-        ex = scenes.make_example("tallest", "test", i, 0)
-        plain = scenes.tallest_without_dots("test", i, 0)
-        assert plain.id != ex.id and plain.task == scenes.NO_DOTS and not plain.trajectory
-        assert (plain.question, plain.options, plain.answer) == (ex.question, ex.options, ex.answer)
-        difference = ImageChops.difference(ex.image, plain.image)
-        for x, _, _, has_dot, _ in spec["bars"]:
-            dot = (x + 4, 100, x + 11, 107)
-            assert (difference.crop(dot).getbbox() is not None) == has_dot
-            difference.paste((0, 0, 0), dot)
-        assert difference.getbbox() is None
 
 
 # ---- tools ----

@@ -8,7 +8,6 @@ order of keys would change the scenes.
 """
 
 import zlib
-from dataclasses import replace
 from functools import partial
 from typing import Callable, NamedTuple
 
@@ -37,7 +36,6 @@ BITMAPS = (
     "01110 10001 10001 01110 10001 10001 01110", "01110 10001 10001 01111 00001 00001 01110")
 GLYPHS = [np.array([[int(bit) * 255 for bit in row] for row in bitmap.split()], dtype=np.uint8)
           for bitmap in BITMAPS]
-NO_DOTS = f"{HELD_OUT} without dots"
 
 
 class Task(NamedTuple):
@@ -200,11 +198,11 @@ def sample_tallest(rng: np.random.Generator) -> Spec:
         rng, "Which bar is the tallest?", tallest_bar(bars)[2], [bar[2] for bar in bars]))
 
 
-def draw_bars(spec: Spec, dots: bool = True) -> Image.Image:
+def draw_bars(spec: Spec) -> Image.Image:
     image, draw = _canvas(spec)
     for x, height, colour, has_dot, digit in spec["bars"]:
         draw.rectangle((x, 110 - height, x + 14, 110), fill=COLOURS[colour])
-        if has_dot and dots:
+        if has_dot:
             draw.ellipse((x + 4, 100, x + 10, 106), fill=(250, 250, 250))
         if spec["family"] == "highlight+crop":
             _draw_digit(image, digit, x + 7, 119, 12, (235, 235, 235))
@@ -424,14 +422,6 @@ def make_example(task: str, split: str, index: int, seed: int) -> Example:
     image = TASKS[task].draw(spec)
     return Example(f"{task}-{split}-{index:05d}", task, image, spec["question"], spec["options"],
                    spec["answer"], trajectory(spec, image), split)
-
-
-def tallest_without_dots(split: str, index: int, seed: int) -> Example:
-    """A scene of `tallest` without the dots, so that nobody can take it for `highlight`."""
-    # no entry of TASKS, so that no scene, split or corpus changes by it
-    image = draw_bars(make_spec(HELD_OUT, split, index, seed), dots=False)
-    return replace(make_example(HELD_OUT, split, index, seed), task=NO_DOTS, image=image,
-                   id=f"{NO_DOTS}-{split}-{index:05d}".replace(" ", "-"))
 
 
 def make_world(regime: str, split: str, count: int, seed: int = 0) -> list[Example]:

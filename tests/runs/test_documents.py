@@ -2,6 +2,7 @@
 links lead to files."""
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 import baselines
 import evaluate
 import train
+from analysis import study
 
 ROOT = Path(train.__file__).resolve().parent
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("*/*.md"))]
@@ -40,6 +42,8 @@ def test_documented_commands_are_understood(page):
         words = own.split()
         if script == "train.py" and not {"--resume", "--merge", "--help"} & set(words):
             train.parse_config(words)
+        elif script == "analysis/study.py":
+            study.plan(study.parse_args(shlex.split(rest)))
         elif (ROOT / script).is_file():
             given = {word.split("=")[0][2:] for word in words if word.startswith("--")}
             assert given <= options_of(script) | {"help"}, (script, given - options_of(script))

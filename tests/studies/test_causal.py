@@ -23,54 +23,52 @@ LATENTS = 3
 RIGHT, SAME, FOLLOWS, STAYS = causal.RIGHT, causal.SAME, causal.FOLLOWS, causal.STAYS
 
 
-class Script:
+@pytest.fixture
+def ask(vlm64, monkeypatch):
     """The shipped model, made to say the expert's words one question at a time, with latents in the
-    places of tool images."""
+    places of tool images. ask(source_of): for each question the inputs behind its prompt (n, D)."""
+    # shortest first: the order in which they are asked
+    examples = sorted(scenes.make_world("single", "test", 3), key=lambda ex: len(ex.question))
+    evaluator, inputs = Evaluator(vlm64, examples, batch=1), []
+    scale = reconstruction.LatentScale(3 + 5 * torch.randn(20, vlm64.dim),
+                                       torch.full((vlm64.dim,), 0.1)).double()
+    views = [reconstruction.latent_view(evaluator.chat, ex, load_images(ex, vlm64.family), LATENTS)
+             for ex in examples]
+    starts = [len(question.prompt.ids) for question in evaluator.questions]
+    script = [view.ids[n:] for view, n in zip(views, starts)]
+    words, size = itertools.cycle(sum(script, [])), vlm64.lm.config.text_config.vocab_size
+    monkeypatch.setattr(vlm64.lm.lm_head, "forward", lambda state: torch.eye(
+        size, dtype=state.dtype)[[next(words)]])
+    vlm64.lm.get_decoder().register_forward_pre_hook(
+        lambda module, args, named: inputs.append(named["inputs_embeds"][0, -1]), with_kwargs=True)
 
-    def __init__(self, vlm, monkeypatch):
-        # shortest first: the order in which they are asked
-        examples = sorted(scenes.make_world("single", "test", 3), key=lambda ex: len(ex.question))
-        evaluator = Evaluator(vlm, examples, batch=1)
-        scale = reconstruction.LatentScale(3 + 5 * torch.randn(20, vlm.dim),
-                                           torch.full((vlm.dim,), 0.1)).double()
-        self.reader = causal.LatentReader(evaluator, scale, LATENTS)
-        views = [reconstruction.latent_view(evaluator.chat, ex, load_images(ex, vlm.family),
-                                            LATENTS) for ex in examples]
-        starts = [len(question.prompt.ids) for question in evaluator.questions]
-        said = [view.ids[n:] for view, n in zip(views, starts)]
-        self.counts = [len(words) for words in said]
-        self.places = [[i - n for i in view.inject_at] for view, n in zip(views, starts)]
-        words, size = itertools.cycle(sum(said, [])), vlm.lm.config.text_config.vocab_size
-        monkeypatch.setattr(vlm.lm.lm_head, "forward", lambda state: torch.eye(
-            size, dtype=state.dtype)[[next(words)]])
-        vlm.lm.get_decoder().register_forward_pre_hook(
-            lambda module, args, named: self.fed.append(named["inputs_embeds"][0, -1]),
-            with_kwargs=True)
-
-    def ask(self, source=None):
-        """For each question the inputs behind its prompt (n, D)."""
-        self.fed = []
-        self.reader.choices(source)
+    def ask(source_of):
+        inputs.clear()
+        causal.latent_choices(evaluator, scale, LATENTS, source_of)
         # the first input is the prompt's
-        return [part[1:] for part in torch.stack(self.fed).split(self.counts)]
+        return [part[1:] for part in torch.stack(inputs).split([*map(len, script)])]
+
+    ask.evaluator = evaluator
+    ask.places = [[i - n for i in view.inject_at] for view, n in zip(views, starts)]
+    return ask
 
 
 @torch.no_grad()
-def test_replaced_latents_are_fed_and_all_else_stays(vlm64, monkeypatch):
-    script = Script(vlm64, monkeypatch)
-    reader, evaluator = script.reader, script.reader.evaluator
+def test_replaced_latents_are_fed_and_all_else_stays(ask):
+    evaluator = ask.evaluator
+    inputs = {"own": ask(lambda question: None)}
+    own_latents = {i: [*x[places]] for i, (x, places) in enumerate(zip(inputs["own"], ask.places))}
+    sources = causal.replacements(evaluator, own_latents, LATENTS)
+    inputs |= {test: ask(source_of) for test, source_of in sources.items()}
     partner = causal.partners(evaluator.examples, causal.other_image)
-    made = {"own": script.ask(reader.keep)}
-    made |= {test: script.ask(source) for test, source in reader.sources().items()}
-    for i, places in enumerate(script.places):
-        fed = {test: inputs[i] for test, inputs in made.items()}
-        words = [n for n in range(len(fed["own"])) if n not in places]
-        assert all(torch.equal(inputs[words], fed["own"][words]) for inputs in fed.values())
-        latents, own = {test: x[places] for test, x in fed.items()}, torch.stack(reader.kept[i])
-        assert len(own) == LATENTS and own.std() > 0 and torch.equal(latents["own"], own)
+    for i, places in enumerate(ask.places):
+        words = [n for n in range(len(inputs["own"][i])) if n not in places]
+        assert all(torch.equal(x[i][words], inputs["own"][i][words]) for x in inputs.values())
+        latents, own = {test: x[i][places] for test, x in inputs.items()}, inputs["own"][i][places]
+        assert len(own) == LATENTS and own.std() > 0
         assert torch.equal(latents["zeros"], torch.zeros_like(own))
         assert torch.equal(latents["its first one repeated"], own[:1].expand_as(own))
-        assert torch.equal(latents["another question's"], torch.stack(reader.kept[partner[i]]))
+        assert torch.equal(latents["another question's"], torch.stack(own_latents[partner[i]]))
         assert not torch.isclose(latents["noise"], own).all(dim=1).any()
         images = evaluator.images([i])[1:]
         features = evaluator.encode_images(images)[images[0].key].features[0]
@@ -80,18 +78,39 @@ def test_replaced_latents_are_fed_and_all_else_stays(vlm64, monkeypatch):
 
 def test_latents_of_several_runs_and_noise_by_hand():
     world, zero = scenes.make_world("single", "test", 3), torch.zeros(1)
-    reader = causal.LatentReader(SimpleNamespace(examples=world), None, 2)
     partner = causal.partners(world, causal.other_image)
-    reader.kept = {partner[0]: [torch.full((1,), float(n)) for n in range(4)], partner[1]: []}
-    feed, first, noise = (reader.sources()[test](0) for test in (
+    own_latents = {partner[0]: [torch.full((1,), float(n)) for n in range(4)]}
+    sources = causal.replacements(SimpleNamespace(examples=world), own_latents, 2)
+    feed, first, noise = (sources[test](0) for test in (
         "another question's", "its first one repeated", "noise"))
     # a third run has no counterpart: it gets the last one's again
     assert [float(feed(zero, k)) for k in range(6)] == [0, 1, 2, 3, 2, 3]
-    assert reader.sources()["another question's"](1) is None
+    assert sources["another question's"](1) is None
     assert [float(first(zero + 10 + k, k)) for k in range(4)] == [10, 10, 12, 12]
     drawn = torch.cat([noise(zero, k) for k in range(4000)])
     # the mean and the standard deviation of 0, 1, 2, 3
     assert [float(drawn.mean()), float(drawn.std())] == pytest.approx([1.5, 1.118], abs=0.1)
+
+
+@pytest.mark.parametrize("fed", [True, False])
+def test_only_latents_that_were_fed_are_replaced(monkeypatch, fed):
+    """A model that feeds itself a latent for its first question, or none, and whose first answer
+    changes if that latent becomes zero."""
+    world = scenes.make_world("single", "test", 2)
+
+    def latent_choices(evaluator, scale, n, source_of=lambda question: lambda latent, _: latent):
+        latent = source_of(0)(torch.ones(1), 0) if fed and n else torch.ones(1)
+        return {ex.id: ex.options[i == 0 and not latent.any()] for i, ex in enumerate(world)}
+
+    monkeypatch.setattr(causal, "latent_choices", latent_choices)
+    monkeypatch.setattr(causal.evaluate, "Evaluator", lambda vlm, examples, prefix: SimpleNamespace(
+        examples=examples, direct=lambda: [dict(option=1)] * 2, images=lambda numbers: []))
+    monkeypatch.setattr(causal, "replacements", lambda _, own, n: own and {
+        "zeros": lambda question: (lambda latent, _: 0 * latent) if question in own else None})
+    results = causal.latent_tests(causal.Subject(None, world, "Answer:"), None, 1)
+    assert [*results["latents", "its own", "with latents"].values()] == [fed, 0]
+    # the question without latents is left out
+    assert results.get(("latents", "zeros", SAME)) == ({world[0].id: 0} if fed else None)
 
 
 def test_partners_and_replaced_pictures():
@@ -140,24 +159,21 @@ def test_a_model_that_follows_the_image_is_told_from_one_that_does_not(monkeypat
     assert (shares["another question's", SAME] < 1) == by_image
 
 
-def test_untrained_tasks_their_distance_and_the_dots(monkeypatch):
+def test_untrained_tasks_and_their_distance(monkeypatch):
     assert causal.words_apart("Which bar is tall?", "Which dotted bar is tall?") == 1
     assert causal.words_apart("a b c", "a x c d") == 2
     questions = causal.questions_of(Config(regime="mixed"), 2)
-    assert set(questions.untrained) == {"zoom", "highlight+crop", "path+crop", "tallest",
-                                        scenes.NO_DOTS}
+    assert set(questions.untrained) == {"zoom", "highlight+crop", "path+crop", "tallest"}
     # a zoom's question is a crop's, word for word; tallest's is one word from highlight's
     assert questions.distances["zoom"] == 0 and questions.distances["tallest"] == 1
     assert len(questions.trained) == 10
-    # right: all without dots, of the others every second one
-    monkeypatch.setattr(causal.Subject, "direct", lambda self, examples: [
-        ex.options.index(ex.answer) if n % 2 or ex.task == scenes.NO_DOTS else None
-        for n, ex in enumerate(examples)])
-    found = causal.untrained_tests(causal.Subject(None, [], "Answer:"), questions)
-    assert [*found["untrained", "tallest", causal.EFFECT].values()] == [-1, 0]
-    together = found["untrained", causal.ALL_FAR, RIGHT]
-    assert len(together) == 6 and sum(together.values()) == 4
-    assert not any(name.startswith(("zoom", "tallest-test")) for name in together)
+    # every second answer is right
+    monkeypatch.setattr(causal.Subject, "ask", lambda self, examples: {
+        ex.id: ex.answer if n % 2 else None for n, ex in enumerate(examples)})
+    results = causal.untrained_tests(causal.Subject(None, [], "Answer:"), questions)
+    together = results["untrained", causal.ALL_FAR, RIGHT]
+    assert len(together) == 4 and sum(together.values()) == 2
+    assert not any(name.startswith(("zoom", "tallest")) for name in together)
 
 
 def marks(text):

@@ -1,16 +1,18 @@
-"""Claims: a study plans every system in every regime with options that train.py knows, repeats
-nothing, keeps what was interrupted and asks sft for its own tool calls; a search tries as many
-settings for each arm, on validation questions; a benchmark's variants share one model."""
+"""Claims: a study runs every arm in every regime with options that train.py knows, repeats nothing,
+keeps what was interrupted, asks sft for its own tool calls, and asks validation questions where it
+chooses settings; a benchmark's variants share one model."""
 
 import json
 import sys
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 import train
-from analysis import benchmark, search, study
+from analysis import benchmark, study
+from analysis.tables import arm_of
 from support.files import write_json
 from support.lora import lora_layers
 from world.scenes import REGIMES
@@ -46,22 +48,24 @@ def call(monkeypatch, main, *options):
     main()
 
 
-def test_every_arm_is_a_run_of_train_in_every_regime_it_belongs_to(tmp_path):
+def test_an_arm_is_what_follows_method_and_has_a_folder_of_its_own(tmp_path):
     args = study.parse_args(["--out", str(tmp_path), "--seeds", "0", "1", "--", "--batch", "3"])
-    assert sorted(args.regimes) == sorted(REGIMES) and args.regimes[0] == "mixed"
+    assert sorted(args.regimes) == sorted(REGIMES)
+    args.arms = [*study.SYSTEMS, "target_state+sft --target_layer -1", "pearl --lambda_latent 0.2"]
     jobs = study.plan(args)
-    assert len({job.folder for job in jobs}) == len(jobs)
-    assert len(jobs) == 2 * (4 * len(study.SYSTEMS) + len(study.ABLATIONS))
-    # one seed is enough to see that train.py knows every option
-    for job in (job for job in jobs if job.folder.name.endswith("-seed1")):
+    assert len({job.folder for job in jobs}) == len(jobs) == 2 * len(REGIMES) * len(args.arms)
+    for job, (seed, regime, arm) in zip(jobs, product(args.seeds, args.regimes, args.arms)):
+        assert job.options[:1 + len(arm.split())] == ["--method", *arm.split()]
         config = train.parse_config(job.options)
-        assert (config.batch, config.steps, config.regime) == (3, 300, job.folder.parent.name)
-        assert bool(job.ask) == (job.folder.name == "sft-seed1")
-    tracked = train.parse_config(study.method_options("dropout+sft --lr 1", 7))
-    assert tracked.method == "tracked+dropout+sft" and tracked.track == 7 and tracked.lr == 1
-    args.arms = ["best"]
-    with pytest.raises(ValueError, match="unknown arm 'best'"):
-        study.plan(args)
+        assert (config.batch, config.steps, config.seed, config.regime) == (3, 300, seed, regime)
+        assert job.folder.parent.name == regime and arm_of(job.folder.name) == arm
+        assert bool(job.ask) == (arm == "sft")
+    args.track = 7
+    tracked = train.parse_config(study.plan(args)[-1].options)
+    assert (tracked.method, tracked.track) == ("tracked+pearl", 7) and tracked.lambda_latent == 0.2
+    for args.arms in (["best"], ["sft --best 1"]):
+        with pytest.raises(ValueError, match="best"):
+            study.plan(args)
 
 
 def test_a_study_keeps_what_was_interrupted_and_repeats_nothing(programs, tmp_path, monkeypatch,
@@ -70,17 +74,17 @@ def test_a_study_keeps_what_was_interrupted_and_repeats_nothing(programs, tmp_pa
     (folder / "sft-seed0").mkdir(parents=True)
     (folder / "sft-seed0" / "log.jsonl").write_text("interrupted", encoding="utf-8")
     options = ["--out", tmp_path / "study", "--base", "other=DIR", "--arms", "sft", "pearl",
-               "pearl K=8", "--regimes", "multi", "--seeds", 0, "--jobs", 1, "--",
+               "pearl --pred_tokens 8", "--regimes", "multi", "--seeds", 0, "--jobs", 1, "--",
                "--test_per_task", 9]
     call(monkeypatch, study.main, *options)
-    kept, = folder.glob("sft-seed0.interrupted-*/log.jsonl")
-    assert kept.read_text(encoding="utf-8") == "interrupted"
+    log, = folder.glob("sft-seed0.interrupted-*/log.jsonl")
+    assert log.read_text(encoding="utf-8") == "interrupted"
     assert [command[0] for command in programs] == ["train.py", "evaluate.py", *["train.py"] * 2]
     assert all("--model DIR" in " ".join(command) for command in programs if "--seed" in command)
     assert "--again --call_limit 3 --per_task 9" in " ".join(programs[1])
     rows = json.loads((folder.parent / "multi.json").read_text("utf-8"))
     assert [row["system"] for row in rows] == ["no fine-tuning", "sft", "sft + tools", "pearl",
-                                               "pearl K=8"]
+                                               "pearl --pred_tokens 8"]
     # the direct answers are those of the run
     assert rows[1]["own"] == [50] and rows[2]["own"] == [100]
     capsys.readouterr()
@@ -91,28 +95,23 @@ def test_a_study_keeps_what_was_interrupted_and_repeats_nothing(programs, tmp_pa
              "multi", "--seeds", 0, "--", "--steps", 13)
 
 
-def test_a_search_chooses_on_validation_questions(programs, tmp_path, monkeypatch, capsys):
-    assert {len(settings) for _, settings in search.GRIDS.values()} == {4}
-    jobs = search.plan(Path("found"), list(search.GRIDS), [])
-    assert len({job.folder for job in jobs.values()}) == len(jobs)
-    for (_, setting), job in jobs.items():
-        assert setting in " ".join(job.options) and train.parse_config(job.options).seed == 0
-    with pytest.raises(ValueError, match="unknown arm 'nobody'"):
-        search.plan(Path("found"), ["nobody"], [])
-    call(monkeypatch, search.main, "--out", tmp_path, "--arms", "pearl EMA", "--",
+def test_settings_are_chosen_on_validation_questions(programs, tmp_path, monkeypatch):
+    call(monkeypatch, study.main, "--out", tmp_path, "--split", "validation", "--arms", "ema",
+         "ema --ema 0.9", "--regimes", "single", "--seeds", 0, "--jobs", 1, "--",
          "--test_per_task", 9)
-    assert sum("--split validation --per_task 9" in " ".join(given) for given in programs) == 4
-    assert capsys.readouterr().out.count("**100.0 / 100.0**") == 1
-    found = {("arm", f"--x {n}"): answers([1, n], tool=1) for n in range(2)}
-    assert search.table(found).splitlines()[-1] == (
-        "| arm | `--x 0` 50.0 / 100.0, `--x 1` **100.0 / 100.0** |")
+    for train_options, ask in (programs[:2], programs[2:]):
+        assert train.parse_config(train_options[1:]).test_per_task == 1
+        assert "--again --split validation --per_task 9" in " ".join(ask)
+    text = (tmp_path / "tiny-vlm" / "single.md").read_text(encoding="utf-8")
+    # of the answers to what was asked, and nothing of the run's own test questions
+    assert "| ema --ema 0.9 | 1 | 100.0 | - | 100.0 |" in text and "no fine-tuning" not in text
 
 
 # ---- benchmark ----
 
 
 @pytest.mark.parametrize("options, name", [
-    ("steps --steps 1 --batch 2 --train_examples 4", "release_over_sft"),
+    ("steps --steps 1 --batch 2 --train_examples 4", "paper_over_sft"),
     ("answers tiny-vlm --per_task 1", "tool_ms"),
     ("data --records 40 --pictures 10 --steps 2 --batch 2 --workers 0", "share_of_a_step_waiting")])
 def test_a_benchmark_ends_with_one_json_line_and_writes_nothing(tmp_path, monkeypatch, capsys,
@@ -127,6 +126,5 @@ def test_a_benchmark_ends_with_one_json_line_and_writes_nothing(tmp_path, monkey
 def test_all_variants_train_one_model():
     methods = benchmark.build(train.parse_config(["--device", "cpu"]))
     vlm, = {method.vlm for method in methods.values()}
-    # LoRA is there once, and each method has its own options
+    # LoRA is there once
     assert lora_layers(vlm) and not any(lora_layers(x.base) for x in lora_layers(vlm).values())
-    assert methods["release"].config.nextlat_mean == "examples"
