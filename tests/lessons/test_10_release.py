@@ -14,7 +14,6 @@ from plain import eq1, latent, nll, run, smooth_l1, tokens, turns_of
 from torch import nn
 
 import train
-from data import collate
 from world import loader
 
 from conftest import assert_same, build, embed, embeddings, images_of, terms_of
