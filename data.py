@@ -13,7 +13,7 @@ a batch; the steps of a run read their records in an order that depends on the s
 
 Letters: B batch, T sequence (text and image tokens), K predictor tokens.
 Left out on purpose: the chat template (support/chat.py), reading files (support/records.py,
-images.py), the small world (world/).
+images.py), processes that prepare data (support/loading.py), the small world (world/).
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset, Sampler
 
 from support.chat import Chat, View
 from support.features import LoadedImage, load_images, with_pixels
@@ -173,31 +173,6 @@ class StepRows(Sampler):
             # a resumed run skips the steps that are done
             if step > self.start:
                 yield rows
-
-
-def load(dataset: Trajectories, steps, batch: int, workers: int, rank: int = 0,
-         world_size: int = 1) -> Iterator[list[list[TrainingExample]]]:
-    """The passes of each step, prepared ahead by `workers` processes. steps: rows of each step."""
-    def collate_step(rows: list[int]):
-        try:
-            passes = dataset.passes(rows, batch, rank, world_size)
-        except (ValueError, OSError) as error:  # a faulty record: its sentence, and no traceback
-            passes = error
-        return passes, dataset.faults
-
-    # the generator is the loader's own: it must not draw from the one that dropout uses
-    loader = DataLoader(range(len(dataset)), batch_sampler=steps, collate_fn=collate_step,
-                        num_workers=workers, pin_memory=torch.cuda.is_available(),
-                        generator=torch.Generator(),
-                        multiprocessing_context="fork" if workers else None)
-    for passes, faults in loader:
-        dataset.faults |= faults  # each worker has its own
-        if isinstance(passes, Exception):
-            raise passes
-        if len(dataset.faults) > len(dataset) / 100:
-            raise ValueError(f"{len(dataset.faults)} of {len(dataset)} records are faulty, and "
-                             f"--skip_bad leaves out 1%, the last one: {[*faults.values()][-1]}")
-        yield passes
 
 
 @dataclass

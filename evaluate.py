@@ -119,12 +119,9 @@ def answer_questions(evaluator: Evaluator, free_tokens: int = 0,
                      ways: dict[str, Callable] | None = None) -> list[dict]:
     """One record per example: for each way to answer the text, whether it is right, its cost.
     ways: more ways, each from an Evaluator to one dict per example."""
-    vlm = evaluator.vlm
-    was_training = vlm.training
-    vlm.eval()
+    evaluator.vlm.eval()
     found = dict(direct=evaluator.direct(), free=evaluator.free(free_tokens), tool=evaluator.tool())
     found |= {name: way(evaluator) for name, way in (ways or {}).items()}
-    vlm.train(was_training)
     return [answer_record(example, {way: all_of[n] for way, all_of in found.items() if all_of[n]},
                           evaluator.prefix) for n, example in enumerate(evaluator.examples)]
 

@@ -116,7 +116,6 @@ class Losses(NamedTuple):
 
     @classmethod
     def of(cls, total: Tensor, pair: tuple | None, **terms: Tensor) -> "Losses":
-        """total keeps its graph; terms and pair are detached."""
         parts = {name: value.detach() for name, value in dict(loss=total, **terms).items()}
         return cls(total, parts, tuple(x.detach() for x in pair) if pair else None)
 

@@ -28,13 +28,14 @@ from transformers import get_cosine_schedule_with_warmup
 
 import evaluate
 import losses
-from data import StepRows, Trajectories, TrainingExample, Views, collate, load, make_views
+from data import StepRows, Trajectories, TrainingExample, Views, collate, make_views
 from losses import Losses
 from model import VLM, Encoded
 from predictor import Predictor
 from support import packing, processes, run, splits
 from support.chat import Chat
 from support.features import EncodedImage, ImageEncoder, LoadedImage, StoredTargets
+from support.loading import load
 from support.method import Method
 from support.options import option, parse, room, value_of, with_options
 from support.records import Example
@@ -191,7 +192,7 @@ def find_method(name: str) -> type[Pearl]:
 
 def dataset(method: Pearl, examples: Sequence[Example], split: str) -> Trajectories:
     """A split as the method learns it."""
-    # records and views are class methods, so that analysis/show.py needs no weights for them
+    # class methods, so that analysis/show.py needs no weights for records and views
     kind, config, vlm = type(method), method.config, method.vlm
     return Trajectories(kind.records(examples, config), split, partial(kind.views, config),
                         Chat(vlm.family, vlm.max_positions), method.encode_images.kept,
@@ -215,7 +216,6 @@ def fit(config: Config, this_run: run.Run) -> tuple | None:
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=method.weight_decay)
     schedule = get_cosine_schedule_with_warmup(
         optimizer, math.ceil(method.warmup * config.steps), config.steps)
-    # the method, or DistributedDataParallel around it
     module = this_run.start(method, optimizer, schedule, (train_examples, valid_examples, tests))
     before = this_run.once("before.json", lambda: evaluate.answer_questions(evaluator))
     method.train()
@@ -244,8 +244,7 @@ def fit(config: Config, this_run: run.Run) -> tuple | None:
         schedule.step()
         if this_run.validates(step):
             this_run.keep_best(method, step, validate(method, valid_set))
-        this_run.log_faults(train_set, valid_set)
-        this_run.save(step)
+        this_run.save(step, train_set, valid_set)
     return (tests, before, this_run.seconds) if this_run.step == config.steps else None
 
 
@@ -258,8 +257,7 @@ def validate(method: Pearl, dataset: Trajectories) -> dict[str, float]:
     for (batch,) in load(dataset, rows, config.batch, run.workers(config)):
         with run.autocast(config):
             results.append(method(batch))
-        # the last pass may be smaller
-        sizes.append(len(batch))
+        sizes.append(len(batch))  # the last one may be smaller
     metrics = losses.average(results, sizes) | method.metrics(dataset.records)
     method.train()
     return metrics

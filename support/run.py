@@ -219,8 +219,10 @@ class Run:
 
     # ---- the state ----
 
-    def save(self, step: int) -> None:
-        """The state, where one is due: at each validation, at the end, and when a signal came."""
+    def save(self, step: int, *datasets) -> None:
+        """The state, where one is due: at each validation, at the end, and when a signal came; and
+        the faults of the datasets, after every step."""
+        self.log_faults(*datasets)
         if not (step % self.config.eval_every == 0 or step == self.config.steps or self.stopping):
             return
         own = dict(cpu=torch.get_rng_state(), targets=self.method.targets.state())

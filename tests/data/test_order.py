@@ -12,6 +12,7 @@ from PIL import Image
 import data
 from support import features
 from support.chat import Chat
+from support.loading import load
 from support.records import Example
 from world import loader
 
@@ -115,7 +116,7 @@ def test_a_record_is_read_when_it_is_used(chat, tmp_path, monkeypatch):
 def test_workers_prepare_the_same_batches(dataset, workers):
     torch.manual_seed(5)
     state, rows = torch.get_rng_state(), [[3, 0, 5], [1, 2, 4]]
-    found = list(data.load(dataset, rows, 2, workers))
+    found = list(load(dataset, rows, 2, workers))
     # dropout must draw the same numbers with and without workers
     assert torch.equal(state, torch.get_rng_state())
     for step, passes in zip(rows, found, strict=True):
@@ -125,7 +126,7 @@ def test_workers_prepare_the_same_batches(dataset, workers):
                             (i for ex in other for i in ex.images), strict=True):
                 assert a[:4] == b[:4]
                 assert torch.equal(a.pixels["pixel_values"], b.pixels["pixel_values"])
-    (share,) = data.load(dataset, rows[:1], 2, workers, 1, 2)
+    (share,) = load(dataset, rows[:1], 2, workers, 1, 2)
     assert [[ex.index for ex in part] for part in share] == [
         [ex.index for ex in dataset.passes(rows[0], 2)[1]]]
 
@@ -139,7 +140,7 @@ def test_a_faulty_record_is_one_sentence(chat, tmp_path, workers):
             (1, ValueError, r"example r1: image 0 \(2000 x 4 px\) is rejected .*; crop or drop it"),
             (2, OSError, "2.png not found")):
         with pytest.raises(kind, match=message):
-            list(data.load(dataset, [[0, row]], 2, workers))
+            list(load(dataset, [[0, row]], 2, workers))
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -148,10 +149,10 @@ def test_a_faulty_record_can_be_left_out_but_no_more_than_one_in_a_hundred(chat,
     folder = Folder(tmp_path, [(64, 64)] * 3 + [(2000, 4)] + [(64, 64)] * 96)
     dataset = data.Trajectories(folder, "train", views, chat, skip=True)
     # the next record takes its place
-    ((one, *others),), _ = data.load(dataset, [[3, 0], [1, 3]], 2, workers)
+    ((one, *others),), _ = load(dataset, [[3, 0], [1, 3]], 2, workers)
     assert one.index == ("train", 4) and others[0].index == ("train", 0)
     assert list(dataset.faults) == [3] and "example r3: image 0" in dataset.faults[3]
     (tmp_path / "50.png").unlink()
     with pytest.raises((ValueError, OSError), match="2 of 100 records are faulty, and --skip_bad "
                                                     "leaves out 1%, the last one: .*50.png"):
-        list(data.load(dataset, [[50]], 2, workers))
+        list(load(dataset, [[50]], 2, workers))

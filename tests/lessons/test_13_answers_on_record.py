@@ -31,14 +31,13 @@ def test_a_record_has_each_way_with_its_answer_and_cost():
     assert [record[f"{way}_right"] for way in answers] == [True, False, True]
 
 
-def test_every_question_is_answered_in_every_way_and_the_mode_is_restored(vlm64):
+def test_every_question_is_answered_in_every_way_without_dropout(vlm64):
     evaluator, modes = evaluate.Evaluator(vlm64, QUESTIONS), []
     echo = {"echo": lambda e: modes.append(e.vlm.training) or [dict(text=ex.answer)
                                                                for ex in e.examples]}
     for training in (True, False):
         vlm64.train(training)
         records = evaluate.answer_questions(evaluator, 2, echo)
-        assert vlm64.training == training
     assert modes == [False, False]
     for example, record, free in zip(QUESTIONS, records, evaluator.free(2), strict=True):
         assert record["id"] == example.id and record["echo_right"] and record["direct"]
