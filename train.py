@@ -235,8 +235,7 @@ def fit(config: Config, this_run: run.Run) -> tuple | None:
                 (result.total * (this_run.world_size / config.accumulate)).backward()
             results.append(result._replace(total=None))  # frees the graph
         norm = torch.nn.utils.clip_grad_norm_(parameters, method.clip)
-        # one bad batch must not ruin the weights
-        if this_run.is_finite(norm, step):
+        if this_run.is_finite(norm, step):  # one bad batch must not ruin the weights
             optimizer.step()
             method.after_step(step)
         if this_run.logs(step):
