@@ -115,6 +115,7 @@ class VICReg(Current):
     class Options:
         vicreg: float = option(1.0, "weight of VICReg's terms beside L_JEPA")
         vicreg_terms: Literal["both", "std"] = option("both", "variance and covariance; variance")
+
     target_needs_grad = True
 
     def jepa(self, prediction: Tensor, target: Tensor, batch: Examples) -> Tensor:
@@ -157,6 +158,7 @@ class SIGReg(Current):
     @dataclass
     class Options:
         sigreg: float = option(0.05, "weight of SIGReg beside L_JEPA")
+
     target_needs_grad = True
 
     def build_modules(self) -> None:

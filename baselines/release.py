@@ -33,6 +33,7 @@ class Paper(NextLatOnR):
     class Options:
         lambda_latent: float = option(0.2, "lambda of Eq. 4")
         distance: Literal["cosine", "smoothl1", "mse", "l2"] = option("smoothl1", "D of Eq. 1")
+
     sees_next = False
 
 
@@ -58,6 +59,7 @@ class Release(Current):
             "fed", "decode h^_{t+1} too: to the token that it was given (t+1), or to the next one")
         predictor_weights: Literal["trained", "lora"] = option(
             "lora", "the latent predictor is random but for LoRA, the [PRED] rows as they start")
+
     warmup = property(lambda self: self.config.warmup)
     weight_decay = property(lambda self: self.config.weight_decay)
     lora_dropout = property(lambda self: self.config.lora_dropout)

@@ -24,16 +24,18 @@ def answer(evaluator, limit: int) -> list[dict]:
 def converse(evaluator, limit: int) -> list["Talk"]:
     """The finished conversation of each example. In each round every unfinished one gets a turn of
     the model, and the call in it is executed."""
+    family = evaluator.vlm.family
     talks = [Talk(evaluator, example) for example in evaluator.examples]
     for _ in range(limit + 1):
         active = [talk for talk in talks if talk.has_room()]
 
-        def turns(views: list, numbers: list[int], active=active) -> list[str]:
-            return generate(evaluator, views, [active[n] for n in numbers])
+        def turns(views: list, numbers: list[int], active=active) -> list[list[int]]:
+            images = [image for n in numbers for image in with_pixels(active[n].images, family)]
+            return evaluator.vlm.generate(views, images, evaluator.encode_images, TURN_TOKENS)
 
-        texts = in_batches([talk.view() for talk in active], turns, evaluator.batch)
-        for talk, text in zip(active, texts):
-            talk.read(text, limit)
+        replies = in_batches([talk.view() for talk in active], turns, evaluator.batch)
+        for talk, token_ids in zip(active, replies):
+            talk.read(token_ids, limit)
     return talks
 
 
@@ -50,25 +52,11 @@ def show(evaluator, limit: int, stem: str) -> None:
     print(talk.result["text"] or f"({talk.result['failed']})")
 
 
-def generate(evaluator, views: list, talks: list["Talk"]) -> list[str]:
-    """The next turn of each talk."""
-    family = evaluator.vlm.family
-    images = [image for talk in talks for image in with_pixels(talk.images, family)]
-    texts = []
-    turns = evaluator.vlm.generate(views, images, evaluator.encode_images, TURN_TOKENS)
-    for talk, ids in zip(talks, turns):
-        talk.result["tokens"] += len(ids)
-        talk.result["passes"] += len(ids)
-        talk.result["images"] += len(talk.images)
-        texts.append(evaluator.decode(ids))
-    return texts
-
-
 class Talk:
     """One example's conversation so far. result: its cost, and at last its text or `failed`."""
 
     def __init__(self, evaluator, example):
-        self.chat, self.example = evaluator.chat, example
+        self.chat, self.decode, self.example = evaluator.chat, evaluator.decode, example
         self.turns, self.pictures = self.chat.turns(example)[:1], [opened(example.image)]
         self.images: list[LoadedImage] = [self.load(self.pictures[0])]
         self.result = dict(calls=0, tokens=0, images=0, passes=0)
@@ -91,8 +79,11 @@ class Talk:
     def fail(self, reason: str) -> None:
         self.result |= dict(text="", failed=reason)
 
-    def read(self, text: str, limit: int) -> None:
-        """Execute the call in `text` and append its image; a text without one is the answer."""
+    def read(self, ids: list[int], limit: int) -> None:
+        """Execute the call in a turn and append its image; a turn without one is the answer."""
+        for cost, value in dict(tokens=len(ids), images=len(self.images), passes=len(ids)).items():
+            self.result[cost] += value
+        text = self.decode(ids)
         call = CALL.search(text)
         if not call and not ATTEMPT.search(text):
             self.result["text"] = text

@@ -2,8 +2,6 @@
 tool, run on the picture, reveals the answer; calls that do not fit are ValueErrors; a run gets the
 splits that its options name, from the world or from a folder."""
 
-import runpy
-import sys
 import zlib
 from types import SimpleNamespace
 
@@ -12,7 +10,7 @@ import pytest
 from PIL import Image
 
 from support import records, splits
-from world import loader, scenes, tools
+from world import loader, sample, scenes, tools
 
 # of the first three scenes of each split: pixels and specs
 SCENES = {
@@ -166,13 +164,11 @@ def test_a_folder_gives_all_of_training_and_no_more_of_the_rest_than_the_world(t
         splits.limit(dict(train=first[0], validation=[], test=first[2]), config)
 
 
-def test_the_sample_is_a_folder_that_reads_back(tmp_path, monkeypatch):
+def test_the_sample_is_a_folder_that_reads_back(tmp_path, as_program):
     out = tmp_path / "set"
-    monkeypatch.setattr(sys, "argv", ["sample", "--out", str(out), "--regime", "all",
-                                      "--count", "8"])
-    runpy.run_module("world.sample", run_name="__main__")
+    as_program(sample.__file__, "--out", out, "--regime", "all", "--count", 8)
     assert Image.open(out / "contact_sheet.png").width > 1000
     splits = [ex.split for ex in records.read_folder(out)]
     assert {split: splits.count(split) for split in splits} == dict(train=8, validation=2, test=2)
     with pytest.raises(SystemExit, match="error: .*nothing is overwritten"):
-        runpy.run_module("world.sample", run_name="__main__")
+        as_program(sample.__file__, "--out", out)

@@ -35,6 +35,7 @@ import transformers
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))  # before any other `world`
@@ -544,13 +545,11 @@ def language_losses(model, heads, rows: list[Dialogue], pool, cache,
                     device) -> dict[str, torch.Tensor]:
     """words: L_VLM of the assistant's turns. place: row and column of each image token, from the
     states after two layers. summary: the words of a turn, from its end-of-turn state."""
-    pad_id, width = model.config.text_config.pad_token_id, max(len(r.ids) for r in rows)
-
-    def pad(sequences, value: int) -> torch.Tensor:
-        return torch.tensor([s + [value] * (width - len(s)) for s in sequences], device=device)
-
-    ids, labels = pad((r.ids for r in rows), pad_id), pad((r.labels for r in rows), -100)
-    mask = pad(([1] * len(r.ids) for r in rows), 0)
+    ids, labels, mask = (
+        pad_sequence([torch.tensor(part) for part in parts], True, value).to(device)
+        for parts, value in (([r.ids for r in rows], model.config.text_config.pad_token_id),
+                             ([r.labels for r in rows], -100),
+                             ([[1] * len(r.ids) for r in rows], 0)))
     index = [i for r in rows for i in r.pictures]
     embeds, grid = model.get_input_embeddings()(ids), None
     is_image = ids == model.config.image_token_id

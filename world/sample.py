@@ -4,13 +4,13 @@
 """
 
 import argparse
-import sys
 import textwrap
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageOps
 
 from support.images import opened
+from support.processes import run_program
 from support.records import SPLITS, Example, write_folder
 from world.scenes import REGIMES, make_world
 
@@ -46,13 +46,10 @@ def main() -> None:
     args = parser.parse_args()
     examples = [ex for split, share in zip(SPLITS, (1, 4, 4))
                 for ex in make_world(args.regime, split, max(1, args.count // share), args.seed)]
-    try:
-        write_folder(args.out, examples)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    write_folder(args.out, examples)
     contact_sheet(examples[:10]).save(args.out / "contact_sheet.png")
     print(f"wrote {len(examples)} examples and contact_sheet.png to {args.out}")
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

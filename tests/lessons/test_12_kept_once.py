@@ -31,11 +31,11 @@ def test_a_frozen_tower_encodes_each_image_once(vlm64, images, counted):
     assert counted == [3, 1] and again.keys() == {image.key for image in images}
     assert all(again[key] is first[key] for key in first)
     for image in images:
-        own, alone = again[image.key], ImageEncoder(vlm64.family)([image])[image.key]
-        torch.testing.assert_close(own.features, alone.features)
-        assert own.grid == image.grid and not own.features.requires_grad
+        (features, grid), alone = again[image.key], ImageEncoder(vlm64.family)([image])[image.key]
+        torch.testing.assert_close(features, alone.features)
+        assert grid == image.grid and not features.requires_grad
         # no slice: that would keep the features of the whole call in memory
-        assert own.features.untyped_storage().nbytes() == own.features.nbytes
+        assert features.untyped_storage().nbytes() == features.nbytes
     assert encode.size == sum(kept.features.nbytes for kept in again.values())
 
 

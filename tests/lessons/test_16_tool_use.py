@@ -14,15 +14,11 @@ def talk(vlm64, monkeypatch):
     """The record of an attempt in which the model says these texts, and the prompts that it had."""
     def run(*texts, limit=3):
         evaluator = evaluate.Evaluator(vlm64, loader.questions("single", 1)[:1])
-        prompts, replies = [], iter(texts)
-
-        def generate(_, views, talks):
-            prompts.extend(views)
-            for cost, value in dict(tokens=5, images=len(views[0].images), passes=5).items():
-                talks[0].result[cost] += value
-            return [next(replies)]
-
-        monkeypatch.setattr(tool_use, "generate", generate)
+        prompts, end = [], evaluator.chat.end_id
+        # a row that has ended is padded
+        replies = iter([[*vlm64.tokenizer(text).input_ids, end, 0, 0] for text in texts])
+        monkeypatch.setattr(vlm64, "generate", lambda views, images, encode, tokens: (
+            prompts.extend(views) or [next(replies)]))
         (record,) = tool_use.answer(evaluator, limit)
         return record, prompts
     return run
@@ -42,9 +38,11 @@ def test_an_answer_or_a_call_that_cannot_be_run(talk, text, why):
 
 
 def test_a_call_is_run_and_its_image_shown(talk, vlm64):
-    record, (first, second) = talk("Box [1, 2]: [crop 0 0 50 50] and more", "Answer: two")
-    assert (record["text"], record["calls"], record["tokens"]) == ("Answer: two", 1, 10)
-    assert len(first.images) == 1 and len(second.images) == 2 and record["images"] == 3
+    texts = "Box [1, 2]: [crop 0 0 50 50] and more", "Answer: two"
+    record, (first, second) = talk(*texts)
+    count = sum(len(vlm64.tokenizer(text).input_ids) + 1 for text in texts)
+    assert record == dict(text="Answer: two", calls=1, tokens=count, images=3, passes=count)
+    assert len(first.images) == 1 and len(second.images) == 2
     # what the model wrote behind its call is dropped
     added = vlm64.tokenizer.decode(second.ids[len(first.ids):])
     assert added.startswith("Box [1, 2]: [crop 0 0 50 50]<|im_end|>") and "more" not in added
