@@ -204,17 +204,20 @@ def embedding_maps(pairs: dict, examples: Sequence[Example], known: dict):
 
     pairs: name -> (h^_R, h_R) of these examples; known: name -> probes.knowledge.
     """
-    groups = probes.groups_of(examples)
+    from sklearn.manifold import TSNE
+
+    groups, count = probes.groups_of(examples), len(examples)
+    tsne = TSNE(perplexity=min(30.0, (2 * count - 1) / 3), init="pca", random_state=0)
     titles = [f"{name}\nright h_R is the nearest: {known[name]['retrieval']:.1%} (chance "
               f"{known[name]['retrieval_chance']:.1%})\nseparation of groups: h^_R "
               f"{known[name]['h^_R']['separation']:.2f}, h_R {known[name]['h_R']['separation']:.2f}"
               for name in pairs]
     figure, axes = canvas(titles, columns=2, size=(6.4, 5.0))
     for axis, pair in zip(axes, pairs.values()):
-        points = probes.tsne(F.normalize(torch.cat(pair), dim=1)).view(2, len(examples), 2)
+        points = tsne.fit_transform(F.normalize(torch.cat(pair), dim=1).numpy())
         for n, group in enumerate(dict.fromkeys(groups)):
             rows = [i for i, other in enumerate(groups) if other == group]
-            for view, marker in zip(points[:, rows], "x."):
+            for view, marker in zip(points.reshape(2, count, 2)[:, rows], "x."):
                 axis.scatter(*view.T.tolist(), marker=marker, s=34, color=f"C{n}",
                              label=group if marker == "." else None)
         axis.set(xticks=[], yticks=[], xlabel="t-SNE 1", ylabel="t-SNE 2")
