@@ -33,7 +33,7 @@ from PIL import Image
 from torch import Tensor
 
 import evaluate
-from analysis.tables import arm_of, mean_std, paired_difference, table_of
+from analysis.tables import arm_of, change_text, mean_std, paired_difference, table_of
 from baselines import reconstruction
 from model import VLM
 from support import answers, run
@@ -349,8 +349,7 @@ def table(systems: dict[str, list[Results]], distances: dict[str, int]) -> str:
                 test += f" ({distances[test]} words apart)"
             other = compared_with(key, seeds, systems.get(BASE, []))
             if other and (difference := gap([results[key] for results in seeds], other)):
-                mean, half = difference
-                change, count = f"{mean:+.1f} [{mean - half:+.1f}, {mean + half:+.1f}]", count + 1
+                change, count = change_text(*difference), count + 1
             lines.append([name, part, test, measure, str(n), value, change])
     return (f"{table_of(head, lines)}\n\n{count} differences. An interval that holds 0 shows no "
             "difference; one in twenty intervals of 95% misses the true value by chance.")

@@ -32,25 +32,26 @@ def answers_of(path: Path, options: Options) -> dict:
     """The answers of a run or checkpoint, stored or asked for; of a run also its config."""
     if (path / "results.json").is_file() and not (options.again or options.data):
         return read_run(path)
-    found = dict(answers=evaluate.ask(str(path), options))
+    run = dict(answers=evaluate.ask(str(path), options))
     # a checkpoint has a config.json too, of another kind
     if (path / "best.json").is_file():
-        found["config"] = read_json(path / "config.json")
-    return found
+        run["config"] = read_json(path / "config.json")
+    return run
 
 
 def main() -> None:
     paths = list(takewhile(lambda argument: not argument.startswith("-"), sys.argv[1:]))
     options = parse(Options, sys.argv[1 + len(paths):] if paths else ["--help"], __doc__)
-    found = {path: answers_of(Path(path), options) for path in paths}
-    columns = {path: summarise(run["answers"]) for path, run in found.items()}
+    models = {path: answers_of(Path(path), options) for path in paths}
+    columns = {path: summarise(model["answers"]) for path, model in models.items()}
     print(format_table(columns))
-    runs = {path: run for path, run in found.items() if "config" in run}
+    runs = {path: model for path, model in models.items() if "config" in model}
     rows, text = comparison(runs) if runs else ([], "")
     if len(runs) > 1:
         print(f"\n{text}")
     if options.json:
-        tables = {path: dict(table=columns[path], answers=found[path]["answers"]) for path in found}
+        tables = {path: dict(table=columns[path], answers=models[path]["answers"])
+                  for path in paths}
         write_json(Path(options.json), dict(tables, systems=rows))
     if options.markdown:
         write_text(Path(options.markdown), text + "\n")

@@ -19,6 +19,7 @@ import random
 import statistics
 import sys
 import textwrap
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -87,14 +88,13 @@ def logged(folder: Path) -> dict[str, list[tuple[float, float]]]:
     file = folder / "log.jsonl"
     if not file.is_file():
         raise FileNotFoundError(f"{file} not found: {folder} is not a run folder")
-    found: dict[str, list[tuple[float, float]]] = {}
-    for line in file.read_text(encoding="utf-8").splitlines():
-        record = json.loads(line)
+    series = defaultdict(list)
+    for record in map(json.loads, file.read_text(encoding="utf-8").splitlines()):
         kind, step = record.pop("kind"), record.pop("step")
         for name, value in record.items():
             if math.isfinite(value):
-                found.setdefault(f"{kind}: {name}", []).append((step, value))
-    return found
+                series[f"{kind}: {name}"].append((step, value))
+    return series
 
 
 def curves(runs: dict[str, Path], kinds: tuple[str, ...] = ("valid", "train")):
@@ -106,8 +106,8 @@ def curves(runs: dict[str, Path], kinds: tuple[str, ...] = ("valid", "train")):
         raise ValueError(f"nothing is logged yet in {', '.join(map(str, runs.values()))}")
     figure, axes = canvas(names, columns=3, size=(4.6, 3.2))
     for name, axis in zip(names, axes):
-        for n, log in enumerate(logs.values()):
-            axis.plot(*zip(*log.get(name, [(math.nan, math.nan)])), marker=".", color=f"C{n}")
+        for log in logs.values():
+            axis.plot(*zip(*log.get(name, [(math.nan, math.nan)])), marker=".")
         axis.set_xlabel("step")
     figure.legend(axes[0].lines, logs, loc="outside lower center", ncols=3)
     return figure
@@ -124,11 +124,11 @@ def skill(runs: dict[str, Path]):
                               "from one validation to the next; the last has its step)"],
                              size=(8.4, 5.6))
     for n, (name, log) in enumerate(tracked.items()):
-        first = summarise(read_json(runs[name] / "results.json")["before"])
-        first = first[overall(first)]
-        points = [tuple(100 * first.get(way, [0.0])[0] for way in ("tool", "direct"))]
-        points += [(100 * tool, 100 * direct) for (_, tool), (_, direct)
-                   in zip(log["valid: tool"], log["valid: direct"])]
+        table = summarise(read_json(runs[name] / "results.json")["before"])
+        before = [table[overall(table)].get(way, [0.0])[0] for way in ("tool", "direct")]
+        points = [before, *([tool, direct] for (_, tool), (_, direct)
+                            in zip(log["valid: tool"], log["valid: direct"]))]
+        points = [(100 * tool, 100 * direct) for tool, direct in points]
         axis.plot(*points[0], marker="*", markersize=18, color="black", linestyle="", zorder=3,
                   label="" if n else "before training")
         axis.plot(*zip(*points), marker="o", linestyle="", color=f"C{n}", label=name)
@@ -204,17 +204,20 @@ def embedding_maps(pairs: dict, examples: Sequence[Example], known: dict):
 
     pairs: name -> (h^_R, h_R) of these examples; known: name -> probes.knowledge.
     """
-    groups = probes.groups_of(examples)
+    from sklearn.manifold import TSNE
+
+    groups, count = probes.groups_of(examples), len(examples)
+    tsne = TSNE(perplexity=min(30.0, (2 * count - 1) / 3), init="pca", random_state=0)
     titles = [f"{name}\nright h_R is the nearest: {known[name]['retrieval']:.1%} (chance "
               f"{known[name]['retrieval_chance']:.1%})\nseparation of groups: h^_R "
               f"{known[name]['h^_R']['separation']:.2f}, h_R {known[name]['h_R']['separation']:.2f}"
               for name in pairs]
     figure, axes = canvas(titles, columns=2, size=(6.4, 5.0))
     for axis, pair in zip(axes, pairs.values()):
-        points = probes.tsne(F.normalize(torch.cat(pair), dim=1)).view(2, len(examples), 2)
+        points = tsne.fit_transform(F.normalize(torch.cat(pair), dim=1).numpy())
         for n, group in enumerate(dict.fromkeys(groups)):
             rows = [i for i, other in enumerate(groups) if other == group]
-            for view, marker in zip(points[:, rows], "x."):
+            for view, marker in zip(points.reshape(2, count, 2)[:, rows], "x."):
                 axis.scatter(*view.T.tolist(), marker=marker, s=34, color=f"C{n}",
                              label=group if marker == "." else None)
         axis.set(xticks=[], yticks=[], xlabel="t-SNE 1", ylabel="t-SNE 2")

@@ -1,6 +1,6 @@
 """What do h^_R and h_R encode? Embeddings of a run's examples, linear probes, nearest neighbours.
 
-scikit-learn, an optional package, is imported only where it fits a probe or draws a map.
+scikit-learn, an optional package, is imported only where it is used.
 Letters: n examples, D hidden size, K predictor tokens.
 """
 
@@ -76,20 +76,12 @@ def separation(h: Tensor, groups: list[str]) -> float:
     return float(silhouette_score(h.numpy(), groups, metric="cosine"))
 
 
-def tsne(h: Tensor) -> Tensor:
-    """A map in two dimensions by t-SNE: (n, D) -> (n, 2)."""
-    from sklearn.manifold import TSNE
-
-    model = TSNE(perplexity=min(30.0, (len(h) - 1) / 3), init="pca", random_state=0)
-    return torch.from_numpy(model.fit_transform(h.numpy()))
-
-
 def groups_of(examples: Sequence[Example]) -> list[str]:
     """The task of each example, or, if there is one task, the answer; the rarest are "other"."""
     tasks = [example.task for example in examples]
     names = tasks if len(set(tasks)) > 1 else [example.answer for example in examples]
-    kept = [name for name, _ in Counter(names).most_common(9 if len(set(names)) > 10 else 10)]
-    return [name if name in kept else "other" for name in names]
+    frequent = dict(Counter(names).most_common(9 if len(set(names)) > 10 else 10))
+    return [name if name in frequent else "other" for name in names]
 
 
 def knowledge(pair: tuple[Tensor, Tensor], examples: Sequence[Example]) -> dict:
@@ -99,25 +91,26 @@ def knowledge(pair: tuple[Tensor, Tensor], examples: Sequence[Example]) -> dict:
     `chance` is the share of its most frequent answer.
     """
     tasks, groups = [example.task for example in examples], groups_of(examples)
-    probed = Counter(tasks).most_common(1)[0][0]
-    rows = [n for n, task in enumerate(tasks) if task == probed]
+    (task, count), = Counter(tasks).most_common(1)
+    rows = [n for n, other in enumerate(tasks) if other == task]
     answers = [examples[n].answer for n in rows]
     calls = [CALL.search(examples[n].texts[0]) for n in rows]
-    places = [[float(x) for x in call[2].split()] for call in calls if call]
+    places = [[float(x) for x in call[2].split()] if call else [] for call in calls]
+    probes = {}
+    if len(set(tasks)) > 1:
+        probes["task"] = range(len(tasks)), tasks
+    if count >= MINIMUM and len(set(answers)) > 1:
+        probes["answer"] = rows, answers
     # every call must have as many numbers as the others
-    placed = len(places) == len(rows) and len(set(map(len, places))) == 1 and len(places[0]) > 0
-    found, enough = {}, len(rows) >= MINIMUM
+    if count >= MINIMUM and len(set(map(len, places))) == 1 and places[0]:
+        probes["place_r2"] = rows, torch.tensor(places)
+    numbers = {}
     for name, h in zip(("h^_R", "h_R"), pair):
-        found[name] = dict(separation=separation(h, groups))
-        if len(set(tasks)) > 1:
-            found[name]["task"] = probe(h, tasks)
-        if enough and len(set(answers)) > 1:
-            found[name]["answer"] = probe(h[rows], answers)
-        if enough and placed:
-            found[name]["place_r2"] = probe(h[rows], torch.tensor(places))
-    found["probed"] = dict(task=probed, examples=len(rows),
-                           chance=Counter(answers).most_common(1)[0][1] / len(rows))
-    return found | losses.collapse_gauges(*pair)
+        numbers[name] = dict(separation=separation(h, groups)) | {
+            value: probe(h[list(part)], values) for value, (part, values) in probes.items()}
+    chance = Counter(answers).most_common(1)[0][1] / count
+    numbers["probed"] = dict(task=task, examples=count, chance=chance)
+    return numbers | losses.collapse_gauges(*pair)
 
 
 def neighbours(prediction: Tensor, targets: Tensor, examples: Sequence[Example],
@@ -125,12 +118,10 @@ def neighbours(prediction: Tensor, targets: Tensor, examples: Sequence[Example],
     """The four rows of targets (m, D) nearest to each h^_R (n, D) by cosine, and how often the
     nearest has the right task, and the right task and answer. library: the m examples."""
     scores = F.normalize(prediction, dim=1) @ F.normalize(targets, dim=1).T  # (n, m)
-    nearest = scores.topk(min(4, len(library))).indices.tolist()
-    numbers = {}
-    for name, fields in (("task", ("task",)), ("answer", ("task", "answer"))):
-        own, other = ([[getattr(example, field) for field in fields] for example in one]
-                      for one in (examples, library))
-        right = sum(one == other[first] for one, (first, *_) in zip(own, nearest)) / len(own)
-        chance = sum(other.count(one) for one in own) / (len(own) * len(other))
-        numbers[name] = dict(nearest=right, chance=chance)
+    nearest, numbers = scores.topk(min(4, len(library))).indices.tolist(), {}
+    for name, key in (("task", lambda ex: ex.task), ("answer", lambda ex: (ex.task, ex.answer))):
+        keys, others = [*map(key, examples)], [*map(key, library)]
+        right = sum(one == others[first] for one, (first, *_) in zip(keys, nearest))
+        chance = sum(map(others.count, keys)) / (len(keys) * len(others))
+        numbers[name] = dict(nearest=right / len(keys), chance=chance)
     return nearest, numbers

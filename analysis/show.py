@@ -72,34 +72,38 @@ class Printer:
         """Runs of tokens with which the same is done; image tokens and injected ones in a line."""
         texts = [self.tokenizer(self.images[key].text, add_special_tokens=False).input_ids
                  for key in view.images]
-        shown = iter([key for key, ids in zip(view.images, texts) for id in ids
-                      if id == self.image_id])
-        kinds = [(next(shown) if id == self.image_id else None, n in view.inject_at,
+        keys = iter([key for key, ids in zip(view.images, texts)
+                     for _ in range(ids.count(self.image_id))])
+        kinds = [(next(keys) if id == self.image_id else None, n in view.inject_at,
                   view.labels[n] != -100, n in self.marks[name]) for n, id in enumerate(view.ids)]
         for kind, run in groupby(range(len(kinds)), kinds.__getitem__):
-            first, (image, injected, supervised, embedding) = next(run), kind
-            words = " ".join(self.word(view.ids[n]) for n in (first, *run))
-            lines = textwrap.wrap(words, 85, break_long_words=False, break_on_hyphens=False)
+            rows, (image, injected, supervised, embedding) = [*run], kind
+            words = [self.word(view.ids[n]) for n in rows]
             if injected or image is not None:
-                lines = [self.counted(view, image, first, len(words.split()))]
-            for line in lines:
-                size = len((line if len(lines) > 1 else words).split())
+                lines = [(len(words), self.counted(view, image, rows))]
+            else:
+                lines = [(len(line.split()), line) for line in textwrap.wrap(
+                    " ".join(words), 85, break_long_words=False, break_on_hyphens=False)]
+            first = rows[0]
+            for size, line in lines:
                 place = f"{first}-{first + size - 1}" if size > 1 else f"{first}"
                 line = f"{'s' if supervised else ' '} {place:>9}  {line}"
                 line += {"input": "  <- h^_R", "target": "  <- h_R"}[name] if embedding else ""
                 yield f"\033[32m{line}\033[0m" if self.green and supervised else line
                 first += size
 
-    def counted(self, view: View, image: str | None, first: int, count: int) -> str:
-        what = "[PRED]" if "input" in self.views else "latent"
+    def counted(self, view: View, image: str | None, rows: list[int]) -> str:
+        """Tokens of an image, or injected ones, in place of their words."""
+        text = "[PRED]" if "input" in self.views else "latent"
         if image is not None:
-            what, grid = self.word(self.image_id), self.images[image].grid
-            what += f", image {list(self.images).index(image)}"
-            what += f", {grid[1]} x {grid[2]} patches" if grid else ""
+            grid = self.images[image].grid
+            text = f"{self.word(self.image_id)}, image {list(self.images).index(image)}"
+            text += f", {grid[1]} x {grid[2]} patches" if grid else ""
         batch, grids = collate([view], 0), [self.images[key].grid for key in view.images]
-        positions = self.family.positions(batch.ids, batch.mask, grids)[:, 0, first:first + count]
-        rows = [f"{row[0]}-{row[-1]}" for row in positions.tolist()]  # A of them
-        return f"{count} x {what}, positions {' / '.join(rows if len(set(rows)) > 1 else rows[:1])}"
+        positions = self.family.positions(batch.ids, batch.mask, grids)[:, 0, rows]
+        axes = [f"{axis[0]}-{axis[-1]}" for axis in positions.tolist()]
+        axes = axes if len(set(axes)) > 1 else axes[:1]
+        return f"{len(rows)} x {text}, positions {' / '.join(axes)}"
 
     def word(self, id: int) -> str:
         """A token as text without blanks; where it is no whole text, as the vocabulary has it."""

@@ -17,6 +17,10 @@ def mean_std(values: list[float], digits: int = 1) -> str:
     return f"{statistics.mean(values):.{digits}f}{spread}"
 
 
+def change_text(mean: float, half: float) -> str:
+    return f"{mean:+.1f} [{mean - half:+.1f}, {mean + half:+.1f}]"
+
+
 def table_of(head: list[str], rows: list[list[str]]) -> str:
     """Markdown."""
     lines = [f"| {' | '.join(cells)} |" for cells in (head, *rows)]
@@ -24,8 +28,8 @@ def table_of(head: list[str], rows: list[list[str]]) -> str:
 
 
 def paired_difference(ours: list[float], theirs: list[float]) -> tuple[float, float] | None:
-    """Mean of the differences and the half width of its 95% interval (t over seeds); None below two
-    pairs."""
+    """Mean of the differences and the half width of its 95% interval (t over seeds); None for
+    fewer than two pairs."""
     gaps = [a - b for a, b in zip(ours, theirs, strict=True)]
     if len(gaps) < 2:
         return None
@@ -132,39 +136,40 @@ def systems(runs: dict[str, dict], reference: str, names: dict[str, str] | None)
         rows.append(row_of("no fine-tuning", "direct", {0: dict(answers=first["before"])}, {}))
     for name, seeds in groups.items():
         method = next(iter(seeds.values()))["config"]["method"]
-        own = "latent" if "recon" in method.split("+") else "direct"
-        against = groups.get(reference, {}) if name != reference else {}
-        rows.append(row_of(name, own, seeds, against))
+        way = "latent" if "recon" in method.split("+") else "direct"
+        against = {} if name == reference else groups.get(reference, {})
+        rows.append(row_of(name, way, seeds, against))
         # explicit tool use is another system: the same model, asked in another way
         if any("call_right" in r for run in seeds.values() for r in run["answers"]):
             rows.append(row_of(f"{name} + tools", "call", seeds, {}))
     return rows
 
 
-def row_of(name: str, own: str, seeds: dict[int, dict], against: dict[int, dict]) -> dict:
+def percent(tables: dict[int, dict], task: str, way: str) -> list[float]:
+    """Accuracies of the seeds that have some. tables: seed -> `summarise`."""
+    return [100 * table[task][way][0] for table in tables.values() if way in table.get(task, {})]
+
+
+def row_of(name: str, way: str, seeds: dict[int, dict], against: dict[int, dict]) -> dict:
     """A system's row, from its runs by seed and those of the arm that it is compared with.
 
-    own: the way in which the system answers: direct; latent for recon; call for explicit tool use.
-    A reconstruction arm within 10 points of guessing is not compared.
+    way: in which the system answers: direct; latent for recon; call for explicit tool use. A
+    reconstruction arm within 10 points of guessing is not compared.
     """
-    tables = {seed: summarise(run["answers"]) for seed, run in seeds.items()}
+    tables, others = ({seed: summarise(run["answers"]) for seed, run in group.items()
+                       if seed in seeds} for group in (seeds, against))
     one = next(iter(tables.values()))
     total = overall(one)
-
-    def percent(task: str, way: str) -> list[float]:
-        return [100 * t[task][way][0] for t in tables.values() if way in t.get(task, {})]
-
-    row = dict(system=name, way=own, seeds=len(seeds), total=total, own=percent(total, own),
-               direct=percent(total, "direct"), tool=percent(total, "tool"),
+    row = dict(system=name, way=way, seeds=len(seeds), total=total, own=percent(tables, total, way),
+               direct=percent(tables, total, "direct"), tool=percent(tables, total, "tool"),
                chance=100 * one[total]["chance"],
-               tasks={task: percent(task, own) for task in one if task != total})
-    row["compared"] = own != "latent" or statistics.mean(row["own"]) > row["chance"] + 10
-    both = sorted(seeds.keys() & against.keys())
-    if both and row["compared"]:
-        theirs = [100 * summarise(against[seed]["answers"])[total]["direct"][0] for seed in both]
-        ours = [100 * tables[seed][total][own][0] for seed in both]
-        row["difference"] = paired_difference(ours, theirs)
-    costs = [r["cost"][own] for run in seeds.values() for r in run["answers"] if own in r["cost"]]
+               tasks={task: percent(tables, task, way) for task in one if task != total})
+    row["compared"] = way != "latent" or statistics.mean(row["own"]) > row["chance"] + 10
+    if others and row["compared"]:
+        row["difference"] = paired_difference(
+            percent({seed: tables[seed] for seed in others}, total, way),
+            percent(others, total, "direct"))
+    costs = [r["cost"][way] for run in seeds.values() for r in run["answers"] if way in r["cost"]]
     row["cost"] = {k: statistics.mean(c[k] for c in costs) for k in ("tokens", "images", "passes")}
     row["cost"]["failed"] = sum("failed" in c for c in costs) / len(costs)
     return row
@@ -177,18 +182,17 @@ def markdown(rows: list[dict], reference: str) -> str:
     head = ["system", "seeds", *(f"`{task}`" + (" (held out)" if task == HELD_OUT else "")
                                  for task in tasks), total, f"{total} - {reference} [95%]",
             "with the expert's tool", "tokens", "images", "passes"]
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    lines, count = [], 0
     for row in rows:
-        gap, difference = row.get("difference"), "-" if row["compared"] else "guesses"
-        if gap:
-            difference = f"{gap[0]:+.1f} [{gap[0] - gap[1]:+.1f}, {gap[0] + gap[1]:+.1f}]"
-        cells = [row["system"], str(row["seeds"]),
-                 *(mean_std(row["tasks"][t]) if row["tasks"].get(t) else "-" for t in tasks),
-                 mean_std(row["own"]), difference, mean_std(row["tool"]) if row["tool"] else "-",
-                 *(f"{row['cost'][k]:.1f}" for k in ("tokens", "images", "passes"))]
-        lines.append("| " + " | ".join(cells) + " |")
-    if count := sum(bool(row.get("difference")) for row in rows):
-        lines += ["", f"Comparisons with {reference}: {count}. Each difference is paired by seed, "
-                  "with a 95% interval by t over seeds; of twenty such intervals about one misses "
-                  "the true difference."]
-    return "\n".join(lines)
+        difference = "-" if row["compared"] else "guesses"
+        if row.get("difference"):
+            difference, count = change_text(*row["difference"]), count + 1
+        cells = [mean_std(values) if values else "-" for values in (
+            *(row["tasks"].get(task) for task in tasks), row["own"], row["tool"])]
+        lines.append([row["system"], str(row["seeds"]), *cells[:-1], difference, cells[-1],
+                      *(f"{row['cost'][k]:.1f}" for k in ("tokens", "images", "passes"))])
+    if not count:
+        return table_of(head, lines)
+    return (f"{table_of(head, lines)}\n\nComparisons with {reference}: {count}. Each difference is "
+            "paired by seed, with a 95% interval by t over seeds; of twenty such intervals about "
+            "one misses the true difference.")

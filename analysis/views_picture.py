@@ -27,7 +27,7 @@ class ViewsPicture:
         self.draw = ImageDraw.Draw(self.sheet)
         plan, call = example.texts[0].split(" [")
         reading, answer = example.texts[-1].split(" Answer")
-        self.example, self.contents = example, dict(
+        self.answer, self.contents = example.answer, dict(
             I0=opened(example.image), Q="\n".join(textwrap.wrap(example.question, 14)),
             T1=f"{plan}\n[{call}\n<|im_end|>", I1=opened(example.images[1]),
             T2=f"{reading}\nAnswer{answer}\n<|im_end|>")
@@ -66,5 +66,5 @@ class ViewsPicture:
         self.draw.text((20, 566), "L = L_VLM + lambda (L_JEPA + L_NextLat)   (Eq. 4)", fill="black",
                        font=self.bold)
         self.row(644, "Inference <I0, Q>: the plain VLM; no tool, no [PRED]", "I0 Q",
-                 f'behind "Answer:" the\nlikeliest option: {self.example.answer}')
+                 f'behind "Answer:" the\nlikeliest option: {self.answer}')
         return self.sheet
