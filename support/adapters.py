@@ -89,7 +89,7 @@ def read_adapter(folder: Path, lm: nn.Module, path: str) -> Adapter:
     alpha, rank = config.get("lora_alpha"), config.get("r")
     if not isinstance(alpha, int | float) or not isinstance(rank, int) or rank < 1:
         raise ValueError(f"{file} describes no LoRA of PEFT (lora_alpha {alpha!r}, r {rank!r})")
-    file, known, pairs = folder / "adapter_model.safetensors", lm.state_dict(), {}
+    file, state, pairs = folder / "adapter_model.safetensors", lm.state_dict(), {}
     # an adapter may have the names of an older transformers, which renames them in checkpoints too
     renamings = [r for r in get_model_conversion_mapping(lm) if isinstance(r, WeightRenaming)]
     # the tensors say which layers have a pair: target_modules may be a pattern
@@ -99,7 +99,7 @@ def read_adapter(folder: Path, lm: nn.Module, path: str) -> Adapter:
             raise ValueError(f"{file} holds {key}, which is no low-rank pair of a linear layer: "
                              "merge that adapter with PEFT's merge_and_unload")
         name, _ = rename_source_key(f"{match[1]}.weight", renamings, [], lm.base_model_prefix,
-                                    known)
+                                    state)
         pairs.setdefault(name, {})[match[2]] = tensor
     for name, pair in pairs.items():
         sizes = {part: tuple(tensor.shape) for part, tensor in pair.items()}

@@ -29,10 +29,10 @@ class AnswerForm(NamedTuple):
 
 def form_of(last_text: str, answer: str, prefix: str) -> AnswerForm | None:
     """How this text writes its answer; None if it does not end in it ("-5" does not end in 5)."""
-    found = re.search(rf"(?i)({OPENED}{_pattern(prefix)})((?:{TAG}|{COMMAND}|\W)*?)"
+    match = re.search(rf"(?i)({OPENED}{_pattern(prefix)})((?:{TAG}|{COMMAND}|\W)*?)"
                       rf"({_pattern(answer)})((?:{TAG}|\W)*)$", last_text)
-    bare = found and normalise("".join(found.groups()[1:])) == normalise(found[3])
-    return AnswerForm(found[1], found[2], found[4]) if bare else None
+    bare = match and normalise("".join(match.groups()[1:])) == normalise(match[3])
+    return AnswerForm(match[1], match[2], match[4]) if bare else None
 
 
 def default_form(prefix: str) -> AnswerForm:
@@ -70,14 +70,14 @@ def says(text: str, options: list[str], prefix: str) -> int | None:
 
 def option_index(text: str, options: list[str]) -> int | None:
     """The one option that the text is: normalised, without case unless two differ by it alone."""
-    said, *names = (normalise(words) for words in (text, *options))
+    reply, *names = (normalise(words) for words in (text, *options))
     if len({name.casefold() for name in names}) == len(set(names)):
-        said, *names = (name.casefold() for name in (said, *names))
-    (letter, words), *parts = [(LETTER.findall(name) or [("", name)])[0] for name in (said, *names)]
+        reply, *names = (name.casefold() for name in (reply, *names))
+    (letter, words), *parts = [(LETTER.findall(n) or [("", n)])[0] for n in (reply, *names)]
     # "B" and "blue" are "B. blue", and "B. blue" is "B", but "B. red" is not "B. blue"
-    found = [n for n, (own, rest) in enumerate(parts) if said and letter in ("", own)
-             and (words == rest or letter and (not words or not rest and words not in names))]
-    return found[0] if len(found) == 1 else None
+    matches = [n for n, (label, rest) in enumerate(parts) if reply and letter in ("", label)
+               and (words == rest or letter and (not words or not rest and words not in names))]
+    return matches[0] if len(matches) == 1 else None
 
 
 def contains(text: str, answer: str) -> bool:
@@ -99,8 +99,8 @@ def normalise(text: str) -> str:
     plain = re.sub(r"(?<=\d)(?<!\d{4}),(?=\d{3}(?!\d))", "", plain)
     plain = re.sub(r"(?<![\w.,:/])(\d+\.(?!\d{3}(?!\d))\d*?)0+(?!\.?\d)", r"\1", plain)
     tokens = TOKEN.findall(plain)
-    kept = [n for n, t in enumerate(tokens) if t[1:] or t in "%‰-" or category(t)[0] != "P"]
-    return " ".join(tokens[kept[0]:kept[-1] + 1]).replace("- ", "-") if kept else text.strip()
+    words = [n for n, t in enumerate(tokens) if t[1:] or t in "%‰-" or category(t)[0] != "P"]
+    return " ".join(tokens[words[0]:words[-1] + 1]).replace("- ", "-") if words else text.strip()
 
 
 def _pattern(words: str) -> str:

@@ -133,17 +133,17 @@ class Chat:
 
     def _speech(self, turn: str, words: str, start: int) -> Speech:
         """The place of the words in an assistant's turn that begins at `start`."""
-        # counted from the end of the turn, because a template may pad its beginning
-        first = len(turn) - len(self.ending) - len(words)
-        opening = turn[:max(0, first)]
-        if opening + words + self.ending != turn or opening.strip() != self.header.strip():
+        # from the end of the turn, because a template may pad its beginning
+        opening = turn.removesuffix(words + self.ending)
+        if opening == turn or opening.strip() != self.header.strip():
             raise ValueError(f"the model's chat template changes the assistant's text {words!r} "
                              f"to {turn!r}; give the checkpoint another chat_template.jinja")
         # a blank between header and words belongs to the words: the model has to write it
-        begins = len(self.header) if opening.startswith(self.header) else first
+        header = self.header if opening.startswith(self.header) else opening
         # blanks behind the words too: the end-of-turn token begins after them
         blanks = len(self.ending) - len(self.ending.lstrip())
-        return Speech(start + begins, start + first, start + first + len(words) + blanks)
+        first = start + len(opening)
+        return Speech(start + len(header), first, first + len(words) + blanks)
 
     # ---- checks, each a ValueError with one sentence ----
 

@@ -27,8 +27,8 @@ def one_sentence(start: str):
     try:
         yield
     except Exception as error:  # foreign files and templates can fail in every way
-        first = str(error).strip().split("\n")[0]
-        raise ValueError(f"{start} ({type(error).__name__}: {first})") from None
+        line = str(error).strip().split("\n")[0]
+        raise ValueError(f"{start} ({type(error).__name__}: {line})") from None
 
 
 class Family:
@@ -182,16 +182,16 @@ class Family:
     def features(self, images: list[dict[str, Tensor]]) -> list[Tensor]:
         """Features (S, P, D) of each image from its `inputs`; S = 1 but in Qwen3-VL."""
         # one at a time, because sizes and numbers of tiles differ
-        outputs = [self.lm.model.get_image_features(**self._joined([image]), return_dict=True)
+        outputs = [self.lm.model.get_image_features(**self._batch([image]), return_dict=True)
                    for image in images]
         width = self.lm.config.text_config.hidden_size
         # a tensor, or a list with one for each tile
         return [torch.cat(list(out.pooler_output)).reshape(1, -1, width) for out in outputs]
 
-    def _joined(self, images: list[dict[str, Tensor]]) -> BatchFeature:
-        joined = {key: torch.cat([image[key] for image in images]) for key in images[0]}
+    def _batch(self, images: list[dict[str, Tensor]]) -> BatchFeature:
+        tensors = {key: torch.cat([image[key] for image in images]) for key in images[0]}
         # whole numbers keep their dtype
-        return BatchFeature(joined).to(self.lm.device, self.lm.dtype)
+        return BatchFeature(tensors).to(self.lm.device, self.lm.dtype)
 
     def positions(self, ids: Tensor, mask: Tensor, grids: list) -> Tensor:
         """(A, B, T) from ids and mask (B, T) and the grids of the images in them."""
@@ -214,7 +214,7 @@ class Family:
             return {key: inputs[key] for key in ("inputs_embeds", "attention_mask")}
         is_image = (batch.ids == self.lm.config.image_token_id).long()
         return dict(input_ids=batch.ids, attention_mask=batch.mask.long(),
-                    **dict.fromkeys(self.types, is_image), **self._joined(pixels))
+                    **dict.fromkeys(self.types, is_image), **self._batch(pixels))
 
 
 class QwenProcessor(Qwen2VLProcessor):
@@ -258,7 +258,7 @@ class QwenFamily(Family):
 
     def features(self, images: list[dict[str, Tensor]]) -> list[Tensor]:
         # all in one call; each level is a tuple with (P, D) of each image
-        out = self.lm.model.get_image_features(**self._joined(images), return_dict=True)
+        out = self.lm.model.get_image_features(**self._batch(images), return_dict=True)
         levels = [out.pooler_output, *getattr(out, "deepstack_features", ())]
         return [torch.stack(image) for image in zip(*levels)]
 
@@ -287,9 +287,9 @@ def load_checkpoint(path: str, dtype: torch.dtype, min_pixels: int | None = None
     whose adapter is then merged. Raises ValueError, one sentence, if it cannot be loaded or served.
     """
     base, adapters = resolve(path)
-    named = base if base == path else f"{base} (the base of {path})"
+    name = base if base == path else f"{base} (the base of {path})"
     # no pickle and no code of the checkpoint: what is downloaded is only data
-    with one_sentence(f"{named}, seen from {Path.cwd()}, cannot be loaded"):
+    with one_sentence(f"{name}, seen from {Path.cwd()}, cannot be loaded"):
         lm, report = AutoModelForImageTextToText.from_pretrained(
             base, dtype=dtype, use_safetensors=True, trust_remote_code=False,
             output_loading_info=True, ignore_mismatched_sizes=True)

@@ -25,8 +25,8 @@ class ShortHelp(argparse.RawDescriptionHelpFormatter):
 
     def _get_help_string(self, action: argparse.Action) -> str:
         # a switch is off and a text is empty unless it is given
-        shown = action.default not in (None, "", False, argparse.SUPPRESS)
-        return f"{action.help} (%(default)s)" if shown else action.help
+        empty = action.default in (None, "", False, argparse.SUPPRESS)
+        return action.help if empty else f"{action.help} (%(default)s)"
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
         # HfArgumentParser takes --lora-rank as well as --lora_rank; one of them is enough here

@@ -31,9 +31,9 @@ def add_branches(full_views, input_views, collate):
                     for view, n in zip(input_views, shared)])
     shared, embed_at = torch.tensor(shared), torch.tensor([view.embed_at for view in input_views])
     in_branch = embed_at >= shared
-    joined = {name: torch.cat([getattr(batch, name), getattr(rest, name)], dim=1)
-              for name in ("ids", "mask", "labels", "inject_at")}
-    return replace(batch, **joined, branch=rest.ids.shape[1], shared=shared,
+    tensors = {name: torch.cat([getattr(batch, name), getattr(rest, name)], dim=1)
+               for name in ("ids", "mask", "labels", "inject_at")}
+    return replace(batch, **tensors, branch=rest.ids.shape[1], shared=shared,
                    embed_at=embed_at + in_branch * (batch.ids.shape[1] - shared))
 
 

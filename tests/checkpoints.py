@@ -51,14 +51,13 @@ def opening(raw: Tokenizer, bos: str) -> Tokenizer:
 
 def sentencepiece(bos: str = "<s>", **parts) -> Tokenizer:
     """<unk>, <s>, </s>, 256 bytes for what no word covers, words."""
-    bpe = trained(models.BPE(unk_token="<unk>"), pre_tokenizers.Metaspace(), trainers.BpeTrainer,
-                  vocab_size=260, initial_alphabet=["▁", *LETTERS])
-    words = sorted(bpe.get_vocab(), key=bpe.get_vocab().get)
-    byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)]
-    words = dict.fromkeys(["<unk>", "<s>", "</s>", *byte_tokens, *words])
-    merges = [tuple(pair) for pair in json.loads(bpe.to_str())["model"]["merges"]]
-    raw = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, merges,
-                               unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    raw = trained(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True),
+                  pre_tokenizers.Metaspace(), trainers.BpeTrainer, vocab_size=516,
+                  special_tokens=["<unk>", "<s>", "</s>", *(f"<0x{n:02X}>" for n in range(256))],
+                  initial_alphabet=["▁", *LETTERS])
+    # afterwards the bytes are ordinary tokens
+    plain = dict(added_tokens=[], pre_tokenizer=None)
+    raw = Tokenizer.from_str(json.dumps(json.loads(raw.to_str()) | plain))
     raw.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(),
                                      decoders.Fuse(), decoders.Strip(" ", 1, 0)])
     for name, part in parts.items():

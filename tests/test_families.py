@@ -100,8 +100,8 @@ def test_ids_are_those_of_the_familys_own_processor(family, tool_images, image_f
         assert whole.text.count(family.closing) == tool_images + (not prompt)
     # of Qwen's processor ours lacks the part for videos; of `size` with old keys it makes nothing
     if "qwen" in family.path and HAVE_TORCHVISION and "old_size" not in family.path:
-        own = transformers.AutoProcessor.from_pretrained(family.path)
-        assert [whole.ids] == own.apply_chat_template(
+        processor = transformers.AutoProcessor.from_pretrained(family.path)
+        assert [whole.ids] == processor.apply_chat_template(
             messages, add_generation_prompt=prompt, tokenize=True,
             processor_kwargs=dict(images=example.images))
 
@@ -152,10 +152,10 @@ def test_which_template_counts(copied):
     whole, template = loaded(folder).render(turns), read_json(folder / OLD)["chat_template"]
     (folder / OLD).unlink()
     assert loaded(folder).render(turns) == whole
-    named = [dict(name="tool_use", template="x"), dict(name="default", template=template)]
-    write(folder / TOKENS, chat_template=named)
+    templates = [dict(name="tool_use", template="x"), dict(name="default", template=template)]
+    write(folder / TOKENS, chat_template=templates)
     assert loaded(folder).render(turns) == whole
-    write(folder / TOKENS, chat_template=named[:1])
+    write(folder / TOKENS, chat_template=templates[:1])
     refused(folder, "has no chat template that writes .*the one called default counts.; restore")
     folder = copied("llava")
     (folder / OLD).unlink()
@@ -276,23 +276,22 @@ def test_of_generation_config_only_the_eos_ids_count(copied):
     write(folder / "generation_config.json", eos_token_id=[7], min_new_tokens=6, max_length=3,
           temperature=9.0, suppress_tokens=[5], num_beams=4, repetition_penalty=0.1)
     family = loaded(folder)
-    own = transformers.GenerationConfig(eos_token_id=[7, family.end_id], pad_token_id=family.end_id,
-                                        do_sample=False)
-    assert family.lm.generation_config.to_diff_dict() == own.to_diff_dict()
+    greedy = transformers.GenerationConfig(eos_token_id=[7, family.end_id], do_sample=False,
+                                           pad_token_id=family.end_id)
+    assert family.lm.generation_config.to_diff_dict() == greedy.to_diff_dict()
 
 
 # ---- states and answers ----
 
 
 def own_inputs(family, ids, images):
-    """What transformers' own model is given: ids, and the processor's pixels."""
-    own = family.processor(text=[family.placeholder * len(images)], images=[images],
-                           return_tensors="pt")
+    """The arguments of transformers' own model: ids, and the processor's pixels."""
+    inputs = family.processor(text=[family.placeholder * len(images)], images=[images],
+                              return_tensors="pt").to(dtype=torch.float64)
     ids = torch.tensor([ids])
     is_image = (ids == family.lm.config.image_token_id).long()
-    own = {key: is_image if key.endswith("token_type_ids") else
-           value.double() if value.is_floating_point() else value for key, value in own.items()}
-    return own | dict(input_ids=ids, attention_mask=torch.ones_like(ids))
+    types = {key: is_image for key in inputs if key.endswith("token_type_ids")}
+    return {**inputs, **types, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
 @torch.no_grad()

@@ -7,11 +7,12 @@ import struct
 
 import numpy as np
 import pytest
-from PIL import Image, PngImagePlugin, TiffImagePlugin
+from PIL import Image, PngImagePlugin
 
 from support.images import few_values, open_image
 
 CORNERS = np.kron([[250, 170], [90, 10]], np.ones((16, 24))).astype(np.uint8)  # 32 x 48, four greys
+WIDE = CORNERS.astype(np.uint16) * 257
 SHOWN = {1: CORNERS, 2: CORNERS[:, ::-1], 3: CORNERS[::-1, ::-1], 4: CORNERS[::-1], 5: CORNERS.T,
          6: np.rot90(CORNERS, -1), 7: CORNERS[::-1, ::-1].T, 8: np.rot90(CORNERS)}
 HEAD = b"Exif\0\0II*\0\x08\0\0\0"
@@ -35,11 +36,11 @@ def written(file, block=b"", **options):
 
 def is_shown_as(file, grey):
     """Size, and the colour in the middle of each quarter, in steps that JPEG does not blur."""
-    shown, wanted = np.asarray(open_image(file, "here").convert("L")).astype(int), np.asarray(grey)
-    quarters = np.s_[wanted.shape[0] // 4::wanted.shape[0] // 2,
-                     wanted.shape[1] // 4::wanted.shape[1] // 2]
-    return shown.shape == wanted.shape and (
-        np.round(shown[quarters] / 80) == np.round(wanted[quarters] / 80)).all()
+    image = np.asarray(open_image(file, "here").convert("L"))
+    height, width = np.shape(grey)
+    middles = [np.round(values[height // 4::height // 2, width // 4::width // 2] / 80)
+               for values in (image, np.asarray(grey))]
+    return image.shape == (height, width) and (middles[0] == middles[1]).all()
 
 
 @pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.webp", "a.mpo"])
@@ -57,12 +58,9 @@ def test_an_orientation_turns_the_picture_and_unreadable_metadata_do_not(tmp_pat
 def test_tiff_files_are_turned_once(tmp_path, mode, compression):
     """Pillow turns them while reading; by name, it maps uncompressed ones with sides swapped."""
     picture = Image.fromarray(CORNERS).convert("RGB")
-    wide = Image.fromarray(CORNERS.astype(np.uint16) * 257)
+    picture = Image.fromarray(WIDE) if mode == "I;16" else picture.convert(mode)
     for value, shown in SHOWN.items():
-        tags = TiffImagePlugin.ImageFileDirectory_v2()
-        tags[0x112] = value
-        chosen = wide if mode == "I;16" else picture.convert(mode)
-        chosen.save(tmp_path / "a.tif", tiffinfo=tags, compression=compression)
+        picture.save(tmp_path / "a.tif", tiffinfo={0x112: value}, compression=compression)
         assert is_shown_as(tmp_path / "a.tif", shown), value
 
 
@@ -74,16 +72,15 @@ def test_metadata_behind_the_pixels_and_in_xml_count(tmp_path):
                                      + content[-12:])  # before IEND
     assert is_shown_as(tmp_path / "a.png", SHOWN[6])
     xmp = '<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF tiff:Orientation="8"/></x:xmpmeta>'
-    words = PngImagePlugin.PngInfo()
-    words.add_itxt("XML:com.adobe.xmp", xmp)
-    for name, options in (("a.png", dict(pnginfo=words)), ("a.jpg", dict(xmp=xmp.encode()))):
+    (texts := PngImagePlugin.PngInfo()).add_itxt("XML:com.adobe.xmp", xmp)
+    for name, options in (("a.png", dict(pnginfo=texts)), ("a.jpg", dict(xmp=xmp.encode()))):
         assert is_shown_as(written(tmp_path / name, **options), SHOWN[8]), name
 
 
 def test_every_kind_of_picture_is_shown_as_a_person_sees_it(tmp_path):
     """Greys of 8 and 16 bits, palettes; the darkest quarter clear, and so white, also when turned;
     values between the steps."""
-    grey, wide = Image.fromarray(CORNERS), Image.fromarray(CORNERS.astype(np.uint16) * 257)
+    grey, wide = Image.fromarray(CORNERS), Image.fromarray(WIDE)
     clear, turned = np.where(CORNERS == 10, 255, CORNERS), dict(exif=exif(6))
     alpha = Image.merge("LA", [grey, Image.fromarray(np.uint8(CORNERS != 10) * 255)])
     for name, picture, options, shown in (
