@@ -33,7 +33,7 @@ from PIL import Image
 from torch import Tensor
 
 import evaluate
-from analysis.tables import arm_of, change_text, mean_std, paired_difference, table_of
+from analysis.tables import arm_of, change_text, difference, mean_std, table_of
 from baselines import reconstruction
 from model import VLM
 from support import answers, run
@@ -301,24 +301,6 @@ def untrained_tests(subject: Subject, questions: Questions) -> Results:
 # ---- the table ----------------------------------------------------------------------------------
 
 
-def gap(ours: list[Marks], theirs: list[Marks]) -> tuple[float, float] | None:
-    """Mean difference in points over the questions that both answered, and half the width of its
-    95% interval: over seeds by Student's t; with one seed over questions.
-
-    ours, theirs: the marks of each seed; a single seed of theirs is compared with each of ours.
-    """
-    theirs = theirs * (len(ours) if len(theirs) == 1 else 1)
-    gaps = [[100 * (mark - other[i]) for i, mark in one.items() if i in other]
-            for one, other in zip(ours, theirs)]
-    if not all(gaps):
-        return None
-    if len(gaps) > 1:
-        return paired_difference([statistics.mean(seed) for seed in gaps], [0.0] * len(gaps))
-    (values,) = gaps
-    spread = statistics.stdev(values) if len(values) > 1 else 0.0
-    return statistics.mean(values), 1.96 * spread / len(values) ** 0.5
-
-
 def compared_with(key: tuple[str, str, str], seeds: list[Results],
                   base: list[Results]) -> list[Marks]:
     """The same question by the base, or with nothing replaced; nothing for the base itself."""
@@ -348,8 +330,8 @@ def table(systems: dict[str, list[Results]], distances: dict[str, int]) -> str:
             if part == "untrained" and test in distances:
                 test += f" ({distances[test]} words apart)"
             other = compared_with(key, seeds, systems.get(BASE, []))
-            if other and (difference := gap([results[key] for results in seeds], other)):
-                change, count = change_text(*difference), count + 1
+            if other and (gap := difference([results[key] for results in seeds], other)):
+                change, count = change_text(*gap), count + 1
             lines.append([name, part, test, measure, str(n), value, change])
     return (f"{table_of(head, lines)}\n\n{count} differences. An interval that holds 0 shows no "
             "difference; one in twenty intervals of 95% misses the true value by chance.")

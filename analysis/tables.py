@@ -1,15 +1,15 @@
 """Tables over runs: a comparison over systems and seeds, of runs that can be compared."""
 
 import json
-import math
 import statistics
 from pathlib import Path
+
+import numpy as np
 
 from support.files import read_json
 from support.tables import HELD_OUT, overall, summarise
 
-# Student's t, two-sided 95%, by degrees of freedom
-T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)
+DRAWS = 2000  # of a bootstrap
 
 
 def mean_std(values: list[float], digits: int = 1) -> str:
@@ -17,8 +17,8 @@ def mean_std(values: list[float], digits: int = 1) -> str:
     return f"{statistics.mean(values):.{digits}f}{spread}"
 
 
-def change_text(mean: float, half: float) -> str:
-    return f"{mean:+.1f} [{mean - half:+.1f}, {mean + half:+.1f}]"
+def change_text(mean: float, low: float, high: float) -> str:
+    return f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"
 
 
 def table_of(head: list[str], rows: list[list[str]]) -> str:
@@ -27,15 +27,25 @@ def table_of(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join([lines[0], "|" + "---|" * len(head), *lines[1:]])
 
 
-def paired_difference(ours: list[float], theirs: list[float]) -> tuple[float, float] | None:
-    """Mean of the differences and the half width of its 95% interval (t over seeds); None for
-    fewer than two pairs."""
-    gaps = [a - b for a, b in zip(ours, theirs, strict=True)]
-    if len(gaps) < 2:
+def difference(ours: list[dict[str, float]],
+               theirs: list[dict[str, float]]) -> tuple[float, float, float] | None:
+    """(mean, low, high) of ours - theirs in points, over the questions that all answered; None
+    without any. The 95% interval is a bootstrap over seeds and questions together.
+
+    ours, theirs: for each seed, question -> 1 if the answer is right; a single seed of theirs is
+    compared with each of ours.
+    """
+    theirs = theirs * (len(ours) if len(theirs) == 1 else 1)
+    shared = [i for i in ours[0] if all(i in marks for marks in (*ours, *theirs))]
+    if not shared:
         return None
-    # beyond the list: Student's t approaches the normal distribution's 1.96
-    t = T95[len(gaps) - 2] if len(gaps) - 2 < len(T95) else 1.96 + 2.4 / (len(gaps) - 1)
-    return statistics.mean(gaps), t * statistics.stdev(gaps) / math.sqrt(len(gaps))
+    gaps = 100 * np.array([[one[i] - other[i] for i in shared]
+                           for one, other in zip(ours, theirs, strict=True)])  # (seeds, questions)
+    seeds, questions = gaps.shape
+    draw = np.random.default_rng(0)
+    means = [gaps[draw.integers(seeds, size=seeds)][:, draw.integers(questions, size=questions)]
+             .mean() for _ in range(DRAWS)]
+    return float(gaps.mean()), *np.quantile(means, (0.025, 0.975)).tolist()
 
 
 def run_name(arm: str, seed: int) -> str:
@@ -150,6 +160,12 @@ def percent(tables: dict[int, dict], task: str, way: str) -> list[float]:
     return [100 * table[task][way][0] for table in tables.values() if way in table.get(task, {})]
 
 
+def marks(run: dict, way: str) -> dict[str, float]:
+    """Question -> 1 if its answer is right, of the trained tasks."""
+    return {r["id"]: r[f"{way}_right"] for r in run["answers"]
+            if r["task"] != HELD_OUT and f"{way}_right" in r}
+
+
 def row_of(name: str, way: str, seeds: dict[int, dict], against: dict[int, dict]) -> dict:
     """A system's row, from its runs by seed and those of the arm that it is compared with.
 
@@ -166,9 +182,9 @@ def row_of(name: str, way: str, seeds: dict[int, dict], against: dict[int, dict]
                tasks={task: percent(tables, task, way) for task in one if task != total})
     row["compared"] = way != "latent" or statistics.mean(row["own"]) > row["chance"] + 10
     if others and row["compared"]:
-        row["difference"] = paired_difference(
-            percent({seed: tables[seed] for seed in others}, total, way),
-            percent(others, total, "direct"))
+        both = sorted(others)
+        row["difference"] = difference([marks(seeds[seed], way) for seed in both],
+                                       [marks(against[seed], "direct") for seed in both])
     costs = [r["cost"][way] for run in seeds.values() for r in run["answers"] if way in r["cost"]]
     row["cost"] = {k: statistics.mean(c[k] for c in costs) for k in ("tokens", "images", "passes")}
     row["cost"]["failed"] = sum("failed" in c for c in costs) / len(costs)
@@ -184,15 +200,15 @@ def markdown(rows: list[dict], reference: str) -> str:
             "with the expert's tool", "tokens", "images", "passes"]
     lines, count = [], 0
     for row in rows:
-        difference = "-" if row["compared"] else "guesses"
+        change = "-" if row["compared"] else "guesses"
         if row.get("difference"):
-            difference, count = change_text(*row["difference"]), count + 1
+            change, count = change_text(*row["difference"]), count + 1
         cells = [mean_std(values) if values else "-" for values in (
             *(row["tasks"].get(task) for task in tasks), row["own"], row["tool"])]
-        lines.append([row["system"], str(row["seeds"]), *cells[:-1], difference, cells[-1],
+        lines.append([row["system"], str(row["seeds"]), *cells[:-1], change, cells[-1],
                       *(f"{row['cost'][k]:.1f}" for k in ("tokens", "images", "passes"))])
     if not count:
         return table_of(head, lines)
     return (f"{table_of(head, lines)}\n\nComparisons with {reference}: {count}. Each difference is "
-            "paired by seed, with a 95% interval by t over seeds; of twenty such intervals about "
-            "one misses the true difference.")
+            "paired by seed and question; its 95% interval is a bootstrap over both, and of twenty "
+            "such intervals about one misses the true difference.")

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from analysis import causal
-from analysis.tables import paired_difference
+from analysis.tables import difference
 from baselines import reconstruction
 from evaluate import Evaluator
 from support.features import load_images
@@ -182,19 +182,18 @@ def marks(text):
 
 def test_gaps_and_the_table_by_hand():
     mine, theirs = marks("1101"), marks("10001")
-    # over a, b, c, d: 0, 100, 0, 100; std 57.735, its interval 1.96 * 57.735 / 2
-    assert causal.gap([mine], [theirs]) == (50, pytest.approx(56.58, abs=0.01))
-    assert causal.gap([mine], [{}]) is None
+    # over a, b, c, d: 0, 100, 0, 100
+    assert difference([mine], [theirs])[0] == 50
     # a single seed of the other is compared with each of ours
     for other in ([theirs], [theirs, theirs]):
-        assert causal.gap([mine, marks("1111")], other) == paired_difference([75, 100], [25, 25])
+        assert difference([mine, marks("1111")], other)[0] == 62.5
     own, zoom = ("image", "as it is", RIGHT), ("untrained", "zoom", RIGHT)
     run = {own: marks("1111"), ("image", "grey", RIGHT): marks("0000"), zoom: marks("10"),
            ("image", "grey", SAME): marks("0001"), ("tool image", "as it is", RIGHT): {}}
     text = causal.table({causal.BASE: [{zoom: marks("11")}], "pearl": [run]}, {"zoom": 0})
     assert "| pearl | image | as it is | right | 4 | 100.0 [51.0, 100.0] |  |" in text
     assert "| grey | right | 4 | 0.0 [0.0, 49.0] | -100.0 [-100.0, -100.0] |" in text
-    assert "| zoom (0 words apart) | right | 2 | 50.0 [9.5, 90.5] | -50.0 [-148.0, +48.0] |" in text
+    assert "| zoom (0 words apart) | right | 2 | 50.0 [9.5, 90.5] | -50.0 [-100.0, +0.0] |" in text
     assert "no question fits" in text and "\n2 differences. An interval that holds 0" in text
     two = causal.table({"pearl": [run, run | {own: marks("1100")}]}, {})
     assert "| as it is | right | 4 | 75.0 +/- 35.4 |  |" in two

@@ -5,11 +5,12 @@ two of one arm and seed have two names; the text says how many comparisons were 
 import json
 import sys
 
+import numpy as np
 import pytest
 
 import evaluate
 from analysis import compare
-from analysis.tables import arms, comparison, paired_difference
+from analysis.tables import arms, comparison, difference
 from support.tables import conclusion, format_table, overall, summarise, wilson
 
 
@@ -29,13 +30,35 @@ def a_run(method, seed, rights, task="crop", **settings):
     return dict(config=config, answers=found, before=answers(rights, task))
 
 
-def test_wilson_interval_and_paired_difference_by_hand():
+def test_wilson_interval_by_hand():
     # n = 10, 8 right: (8 + 1.9208 -+ 1.96 * sqrt(1.6 + 0.9604)) / 13.8416
     assert wilson(8, 10) == pytest.approx((0.49016, 0.94332), abs=1e-4)
     assert wilson(0, 5)[0] == pytest.approx(0) and wilson(5, 5)[1] == pytest.approx(1)
-    # gaps 50 and 25: mean 37.5, std 17.678, t(1) = 12.71, half width 12.71 * 17.678 / sqrt(2)
-    assert paired_difference([75, 75], [25, 50]) == pytest.approx((37.5, 158.875))
-    assert paired_difference([75], [25]) is None
+
+
+def test_the_interval_of_a_difference_is_over_seeds_and_questions():
+    draw = np.random.default_rng(1)
+    ours, theirs = (draw.random((5, 300)) < p for p in (0.6, 0.5))
+
+    def interval(ours, theirs):
+        return difference(*([dict(enumerate(row.astype(int))) for row in one]
+                            for one in (ours, theirs)))
+
+    mean, low, high = interval(ours, theirs)
+    gaps = 100 * (ours.astype(int) - theirs)
+    # with independent answers seeds, questions and their pairs each add the variance of the mean
+    half = 1.96 * (3 * gaps.var() / gaps.size) ** 0.5
+    assert mean == pytest.approx(gaps.mean()) and high - low == pytest.approx(2 * half, rel=0.2)
+    # seeds that differ by as much as this decide alone; so do questions, where seeds are equal
+    one, other = np.ones((2, 300)), np.zeros((2, 300))
+    one[1] = 0
+    assert interval(one, other) == (50, 0, 100)
+    same = np.repeat(ours[:1], 5, axis=0)
+    assert interval(same, same * 0)[1:] == pytest.approx(
+        interval(same[:1], same[:1] * 0)[1:], abs=1.5)
+    # questions that one did not answer do not count
+    assert difference([{"a": 1, "b": 0}], [{"a": 0}]) == (100, 100, 100)
+    assert difference([{"a": 1}], [{}]) is None
 
 
 def test_a_summary_by_hand_has_the_row_all_only_for_several_tasks():
@@ -60,12 +83,13 @@ def test_a_comparison_by_hand():
         "e": a_run("image_first+recon", 0, [0, 0, 0, 1])})
     rows = {row["system"]: row for row in rows}
     assert rows["sft"]["own"] == [25, 50] and rows["pearl"]["own"] == [75, 75]
-    assert rows["pearl"]["difference"] == pytest.approx((37.5, 158.875))
+    # over seeds and questions: 0 1 1 0 and 0 0 1 0 are the gaps
+    assert rows["pearl"]["difference"] == pytest.approx((37.5, 0, 87.5))
     # who guesses is no opponent
     recon = rows["image_first+recon"]
     assert recon["way"] == "latent" and "difference" not in recon
     for cells in ("| system | seeds | `crop` | `crop` - sft [95%] |", "| sft | 2 | 37.5 +/- 17.7 |",
-                  "+recon | 1 | 25.0 | guesses |", "+37.5 [-121.4, +196.4]",
+                  "+recon | 1 | 25.0 | guesses |", "+37.5 [+0.0, +87.5]",
                   "\n\nComparisons with sft: 1. "):
         assert cells in text
     assert comparison({"a": a_run("sft", 0, [1])}, "pearl")[1].count("\n") == 3
