@@ -76,8 +76,8 @@ class Printer:
                      for _ in range(ids.count(self.image_id))])
         kinds = [(next(keys) if id == self.image_id else None, n in view.inject_at,
                   view.labels[n] != -100, n in self.marks[name]) for n, id in enumerate(view.ids)]
-        for kind, rows in groupby(range(len(kinds)), kinds.__getitem__):
-            rows, (image, injected, supervised, embedding) = [*rows], kind
+        for kind, group in groupby(range(len(kinds)), kinds.__getitem__):
+            rows, (image, injected, supervised, embedding) = [*group], kind
             words = " ".join(self.word(view.ids[n]) for n in rows)
             lines = textwrap.wrap(words, 85, break_long_words=False, break_on_hyphens=False)
             sizes, first = [len(line.split()) for line in lines], rows[0]
