@@ -93,7 +93,7 @@ def steps(config: train.Config) -> dict[str, float]:
     sets = {name: train.dataset(method, examples, "train") for name, method in methods.items()}
     trained = {p for method in methods.values() for p in method.parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(trained, lr=0.0)
-    found, names = {name: [] for name in methods}, list(methods)
+    times, names = {name: [] for name in methods}, list(methods)
     order = iter(StepRows(len(examples), config.batch, config.seed))
     for step in range(WARMUP + config.steps):
         rows, turn = next(order), step % len(names)
@@ -104,13 +104,13 @@ def steps(config: train.Config) -> dict[str, float]:
             images = method.encode_images([image for example in batch for image in example.images])
             if name == "cached":
                 method.target(batch, images)
-            found[name].append(one_step(method, batch, optimizer))
+            times[name].append(one_step(method, batch, optimizer))
     print(f"{config.device}, {torch.get_num_threads()} CPU threads, batch {config.batch}, medians "
           f"of {config.steps} rounds\nvariant       ms/step   / SFT   peak GiB")
     numbers: dict[str, float] = {}
-    for name, measured in found.items():
-        ms = statistics.median(ms for ms, _ in measured[WARMUP:])
-        gib = max(gib for _, gib in measured)
+    for name, pairs in times.items():
+        ms = statistics.median(ms for ms, _ in pairs[WARMUP:])
+        gib = max(gib for _, gib in pairs)
         ratio = ms / numbers.get("sft_ms", ms)
         print(f"{name:12s}{ms:9.1f}{ratio:8.2f}{gib:11.2f}")
         numbers |= {f"{name}_ms": ms, f"{name}_over_sft": ratio, f"{name}_gib": gib}

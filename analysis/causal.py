@@ -271,8 +271,8 @@ class Questions(NamedTuple):
 
 def questions_of(config, per_task: int) -> Questions:
     options = vars(config) | dict(train_examples=200, test_per_task=per_task)
-    learned, _, tests = load_splits(SimpleNamespace(**options))
-    texts, tasks = {ex.question for ex in learned[:2000]}, {ex.task for ex in learned}
+    records, _, tests = load_splits(SimpleNamespace(**options))
+    texts, tasks = {ex.question for ex in records[:2000]}, {ex.task for ex in records}
     groups: dict[str, list[Example]] = {}
     for example in tests if config.data else loader.questions("", per_task):
         if example.task not in tasks:
@@ -307,10 +307,9 @@ def compared_with(key: tuple[str, str, str], seeds: list[Results],
     part, test, measure = key
     if part == "untrained":
         return [results[key] for results in base if base is not seeds]
-    own = next(other for other in seeds[0] if other[0] == part)
-    if measure == FOLLOWS:
-        own = part, test, STAYS
-    return [results[own] for results in seeds if measure in (RIGHT, FOLLOWS) and key != own]
+    first = next(other for other in seeds[0] if other[0] == part)
+    reference = {RIGHT: first, FOLLOWS: (part, test, STAYS)}.get(measure, key)
+    return [results[reference] for results in seeds if reference != key]
 
 
 def table(systems: dict[str, list[Results]], distances: dict[str, int]) -> str:

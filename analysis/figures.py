@@ -43,7 +43,7 @@ from support.images import opened
 from support.processes import run_program
 from support.records import Example
 from support.splits import load_splits
-from support.tables import overall, summarise
+from support.tables import HELD_OUT, overall, summarise
 from world import scenes
 
 BASE = "no fine-tuning"
@@ -92,7 +92,8 @@ def logged(folder: Path) -> dict[str, list[tuple[float, float]]]:
     for record in map(json.loads, file.read_text(encoding="utf-8").splitlines()):
         kind, step = record.pop("kind"), record.pop("step")
         for name, value in record.items():
-            if math.isfinite(value):
+            # a line of kind "left out" has a text
+            if isinstance(value, (int, float)) and math.isfinite(value):
                 series[f"{kind}: {name}"].append((step, value))
     return series
 
@@ -113,6 +114,29 @@ def curves(runs: dict[str, Path], kinds: tuple[str, ...] = ("valid", "train")):
     return figure
 
 
+def shrinking(arms: list, alphas: Sequence[float]):
+    """Direct against held-out accuracy, a curve over alpha for each arm (analysis/shrink.py)."""
+    figure, (axis,) = canvas(["Accuracy after shrinking the fine-tuning: W0 + alpha (W - W0)\n"
+                              "(the large marker is alpha 1; hollow: less than 95% of the arm's "
+                              "accuracy with the tool)"], size=(8.4, 5.6))
+    for n, arm in enumerate(arms):
+        ways = dict(held=("direct", True), direct=("direct", False), tool=("tool", False))
+        points = [{name: statistics.mean(arm.accuracies(alpha, way, held_out=held_out))
+                   for name, (way, held_out) in ways.items()} for alpha in alphas]
+        colour = f"C{n}"
+        axis.plot([p["held"] for p in points], [p["direct"] for p in points], color=colour,
+                  label=f"{arm.name} ({len(arm.runs)} seeds)")
+        for alpha, point in zip(alphas, points):
+            skilled = point["tool"] >= 0.95 * points[0]["tool"]
+            axis.plot(point["held"], point["direct"], "o", color=colour,
+                      markersize=10 if alpha == 1 else 6,
+                      markerfacecolor=colour if skilled else "white")
+    axis.set_xlabel(f"accuracy on the held-out task ({HELD_OUT}), %")
+    axis.set_ylabel("direct accuracy on the trained tasks, %")
+    axis.legend()
+    return figure
+
+
 def skill(runs: dict[str, Path]):
     """Direct accuracy against accuracy with the expert's tool, an arrow from each validation to the
     next; None if no run logged both."""
@@ -120,9 +144,9 @@ def skill(runs: dict[str, Path]):
                if {"valid: direct", "valid: tool"} <= (log := logged(folder)).keys()}
     if not tracked:
         return None
-    figure, (axis,) = canvas(["Direct accuracy against tool accuracy over training\n(arrows lead "
-                              "from one validation to the next; the last has its step)"],
-                             size=(8.4, 5.6))
+    title = ("Direct accuracy against tool accuracy over training\n(arrows lead from one "
+             "validation to the next; the last has its step)")
+    figure, (axis,) = canvas([title], size=(8.4, 5.6))
     for n, (name, log) in enumerate(tracked.items()):
         table = summarise(read_json(runs[name] / "results.json")["before"])
         before = [table[overall(table)].get(way, [0.0])[0] for way in ("tool", "direct")]
@@ -231,11 +255,11 @@ def neighbours(nearest: list[list[int]], examples: Sequence[Example], library: S
     """Ten questions, their true tool outputs, and the training trajectories nearest to h^_R. A
     caption is green where the answer is the question's own, else red."""
     columns, cells = 2 + len(nearest[0]), []
-    for own, rows in list(zip(examples, nearest))[:10]:
-        cells += [(own.image, f"{own.task}: {own.question}", "black"),
-                  (own.images[-1], f"true tool output; answer: {own.answer}", "black")]
+    for example, rows in list(zip(examples, nearest))[:10]:
+        cells += [(example.image, f"{example.task}: {example.question}", "black"),
+                  (example.images[-1], f"true tool output; answer: {example.answer}", "black")]
         for rank, other in enumerate((library[i] for i in rows), start=1):
-            color = "tab:green" if other.answer == own.answer else "tab:red"
+            color = "tab:green" if other.answer == example.answer else "tab:red"
             cells.append((other.images[-1], f"nearest {rank}: {other.texts[-1]}", color))
     figure, axes = canvas([""] * len(cells), columns, size=(2.0, 2.3))
     for axis, (picture, caption, color) in zip(axes, cells):
@@ -296,24 +320,24 @@ def all_figures(folders: list[Path], out: Path, per_task: int) -> None:
     first, config = {}, next(iter(configs.values()))
     for name, other in configs.items():
         first.setdefault(other.method.removeprefix("tracked+"), name)
-    learned, _, tests = load_splits(replace(config, test_per_task=per_task))
+    records, _, tests = load_splits(replace(config, test_per_task=per_task))
     tests = [example for example in tests if len(example.images) > 1]
     if len(tests) < probes.MINIMUM:
         raise ValueError(f"{len(tests)} test questions have a trajectory with images, the figures "
                          f"need {probes.MINIMUM}: add records with \"split\": \"test\"")
     # in any order of tasks, so that every picture shows all of them
     random.Random(0).shuffle(tests)
-    library, recon, pearl = list(learned[:1500]), first.get("recon"), None
+    library, recon, pearl = list(records[:1500]), first.get("recon"), None
     if "pearl" in first:
         table = summarise(read_json(runs[first["pearl"]] / "results.json")["answers"])
         pearl = 100 * table[overall(table)]["direct"][0]
     numbers = {}
     with new_folder(out) as partial:
         decoded = configs[recon].decode_latents if recon else 8
-        drawn = {"latents per example": latents_per_example(config, decoded)}
+        figures = {"latents per example": latents_per_example(config, decoded)}
         if recon:
-            drawn["latents decoded"] = latents_decoded(runs[recon], pearl, tests)
-        for name, (figure, numbers[name]) in drawn.items():
+            figures["latents decoded"] = latents_decoded(runs[recon], pearl, tests)
+        for name, (figure, numbers[name]) in figures.items():
             figure.savefig(partial / f"{name.replace(' ', '-')}.png")
         curves(runs, ("valid",)).savefig(partial / "curves.png")
         if figure := skill(runs):

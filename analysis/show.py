@@ -76,16 +76,14 @@ class Printer:
                      for _ in range(ids.count(self.image_id))])
         kinds = [(next(keys) if id == self.image_id else None, n in view.inject_at,
                   view.labels[n] != -100, n in self.marks[name]) for n, id in enumerate(view.ids)]
-        for kind, run in groupby(range(len(kinds)), kinds.__getitem__):
-            rows, (image, injected, supervised, embedding) = [*run], kind
-            words = [self.word(view.ids[n]) for n in rows]
+        for kind, group in groupby(range(len(kinds)), kinds.__getitem__):
+            rows, (image, injected, supervised, embedding) = [*group], kind
+            words = " ".join(self.word(view.ids[n]) for n in rows)
+            lines = textwrap.wrap(words, 85, break_long_words=False, break_on_hyphens=False)
+            sizes, first = [len(line.split()) for line in lines], rows[0]
             if injected or image is not None:
-                lines = [(len(words), self.counted(view, image, rows))]
-            else:
-                lines = [(len(line.split()), line) for line in textwrap.wrap(
-                    " ".join(words), 85, break_long_words=False, break_on_hyphens=False)]
-            first = rows[0]
-            for size, line in lines:
+                lines, sizes = [self.counted(view, image, rows)], [len(rows)]
+            for size, line in zip(sizes, lines):
                 place = f"{first}-{first + size - 1}" if size > 1 else f"{first}"
                 line = f"{'s' if supervised else ' '} {place:>9}  {line}"
                 line += {"input": "  <- h^_R", "target": "  <- h_R"}[name] if embedding else ""
@@ -149,8 +147,8 @@ def main() -> None:
         example = world.examples(config.regime, "train", config.row + 1)[-1]
     print(f"{example.id}: {example.question!r} {example.answer!r}")
     # a method may learn from a record in two ways, or only from its answer
-    for learned in method.records([example], config):
-        print(*Printer(method, config, family, learned).lines(), sep="\n")
+    for record in method.records([example], config):
+        print(*Printer(method, config, family, record).lines(), sep="\n")
 
 
 if __name__ == "__main__":

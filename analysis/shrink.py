@@ -4,31 +4,28 @@
 
 Every run is asked its test and validation questions at each alpha (WiSE-FT, arXiv:2109.01903); with
 LoRA that scales B A. The answers stay in RUN/alphas.json, so a second call asks nothing. Runs whose
-folders differ in the seed alone are one arm. Its alpha is the smallest that keeps 95% of its
-accuracy with the tool on validation. The table has test accuracy at alpha 1 and at that alpha; the
-last column compares the answers with the first arm's, both at their alpha.
+folders differ in the seed alone are one arm; name them in the order of the seeds. An arm's alpha is
+the smallest that keeps 95% of its accuracy with the tool on validation. The table has its test
+accuracy at alpha 1 and at that alpha, and the difference to the first arm at the same alpha.
 """
 
 import argparse
-import re
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # before any other `analysis`
 
-import numpy as np
-
 import evaluate
 from analysis import figures
-from analysis.tables import bootstrap, mean_std
+from analysis.tables import arm_of, change_text, difference, mean_std, table_of
 from support.files import read_json, write_json
 from support.processes import run_program
 from support.splits import test_questions
 from support.tables import HELD_OUT, WAYS
 
 ALPHAS = (1.0, 0.75, 0.65, 0.5, 0.35)
-# (split, task, way) -> 1 or 0 for each question
-Marks = dict[tuple[str, str, str], list[int]]
+# "split/task/way" -> 1 or 0 for each question
+Marks = dict[str, list[int]]
 
 
 def marks_of(run: Path, per_task: int, device: str) -> dict[float, Marks]:
@@ -38,7 +35,7 @@ def marks_of(run: Path, per_task: int, device: str) -> dict[float, Marks]:
     for alpha in ALPHAS:
         if str(alpha) not in stored:
             vlm, config, _ = evaluate.load_model(run, device, alpha=alpha)
-            marks: dict[str, list[int]] = {}
+            marks = stored[str(alpha)] = {}
             for split in ("validation", "test"):
                 questions = test_questions(config, per_task, split)
                 evaluator = evaluate.Evaluator(vlm, questions, config.answer_prefix)
@@ -46,50 +43,47 @@ def marks_of(run: Path, per_task: int, device: str) -> dict[float, Marks]:
                     for way in (way for way in WAYS if f"{way}_right" in record):
                         key = f"{split}/{record['task']}/{way}"
                         marks.setdefault(key, []).append(int(record[f"{way}_right"]))
-            stored[str(alpha)] = marks
             write_json(file, stored)
-    return {alpha: {tuple(key.split("/")): row for key, row in stored[str(alpha)].items()}
-            for alpha in ALPHAS}
+    return {alpha: stored[str(alpha)] for alpha in ALPHAS}
 
 
 class Arm:
-    """The runs of one method by seed."""
+    """The runs of one method, in the order of their seeds."""
 
     def __init__(self, name: str, runs: list[dict[float, Marks]]):
         self.name, self.runs = name, runs
 
     def marks(self, alpha: float, way: str, split: str = "test",
-              held_out: bool = False) -> np.ndarray:
-        """(runs, questions): of the trained tasks, or of the held-out one."""
-        return np.array([sum((row for (one, task, other), row in run[alpha].items() if one == split
-                              and other == way and (task == HELD_OUT) == held_out), [])
-                         for run in self.runs], dtype=float)
+              held_out: bool = False) -> list[dict[int, int]]:
+        """Of each run, question -> mark: of the trained tasks, or of the held-out one."""
+        return [dict(enumerate(mark for key, row in run[alpha].items() for mark in row
+                               if key.startswith(split) and key.endswith(f"/{way}")
+                               and (f"/{HELD_OUT}/" in key) == held_out)) for run in self.runs]
 
     def accuracies(self, alpha: float, way: str, **which) -> list[float]:
-        return (100 * self.marks(alpha, way, **which).mean(axis=1)).tolist()
+        """In %, of each run."""
+        return [100 * sum(marks.values()) / len(marks) for marks in self.marks(alpha, way, **which)]
 
     @property
     def alpha(self) -> float:
         """The smallest that keeps 95% of the accuracy with the tool on validation."""
-        skill = {alpha: self.marks(alpha, "tool", "validation").mean() for alpha in ALPHAS}
+        skill = {alpha: sum(self.accuracies(alpha, "tool", split="validation")) for alpha in ALPHAS}
         return min(alpha for alpha in ALPHAS if skill[alpha] >= 0.95 * skill[1.0])
 
 
 def table(arms: list[Arm]) -> str:
-    lines = ["| arm | runs | alpha | direct | with the tool | free | held out | direct - "
-             f"{arms[0].name} [95%] |", "|" + "---|" * 8]
+    head = ["arm", "runs", "alpha", "direct", "with the tool", "free", "held out",
+            f"direct - {arms[0].name} [95%]"]
+    lines = []
     for arm in arms:
         for alpha in dict.fromkeys((1.0, arm.alpha)):
-            difference = "-"
-            # the first arm is compared with nothing, and only arms of the same seeds are paired
-            if arm is not arms[0] and alpha == arm.alpha and len(arm.runs) == len(arms[0].runs):
-                ours, theirs = (one.marks(one.alpha, "direct") for one in (arm, arms[0]))
-                difference = "{:+.1f} [{:+.1f}, {:+.1f}]".format(*bootstrap(ours, theirs))
             cells = [mean_std(arm.accuracies(alpha, way)) for way in ("direct", "tool", "free")]
             cells.append(mean_std(arm.accuracies(alpha, "direct", held_out=True)))
-            lines.append(f"| {arm.name} | {len(arm.runs)} | {alpha:g} | {' | '.join(cells)} | "
-                         f"{difference} |")
-    return "\n".join(lines)
+            ours, theirs = (one.marks(alpha, "direct")[:len(arm.runs)] for one in (arm, arms[0]))
+            first = arm is arms[0] or len(ours) != len(theirs)
+            change = "-" if first else change_text(*difference(ours, theirs))
+            lines.append([arm.name, str(len(arm.runs)), f"{alpha:g}", *cells, change])
+    return table_of(head, lines)
 
 
 def main() -> None:
@@ -103,14 +97,13 @@ def main() -> None:
     if options.figure:
         figures.need_packages()
         figures.refuse_existing(options.figure)
-    groups: dict[str, list] = {}
-    for run in sorted(options.runs):
-        name = re.sub(r"-seed\d+$", "", run.resolve().name).replace("_", " ")
-        groups.setdefault(name, []).append(marks_of(run, options.per_task, options.device))
-    arms = [Arm(name, runs) for name, runs in groups.items()]
-    print(table(arms))
+    arms: dict[str, Arm] = {}
+    for run in options.runs:
+        arm = arms.setdefault(arm_of(run.resolve().name), Arm(arm_of(run.resolve().name), []))
+        arm.runs.append(marks_of(run, options.per_task, options.device))
+    print(table(list(arms.values())))
     if options.figure:
-        figures.shrinking(arms, ALPHAS).savefig(options.figure)
+        figures.shrinking(list(arms.values()), ALPHAS).savefig(options.figure)
 
 
 if __name__ == "__main__":

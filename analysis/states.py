@@ -5,14 +5,11 @@ the part that all trajectories share, or all of a task, cannot. `shares` measure
 
 `recommended` chooses among the states that --method target_state offers, by a rule that was fixed
 before any run used it: of the layers from the middle on, and of the states that training would not
-call nearly alike (support/run.py; if it would for all, of all), the largest share that depends on
-the answer, above its share by chance; if equal, the later layer, then the earlier position in
-POSITIONS. Earlier layers hold hardly more than the token itself, and the last word is the answer:
-to predict it is to train on bare answers. This is partly so for the last word of later layers too:
-compare a recommended `word` with --method both. The rule does not know how well a state can be
-predicted from <I0, Q>.
-
-Letters: n records, B batch, T sequence, D hidden size.
+call nearly alike (if it would for all, of all), the largest share that depends on the answer, above
+its share by chance; if equal, the later layer, then the earlier position in POSITIONS. Earlier
+layers hold hardly more than the token itself, and the last word is the answer: compare a
+recommended `word` with --method both. The rule does not know how well a state can be predicted
+from <I0, Q>. Letters: n records, B batch, T sequence, D hidden size.
 """
 
 from collections import defaultdict

@@ -37,9 +37,6 @@ SYSTEMS = ["sft", "direct", "recon --latents 4 --decode_latents 4 --lambda_laten
 STEPS = "300"  # of every run, whatever train.py's default is: RESULTS.md's tables are of so many
 
 
-# ---- runs side by side --------------------------------------------------------------------------
-
-
 class Job(NamedTuple):
     """A run of train.py. ask: options of an evaluate.py that then writes the run's asked.json."""
 
@@ -49,13 +46,13 @@ class Job(NamedTuple):
 
 
 def run_one(job: Job, threads: int) -> str:
-    folder, asked, commands, start = job.folder, job.folder / "asked.json", [], time.time()
+    folder, answers, commands, start = job.folder, job.folder / "asked.json", [], time.time()
     if not (folder / "results.json").is_file():
         commands.append(["train.py", *job.options, "--out", str(folder)])
         if folder.exists():
             folder.rename(folder.with_name(f"{folder.name}.interrupted-{time.time_ns()}"))
-    if job.ask and not asked.is_file():
-        commands.append(["evaluate.py", str(folder), "--again", *job.ask, "--json", str(asked)])
+    if job.ask and not answers.is_file():
+        commands.append(["evaluate.py", str(folder), "--again", *job.ask, "--json", str(answers)])
     if not commands:
         return "done before"
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -78,9 +75,6 @@ def run_all(jobs: list[Job], side_by_side: int) -> int:
             failed += result.startswith("FAILED")
             print(f"{n}/{len(jobs)} {job.folder}: {result}", flush=True)
     return failed
-
-
-# ---- what a study runs, and its tables ----------------------------------------------------------
 
 
 def plan(args: argparse.Namespace) -> list[Job]:

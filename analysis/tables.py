@@ -63,19 +63,16 @@ def read_run(folder: Path, split: str = "test") -> dict:
     """config, answers and answers before of a finished run. A study may have asked more questions
     (asked.json): those of another split stand alone, and explicit tool use beside the others."""
     config, file = read_json(folder / "config.json"), folder / "asked.json"
-    asked = read_json(file)["answers"] if file.is_file() else []
+    more = read_json(file)["answers"] if file.is_file() else []
     if split != "test":
-        return dict(config=config, answers=asked)
-    run, calls = read_json(folder / "results.json"), {answer["id"]: answer for answer in asked}
+        return dict(config=config, answers=more)
+    run, calls = read_json(folder / "results.json"), {answer["id"]: answer for answer in more}
     for answer in run["answers"]:
         call = calls.get(answer["id"], {})
         if "call_right" in call:
             answer["call_right"] = call["call_right"]
             answer["cost"]["call"] = call["cost"]["call"]
     return dict(run, config=config)
-
-
-# ---- which runs belong together -----------------------------------------------------------------
 
 
 def arms(configs: dict[str, dict]) -> dict[str, str]:
@@ -106,15 +103,10 @@ def by_seed(runs: dict[str, dict], names: dict[str, str]) -> dict[str, dict[int,
     own, which names it."""
     groups: dict[str, dict[int, dict]] = {}
     for name, run in runs.items():
-        seeds, seed = groups.setdefault(names[name], {}), run["config"]["seed"]
-        if seed in seeds:
-            groups[f"{names[name]} again ({name})"] = {seed: run}
-        else:
-            seeds[seed] = run
+        arm, seed = names[name], run["config"]["seed"]
+        again = seed in groups.get(arm, {})
+        groups.setdefault(f"{arm} again ({name})" if again else arm, {})[seed] = run
     return groups
-
-
-# ---- the table over systems ---------------------------------------------------------------------
 
 
 def comparison(runs: dict[str, dict], reference: str = "sft",

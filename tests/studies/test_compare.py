@@ -2,7 +2,6 @@
 base, training set and set of questions are averaged or subtracted; no run is lost from a table, and
 two of one arm and seed have two names; the text says how many comparisons were made."""
 
-import json
 import sys
 
 import numpy as np
@@ -11,6 +10,7 @@ import pytest
 import evaluate
 from analysis import compare
 from analysis.tables import arms, comparison, difference
+from support.files import read_json, write_json
 from support.tables import conclusion, format_table, overall, summarise, wilson
 
 
@@ -134,20 +134,16 @@ def test_only_runs_of_one_setting_are_compared(name, changed):
 def test_the_program_compares_runs_and_a_checkpoint(tmp_path, monkeypatch, capsys):
     for name, run in dict(a=a_run("sft", 0, [1, 0]), b=a_run("pearl", 0, [1, 1])).items():
         (tmp_path / name).mkdir()
-        for file in ("config", "results"):
-            content = run["config"] if file == "config" else run
-            content = {key: value for key, value in content.items() if key != "config"}
-            (tmp_path / name / f"{file}.json").write_text(
-                json.dumps(content), encoding="utf-8")
-    asked = []
-    monkeypatch.setattr(evaluate, "ask", lambda path, options: asked.append(path) or answers([0]))
+        write_json(tmp_path / name / "config.json", run.pop("config"))
+        write_json(tmp_path / name / "results.json", run)
+    models = []
+    monkeypatch.setattr(evaluate, "ask", lambda path, options: models.append(path) or answers([0]))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["compare.py", "a", "b", "model", "--device", "cpu", "--json",
                                       "all.json", "--markdown", "table.md"])
     compare.main()
-    text = capsys.readouterr().out
-    written = json.loads((tmp_path / "all.json").read_text(encoding="utf-8"))
-    assert asked == ["model"] and written["model"]["table"]["crop"]["direct"][0] == 0
-    assert [row["system"] for row in written["systems"]] == ["no fine-tuning", "sft", "pearl"]
+    text, tables = capsys.readouterr().out, read_json(tmp_path / "all.json")
+    assert models == ["model"] and tables["model"]["table"]["crop"]["direct"][0] == 0
+    assert [row["system"] for row in tables["systems"]] == ["no fine-tuning", "sft", "pearl"]
     table = (tmp_path / "table.md").read_text(encoding="utf-8").strip()
     assert table in text and "| pearl | 1 | 100.0 |" in text

@@ -2,7 +2,6 @@
 runs of several data sets are refused. All but the README's picture is skipped where matplotlib or
 scikit-learn is missing."""
 
-import json
 import sys
 
 import pytest
@@ -13,7 +12,7 @@ import train
 from analysis import figures, probes
 from model import VLM
 from support import run
-from support.files import write_json
+from support.files import read_json, write_json
 from world import scenes
 
 
@@ -47,7 +46,7 @@ def test_probes_separation_and_neighbours_by_hand():
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """A recon and a Pearl run as train.py leaves them, untrained, with two validations."""
-    made, folder = [], tmp_path_factory.mktemp("study")
+    folders, folder = [], tmp_path_factory.mktemp("study")
     for name in ("recon", "pearl"):
         config = train.config_class(name)(method=f"tracked+{name}", device="cpu", lora_rank=4)
         method, out = train.find_method(name)(VLM(config.model), config), folder / f"{name}-seed0"
@@ -59,8 +58,8 @@ def runs(tmp_path_factory):
         for step, (direct, tool) in enumerate(((0.5, 0.25), (0.4, float("nan"))), start=1):
             run.log(out, "valid", dict(step=step, direct=direct, tool=tool, loss=1.0))
             run.log(out, "train", dict(step=step, lr=1e-3))
-        made.append(out)
-    return made
+        folders.append(out)
+    return folders
 
 
 def test_curves_and_skill_show_what_was_logged(runs, tmp_path):
@@ -90,9 +89,8 @@ def test_all_figures_of_two_runs(runs, tmp_path, monkeypatch):
     figures.all_figures(runs, tmp_path / "out", 3)
     assert {file.stem for file in (tmp_path / "out").glob("*.png")} == {
         "latents-per-example", "latents-decoded", "embeddings", "skill", "curves", "neighbours"}
-    text = (tmp_path / "out" / "analyses.json").read_text(encoding="utf-8")
-    numbers = json.loads(text)
-    assert "NaN" not in text and numbers["latents per example"]["single"]["median"] == 16
+    numbers = read_json(tmp_path / "out" / "analyses.json")
+    assert "nan" not in str(numbers) and numbers["latents per example"]["single"]["median"] == 16
     assert list(numbers["latents decoded"]["accuracy"].values()) == pytest.approx(
         [0, 100 / 6, 200 / 6, 400 / 6])
     assert numbers["latents decoded"]["pearson_r"] == pytest.approx(0.982, abs=1e-3)

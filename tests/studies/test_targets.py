@@ -33,12 +33,13 @@ def test_shares_are_those_that_an_embedding_was_made_of():
         task, answer, other = n % 2, n // 2 % 3, n // 6 % 2
         h[n, [0, 1 + task, 3 + answer, 6 + other]] = torch.tensor([3.0, 2.0, 1.0, 0.5])
         records.append(SimpleNamespace(task=f"task {task}", answer=f"{answer}"))
-    found, total = states.shares(7 * h, records), 9 + 4 + 1 + 0.25
+    shares, total = states.shares(7 * h, records), 9 + 4 + 1 + 0.25
     # the mean of each part is common too; the length of the rows does not matter
-    assert found["common"] == pytest.approx((9 + 4 / 2 + 1 / 3 + 0.25 / 2) / total)
-    assert [found[name] * total for name in ("task", "answer", "rest")] == pytest.approx(
+    assert shares["common"] == pytest.approx((9 + 4 / 2 + 1 / 3 + 0.25 / 2) / total)
+    assert [shares[name] * total for name in ("task", "answer", "rest")] == pytest.approx(
         [4 / 2, 2 / 3, 0.25 / 2])
-    assert 0 <= found["answer_by_chance"] < 0.02 * found["answer"]
+    assert 0 <= shares["answer_by_chance"] < 0.02 * shares["answer"]
+    assert shares["above_chance"] == pytest.approx(shares["answer"] - shares["answer_by_chance"])
     records = [SimpleNamespace(task="t", answer=str(n % 2)) for n in range(40)]
     h = torch.tensor([[10.0, 1, 0], [10.0, -1, 0]]).repeat(20, 1)
     row = states.measure({(1, "end"): h}, records)[1, "end"]
@@ -49,9 +50,9 @@ def test_shares_are_those_that_an_embedding_was_made_of():
 def test_the_states_of_the_table_are_those_that_training_would_predict():
     """Each record alone, by transformers' own list of states, and by --method target_state."""
     world, method = scenes.make_world("mixed", "train", 4, seed=3), starting()
-    found, vlm = states.states_of(method, world), method.vlm
+    h_of, vlm = states.states_of(method, world), method.vlm
     last = len(vlm.lm.get_decoder().layers)
-    assert set(found) == {(n, p) for n in range(last + 1) for p in states.POSITIONS}
+    assert set(h_of) == {(n, p) for n in range(last + 1) for p in states.POSITIONS}
     end, image = vlm.tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|image_pad|>"])
     for row, example in enumerate(world):
         [(batch, images)] = states.passes(method, [example])
@@ -61,12 +62,12 @@ def test_the_states_of_the_table_are_those_that_training_would_predict():
         words = [n for n, label in enumerate(view.labels) if label not in (-100, end)]
         at = dict(end=[len(view.ids) - 1], word=words[-1:], words=words,
                   image=[n for n, token in enumerate(view.ids) if token == image])
-        for (layer, position), h in found.items():
+        for (layer, position), h in h_of.items():
             torch.testing.assert_close(h[row], hidden[layer][0, at[position]].mean(dim=0),
                                        rtol=1e-4, atol=1e-4)
     chosen = starting(method="target_state", target_layer=2, target_position="words")
-    torch.testing.assert_close(states.targets_of(chosen, world), found[2, "words"])
-    torch.testing.assert_close(states.targets_of(method, world), found[last, "end"])
+    torch.testing.assert_close(states.targets_of(chosen, world), h_of[2, "words"])
+    torch.testing.assert_close(states.targets_of(method, world), h_of[last, "end"])
     bare = [example.answer_only("Answer:") for example in world[:2]]
     assert {position for _, position in states.states_of(method, bare)} == {"end", "word", "words"}
 
