@@ -159,7 +159,7 @@ def tool_tests(subject: Subject) -> Results:
     """Tool images replaced; plan and calls stay."""
     examples = [ex for ex in subject.examples if len(ex.images) > 1]
     # some families can be shown one image alone
-    if subject.vlm.family.alone_only or not examples:
+    if subject.vlm.family.single_image_only or not examples:
         return {}
     results = {("tool image", "as it is", RIGHT): right(examples, subject.ask(examples, "tool")),
                ("tool image", GUESS, RIGHT): chance(examples)}

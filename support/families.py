@@ -74,7 +74,7 @@ class Family:
         Raises ValueError with the template's own reason."""
         with one_sentence(f"the chat template of {self.path} refuses the conversation"):
             images = sum(part["type"] == "image" for m in messages for part in m["content"])
-            if self.alone_only and images > 1:
+            if self.single_image_only and images > 1:
                 raise ValueError("this model sees an image in another way when others stand beside "
                                  "it: train on bare answers (--method direct), or choose another")
             adapted = []
@@ -105,7 +105,7 @@ class Family:
 
     def _fit_template(self) -> None:
         """Find out which roles the template wants as strings and which token ends a turn."""
-        self.closing, self.alone_only = "", False
+        self.closing, self.single_image_only = "", False
         turns = [dict(role="user", content=[dict(type="image"), dict(type="text", text="Qz4")]),
                  dict(role="assistant", content=[dict(type="text", text="Aq7")])]
         for self.string_roles in ((), ("assistant",), ("assistant", "user")):
@@ -144,8 +144,9 @@ class Family:
         image, token = Image.new("RGB", (60, 44)), self.lm.config.image_token_id
         with one_sentence(f"preprocessor_config.json or tokenizer.json of {self.path} does not fit "
                           "config.json"):
-            # alone_only: an image gets other tokens when others stand beside it
-            self.alone_only = self._replacements([image] * 2) != self._replacements([image]) * 2
+            # some families give an image other tokens when others stand beside it
+            one, two = self._replacements([image]), self._replacements([image] * 2)
+            self.single_image_only = two != one * 2
             ids, spans = self.encode(self.image_text(*image.size)[0] + "x")
             tokens = features = ids.count(token)
             words = set(self.tokenizer.get_vocab().values()) - set(self.tokenizer.all_special_ids)

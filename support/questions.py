@@ -28,7 +28,7 @@ def make_question(chat: Chat, example: Example, images: list[LoadedImage],
     started, options = started_answer(chat, example, images[:1], form)
     longest, tool = len(started.ids) + max(map(len, options)), None
     # a family that shows a single image differently from several can only be asked directly
-    if len(images) > 1 and not chat.family.alone_only:
+    if len(images) > 1 and not chat.family.single_image_only:
         longest = max(longest, len(chat.conversation(turns, images).without_layout().ids))
         last = max(n for n, (role, _) in enumerate(turns) if role == "user")
         tool = chat.prompt(turns[:last + 1], images)

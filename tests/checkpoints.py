@@ -112,6 +112,10 @@ def finished(raw: Tokenizer, special: list[str], eos: str, pad: str = "<pad>", *
     return hf.PreTrainedTokenizerFast(tokenizer_object=raw, eos_token=eos, pad_token=pad, **rest)
 
 
+def chatml(*special: str, **rest):
+    return finished(byte_level(), ["<|im_start|>", *special], "<|im_end|>", "<|endoftext|>", **rest)
+
+
 # ---- one builder ----
 
 # files that hold the template; NEW: also all settings in processor_config.json (transformers 5)
@@ -167,8 +171,7 @@ SQUARE = dict(height=32, width=32)
 
 def qwen(stem: str, layout: str, preprocessor: dict, tokenizers_template, folder, patch: int = 8):
     """preprocessor: its file, but for the sizes of patches."""
-    marks = ["<|im_start|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
-    tokenizer = finished(byte_level(), marks, "<|im_end|>", "<|endoftext|>")
+    tokenizer = chatml("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
     vision = dict(patch_size=patch, spatial_merge_size=2, temporal_patch_size=2, num_heads=2,
                   depth=2, out_hidden_size=32, intermediate_size=32)
     vision |= dict(Qwen2VL=dict(embed_dim=32, mlp_ratio=2),
@@ -227,10 +230,6 @@ def llama(make, *special: str, eos: str = "</s>"):
     return finished(make(), marks, eos, bos_token="<s>", unk_token="<unk>")
 
 
-def chatml():
-    return finished(byte_level(), ["<image>", "<|im_start|>"], "<|im_end|>", "<|endoftext|>")
-
-
 def llama3():
     marks = ["<image>", "<|start_header_id|>", "<|end_header_id|>"]
     return finished(opening(byte_level(), "<|begin_of_text|>"), marks, "<|eot_id|>",
@@ -245,12 +244,10 @@ def yi():
 
 def llava_onevision(folder):
     """Turns and the generation prompt differ in a blank."""
-    tokenizer = finished(byte_level(), ["<image>", "<video>", "<|im_start|>"], "<|im_end|>",
-                         "<|endoftext|>")
+    images = hf.LlavaOnevisionImageProcessor(size=SQUARE, image_grid_pinpoints=PINS)
     processor = hf.LlavaOnevisionProcessor(
-        hf.LlavaOnevisionImageProcessor(size=SQUARE, image_grid_pinpoints=PINS), tokenizer,
-        hf.LlavaOnevisionVideoProcessor(), num_image_tokens=16,
-        vision_feature_select_strategy="full")
+        images, chatml("<image>", "<video>"), hf.LlavaOnevisionVideoProcessor(),
+        num_image_tokens=16, vision_feature_select_strategy="full")
     siglip = dict(model_type="siglip_vision_model", image_size=32, vision_use_head=False)
     checkpoint(folder, "LlavaOnevision", processor, "ONEVISION", OLD, dict(model_type="qwen2"),
                siglip, image_grid_pinpoints=PINS, image_token_id="<image>",
@@ -302,8 +299,7 @@ def gemma3(folder):
 def internvl(folder):
     roles = dict(start_image_token="<img>", end_image_token="</img>", video_token="<video>",
                  context_image_token="<IMG_CONTEXT>")
-    tokenizer = finished(byte_level(), ["<|im_start|>", *roles.values()], "<|im_end|>",
-                         "<|endoftext|>", extra_special_tokens=roles)
+    tokenizer = chatml(*roles.values(), extra_special_tokens=roles)
     images = hf.GotOcr2ImageProcessor(size=SQUARE, crop_to_patches=True, min_patches=1,
                                       max_patches=4)
     processor = hf.InternVLProcessor(images, tokenizer, hf.InternVLVideoProcessor(),
@@ -322,7 +318,8 @@ PROCESSOR = dict(
     llava_template_in_tokenizer_config=partial(
         llava_like, "Llava", partial(llama, unigram, "<|im_start|>", eos="<|im_end|>"),
         "INTERLEAVE", layout=TOKENS),
-    llava_interleave=partial(llava_like, "Llava", chatml, "INTERLEAVE", layout=NEW, text="qwen2"),
+    llava_interleave=partial(llava_like, "Llava", partial(chatml, "<image>"), "INTERLEAVE",
+                             layout=NEW, text="qwen2"),
     # LLaVA 1.6: Mistral, Vicuna, Llama 3, 34B
     llava_next=partial(llava_like, "LlavaNext", partial(llama, prepend), "INST", text="mistral",
                        kind="LlamaTokenizer"),

@@ -87,7 +87,7 @@ def test_ids_are_those_of_the_familys_own_processor(family, tool_images, image_f
     example, chat = record(tool_images, image_first), Chat(family, 4096)
     images, template = load_images(example, family), family.processor.chat_template
     turns = chat.turns(example)[:-1] if prompt else chat.turns(example)
-    reason = "others stand beside it" if family.alone_only and tool_images else (
+    reason = "others stand beside it" if family.single_image_only and tool_images else (
         "roles must alternate" if image_first and "alternate" in template else None)
     if reason:
         with pytest.raises(ValueError, match=f"refuses the conversation .*{reason}"):
@@ -128,7 +128,7 @@ def test_marks_of_images_are_reserved_special_or_not(copied, name, token):
 
 def test_labels_are_what_the_assistant_says(family):
     """The same for a model without its weights."""
-    for example in map(record, range(1 if family.alone_only else 3)):
+    for example in map(record, range(1 if family.single_image_only else 3)):
         for reader in (family, load_family(family.path)):
             chat, images = Chat(reader, 4096), load_images(example, reader)
             chat.check_ids(example, images)
@@ -296,7 +296,7 @@ def own_inputs(family, ids, images):
 
 @torch.no_grad()
 def test_states_and_answers_are_those_of_transformers(vlm, family):
-    example, encode = record(0 if family.alone_only else 1), ImageEncoder(family)
+    example, encode = record(0 if family.single_image_only else 1), ImageEncoder(family)
     images = load_images(example, family)
     full, prompt, _ = make_views(Chat(family, 4096), example, images, 0)
     images = with_pixels(images, family)

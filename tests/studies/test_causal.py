@@ -146,7 +146,7 @@ def test_a_model_that_follows_the_image_is_told_from_one_that_does_not(monkeypat
 
     monkeypatch.setattr(causal.evaluate, "Evaluator", lambda vlm, examples, prefix: SimpleNamespace(
         direct=lambda: reply(examples, 0), tool=lambda: reply(examples, -1)))
-    vlm = SimpleNamespace(family=SimpleNamespace(alone_only=False))
+    vlm = SimpleNamespace(family=SimpleNamespace(single_image_only=False))
     subject = causal.Subject(vlm, world, "Answer:")
     shares = {key[1:]: sum(marks.values()) / len(marks) for key, marks in
               (causal.image_tests(subject) | causal.tool_tests(subject)).items()}
