@@ -5,6 +5,7 @@ import dataclasses
 import importlib
 import sys
 
+import torch
 from transformers import HfArgumentParser
 
 # the least values of numbers; of all others it is 0
@@ -46,6 +47,10 @@ def parse(config_class: type, argv: list[str] | None, description: str):
         value, least = getattr(config, field.name), LEAST.get(field.name, 0)
         if isinstance(value, (int, float)) and value < least:
             parser.error(f"--{field.name} must be at least {least}, not {value}")
+    try:
+        torch.empty(0, device=config.device)
+    except (RuntimeError, AssertionError):
+        parser.error(f"--device {config.device}: PyTorch has no such device on this machine")
     return config
 
 

@@ -84,6 +84,17 @@ def shard_frozen(decoder: torch.nn.Module, device: str, world_size: int) -> None
         fully_shard(layer, mesh=mesh, reshard_after_forward=True, ignored_params=trained)
 
 
+@contextmanager
+def first_process_first() -> Iterator[None]:
+    """Of several processes the first one leaves the context before the others enter it."""
+    several = dist.is_initialized()
+    if several and dist.get_rank() > 0:
+        dist.barrier()
+    yield
+    if several and dist.get_rank() == 0:
+        dist.barrier()
+
+
 # ---- signals ----
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from support.options import room
+from support.processes import first_process_first
 from support.records import Example, read_folder
 
 
@@ -49,8 +50,8 @@ def read_splits(config) -> dict[str, Sequence[Example]]:
     notes: list[str] = []
     # what is read of pictures to give them splits serves all runs that lie beside this one
     cache = Path(config.out).parent / "pictures.npy" if getattr(config, "out", "") else None
-    records = read_folder(config.data, config.answer_prefix, cache=cache,
-                          notes=notes)
+    with first_process_first():
+        records = read_folder(config.data, config.answer_prefix, cache=cache, notes=notes)
     # of several processes, which all read the folder, one prints
     if os.environ.get("RANK", "0") == "0":
         for note in notes:

@@ -143,3 +143,12 @@ def test_the_default_run_is_the_one_of_the_readme():
         accumulate=1, lr=1e-3, lora_rank=64, train_vision=False, gradient_checkpointing=False,
         shard=False, workers=-1, min_pixels=0, max_pixels=0, train_examples=1500, test_per_task=120,
         eval_every=50)
+
+
+@pytest.mark.parametrize("words, message", [
+    ("--steps 0", "--steps must be at least 1, not 0"), ("--lr -1", "--lr must be at least 0"),
+    ("--device nowhere", "--device nowhere: PyTorch has no such device on this machine")])
+def test_an_option_that_cannot_be_used_is_named(capsys, words, message):
+    with pytest.raises(SystemExit):
+        train.parse_config(words.split())
+    assert message in capsys.readouterr().err
