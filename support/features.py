@@ -67,16 +67,17 @@ class ImageEncoder:
 
     def __call__(self, images: list[LoadedImage]) -> dict[str, EncodedImage]:
         """Features by key; the images that have none yet are encoded in one call."""
-        new = {image.key: image for image in images if image.key not in self.kept}
-        encoded = {image.key: self.kept[image.key] for image in images if image.key not in new}
+        encoded = {image.key: self.kept[image.key] for image in images if image.key in self.kept}
+        new = [*{image.key: image for image in images if image.key not in encoded}.values()]
         if new:
             # a frozen tower needs no gradient, so it keeps no activations
             with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-                features = self.family.features([image.pixels for image in new.values()])
-            for (key, image), tensor in zip(new.items(), features):
-                encoded[key] = EncodedImage(tensor, image.grid)
+                features = self.family.features([image.pixels for image in new])
+            for image, tensor in zip(new, features):
+                encoded[image.key] = EncodedImage(tensor, image.grid)
                 if self.size + tensor.nbytes <= self.limit:
-                    self.kept[key], self.size = encoded[key], self.size + tensor.nbytes
+                    self.kept[image.key] = encoded[image.key]
+                    self.size += tensor.nbytes
         return encoded
 
 
