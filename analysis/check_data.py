@@ -25,8 +25,8 @@ from support.chat import Chat  # noqa: E402
 from support.families import load_family  # noqa: E402
 from support.features import load_images  # noqa: E402
 from support.images import few_values, open_image  # noqa: E402
-from support.picture_splits import SPLITS, progress  # noqa: E402
-from support.processes import run_program  # noqa: E402
+from support.picture_splits import SPLITS  # noqa: E402
+from support.processes import progress, run_program  # noqa: E402
 from support.questions import make_question  # noqa: E402
 from support.records import Example, Records, read_folder  # noqa: E402
 
@@ -104,7 +104,7 @@ def check_data(config: train.Config) -> None:
     loader = DataLoader(Checks(examples, chat, config), 16, collate_fn=list,
                         num_workers=processes,
                         multiprocessing_context="fork" if processes else None)
-    checked = list(progress(chain.from_iterable(loader), len(examples), "checking records"))
+    checked = list(progress(chain.from_iterable(loader), "checking records", len(examples)))
     # the first record that names an image comes last, and stays
     found = dict(chain(*(record.found.items() for record in reversed(checked))))
     faults += [fault for fault, _ in reversed(found.values()) if fault]

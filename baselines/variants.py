@@ -15,12 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
-from tqdm import tqdm
 
 from data import Batch, Trajectories, TrainingExample
 from model import VLM, Encoded
 from support.features import EncodedImage
 from support.options import option
+from support.processes import progress
 from train import Pearl
 
 Examples = list[TrainingExample]
@@ -180,7 +180,7 @@ class RandomTarget(Pearl):
 
 def read_all(dataset: Trajectories, rows: Tensor, size: int, label: str) -> Iterator[Examples]:
     """These rows of a data set, in batches of `size`, with a progress bar."""
-    for part in tqdm(rows.split(size), desc=label, disable=None, leave=False):
+    for part in progress(rows.split(size), label):
         yield dataset.passes(part.tolist(), size)[0]
 
 

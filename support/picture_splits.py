@@ -8,15 +8,14 @@ compressed otherwise or under another name, stays on its side.
 import hashlib
 import itertools
 import os
-import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from support.images import Picture, file_version, open_image, picture_digest
+from support.processes import progress
 
 SPLITS = ("train", "validation", "test")
 
@@ -78,7 +77,7 @@ def pixel_hashes(records, cache: Path | None, problems: list[str] | None) -> np.
     order = np.argsort(first)
     hashes = np.zeros(len(first), np.uint64)
     try:
-        found = progress(_in_threads(hash_of, first[order].tolist()), len(first), "reading images")
+        found = progress(_in_threads(hash_of, first[order].tolist()), "reading images", len(first))
         for place, pixels in zip(order, found):
             hashes[place] = pixels
     finally:
@@ -106,11 +105,3 @@ def pixel_hash(picture: Picture) -> int:
 def short_hash(content: bytes) -> int:
     """64 bits, the same in every process."""
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big")
-
-
-def progress(items: Iterable, total: int, what: str) -> Iterable:
-    """The items, with a bar on stderr from the third second on, in the first of all processes."""
-    others = os.environ.get("RANK", "0") != "0"
-    # a log file gets a line each half minute, a terminal sees the bar move
-    interval = 0.5 if sys.stderr.isatty() else 30
-    return tqdm(items, what, total, delay=2, mininterval=interval, disable=others)

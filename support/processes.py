@@ -4,13 +4,14 @@ and signals that end a run without losing a step."""
 import os
 import signal
 import sys
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Callable, Iterator
 
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
 
 def run_program(main: Callable[[], None], stopped: str = "stopped") -> None:
@@ -93,6 +94,14 @@ def first_process_first() -> Iterator[None]:
     yield
     if several and dist.get_rank() == 0:
         dist.barrier()
+
+
+def progress(items: Iterable, what: str, total: int | None = None) -> Iterable:
+    """The items, with a bar on stderr from the third second on, in the first of all processes."""
+    others = os.environ.get("RANK", "0") != "0"
+    # a log file gets a line each half minute, a terminal sees the bar move
+    interval = 0.5 if sys.stderr.isatty() else 30
+    return tqdm(items, what, total, delay=2, mininterval=interval, disable=others, leave=False)
 
 
 # ---- signals ----

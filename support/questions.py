@@ -6,6 +6,7 @@ from typing import NamedTuple
 from support import answers
 from support.chat import Chat, View
 from support.features import LoadedImage
+from support.processes import progress
 from support.records import Example
 
 
@@ -67,7 +68,7 @@ def in_batches(views: list[View | None], answer: Callable, batch: int) -> list:
     results: list = [None] * len(views)
     # sorted by length, because a short prompt beside a long one is mostly padding
     order = sorted((n for n, view in enumerate(views) if view), key=lambda n: len(views[n].ids))
-    for start in range(0, len(order), batch):
+    for start in progress(range(0, len(order), batch), "answers"):
         numbers = order[start:start + batch]
         for n, result in zip(numbers, answer([views[n] for n in numbers], numbers)):
             results[n] = result

@@ -20,8 +20,9 @@ import numpy as np
 from support.answers import default_form, form_of
 from support.files import new_folder, on_disk
 from support.images import Picture, file_version, opened, picture_digest
-from support.picture_splits import (SPLITS, give_splits, pixel_hashes, progress, shared_pictures,
+from support.picture_splits import (SPLITS, give_splits, pixel_hashes, shared_pictures,
                                     short_hash)
+from support.processes import progress
 from support.record_checks import TWICE, SameOptionTwice, checked_record
 
 FILE = "trajectories.jsonl"
@@ -219,7 +220,7 @@ def scan(folder: Path, answer_prefix: str,
     ids: dict[int, int] = {}
     tasks: dict[str, int] = {}
     unusual: dict[str, list[int]] = {}
-    for line, number, start in progress(read_lines(path), total, "reading records"):
+    for line, number, start in progress(read_lines(path), "reading records", total):
         try:
             record, kind = checked_record(line, answer_prefix)
             if (first := ids.setdefault(hash(record["id"]), number)) != number:
