@@ -152,7 +152,7 @@ class Pearl(Method):
                 h_R = self.encode_target(start, not_stored, images).embedding
                 computed = {example.index: h for example, h in zip(not_stored, h_R)}
         h_R = self.targets.look_up([example.index for example in batch], computed)  # (B, D)
-        return Encoded(h_R.to(self.vlm.device))
+        return Encoded(h_R.to(self.config.device))
 
     def jepa(self, prediction: Tensor, target: Tensor, batch: list[TrainingExample]) -> Tensor:
         return losses.jepa_loss(prediction, target, self.config.distance)
