@@ -3,6 +3,7 @@
 import hashlib
 import os
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import BinaryIO
 
@@ -40,10 +41,8 @@ def open_image(file: Path | BinaryIO, where: str) -> Image.Image:
     bits divided by 257, transparency on white. It is read wholly. Raises ValueError or
     FileNotFoundError, which name `where`, the file and the fix."""
     try:
-        if not isinstance(file, Path):
-            return _decoded(file)
         # not by its name: Pillow then maps uncompressed TIFF files with their sides swapped
-        with open(file, "rb") as content:
+        with open(file, "rb") if isinstance(file, Path) else nullcontext(file) as content:
             return _decoded(content)
     except FileNotFoundError:
         raise FileNotFoundError(f"{where}: image {file} not found; paths are relative to the "
