@@ -33,8 +33,7 @@ def find(name: str) -> type[Pearl]:
     if unknown := [one for one in names if one not in METHODS]:
         raise ValueError(f"unknown method {unknown[0]!r}: choose from {', '.join(METHODS)}, or "
                          "join several by +")
-    bases = tuple(cls for known, cls in METHODS.items() if known in names)
+    classes = [METHODS[name] for name in METHODS if name in names]
     # a class whose subclass is there too adds nothing
-    bases = tuple(cls for cls in bases
-                  if not any(cls is not other and issubclass(other, cls) for other in bases))
+    bases = tuple(cls for cls in classes if sum(issubclass(one, cls) for one in classes) == 1)
     return bases[0] if len(bases) == 1 else type("Method", bases, {})

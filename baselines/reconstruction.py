@@ -103,25 +103,20 @@ def latent_view(chat: Chat, example: Example, images: list[LoadedImage], latents
 
     A tool image with P tokens has P latents (LVR), or `latents` if > 0 (Mirage).
     """
-    words = "".join(step if isinstance(step, str) else LATENT_START + LATENT_END
+    counts = iter(latents or image.text.count(chat.family.placeholder) for image in images[1:])
+    # a latent replaces the embedding of any token, here of one more end marker
+    words = "".join(step if isinstance(step, str)
+                    else LATENT_START + LATENT_END * (next(counts) + 1)
                     for step in example.trajectory)
     turns = [*chat.turns(example)[:1], ("assistant", [words])]
     whole = chat.conversation(turns, images[:1]).without_layout()
+    # the markers of the question's image are not supervised
     end = chat.tokenizer.convert_tokens_to_ids(LATENT_END)
-    counts = iter(latents or image.text.count(chat.family.placeholder) for image in images[1:])
-    ids, labels, inject_at = [], [], ()
-    for id, label in zip(whole.ids, whole.labels):
-        # a supervised end marker is the model's own: the question's image is not supervised
-        if label == end:
-            count = next(counts)
-            inject_at += tuple(range(len(ids), len(ids) + count))
-            ids += [chat.end_id] * count
-            labels += [-100] * count
-            label = -100
-        ids.append(id)
-        labels.append(label)
-    chat.check_length(len(ids), example)
-    return View(ids, labels, [image.key for image in images[:1]], len(ids) - 1, inject_at)
+    is_marker = [label == end for label in whole.labels]
+    inject_at = tuple(n for n, pair in enumerate(zip(is_marker, is_marker[1:])) if all(pair))
+    labels = [-100 if label == end else label for label in whole.labels]
+    chat.check_length(len(whole.ids), example)
+    return View(whole.ids, labels, [image.key for image in images[:1]], len(labels) - 1, inject_at)
 
 
 def latent_targets(features: Tensor, latents: int) -> Tensor:

@@ -260,9 +260,8 @@ def mix(sources: dict[Path, float], count: int, seed: int) -> Iterator[Converted
         pixels, remarks = {}, {record["id"].strip(): record["remarks"] for record in with_remarks}
         for row, ex in enumerate(examples):
             try:
-                pixels[row] = [picture_digest(file) for file in ex.images]
-                rank = max(records.SPLITS.index(ex.split), strictest.get(pixels[row][0], 0))
-                strictest[pixels[row][0]] = rank
+                pixels[row] = first, *_ = [picture_digest(file) for file in ex.images]
+                strictest[first] = max(records.SPLITS.index(ex.split), strictest.get(first, 0))
             except (ValueError, OSError):
                 yield f"{name}/{ex.id}", UNREADABLE
         pools.append((name, examples, pixels, remarks))
@@ -280,17 +279,15 @@ def mix(sources: dict[Path, float], count: int, seed: int) -> Iterator[Converted
                              "or its weight")
         rng.shuffle(train)
         for row in train[:share] + others:
-            ex = examples[row]
-            fields = vars(ex) | dict(id=f"{name}/{ex.id}")
+            fields = vars(ex := examples[row]) | dict(id=f"{name}/{ex.id}")
             yield Converted(**fields, pixels=pixels[row], remarks=remarks.get(ex.id, []))
         for row in train[share:]:
             yield f"{name}/{examples[row].id}", "training record beyond its folder's share"
 
 
 def write(examples: Iterator[Converted | Skip], out: Path) -> None:
-    # `out` appears when it is complete
+    # `out` appears when it is complete; remarks, left_out: ids by reason
     kinds, pictures = Counter(), defaultdict(set)
-    # ids by reason
     remarks, left_out = defaultdict(list), defaultdict(list)
     with new_folder(out) as folder:
         (folder / "images").mkdir()

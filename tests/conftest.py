@@ -68,10 +68,11 @@ def images_of(method, batch):
     return method.encode_images([image for example in batch for image in example.images])
 
 
-def embeddings(method, batch, view, rows=None):
-    """The embeddings of the full (0), input (1) or target (2) views, in a pass of their own."""
-    views = collate([example.views[view] for example in batch], method.vlm.pad_id)
-    return method.vlm(views, images_of(method, batch), rows).embedding
+def pair_of(method, batch):
+    """h^_R and h_R of the current model, each view in a pass of its own."""
+    images, rows = images_of(method, batch), method.predictor.pred_tokens
+    return [torch.cat([embed(method.vlm, example.views[n], images, injected).embedding
+                       for example in batch]) for n, injected in ((1, rows), (2, None))]
 
 
 def terms_of(method, batch):

@@ -15,7 +15,6 @@ The model never sees a trajectory: no call, no plan, no answer after a tool's ou
 come from the world's "pretrain" split (world/scenes.py) and from the tasks of WEIGHTS alone.
 """
 
-import argparse
 import itertools
 import math
 import random
@@ -24,6 +23,7 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -40,6 +40,7 @@ from torch.nn.utils.rnn import pad_sequence
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))  # before any other `world`
 
+from support.options import option, parse
 from world import scenes, tools
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>",
@@ -614,38 +615,34 @@ def save(model, tokenizer, out: Path) -> None:
     shutil.copyfile(HERE / "preprocessor_config.json", out / "preprocessor_config.json")
 
 
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="new folder for the checkpoint")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--scenes", type=int, default=30000,
-                        help="each gives itself and one tool output as a picture")
-    parser.add_argument("--vision_steps", type=int, default=5000, help="of 64 pictures")
-    parser.add_argument("--language_steps", type=int, default=5000, help="of 32 dialogues")
-    parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--summary", type=float, default=10.0,
-                        help="weight of the end-of-turn loss; 0 leaves it out")
-    parser.add_argument("--vision", type=Path,
-                        help="a checkpoint: use its vision tower and skip stage 1")
-    return parser.parse_args()
+@dataclass
+class Options:
+    out: str = option("", "new folder for the checkpoint")
+    device: str = option("cuda" if torch.cuda.is_available() else "cpu", "any PyTorch device")
+    seed: int = option(0, "of the scenes and the first weights")
+    scenes: int = option(30000, "each gives itself and one tool output as a picture")
+    vision_steps: int = option(5000, "of 64 pictures")
+    language_steps: int = option(5000, "of 32 dialogues")
+    workers: int = option(2, "processes that draw pictures")
+    summary: float = option(10.0, "weight of the end-of-turn loss; 0 leaves it out")
+    vision: str = option("", "a checkpoint: use its vision tower and skip stage 1")
 
 
 def main() -> None:
-    args = parse_args()
-    if args.out.exists():
-        sys.exit(f"{args.out} exists already: choose a new folder")
-    args.out.mkdir(parents=True)
+    args = parse(Options, None, __doc__)
+    out = Path(args.out)
+    if out.exists():
+        sys.exit(f"--out {args.out} exists already or is not given: choose a new folder")
+    out.mkdir(parents=True)
     torch.manual_seed(args.seed)
     tokenizer = build_tokenizer(tokenizer_texts(args.seed))
     model = build_model(len(tokenizer)).to(args.device)
     size = sum(p.numel() for p in model.parameters()) / 1e6
     print(f"{size:.2f}M parameters, vocabulary {len(tokenizer)}")
-    save(model, tokenizer, args.out)
+    save(model, tokenizer, out)
     start = time.time()
-    pool = make_pool(args.scenes, args.seed, args.out, args.workers)
-    valid = make_pool(300, args.seed + 10_000, args.out, args.workers)
+    pool = make_pool(args.scenes, args.seed, out, args.workers)
+    valid = make_pool(300, args.seed + 10_000, out, args.workers)
     print(f"{len(pool)} pictures drawn in {time.time() - start:.0f} s", flush=True)
     torch.manual_seed(args.seed)
     if args.vision:
@@ -653,11 +650,11 @@ def main() -> None:
         model.model.visual.load_state_dict(vision.state_dict())
     else:
         train_vision(model, pool, valid, args.vision_steps, args.device)
-    save(model, tokenizer, args.out)
+    save(model, tokenizer, out)
     torch.manual_seed(args.seed)
     train_language(model, tokenizer, pool, valid, args.language_steps, args.device, args.summary)
-    save(model, tokenizer, args.out)
-    print(f"saved {args.out} after {(time.time() - start) / 60:.1f} minutes")
+    save(model, tokenizer, out)
+    print(f"saved {out} after {(time.time() - start) / 60:.1f} minutes")
 
 
 if __name__ == "__main__":

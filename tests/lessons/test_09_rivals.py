@@ -10,7 +10,7 @@ from plain import affine, cosine, eq1, gelu, rand, same
 import train
 from baselines import anti_collapse
 
-from conftest import assert_same, build, embeddings, terms_of
+from conftest import assert_same, build, pair_of, terms_of
 
 GROUPS = [("zoom", "two"), ("zoom", "six"), ("zoom", "two"), ("path", "two"), ("zoom", "two")]
 
@@ -87,8 +87,7 @@ def test_the_step_under_a_rival_equals_one_by_hand(vlm64, mixed, name):
     method, batch = build(vlm64, name, mixed[:3], seed=3)
     assert len({example.answer for example in batch}) == 3
     method.after_step(6)
-    prediction = embeddings(method, batch, 1, method.predictor.pred_tokens)
-    naive = STEPS[name](method, prediction, embeddings(method, batch, 2))
+    naive = STEPS[name](method, *pair_of(method, batch))
     assert_same(terms_of(method, batch)["jepa"], naive, method)
 
 

@@ -16,7 +16,7 @@ from torch import nn
 import train
 from world import loader
 
-from conftest import assert_same, build, embed, embeddings, images_of, terms_of
+from conftest import assert_same, build, embed, images_of, pair_of, terms_of
 
 # the highest number first
 PREDS = "<|predictor_4|><|predictor_3|><|predictor_2|><|predictor_1|>"
@@ -131,10 +131,8 @@ def test_the_papers_text(vlm64, mixed):
         for t in range(len(states) - 1):
             ahead = latent(method.predictor.latent, states[t], None)
             gaps.append(smooth_l1(ahead, states[t + 1].detach()))
-    prediction = embeddings(method, batch, 1, method.predictor.pred_tokens)
-    h_R = embeddings(method, batch, 2).detach()
-    terms = terms_of(method, batch)
-    assert_same(terms["jepa"], sum(map(smooth_l1, prediction, h_R)) / 2, method, atol=1e-8)
+    terms, (prediction, h_R) = terms_of(method, batch), pair_of(method, batch)
+    assert_same(terms["jepa"], sum(map(smooth_l1, prediction, h_R.detach())) / 2, method, atol=1e-8)
     assert_same(terms["nextlat"], sum(gaps) / len(gaps), method, atol=1e-8)
     torch.testing.assert_close(
         terms["loss"], terms["vlm"] + 0.2 * (terms["jepa"] + terms["nextlat"]))

@@ -13,7 +13,7 @@ import train
 from baselines.training_records import Both, Direct, WithAnswers
 from world import loader
 
-from conftest import build, embeddings, moved
+from conftest import build, moved, pair_of
 
 RECORDS = loader.examples("multi", "train", 4)
 
@@ -32,7 +32,7 @@ def test_the_teacher_follows_slowly(vlm64):
         h_R = method(batch).pair[1]
         for n, p in weights.items():
             p.copy_(means[n])
-    torch.testing.assert_close(h_R, embeddings(method, batch, 2), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(h_R, pair_of(method, batch)[1], rtol=1e-4, atol=1e-5)
     assert not any("teacher" in name for name in method.state_dict())
 
 

@@ -10,7 +10,7 @@ from plain import cosine, eq1, run, target_state, tokens, turns_of
 import train
 from world import loader
 
-from conftest import assert_same, build, embed, embeddings, images_of, moved, terms_of
+from conftest import assert_same, build, embed, images_of, moved, pair_of, terms_of
 
 RECORDS = loader.examples("multi", "train", 6)
 
@@ -49,7 +49,7 @@ def test_a_centred_target_is_particular_to_its_trajectory(vlm64, loaded64, name,
         records = [(record, example.views.input) for record, example in zip(RECORDS, batch)]
         targets = naive_centred(loaded64, rows, records, images, numbers,
                                 min(neighbours or 9, len(numbers)))
-    prediction = embeddings(method, batch, 1, method.predictor.pred_tokens)[:len(RECORDS)]
+    prediction = pair_of(method, batch[:len(RECORDS)])[0]
     assert_same(terms_of(method, batch)["jepa"], eq1(prediction, targets), method)
 
 
@@ -64,10 +64,10 @@ def test_the_running_mean_follows_the_targets_while_training(vlm64):
     mean = torch.zeros(128, dtype=torch.float64)
     for training, share in ((False, 0), (True, 1), (True, 0.25), (False, 0)):
         method.train(training)
-        h_R = embeddings(method, batch, 2).detach()
+        prediction, h_R = pair_of(method, batch)
+        h_R = h_R.detach()
         # the first passes have their own batch's mean
         subtracted = mean if mean.any() else h_R.mean(dim=0)
-        prediction = embeddings(method, batch, 1, method.predictor.pred_tokens)
         before = method.mean.clone()
         assert_same(terms_of(method, batch)["jepa"], eq1(prediction, h_R - subtracted), method)
         mean = (1 - share) * mean + share * h_R.mean(dim=0)
