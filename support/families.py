@@ -68,7 +68,7 @@ class Family:
                              f"positions in several rows (of these only {', '.join(FAMILIES)})")
         return AutoProcessor.from_pretrained(self.path)
 
-    def render(self, messages: list[dict], add_generation_prompt: bool = False, **options) -> str:
+    def render(self, messages: list[dict], add_generation_prompt: bool = False) -> str:
         """The conversation as text, a placeholder for every image. messages: [{"role": "user" |
         "assistant", "content": [{"type": "text", "text": str} or {"type": "image"}, ...]}, ...].
         Raises ValueError with the template's own reason."""
@@ -86,20 +86,26 @@ class Family:
                     parts = "".join(part.get("text", self.markup) for part in parts)
                 adapted.append(dict(role=role, content=parts))
             return self.processor.apply_chat_template(
-                adapted, add_generation_prompt=add_generation_prompt, **options)
+                adapted, add_generation_prompt=add_generation_prompt)
 
     def own_ids(self, messages: list[dict], images: list[Image.Image],
                 add_generation_prompt: bool = False) -> list[int]:
         """What the family's own processor makes of a conversation and its images."""
-        return list(self.render(messages, add_generation_prompt, tokenize=True,
-                                processor_kwargs=dict(images=images))[0])
+        text = self.render(messages, add_generation_prompt)
+        with one_sentence(f"the processor of {self.path} refuses the conversation"):
+            out = self.processor(text=[text], images=[images] if images else None,
+                                 add_special_tokens=self._adds_bos(text))
+        return list(out["input_ids"][0])
+
+    def _adds_bos(self, text: str) -> bool:
+        # as apply_chat_template decides: no second bos where the template writes one
+        bos = self.tokenizer.bos_token
+        return not (bos and text.startswith(bos))
 
     def encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Token ids of a whole conversation, with its images expanded, and their spans in
         characters; a token that the tokenizer adds has the span (0, 0)."""
-        bos = self.tokenizer.bos_token
-        # as processors do: no second bos where the template writes one
-        out = self.tokenizer(text, add_special_tokens=not (bos and text.startswith(bos)),
+        out = self.tokenizer(text, add_special_tokens=self._adds_bos(text),
                              return_offsets_mapping=True)
         return out["input_ids"], out["offset_mapping"]
 
@@ -260,7 +266,10 @@ class QwenFamily(Family):
     def features(self, images: list[dict[str, Tensor]]) -> list[Tensor]:
         # all in one call; each level is a tuple with (P, D) of each image
         out = self.lm.model.get_image_features(**self._batch(images), return_dict=True)
-        levels = [out.pooler_output, *getattr(out, "deepstack_features", ())]
+        levels = [out.pooler_output, *(getattr(out, "deepstack_features", None) or ())]
+        # transformers 5.17 splits the first level alone
+        sizes = [len(image) for image in out.pooler_output]
+        levels = [level.split(sizes) if isinstance(level, Tensor) else level for level in levels]
         return [torch.stack(image) for image in zip(*levels)]
 
     def positions(self, ids: Tensor, mask: Tensor, grids: list) -> Tensor:
