@@ -114,18 +114,22 @@ def curves(runs: dict[str, Path], kinds: tuple[str, ...] = ("valid", "train")):
     return figure
 
 
-def shrinking(arms: list, alphas: Sequence[float]):
-    """Direct against held-out accuracy, a curve over alpha for each arm (analysis/shrink.py)."""
+def shrinking(arms: list, alphas: Sequence[float], before: tuple[float, float]):
+    """Direct against held-out accuracy, a curve over alpha for each arm (analysis/shrink.py).
+    before: both accuracies of the model before training, in %."""
     figure, (axis,) = canvas(["Accuracy after shrinking the fine-tuning: W0 + alpha (W - W0)\n"
                               "(the large marker is alpha 1; hollow: less than 95% of the arm's "
                               "accuracy with the tool)"], size=(8.4, 5.6))
+    axis.plot(before[1], before[0], "*", color="black", markersize=14, linestyle="none",
+              label="before training")
     for n, arm in enumerate(arms):
+        seeds = f"{len(arm.runs)} seed{'s' * (len(arm.runs) > 1)}"
         ways = dict(held=("direct", True), direct=("direct", False), tool=("tool", False))
         points = [{name: statistics.mean(arm.accuracies(alpha, way, held_out=held_out))
                    for name, (way, held_out) in ways.items()} for alpha in alphas]
         colour = f"C{n}"
         axis.plot([p["held"] for p in points], [p["direct"] for p in points], color=colour,
-                  label=f"{arm.name} ({len(arm.runs)} seeds)")
+                  label=f"{arm.name} ({seeds})")
         for alpha, point in zip(alphas, points):
             skilled = point["tool"] >= 0.95 * points[0]["tool"]
             axis.plot(point["held"], point["direct"], "o", color=colour,

@@ -21,7 +21,7 @@ from analysis.tables import arm_of, change_text, difference, mean_std, table_of
 from support.files import read_json, write_json
 from support.processes import run_program
 from support.splits import test_questions
-from support.tables import HELD_OUT, WAYS
+from support.tables import HELD_OUT, WAYS, overall, summarise
 
 ALPHAS = (1.0, 0.75, 0.65, 0.5, 0.35)
 # "split/task/way" -> 1 or 0 for each question
@@ -103,7 +103,10 @@ def main() -> None:
         arm.runs.append(marks_of(run, options.per_task, options.device))
     print(table(list(arms.values())))
     if options.figure:
-        figures.shrinking(list(arms.values()), ALPHAS).savefig(options.figure)
+        table_before = summarise(read_json(options.runs[0] / "results.json")["before"])
+        before = [100 * table_before[task]["direct"][0]
+                  for task in (overall(table_before), HELD_OUT)]
+        figures.shrinking(list(arms.values()), ALPHAS, before).savefig(options.figure)
 
 
 if __name__ == "__main__":

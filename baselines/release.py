@@ -4,7 +4,8 @@
     --method release    the authors' code: other views, means and modules
 
 Each rule of the release is one function here. docs/differences.md lists them all, and what no
-option takes over; tests/lessons/test_10_release.py has the same rules a second time, one position at a time.
+option takes over; tests/lessons/test_10_release.py tells the same rules a second time, one position
+at a time.
 Letters: B batch, T sequence, D hidden size, K predictor tokens, n selected positions.
 """
 
