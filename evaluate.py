@@ -175,7 +175,7 @@ def report(out: Path, config, tests: Sequence[Example], before: list, seconds: f
     print(f"\ntest accuracy in %, before and after {config.steps} steps ({seconds / 60:.1f} "
           f"minutes); best checkpoint: step {best['step']}")
     columns = dict(before=tables.summarise(before), after=tables.summarise(after))
-    print(f"{tables.format_table(columns)}\n{tables.conclusion(config.method, **columns)}")
+    print(f"{tables.format_table(columns)}\n{tables.conclusion(**columns)}")
     print(f"everything is in {out}")
 
 

@@ -224,12 +224,12 @@ class Questions:
 
     def replies(self, numbers: list[int]) -> list[str]:
         """Greedy answers to these items."""
-        family, end = self.vlm.family, self.chat.end_id
+        family = self.vlm.family
         images = [image for n in numbers
                   for image in with_pixels(load_images(self.examples[n], family), family)]
         rows = self.vlm.generate([self.prompts[n] for n in numbers], images, self.encode_images,
                                  self.tokens)
-        return [self.chat.tokenizer.decode(ids[:ids.index(end)] if end in ids else ids,
+        return [self.chat.tokenizer.decode([token for token in ids if token != self.chat.end_id],
                                            skip_special_tokens=True) for ids in rows]
 
 

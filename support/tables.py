@@ -59,7 +59,7 @@ def format_table(columns: dict[str, dict[str, dict]]) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def conclusion(method: str, before: dict, after: dict) -> str:
+def conclusion(before: dict, after: dict) -> str:
     """The last table in words. before, after: see `summarise`."""
     total = overall(after)
     was, now = (100 * table[total]["direct"][0] for table in (before, after))

@@ -72,7 +72,7 @@ def test_a_summary_by_hand_has_the_row_all_only_for_several_tasks():
     assert several["all"]["n"] == 8 and several["all"]["direct"][0] == 0.375
     text = format_table({"before": table})
     assert " 75.0 [" in text and "tallest (held out)" in text and "\nall" not in text
-    assert "37.5% were right before and 75.0% are now" in conclusion("sft", several | dict(
+    assert "37.5% were right before and 75.0% are now" in conclusion(several | dict(
         crop=several["all"]), table)
 
 
