@@ -17,7 +17,7 @@ from conftest import TINY
 import train
 from model import VLM, lora_layers
 from support.adapters import Adapter, merge, resolve, save_merged
-from support.families import load_checkpoint
+from support.families import load_checkpoint, load_family
 
 ADAPTER, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
@@ -46,6 +46,15 @@ def run_of(folder, base):
     write(folder / "config.json", model=str(base), method="pearl", dtype="float32")
     write(folder / "best.json", checkpoint="checkpoint-20", step=20)
     return vlm
+
+
+def test_a_run_as_model_brings_its_size_of_images(base, tmp_path):
+    run_of(tmp_path, base)
+    write(tmp_path / "config.json", model=str(base), method="pearl", dtype="float32",
+          min_pixels=900, max_pixels=2048)
+    for options, area in (((), (900, 2048)), ((0, 4000), (None, 4000))):
+        size = load_family(str(tmp_path), *options).processor.image_processor.size
+        assert size.longest_edge == area[1] and area[0] in (None, size.shortest_edge)
 
 
 def assert_merged(folder, vlm):
