@@ -2,7 +2,6 @@
 nothing; half-written files go, whole ones stay; what a run began with is compared when it is
 resumed; a state is read without executing anything; a signal ends a program as signals do."""
 
-import ast
 import dataclasses
 import json
 import os
@@ -232,33 +231,6 @@ def test_with_several_processes_a_second_signal_does_not_undo_the_first(monkeypa
     for number in (signal.SIGINT, signal.SIGTERM):
         processes.on_signal(number, None)
     assert processes.SIGNALS.number == signal.SIGINT
-
-
-# ---- every file of the project ----
-
-
-def test_every_text_file_is_opened_as_utf8():
-    """The interpreter's default is the locale's, so the encoding stands at every call."""
-    for path in sorted(ROOT.rglob("*.py")):
-        if {"runs", ".venv", "venv"} & set(path.relative_to(ROOT).parts[:1]):
-            continue
-        for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(call, ast.Call):
-                assert names_an_encoding(call), f"{path.relative_to(ROOT)}, line {call.lineno}"
-
-
-def names_an_encoding(call: ast.Call) -> bool:
-    given = {keyword.arg: keyword.value for keyword in call.keywords}
-    name = getattr(call.func, "attr", getattr(call.func, "id", ""))
-    owner = getattr(getattr(call.func, "value", None), "id", "")
-    if "encoding" in given or None in given or owner in ("Image", "os"):
-        return True
-    if name == "open":
-        modes = [*call.args, *([given["mode"]] if "mode" in given else [])]
-        return any(isinstance(mode, ast.Constant) and "b" in str(mode.value) for mode in modes)
-    if name in ("read_text", "write_text"):
-        return len(call.args) > (name == "write_text")
-    return not (isinstance(given.get("text"), ast.Constant) and given["text"].value is True)
 
 
 def test_a_config_is_plain_json(config):
