@@ -106,14 +106,14 @@ class TrainingExample(NamedTuple):
 class Trajectories(Dataset):
     """The records of one split. A record is read, viewed and its images opened when it is used.
 
-    views: (chat, example, images) -> Views, the method's own. known: keys of images whose features
+    views: (chat, example, images) -> Views, the method's own. cache: keys of images whose features
     the model has kept, so that they need no pixels. skip: a faulty record is replaced by the next
     one, and its fault goes to `faults`, by row; else it is raised.
     """
 
     def __init__(self, records: Sequence[Example], split: str, views: Callable, chat: Chat,
-                 known=(), skip: bool = False):
-        self.records, self.split, self.chat, self.known = records, split, chat, known
+                 cache=(), skip: bool = False):
+        self.records, self.split, self.chat, self.cache = records, split, chat, cache
         self.make_views, self.skip = views, skip
         self.faults: dict[int, str] = {}
         self.ready: dict[int, TrainingExample] = {}
@@ -152,7 +152,7 @@ class Trajectories(Dataset):
             examples.sort(key=lambda example: len(example.views.full.ids))
         passes = [examples[start:start + batch] for start in range(0, len(rows), batch)]
         # the pixels take the most work, so each process prepares its own passes only
-        return [[example._replace(images=with_pixels(example.images, self.chat.family, self.known))
+        return [[example._replace(images=with_pixels(example.images, self.chat.family, self.cache))
                  for example in part] for part in passes[rank::world_size]]
 
 

@@ -64,7 +64,7 @@ class Evaluator:
 
     def score_options(self, views: list[View], numbers: list[int]) -> list[dict]:
         options = [self.questions[n].options for n in numbers]
-        features = self.encode_images(self.images(numbers, self.encode_images.kept, tools=False))
+        features = self.encode_images(self.images(numbers, self.encode_images.cache, tools=False))
         results = []
         for n, scores in zip(numbers, self.vlm.log_probs(views, options, features)):
             best = max(range(len(scores)), key=scores.__getitem__)
@@ -97,19 +97,19 @@ class Evaluator:
         def decode(part: list[View], numbers: list[int]) -> list[dict]:
             # `generate` takes pixels, so here every image needs them
             images = self.images(numbers, tools=any(len(view.images) > 1 for view in part))
-            made = self.vlm.generate(part, images, self.encode_images, tokens)
+            rows = self.vlm.generate(part, images, self.encode_images, tokens)
             return [dict(text=self.decode(ids), tokens=len(ids), images=len(view.images),
-                         passes=len(ids)) for ids, view in zip(made, part)]
+                         passes=len(ids)) for ids, view in zip(rows, part)]
 
         return in_batches(views, decode, self.batch)
 
-    def images(self, numbers: list[int], known=(), tools: bool = True) -> list[LoadedImage]:
-        """The images of these examples, or I0 alone. known: keys that need no pixels."""
+    def images(self, numbers: list[int], cache=(), tools: bool = True) -> list[LoadedImage]:
+        """The images of these examples, or I0 alone. cache: keys that need no pixels."""
         family, examples = self.vlm.family, [self.examples[n] for n in numbers]
         if not tools:
             examples = [replace(example, trajectory=[]) for example in examples]
         return [image for example in examples
-                for image in with_pixels(load_images(example, family), family, known)]
+                for image in with_pixels(load_images(example, family), family, cache)]
 
     def decode(self, ids: list[int]) -> str:
         return self.vlm.tokenizer.decode(ids, skip_special_tokens=True)
@@ -120,9 +120,10 @@ def answer_questions(evaluator: Evaluator, free_tokens: int = 0,
     """One record per example: for each way to answer the text, whether it is right, its cost.
     ways: more ways, each from an Evaluator to one dict per example."""
     evaluator.vlm.eval()
-    found = dict(direct=evaluator.direct(), free=evaluator.free(free_tokens), tool=evaluator.tool())
-    found |= {name: way(evaluator) for name, way in (ways or {}).items()}
-    return [answer_record(example, {way: all_of[n] for way, all_of in found.items() if all_of[n]},
+    results = dict(direct=evaluator.direct(), free=evaluator.free(free_tokens),
+                   tool=evaluator.tool())
+    results |= {name: way(evaluator) for name, way in (ways or {}).items()}
+    return [answer_record(example, {way: rows[n] for way, rows in results.items() if rows[n]},
                           evaluator.prefix) for n, example in enumerate(evaluator.examples)]
 
 
@@ -167,7 +168,7 @@ def report(out: Path, config, tests: Sequence[Example], before: list, seconds: f
     """Load the best checkpoint as a user would, answer the test questions, print and keep them."""
     vlm, config, ways = load_model(out, config.device)
     # `tool` shows trajectories as training did
-    tests = [method_of(config).shown(example, config) for example in tests]
+    tests = [method_of(config).adapt(example, config) for example in tests]
     after = answer_questions(Evaluator(vlm, tests, config.answer_prefix), ways=ways)
     best = run.best_checkpoint(out)
     write_json(out / "results.json", dict(best=best, train_seconds=seconds, answers=after,
@@ -236,12 +237,12 @@ def main() -> None:
     results = Path(path) / "results.json"
     stored = results.is_file() and not (options.again or options.data or options.image
                                       or options.alpha != 1)
-    found = read_json(results)["answers"] if stored else ask(path, options)
-    if found:
-        columns = {path: tables.summarise(found)}
+    records = read_json(results)["answers"] if stored else ask(path, options)
+    if records:
+        columns = {path: tables.summarise(records)}
         print(tables.format_table(columns))
         if options.json:
-            write_json(Path(options.json), dict(table=columns, answers=found))
+            write_json(Path(options.json), dict(table=columns, answers=records))
 
 
 if __name__ == "__main__":

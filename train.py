@@ -141,7 +141,7 @@ class Pearl(Method):
         # Deviation: the paper encodes R with the current model, and its targets collapse here
         # (losses.jepa_loss says why; --method current). The paper names "cached trajectory
         # embeddings" as a saving: fixed targets cannot collapse and cost no pass after the first.
-        not_stored = [example for example in batch if example.index not in self.targets.kept]
+        not_stored = [example for example in batch if example.index not in self.targets.cache]
         computed = {}
         if not_stored:
             with self.vlm.starting_model() as start:
@@ -168,7 +168,7 @@ class Pearl(Method):
     @classmethod
     def views(cls, config: Config, chat: Chat, example: Example,
               images: list[LoadedImage]) -> Views:
-        return make_views(chat, cls.shown(example, config), images, config.pred_tokens)
+        return make_views(chat, cls.adapt(example, config), images, config.pred_tokens)
 
 
 class SFT(Pearl):
@@ -195,7 +195,7 @@ def dataset(method: Pearl, examples: Sequence[Example], split: str) -> Trajector
     # class methods, so that analysis/show.py needs no weights for records and views
     kind, config, vlm = type(method), method.config, method.vlm
     return Trajectories(kind.records(examples, config), split, partial(kind.views, config),
-                        Chat(vlm.family, vlm.max_positions), method.encode_images.kept,
+                        Chat(vlm.family, vlm.max_positions), method.encode_images.cache,
                         config.skip_bad)
 
 

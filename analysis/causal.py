@@ -338,7 +338,7 @@ def table(systems: dict[str, list[Results]], distances: dict[str, int]) -> str:
 
 @torch.no_grad()
 def tests_of(vlm: VLM, config, questions: Questions, scale=None, latents: int = 0) -> Results:
-    examples = [evaluate.method_of(config).shown(ex, config) for ex in questions.trained]
+    examples = [evaluate.method_of(config).adapt(ex, config) for ex in questions.trained]
     subject = Subject(vlm.eval(), examples, config.answer_prefix)
     results = (latent_tests(subject, scale, latents) if scale
                else image_tests(subject) | tool_tests(subject))

@@ -52,7 +52,7 @@ def passes(method: train.Pearl, records: Sequence[Example]
     # not train.dataset: a method that learns bare answers has other records than these
     views = partial(type(method).views, method.config)
     chat = Chat(method.vlm.family, method.vlm.max_positions)
-    dataset = Trajectories(records, "", views, chat, method.encode_images.kept)
+    dataset = Trajectories(records, "", views, chat, method.encode_images.cache)
     for rows in torch.arange(len(dataset)).split(method.config.batch):
         (batch,) = dataset.passes(rows.tolist(), len(rows))
         yield batch, method.encode_images([image for ex in batch for image in ex.images])

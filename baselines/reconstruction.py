@@ -53,7 +53,7 @@ class Recon(Pearl):
               images: list[LoadedImage]) -> Views:
         # the full view holds latents; the others stay, though this method does not read them
         views = super().views(config, chat, example, images)
-        return views._replace(full=latent_view(chat, cls.shown(example, config), images,
+        return views._replace(full=latent_view(chat, cls.adapt(example, config), images,
                                                config.latents))
 
     @torch.no_grad()
@@ -219,7 +219,7 @@ def answer(evaluator, scale: LatentScale, latents: int, tokens: int = 112) -> li
     start = vlm.tokenizer.convert_tokens_to_ids(LATENT_START)
 
     def decode(views: list[View], numbers: list[int]) -> list[dict]:
-        images = evaluator.encode_images(evaluator.images(numbers, evaluator.encode_images.kept))
+        images = evaluator.encode_images(evaluator.images(numbers, evaluator.encode_images.cache))
         rows = generate_latent(vlm, views, images, scale, latents, evaluator.chat.end_id, tokens)
         return [dict(text=evaluator.decode(ids), tokens=len(ids), latents=fed, images=1,
                      passes=len(ids) + fed + ids.count(start)) for ids, fed in rows]

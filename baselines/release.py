@@ -85,7 +85,7 @@ class Release(Current):
               images: list[LoadedImage]) -> Views:
         full, prompt, target = super().views(config, chat, example, images)
         if config.target_image:
-            target = target_with_image(chat, cls.shown(example, config), images)
+            target = target_with_image(chat, cls.adapt(example, config), images)
         if config.supervise_turns == "last":
             full = last_turn_only(full, chat.end_id)
         if config.supervise_layout:

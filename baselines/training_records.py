@@ -90,8 +90,8 @@ class ImageFirst(Pearl):
     """The paper's order R = (I1, T1, ..., IN, TN): a tool image before the text that calls it."""
 
     @classmethod
-    def shown(cls, example: Example, config: Config) -> Example:
-        return super().shown(example, config).image_first()
+    def adapt(cls, example: Example, config: Config) -> Example:
+        return super().adapt(example, config).image_first()
 
 
 class StripCalls(Pearl):
@@ -99,8 +99,8 @@ class StripCalls(Pearl):
     PixelReasoner data)."""
 
     @classmethod
-    def shown(cls, example: Example, config: Config) -> Example:
-        example = super().shown(example, config)
+    def adapt(cls, example: Example, config: Config) -> Example:
+        example = super().adapt(example, config)
         steps = [CALL.sub("", step).strip() if isinstance(step, str) else step
                  for step in example.trajectory]
         return replace(example, trajectory=steps)

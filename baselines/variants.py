@@ -201,15 +201,15 @@ class TaskMean(Pearl):
             for batch in read_all(dataset, torch.arange(len(dataset)), self.config.batch,
                                   f"targets of {dataset.split}"):
                 self.target(batch, self.encode_images([i for ex in batch for i in ex.images]))
-                if any(example.index not in self.targets.kept for example in batch):
+                if any(example.index not in self.targets.cache for example in batch):
                     raise ValueError("--method task_mean and answer_mean need every frozen h_R in "
                                      "memory: fewer records, and no --shard")
                 for example in batch:
                     if not example.bare:
                         groups[self.group(example)].append(example.index)
             for group in groups.values():
-                mean = torch.stack([self.targets.kept[row] for row in group]).mean(dim=0)
-                self.targets.kept |= dict.fromkeys(group, mean)
+                mean = torch.stack([self.targets.cache[row] for row in group]).mean(dim=0)
+                self.targets.cache |= dict.fromkeys(group, mean)
 
 
 class AnswerMean(TaskMean):

@@ -62,12 +62,12 @@ class ImageEncoder:
 
     def __init__(self, family, frozen: bool = True, limit: float = 2e9):
         self.family, self.frozen, self.limit = family, frozen, limit if frozen else 0
-        self.kept: dict[str, EncodedImage] = {}
-        self.size = 0  # bytes in `kept`
+        self.cache: dict[str, EncodedImage] = {}
+        self.size = 0  # bytes in `cache`
 
     def __call__(self, images: list[LoadedImage]) -> dict[str, EncodedImage]:
         """Features by key; the images that have none yet are encoded in one call."""
-        encoded = {image.key: self.kept[image.key] for image in images if image.key in self.kept}
+        encoded = {image.key: self.cache[image.key] for image in images if image.key in self.cache}
         new = [*{image.key: image for image in images if image.key not in encoded}.values()]
         if new:
             # a frozen tower needs no gradient, so it keeps no activations
@@ -76,7 +76,7 @@ class ImageEncoder:
             for image, tensor in zip(new, features):
                 encoded[image.key] = EncodedImage(tensor, image.grid)
                 if self.size + tensor.nbytes <= self.limit:
-                    self.kept[image.key] = encoded[image.key]
+                    self.cache[image.key] = encoded[image.key]
                     self.size += tensor.nbytes
         return encoded
 
@@ -87,24 +87,24 @@ class StoredTargets:
 
     def __init__(self, limit: float):
         self.limit, self.size = limit, 0
-        self.kept: dict[tuple[str, int], Tensor] = {}
+        self.cache: dict[tuple[str, int], Tensor] = {}
 
     def __len__(self) -> int:
-        return len(self.kept)
+        return len(self.cache)
 
     def look_up(self, rows: list[tuple[str, int]], new: dict[tuple[str, int], Tensor]) -> Tensor:
         """h_R (B, D) of these rows. new: those just computed, on the model's device."""
         device = next(iter(new.values())).device if new else None
         for row, h in new.items():
             if self.size + h.nbytes <= self.limit:
-                self.kept[row], self.size = h.cpu(), self.size + h.nbytes
-        return torch.stack([new[row] if row in new else self.kept[row].to(device) for row in rows])
+                self.cache[row], self.size = h.cpu(), self.size + h.nbytes
+        return torch.stack([new[row] if row in new else self.cache[row].to(device) for row in rows])
 
     def state(self) -> dict:
         """For a resumed run: in other batches, h_R would differ in the last digits."""
-        values = list(self.kept.values())
-        return dict(rows=list(self.kept), values=torch.stack(values) if values else None)
+        values = list(self.cache.values())
+        return dict(rows=list(self.cache), values=torch.stack(values) if values else None)
 
     def load(self, state: dict) -> None:
         for (split, row), h in zip(state["rows"], state["values"] if state["rows"] else ()):
-            self.kept[split, row], self.size = h, self.size + h.nbytes
+            self.cache[split, row], self.size = h, self.size + h.nbytes

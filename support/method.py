@@ -21,7 +21,7 @@ class Method(nn.Module):
         return records
 
     @classmethod
-    def shown(cls, example: Example, config) -> Example:
+    def adapt(cls, example: Example, config) -> Example:
         """A record with its trajectory as this method shows it."""
         return example
 

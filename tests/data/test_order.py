@@ -106,7 +106,7 @@ def test_a_record_is_read_when_it_is_used(chat, tmp_path, monkeypatch):
         dataset.passes([3, 1], 2)
     assert records.read == [0, 3, 1, 3, 1] and opened[1:] == ["3.png", "1.png"] * 2
     # an image whose features are kept needs no pixels
-    dataset.known = {str(tmp_path / "3.png")}
+    dataset.cache = {str(tmp_path / "3.png")}
     ((three, one),) = dataset.passes([3, 1], 2)
     assert three.images[0].pixels is None and one.images[0].pixels is not None
     assert three.images[0].picture is None is one.images[0].picture

@@ -49,8 +49,8 @@ def test_a_target_is_made_once_and_looked_up(vlm64, mixed, monkeypatch):
     assert counts == [2, 1] and not both.requires_grad
     # in the model's own dtype, by split and row, up to 8 GB
     assert method.targets.limit == 8e9
-    assert {h.dtype for h in method.targets.kept.values()} == {torch.float64}
-    assert sorted(method.targets.kept) == [("train", n) for n in range(3)]
+    assert {h.dtype for h in method.targets.cache.values()} == {torch.float64}
+    assert sorted(method.targets.cache) == [("train", n) for n in range(3)]
 
 
 def test_known_targets_come_to_the_models_device(vlm64, mixed):

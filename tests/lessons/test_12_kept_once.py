@@ -44,7 +44,7 @@ def test_features_beyond_the_limit_are_made_again(vlm64, images, counted):
     counted.clear()
     for limit, kept in ((sum(sizes), 2), (sum(sizes) - 1, 1), (0, 0)):
         encode = ImageEncoder(vlm64.family, limit=limit)
-        assert all(len(encode(images[:2])) == 2 for _ in range(2)) and len(encode.kept) == kept
+        assert all(len(encode(images[:2])) == 2 for _ in range(2)) and len(encode.cache) == kept
     assert counted == [2, 2, 1, 2, 2]
 
 
@@ -56,7 +56,7 @@ def test_a_step_encodes_each_image_once(vlm64, mixed, counted, train_vision):
         method(batch)
     # in every step where the tower trains, and then with a gradient
     assert counted == ([2, 2] if train_vision else [2])
-    assert len(method.encode_images.kept) == (0 if train_vision else 2)
+    assert len(method.encode_images.cache) == (0 if train_vision else 2)
     assert all(e.features.requires_grad == train_vision for e in images_of(method, batch).values())
     with torch.no_grad():
         assert not any(e.features.requires_grad for e in images_of(method, batch).values())
@@ -67,13 +67,13 @@ def test_stored_targets_keep_what_fits_and_survive_a_file():
     rows = list(h)
     stored = StoredTargets(limit=2 * 16)
     assert torch.equal(stored.look_up(rows[::-1], h), torch.stack([h[row] for row in rows[::-1]]))
-    assert len(stored) == 2 and rows[1] in stored.kept and rows[2] not in stored.kept
+    assert len(stored) == 2 and rows[1] in stored.cache and rows[2] not in stored.cache
     # later the kept ones come from memory, beside one that was made again
     h_R = stored.look_up(rows, {rows[2]: h[rows[2]] + 5})
     assert h_R[:, 0].tolist() == [0, 1, 7]
     loaded = StoredTargets(limit=2 * 16)
     loaded.load(stored.state())
-    assert loaded.kept.keys() == stored.kept.keys() and loaded.size == stored.size == 32
+    assert loaded.cache.keys() == stored.cache.keys() and loaded.size == stored.size == 32
     assert torch.equal(loaded.look_up(rows[:2], {}), stored.look_up(rows[:2], {}))
     empty = StoredTargets(8e9)
     empty.load(empty.state())

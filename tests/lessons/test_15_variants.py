@@ -126,8 +126,8 @@ def test_bare_answers_are_not_predicted(vlm64):
 def test_trajectories_are_shown_in_another_way():
     record = next(record for record in RECORDS if len(record.images) == 3)
     t1, i1, t2, i2, t3 = record.trajectory
-    assert baselines.ImageFirst.shown(record, None).trajectory == [i1, t1, i2, f"{t2} {t3}"]
-    stripped = baselines.StripCalls.shown(record, None)
+    assert baselines.ImageFirst.adapt(record, None).trajectory == [i1, t1, i2, f"{t2} {t3}"]
+    stripped = baselines.StripCalls.adapt(record, None)
     assert stripped.images == record.images and not any("[" in text for text in stripped.texts)
 
 

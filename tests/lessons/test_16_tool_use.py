@@ -15,8 +15,7 @@ def talk(vlm64, monkeypatch):
     def run(*texts, limit=3):
         evaluator = evaluate.Evaluator(vlm64, loader.questions("single", 1)[:1])
         prompts, end = [], evaluator.chat.end_id
-        # a row that has ended is padded
-        replies = iter([[*vlm64.tokenizer(text).input_ids, end, 0, 0] for text in texts])
+        replies = iter([[*vlm64.tokenizer(text).input_ids, end] for text in texts])
         monkeypatch.setattr(vlm64, "generate", lambda views, images, encode, tokens: (
             prompts.extend(views) or [next(replies)]))
         (record,) = tool_use.answer(evaluator, limit)
