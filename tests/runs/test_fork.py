@@ -71,17 +71,14 @@ def test_the_readmes_python_lines_run(tmp_path, monkeypatch, capsys):
     (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     assert len(code.splitlines()) <= 20
     monkeypatch.chdir(tmp_path)
-    head, tail = code.split("losses = pearl(batch)")
     torch.manual_seed(0)
     names = {}
-    exec(head, names)
-    before = {name: p.detach().clone() for name, p in names["pearl"].named_parameters()}
-    exec("losses = pearl(batch)" + tail, names)
+    exec(code, names)
     parts = {name: float(value) for name, value in names["losses"].parts.items()}
     assert parts["loss"] == pytest.approx(
         parts["vlm"] + names["config"].lambda_latent * (parts["jepa"] + parts["nextlat"]))
-    moved = {name for name, p in names["pearl"].named_parameters()
-             if not torch.equal(p, before[name])}
-    assert all("lora_" in name or name.startswith("predictor.") for name in moved)
-    assert "predictor.pred_tokens" in moved and any("lora_B" in name for name in moved)
+    learning = {name for name, p in names["pearl"].named_parameters()
+                if p.grad is not None and p.grad.any()}
+    assert all("lora_" in name or name.startswith("predictor.") for name in learning)
+    assert "predictor.pred_tokens" in learning and any("lora_B" in name for name in learning)
     assert capsys.readouterr().out.split()[-1] in names["records"][0].options
