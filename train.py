@@ -84,8 +84,8 @@ class Pearl(Method):
     the optimiser and hooks that do nothing here; every other method is a subclass of Pearl that
     overrides some parts (baselines/)."""
 
-    # whether the latent predictor reads the next token's embedding
-    sees_next = True
+    # the latent predictor reads the next token's embedding; two views share a forward pass
+    sees_next, one_pass = True, True
 
     def __init__(self, vlm: VLM, config: Config, world_size: int = 1):
         super().__init__()
@@ -124,7 +124,7 @@ class Pearl(Method):
         full, inputs = ([example.views[n] for example in batch] for n in range(2))
         pred_tokens, pad_id = self.predictor.pred_tokens, self.vlm.pad_id
         # the same result with both views in one forward pass, where the model's attention allows it
-        if self.vlm.family.packs:
+        if self.one_pass and self.vlm.family.packs:
             return packing.encode_two_views(self.vlm, full, inputs, images, pred_tokens, collate)
         # one forward pass for each view
         encoded = self.vlm(collate(full, pad_id), images)

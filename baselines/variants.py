@@ -265,9 +265,7 @@ def every_position(batch: Batch) -> Batch:
 class TwoPasses(Pearl):
     """Full and input view in one pass each: the same numbers as one pass for both, but slower."""
 
-    def build_modules(self) -> None:
-        super().build_modules()
-        self.vlm.family.packs = False
+    one_pass = False
 
 
 class Dropout(Pearl):
