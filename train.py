@@ -1,6 +1,6 @@
 """Train a VLM with Pearl, or with what it is compared with, on expert tool-use trajectories.
 
-    python train.py                         # Pearl on tiny-vlm: about two minutes on two cores
+    python train.py                         # Pearl on tiny-vlm: about a minute on two cores
     python train.py --method sft            # the same text without the latent terms
     python train.py --method release        # the authors' code; --method paper: the paper's text
     python train.py --model Qwen/Qwen2.5-VL-3B-Instruct --data DIR --dtype bfloat16 --lr 1e-5
