@@ -52,7 +52,7 @@ class Config:
     data: str = option("", "data folder (docs/data.md); empty: scenes drawn by world/")
     regime: str = option("single", "which tools the world's trajectories use (world/README.md)")
     answer_prefix: str = option("Answer:", "what the last text puts before the answer")
-    skip_bad: bool = option(False, "leave out faulty records, at most 1%; else one stops the run")
+    skip_bad: bool = option(False, "leave out faulty records, one in a hundred at most")
     out: str = option("", "run folder; empty: runs/METHOD-REGIME-seedSEED")
     seed: int = option(0, "first weights, order of the data, dropout")
     device: str = option("cuda" if torch.cuda.is_available() else "cpu", "any PyTorch device")

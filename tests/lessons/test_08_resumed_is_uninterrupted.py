@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import evaluate
+import baselines
 import train
 from model import VLM
 from support import processes, run
@@ -143,6 +144,15 @@ def test_the_default_run_is_the_one_of_the_readme():
         accumulate=1, lr=1e-3, lora_rank=64, train_vision=False, gradient_checkpointing=False,
         shard=False, workers=-1, min_pixels=0, max_pixels=0, train_examples=1500, test_per_task=120,
         eval_every=50)
+
+
+def test_help_is_short_for_every_method(capsys):
+    for name in ("pearl", *baselines.METHODS):
+        with pytest.raises(SystemExit, match="0"):
+            train.parse_config(["--method", name, "--help"])
+        lines = capsys.readouterr().out.splitlines()
+        assert len(lines) <= (60 if name == "pearl" else 70), name
+        assert any("--skip_bad" in line for line in lines)
 
 
 @pytest.mark.parametrize("words, message", [
