@@ -235,8 +235,9 @@ def main() -> None:
     path, rest = sys.argv[1] if len(sys.argv) > 1 else "--help", sys.argv[2:]
     options = parse(Options, ["--help"] if path.startswith("-") else rest, __doc__)
     results = Path(path) / "results.json"
-    stored = results.is_file() and not (options.again or options.data or options.image
-                                      or options.alpha != 1)
+    # stored answers serve as long as no option changes what is asked
+    unchanged = replace(options, json=Options.json, device=Options.device) == Options()
+    stored = unchanged and results.is_file()
     records = read_json(results)["answers"] if stored else ask(path, options)
     if records:
         columns = {path: tables.summarise(records)}

@@ -5,7 +5,7 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-BUDGETS = dict(losses=170, predictor=75, data=230, model=205, train=300, evaluate=249)
+BUDGETS = dict(losses=170, predictor=75, data=230, model=205, train=300, evaluate=250)
 # a part imports itself and parts of earlier layers, nothing else of this repository
 LAYERS = (("support", "losses", "predictor"), ("data",), ("model",), ("evaluate",), ("train",),
           ("world",), ("baselines",), ("published",), ("analysis",), ("docs", "tiny-vlm"))

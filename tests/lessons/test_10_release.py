@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from plain import eq1, latent, nll, run, smooth_l1, tokens, turns_of
 from torch import nn
 
+import baselines
 import train
 from world import loader
 
@@ -104,6 +105,11 @@ def test_loss_and_gradient_are_the_releases(vlm64, turns, count):
     assert [name for name in trained if name.startswith("predictor")] == [
         f"predictor.latent.mlp.{n}.lora_{part}" for n in (1, 3, 5) for part in "AB"]
     assert any("visual" in name for name in trained)
+
+
+def test_only_the_papers_latent_predictor_does_not_see_the_next_token():
+    assert train.Pearl.sees_next and not baselines.Paper.sees_next
+    assert baselines.Release.sees_next
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ from PIL import Image
 
 import evaluate
 from support import questions
+from support.files import write_json
 from world import loader
 
 from conftest import TINY
@@ -72,6 +73,20 @@ def test_one_question_about_one_picture(tmp_path, capsys):
     # without options, what the model writes
     evaluate.ask(TINY, replace(options, options=""))
     assert len(capsys.readouterr().out.splitlines()) == 1
+
+
+@pytest.mark.parametrize("words, asks", [
+    ("", False), ("--json {}/a.json --device cpu", False), ("--alpha 0.5", True),
+    ("--again", True), ("--split validation", True), ("--call_limit 3", True)])
+def test_stored_answers_serve_until_an_option_changes_the_question(tmp_path, monkeypatch, capsys,
+                                                                   words, asks):
+    record = dict(task="crop", options=["a", "b"], direct_right=True)
+    write_json(tmp_path / "results.json", dict(answers=[record]))
+    calls = []
+    monkeypatch.setattr(evaluate, "ask", lambda *call: calls.append(call) or [])
+    monkeypatch.setattr("sys.argv", ["evaluate.py", str(tmp_path), *words.format(tmp_path).split()])
+    evaluate.main()
+    assert len(calls) == asks and ("100.0" in capsys.readouterr().out) != asks
 
 
 def test_the_questions_of_a_checkpoint(monkeypatch):

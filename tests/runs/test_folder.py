@@ -231,7 +231,3 @@ def test_with_several_processes_a_second_signal_does_not_undo_the_first(monkeypa
     for number in (signal.SIGINT, signal.SIGTERM):
         processes.on_signal(number, None)
     assert processes.SIGNALS.number == signal.SIGINT
-
-
-def test_a_config_is_plain_json(config):
-    assert json.loads(json.dumps(dataclasses.asdict(config))) == dataclasses.asdict(config)
