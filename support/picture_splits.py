@@ -26,24 +26,25 @@ def give_splits(named: np.ndarray, pictures: np.ndarray) -> np.ndarray:
     named: (N,) int8, the split that each record names; -1: none. pictures: (N,) uint64, a hash of
     its question's picture.
     """
-    shown, picture_of = np.unique(pictures, return_inverse=True)  # (P,), (N,)
-    splits_of = np.zeros(len(shown), np.int8)  # bit s: a record of the picture names split s
+    distinct, picture_of = np.unique(pictures, return_inverse=True)  # (P,), (N,)
+    splits_of = np.zeros(len(distinct), np.int8)  # bit s: a record of the picture names split s
     for code in range(len(SPLITS)):
         splits_of[picture_of[named == code]] |= 1 << code
-    by_hash = np.select([shown % 10 == 0, shown % 10 == 1], [2, 1], 0)
+    by_hash = np.select([distinct % 10 == 0, distinct % 10 == 1], [2, 1], 0)
     # pictures with one named split keep to it; with several there is no right one
-    given = np.select([splits_of == 1, splits_of == 2, splits_of == 4], [0, 1, 2], by_hash)
-    return np.where(named < 0, given[picture_of], named).astype(np.int8)
+    inherited = np.select([splits_of == 1, splits_of == 2, splits_of == 4], [0, 1, 2], by_hash)
+    return np.where(named < 0, inherited[picture_of], named).astype(np.int8)
 
 
 def shared_pictures(file: Path, splits: np.ndarray, pictures: np.ndarray) -> list[str]:
     """A sentence for each two splits of a file of records that share pictures. (N,), (N,)"""
-    shown, found = [np.unique(pictures[splits == code]) for code in range(len(SPLITS))], []
+    distinct = [np.unique(pictures[splits == code]) for code in range(len(SPLITS))]
+    sentences = []
     for one, other in itertools.combinations(range(len(SPLITS)), 2):
-        if shared := len(np.intersect1d(shown[one], shown[other])):
-            found.append(f"{file}: {shared} of {len(shown[other])} {SPLITS[other]} images are also "
-                         f"in {SPLITS[one]}; give all records of an image one split")
-    return found
+        if shared := len(np.intersect1d(distinct[one], distinct[other])):
+            sentences.append(f"{file}: {shared} of {len(distinct[other])} {SPLITS[other]} images "
+                             f"are also in {SPLITS[one]}; give all records of an image one split")
+    return sentences
 
 
 def pixel_hashes(records, cache: Path | None, problems: list[str] | None) -> np.ndarray:
@@ -77,8 +78,8 @@ def pixel_hashes(records, cache: Path | None, problems: list[str] | None) -> np.
     order = np.argsort(first)
     hashes = np.zeros(len(first), np.uint64)
     try:
-        found = progress(_in_threads(hash_of, first[order].tolist()), "reading images", len(first))
-        for place, pixels in zip(order, found):
+        values = progress(_in_threads(hash_of, first[order].tolist()), "reading images", len(first))
+        for place, pixels in zip(order, values):
             hashes[place] = pixels
     finally:
         if cache and len(known) > before:

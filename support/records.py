@@ -177,12 +177,12 @@ def digests(records: Sequence[Example]) -> str:
     """
     if isinstance(records, Records):
         return records.table["digest"].astype(">u8").tobytes().hex()
-    found = ""
+    text = ""
     for ex in records:
         parts = (ex.id, ex.task, ex.question, *ex.options, ex.answer, ex.image, *ex.trajectory)
         contents = [part if isinstance(part, str) else picture_digest(part) for part in parts]
-        found += f"{short_hash(repr(contents).encode()):016x}"
-    return found
+        text += f"{short_hash(repr(contents).encode()):016x}"
+    return text
 
 
 def read_folder(folder: str | Path, answer_prefix: str = "Answer:",

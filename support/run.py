@@ -61,7 +61,7 @@ class Run:
         if self.writes:
             if not self.resume:
                 refuse_used_folder(self.out)
-            self.made = [folder for folder in (self.out, *self.out.parents) if not folder.exists()]
+            self.missing = [path for path in (self.out, *self.out.parents) if not path.exists()]
             self.out.mkdir(parents=True, exist_ok=True)
             self.lock = FileLock(self.out / LOCK)
             try:
@@ -79,7 +79,7 @@ class Run:
             self.lock.release()
             # a run that failed before its first step leaves no empty folder behind
             with suppress(OSError):
-                for folder in self.made:
+                for folder in self.missing:
                     folder.rmdir()
 
     # ---- before the first step ----
@@ -179,10 +179,10 @@ class Run:
         log(self.out, "train", dict(step=step, **metrics, grad_norm=float(norm), lr=lr, **timing))
         terms = " ".join(f"{name} {metrics[name]:.4f}" for name in ("loss", "vlm", "jepa",
                          "nextlat", "recon") if name in metrics)
-        shown = (" | r2 {r2:.2f} retrieval {retrieval:.2f} rank {effective_rank:.1f}"
+        gauges = (" | r2 {r2:.2f} retrieval {retrieval:.2f} rank {effective_rank:.1f}"
                  .format(**metrics) if "r2" in metrics else "")
         left = int((self.config.steps - step) * timing["ms"] / 1000)
-        print(f"{step:5d}/{self.config.steps} {terms}{shown} | lr {lr:.1e} grad {float(norm):.2f} "
+        print(f"{step:5d}/{self.config.steps} {terms}{gauges} | lr {lr:.1e} grad {float(norm):.2f} "
               f"{timing['ms']:.0f} ms/step, {left // 60}:{left % 60:02d} left", flush=True)
 
     def restart_clock(self, step: int) -> None:
@@ -199,8 +199,8 @@ class Run:
             return
         log(self.out, "valid", dict(step=step, **metrics))
         names = ("loss", "r2", "effective_rank", "mean_cosine", "direct", "tool")
-        shown = " ".join(f"{name} {metrics[name]:.3f}" for name in names if name in metrics)
-        print(f"      validation: {shown}", flush=True)
+        text = " ".join(f"{name} {metrics[name]:.3f}" for name in names if name in metrics)
+        print(f"      validation: {text}", flush=True)
         if hint := collapse_hint(metrics, len(method.targets) > 0):
             print(f"      {hint}", flush=True)
         if metrics["loss"] < self.best:
@@ -461,21 +461,21 @@ def _file_digest(file: Path, pieces: int = 64, piece: int = 1 << 20) -> str:
 
 def refuse_other_inputs(out: Path, model: str, now: dict, splits: tuple) -> None:
     """Raises ValueError if model and data are not those that the run began with."""
-    began, found = read_json(out / "inputs.json"), ""
-    changed = [name for name in sorted(began["model"].keys() | now["model"].keys())
-               if began["model"].get(name) != now["model"].get(name)]
+    first, difference = read_json(out / "inputs.json"), ""
+    changed = [name for name in sorted(first["model"].keys() | now["model"].keys())
+               if first["model"].get(name) != now["model"].get(name)]
     if changed:
-        found = f"{', '.join(changed)} of the model {model}"
-    for name, before, after, records in zip(("training", "validation", "test"), began["data"],
+        difference = f"{', '.join(changed)} of the model {model}"
+    for name, before, after, records in zip(("training", "validation", "test"), first["data"],
                                             now["data"], splits):
-        if not found and len(before) != len(after):
-            found = f"the number of {name} records"
-        elif not found and before != after:  # 16 digits a record
+        if not difference and len(before) != len(after):
+            difference = f"the number of {name} records"
+        elif not difference and before != after:  # 16 digits a record
             row = next(n for n in range(len(records))
                        if before[16 * n:16 * n + 16] != after[16 * n:16 * n + 16])
-            found = f"{name} record {records[row].id!r}"
-    if found:
-        raise ValueError(f"{out} began with other inputs than it finds now ({found}): restore "
+            difference = f"{name} record {records[row].id!r}"
+    if difference:
+        raise ValueError(f"{out} began with other inputs than it finds now ({difference}): restore "
                          "them, or begin a new run with another --out")
 
 

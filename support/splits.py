@@ -21,16 +21,16 @@ def load_splits(config) -> tuple[Sequence[Example], ...]:
     return limit(read_splits(config), config)
 
 
-def limit(found: dict[str, Sequence[Example]], config) -> tuple[Sequence[Example], ...]:
+def limit(splits: dict[str, Sequence[Example]], config) -> tuple[Sequence[Example], ...]:
     """All training records of a folder, and as many others as the world would give."""
-    for (split, records), least in zip(found.items(), (2, 2, 1)):
+    for (split, records), least in zip(splits.items(), (2, 2, 1)):
         if len(records) < least:
             raise ValueError(f"{config.data} has {len(records)} records in the {split} split, "
                              f"{least} or more are needed: set \"split\": \"{split}\" in some "
                              "records, or add records")
     rng = random.Random(0)
-    valid = at_most(found["validation"], max(2, config.train_examples // 10), rng)
-    return found["train"], valid, per_task(found["test"], config.test_per_task, rng)
+    valid = at_most(splits["validation"], max(2, config.train_examples // 10), rng)
+    return splits["train"], valid, per_task(splits["test"], config.test_per_task, rng)
 
 
 def test_questions(config, per_task_count: int, split: str = "test") -> Sequence[Example]:
