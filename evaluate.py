@@ -3,7 +3,8 @@
     python evaluate.py RUN                          # the table of a finished run
     python evaluate.py RUN --again --call_limit 3   # ask every question again, with tools too
     python evaluate.py tiny-vlm                     # a checkpoint that was not fine-tuned
-    python evaluate.py RUN --image FILE --question TEXT --options A,B,C    # ask one question
+    python evaluate.py RUN --image FILE --question TEXT --options A,B,C    # ask one question;
+                                    # --call_limit 3 in place of --options: it calls its tools
 
 The ways to answer, each with a 95% interval (Wilson) per task:
   direct  the option with the largest log-probability after the prefix "Answer:"
@@ -188,7 +189,6 @@ class Options:
     image: str = option("", "ask one question about this picture")
     question: str = option("", "with --image: the question")
     options: str = option("", "with --image: possible answers, parted by commas")
-    tool: bool = option(False, "with --image: the model may call its tools")
     again: bool = option(False, "ask the test questions again, not from results.json")
     data: str = option("", "a data folder; default: the run's own, or the world")
     answer_prefix: str = option("", "what starts an answer; default: the run's own, or Answer:")
@@ -196,7 +196,7 @@ class Options:
     split: str = option("test", "test or validation")
     per_task: int = option(200, "test questions of each task of the world")
     free_tokens: int = option(0, "tokens of a free answer; 0: what the longest option needs")
-    call_limit: int = option(0, "also explicit tool use, with at most so many calls")
+    call_limit: int = option(0, "explicit tool use too, with at most so many calls")
     min_pixels: int = option(0, "least size of a checkpoint's images; 0: its processor's own")
     max_pixels: int = option(0, "greatest size of a checkpoint's images")
     json: str = option("", "write the table and every answer to this file")
@@ -209,10 +209,10 @@ def ask(path: str, options: Options) -> list[dict]:
                                    options.max_pixels, options.alpha)
     config.data = options.data or config.data
     prefix = options.answer_prefix or config.answer_prefix
-    calls = options.call_limit or 3
-    if options.tool or options.call_limit:
-        tool_use = room("baselines.tool_use", "calling tools")
-        ways["call"] = partial(tool_use.answer, limit=calls)
+    # explicit tool use is a rival, so it lives in baselines/
+    if options.call_limit:
+        tool_use = room("baselines.tool_use", "--call_limit")
+        ways["call"] = partial(tool_use.answer, limit=options.call_limit)
     if not options.image:
         questions = test_questions(config, options.per_task, options.split)
         return answer_questions(Evaluator(vlm, questions, prefix), options.free_tokens, ways)
@@ -220,8 +220,9 @@ def ask(path: str, options: Options) -> list[dict]:
     example = Example("the question", "question", Path(options.image), options.question, choices,
                       choices[0])
     evaluator = Evaluator(vlm, [example], prefix)
-    if options.tool:
-        tool_use.show(evaluator, calls, Path(options.image).stem)
+    if options.call_limit:
+        tool_use.show(evaluator, options.call_limit, Path(options.image).stem)
+    # without options the model answers in its own words
     elif choices == [""]:
         print(evaluator.free(64)[0]["text"])
     else:

@@ -10,10 +10,9 @@ each turn is known in characters, and the tokenizer says which characters each t
 
 from typing import NamedTuple
 
+from support.families import Turn
 from support.features import LoadedImage
 from support.records import Example
-
-Turn = tuple[str, list]  # (role, parts); a part is a text or a picture
 
 
 class View(NamedTuple):
@@ -67,9 +66,9 @@ class Chat:
         self.end_id = family.end_id
         # a template is a program: we learn what it puts around words from words that we know
         prompt = [("user", ["Q"])]
-        question = self._render(prompt)
-        self.header = self._render(prompt, add_generation_prompt=True)[len(question):]
-        turn = self._render([*prompt, ("assistant", ["Xyz"])])[len(question):]
+        question = self.family.render(prompt)
+        self.header = self.family.render(prompt, add_generation_prompt=True)[len(question):]
+        turn = self.family.render([*prompt, ("assistant", ["Xyz"])])[len(question):]
         opening, _, self.ending = turn.partition("Xyz")
         # training turns must begin with the tokens that inference begins with, up to blanks
         if opening.strip() != self.header.strip() or not self.ending.strip():
@@ -85,16 +84,6 @@ class Chat:
         # the image comes first, as in the families' own examples
         return [("user", [example.image, example.question]), *steps]
 
-    @staticmethod
-    def messages(turns: list[Turn]) -> list[dict]:
-        """The turns in the form that chat templates take."""
-        return [dict(role=role, content=[
-            dict(type="text", text=part) if isinstance(part, str) else dict(type="image")
-            for part in parts]) for role, parts in turns]
-
-    def _render(self, turns: list[Turn], **options) -> str:
-        return self.family.render(self.messages(turns), **options)
-
     def prompt(self, turns: list[Turn], images: list[LoadedImage]) -> View:
         """A conversation and the generation prompt: of <I0, Q>, all that inference sees. Nothing is
         supervised."""
@@ -109,7 +98,7 @@ class Chat:
         # `rendered` has one placeholder per image; in `text` the placeholders are expanded
         rendered, text, starts, speeches, images = "", "", [], [], iter(images)
         for n, (role, parts) in enumerate(turns):
-            whole = self._render(turns[:n + 1])
+            whole = self.family.render(turns[:n + 1])
             if not whole.startswith(rendered):
                 raise ValueError("the model's chat template rewrites earlier turns; give the "
                                  "checkpoint another chat_template.jinja")
@@ -122,7 +111,7 @@ class Chat:
             assert len(rest) == sum(not isinstance(part, str) for part in parts), turn
             text += first + "".join(next(images).text + piece for piece in rest)
         if prompt:
-            text += self._render(turns, add_generation_prompt=True)[len(rendered):]
+            text += self.family.render(turns, add_generation_prompt=True)[len(rendered):]
         # The whole text is tokenised at once. Many tokenizers treat a piece that stands alone
         # differently (a mark before its first word, merged newlines), and models saw whole texts.
         ids, spans = self.family.encode(text)
@@ -165,7 +154,7 @@ class Chat:
     def check_ids(self, example: Example, images: list[LoadedImage]) -> None:
         """Our ids must be those of the family's own processor."""
         turns = self.turns(example)
-        ids = self.family.own_ids(self.messages(turns), [image.picture for image in images])
+        ids = self.family.own_ids(turns, [image.picture for image in images])
         if self.conversation(turns, images).ids != ids:
             raise ValueError(f"example {example.id}: the model's own processor makes other ids of "
                              "this conversation; this family or tokenizer is not supported")

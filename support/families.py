@@ -21,6 +21,9 @@ from support.adapters import merge, read_adapter, resolve
 from support.files import check_finite, read_json
 
 
+Turn = tuple[str, list]  # ("user" or "assistant", parts); a part is a text or a picture
+
+
 @contextmanager
 def one_sentence(start: str):
     """Turns any error inside into a ValueError: `start` and the first line of the error."""
@@ -68,30 +71,34 @@ class Family:
                              f"positions in several rows (of these only {', '.join(FAMILIES)})")
         return AutoProcessor.from_pretrained(self.path)
 
-    def render(self, messages: list[dict], add_generation_prompt: bool = False) -> str:
-        """The conversation as text, a placeholder for every image. messages: [{"role": "user" |
-        "assistant", "content": [{"type": "text", "text": str} or {"type": "image"}, ...]}, ...].
-        Raises ValueError with the template's own reason."""
+    def messages(self, turns: list[Turn]) -> list[dict]:
+        """The turns in the form that this chat template takes."""
+        messages = []
+        for role, parts in turns:
+            if role == "assistant":
+                parts = [parts[0] + self.closing]
+            content = [dict(type="text", text=part) if isinstance(part, str)
+                       else dict(type="image") for part in parts]
+            if role in self.string_roles:
+                content = "".join(part.get("text", self.markup) for part in content)
+            messages.append(dict(role=role, content=content))
+        return messages
+
+    def render(self, turns: list[Turn], add_generation_prompt: bool = False) -> str:
+        """The conversation as text, a placeholder for every image. Raises ValueError with the
+        template's own reason."""
         with one_sentence(f"the chat template of {self.path} refuses the conversation"):
-            images = sum(part["type"] == "image" for m in messages for part in m["content"])
+            images = sum(not isinstance(part, str) for _, parts in turns for part in parts)
             if self.single_image_only and images > 1:
                 raise ValueError("this model sees an image in another way when others stand beside "
                                  "it: train on bare answers (--method direct), or choose another")
-            adapted = []
-            for message in messages:
-                role, parts = message["role"], message["content"]
-                if role == "assistant":
-                    parts = [dict(type="text", text=parts[0]["text"] + self.closing)]
-                if role in self.string_roles:
-                    parts = "".join(part.get("text", self.markup) for part in parts)
-                adapted.append(dict(role=role, content=parts))
             return self.processor.apply_chat_template(
-                adapted, add_generation_prompt=add_generation_prompt)
+                self.messages(turns), add_generation_prompt=add_generation_prompt)
 
-    def own_ids(self, messages: list[dict], images: list[Image.Image],
+    def own_ids(self, turns: list[Turn], images: list[Image.Image],
                 add_generation_prompt: bool = False) -> list[int]:
         """What the family's own processor makes of a conversation and its images."""
-        text = self.render(messages, add_generation_prompt)
+        text = self.render(turns, add_generation_prompt)
         with one_sentence(f"the processor of {self.path} refuses the conversation"):
             out = self.processor(text=[text], images=[images] if images else None,
                                  add_special_tokens=self._adds_bos(text))
@@ -112,8 +119,7 @@ class Family:
     def _fit_template(self) -> None:
         """Find out which roles the template wants as strings and which token ends a turn."""
         self.closing, self.single_image_only = "", False
-        turns = [dict(role="user", content=[dict(type="image"), dict(type="text", text="Qz4")]),
-                 dict(role="assistant", content=[dict(type="text", text="Aq7")])]
+        turns = [("user", [Image.new("RGB", (60, 44)), "Qz4"]), ("assistant", ["Aq7"])]
         for self.string_roles in ((), ("assistant",), ("assistant", "user")):
             with suppress(ValueError):
                 text = self.render(turns)

@@ -169,20 +169,20 @@ class Records(Sequence):
         return f"{self.folder / FILE}, line {self.table[row]['line']}"
 
 
-def digests(records: Sequence[Example]) -> str:
-    """16 hex digits for each record. A resumed run names the record where they first differ.
+def digest(records: Sequence[Example]) -> str:
+    """16 hex digits that other records would not have.
 
     Of a folder: of lines, and of pictures' sizes and times, so that no picture is opened. Of
     records in memory: of texts and pixels.
     """
     if isinstance(records, Records):
-        return records.table["digest"].astype(">u8").tobytes().hex()
-    text = ""
-    for ex in records:
-        parts = (ex.id, ex.task, ex.question, *ex.options, ex.answer, ex.image, *ex.trajectory)
-        contents = [part if isinstance(part, str) else picture_digest(part) for part in parts]
-        text += f"{short_hash(repr(contents).encode()):016x}"
-    return text
+        content = records.table["digest"].tobytes()
+    else:
+        parts = [part for ex in records for part in (ex.id, ex.task, ex.question, *ex.options,
+                                                     ex.answer, ex.image, *ex.trajectory)]
+        content = repr([part if isinstance(part, str) else picture_digest(part)
+                        for part in parts]).encode()
+    return f"{short_hash(content):016x}"
 
 
 def read_folder(folder: str | Path, answer_prefix: str = "Answer:",

@@ -33,7 +33,7 @@ from transformers.utils import cached_file
 
 from support import processes
 from support.files import read_json, read_tensors, write_json, write_tensors, write_text
-from support.records import digests
+from support.records import digest
 
 LOCK = "lock"
 LEFTOVER = re.compile(r"(checkpoint-\d+|[\w-]+\.(json|jsonl|safetensors))\.partial")
@@ -88,9 +88,11 @@ class Run:
         """Write config.json, or load the state. Returns the module to call: the method, or
         DistributedDataParallel around it."""
         self.method, self.optimizer, self.schedule = method, optimizer, schedule
-        inputs = dict(model=base_digests(self.config.model), data=[digests(s) for s in splits])
+        inputs = base_digests(self.config.model) | {
+            f"{name} records": digest(records)
+            for name, records in zip(("training", "validation", "test"), splits)}
         if self.resume:
-            refuse_other_inputs(self.out, self.config.model, inputs, splits)
+            refuse_other_inputs(self.out, inputs)
             self.step, self.best = self.load_state()
         if self.writes and self.resume:
             truncate_log(self.out / "log.jsonl", self.step)
@@ -440,9 +442,9 @@ def base_digests(path: str) -> dict[str, str]:
     if not Path(path).is_dir():
         if Path(path).is_absolute():
             raise FileNotFoundError(f"{path} not found: the run began with this model; restore it")
-        return dict(revision=Path(cached_file(path, "config.json")).parent.name)
+        return {"revision of the model": Path(cached_file(path, "config.json")).parent.name}
     kinds = (".json", ".jinja", ".safetensors", ".model", ".txt")
-    return {file.name: _file_digest(file) for file in sorted(Path(path).iterdir())
+    return {f"{file.name} of the model": _file_digest(file) for file in sorted(Path(path).iterdir())
             if file.suffix in kinds and file.is_file()}
 
 
@@ -459,24 +461,12 @@ def _file_digest(file: Path, pieces: int = 64, piece: int = 1 << 20) -> str:
     return digest.hexdigest()[:16]
 
 
-def refuse_other_inputs(out: Path, model: str, now: dict, splits: tuple) -> None:
+def refuse_other_inputs(out: Path, now: dict[str, str]) -> None:
     """Raises ValueError if model and data are not those that the run began with."""
-    first, difference = read_json(out / "inputs.json"), ""
-    changed = [name for name in sorted(first["model"].keys() | now["model"].keys())
-               if first["model"].get(name) != now["model"].get(name)]
-    if changed:
-        difference = f"{', '.join(changed)} of the model {model}"
-    for name, before, after, records in zip(("training", "validation", "test"), first["data"],
-                                            now["data"], splits):
-        if not difference and len(before) != len(after):
-            difference = f"the number of {name} records"
-        elif not difference and before != after:  # 16 digits a record
-            row = next(n for n in range(len(records))
-                       if before[16 * n:16 * n + 16] != after[16 * n:16 * n + 16])
-            difference = f"{name} record {records[row].id!r}"
-    if difference:
-        raise ValueError(f"{out} began with other inputs than it finds now ({difference}): restore "
-                         "them, or begin a new run with another --out")
+    first = read_json(out / "inputs.json")
+    if changed := [name for name in first | now if first.get(name) != now.get(name)]:
+        raise ValueError(f"{out} began with other inputs than it finds now ({', '.join(changed)}): "
+                         "restore them, or begin a new run with another --out")
 
 
 def environment() -> dict:

@@ -93,8 +93,8 @@ def test_ids_are_those_of_the_familys_own_processor(family, tool_images, image_f
         with pytest.raises(ValueError, match=f"refuses the conversation .*{reason}"):
             chat.conversation(turns, images)
         return
-    whole, messages = chat.conversation(turns, images, prompt), chat.messages(turns)
-    assert whole.ids == family.own_ids(messages, example.images, prompt)
+    whole = chat.conversation(turns, images, prompt)
+    assert whole.ids == family.own_ids(turns, example.images, prompt)
     assert len(whole.ends) == len(whole.ids) and whole.ends[-1] == len(whole.text)
     if family.closing:  # a published template without an end: the text is closed by hand
         assert whole.text.count(family.closing) == tool_images + (not prompt)
@@ -102,7 +102,7 @@ def test_ids_are_those_of_the_familys_own_processor(family, tool_images, image_f
     if "qwen" in family.path and HAVE_TORCHVISION and "old_size" not in family.path:
         processor = transformers.AutoProcessor.from_pretrained(family.path)
         assert [whole.ids] == processor.apply_chat_template(
-            messages, add_generation_prompt=prompt, tokenize=True,
+            family.messages(turns), add_generation_prompt=prompt, tokenize=True,
             processor_kwargs=dict(images=example.images))
 
 
@@ -148,7 +148,7 @@ def test_which_template_counts(copied):
         before = loaded(folder).processor.chat_template
         write(folder / TOKENS, chat_template="{{ 'for text only' }}")
         assert loaded(folder).processor.chat_template == before
-    folder, turns = copied("qwen2_5_vl"), Chat.messages(Chat.turns(record(1)))
+    folder, turns = copied("qwen2_5_vl"), Chat.turns(record(1))
     whole, template = loaded(folder).render(turns), read_json(folder / OLD)["chat_template"]
     (folder / OLD).unlink()
     assert loaded(folder).render(turns) == whole

@@ -18,7 +18,6 @@ from safetensors.torch import load_file, save_file
 import train
 from support import processes, run
 from support.files import write_json, write_tensors
-from support.records import Example
 
 ROOT = Path(train.__file__).resolve().parent
 
@@ -130,19 +129,13 @@ def test_a_failed_write_leaves_the_last_good_file(tmp_path, monkeypatch):
 
 
 def test_other_inputs_than_a_run_began_with_are_named(tmp_path):
-    one, two, three = "a" * 16, "b" * 16, "c" * 16
-    began = dict(model={"config.json": "1", "model.safetensors": "2"}, data=[one, one + two, three])
+    began = {"config.json of the model": "1", "training records": "2"}
     write_json(tmp_path / "inputs.json", began)
-    record = Example("r2", "t", tmp_path, "Q?", ["x"], "x")
-    splits = ([record], [record, record], [record])
-    run.refuse_other_inputs(tmp_path, "M", began, splits)
-    other = dict(began, model={"config.json": "1", "model.safetensors": "3"})
-    with pytest.raises(ValueError, match="model.safetensors of the model M"):
-        run.refuse_other_inputs(tmp_path, "M", other, splits)
-    for data, message in (([one, one + three, three], "validation record 'r2'.*--out"),
-                          ([one, one, three], "number of validation records")):
-        with pytest.raises(ValueError, match=message):
-            run.refuse_other_inputs(tmp_path, "M", dict(began, data=data), splits)
+    run.refuse_other_inputs(tmp_path, began)
+    other = {"model.safetensors of the model": "1", "training records": "3"}
+    with pytest.raises(ValueError, match=r"\(config.json of the model, training records, "
+                                         r"model.safetensors of the model\).*--out"):
+        run.refuse_other_inputs(tmp_path, other)
 
 
 def test_large_weights_are_told_apart_by_pieces(tmp_path):
