@@ -61,9 +61,9 @@ def make_views(chat: Chat, example: Example, images: list[LoadedImage], pred_tok
         raise ValueError(f"example {example.id} has a trajectory without text: nothing to learn")
     chat.check_text(example)
     turns, keys = chat.turns(example), [image.key for image in images]
-    # Deviation: the paper's h_R is the state of R's last token. Here it is that of the end-of-turn
-    # token, as in the release: it can summarise what was said. What the template writes behind it
-    # (a newline) is dropped.
+    # Deviation: the paper's h_R is the state of R's last token. Ours is that of the end-of-turn
+    # token after R's words, as in the release: its state can summarise all words. What the
+    # template writes behind that token (a newline) is dropped.
     whole = chat.conversation(turns, images).without_layout()
     full = View(whole.ids, whole.labels, keys, len(whole.ids) - 1)
 
@@ -145,7 +145,8 @@ class Trajectories(Dataset):
 
     def passes(self, rows: list[int], batch: int, rank: int = 0,
                world_size: int = 1) -> list[list[TrainingExample]]:
-        """A step's micro-batches of `batch` examples; with several processes, this one's share."""
+        """A step's micro-batches of `batch` examples; with several processes, the share of this
+        process."""
         examples = [self[row] for row in rows]
         # passes of views of similar length need little padding
         if len(rows) > batch:
@@ -157,7 +158,7 @@ class Trajectories(Dataset):
 
 
 class StepRows(Sampler):
-    """The numbers of the records of each optimiser step, endless, from step `start` on."""
+    """The record indices of each optimiser step, endless, from step `start` on."""
 
     def __init__(self, count: int, size: int, seed: int, start: int = 0):
         self.count, self.size, self.seed, self.start = count, size, seed, start

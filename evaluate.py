@@ -11,9 +11,9 @@ The ways to answer, each with a 95% interval (Wilson) per task:
   free    greedy decoding after the generation prompt: the first tokens must be the answer
   tool    the prompt holds the expert's calls and tool images too; the model writes the answer
   call    explicit tool use: the program executes the model's own calls (baselines/tool_use.py)
-  latent  the rival's inference: latents in place of tool images (baselines/reconstruction.py)
-`direct` and `free` are Pearl's inference: no tool, no [PRED], no latent predictor. `tool` measures
-how well the trajectories were learned.
+  latent  as LVR and Mirage answer: latents, no tool images (baselines/reconstruction.py)
+`direct` and `free` are Pearl's inference: no tool, no [PRED], no latent predictor. A model that has
+learned to call tools begins `free` with a call. `tool` measures how well it learned R.
 """
 
 import math
@@ -49,8 +49,7 @@ class Evaluator:
         self.vlm, self.examples, self.prefix, self.batch = vlm, list(examples), prefix, batch
         self.chat, family = Chat(vlm.family, vlm.max_positions), vlm.family
         self.encode_images = ImageEncoder(family)
-        # the form of an answer in the data, such as "Answer: **x**."; an example without a
-        # trajectory gets the most common form
+        # the form of an answer, such as "Answer: **x**."; without a trajectory the most common one
         common = answers.common_form(self.examples, prefix)
         self.questions = []
         for example in self.examples:
@@ -61,13 +60,14 @@ class Evaluator:
 
     def direct(self) -> list[dict]:
         """The option with the largest log-probability, as lm-evaluation-harness scores them."""
+        # q.prompt is <I0, Q> and the generation prompt, q.started the same with "Answer:" behind it
         return in_batches([q.started for q in self.questions], self.score_options, self.batch)
 
-    def score_options(self, views: list[View], numbers: list[int]) -> list[dict]:
-        options = [self.questions[n].options for n in numbers]
-        features = self.encode_images(self.images(numbers, self.encode_images.cache, tools=False))
+    def score_options(self, views: list[View], indices: list[int]) -> list[dict]:
+        options = [self.questions[n].options for n in indices]
+        features = self.encode_images(self.images(indices, self.encode_images.cache, tools=False))
         results = []
-        for n, scores in zip(numbers, self.vlm.log_probs(views, options, features)):
+        for n, scores in zip(indices, self.vlm.log_probs(views, options, features)):
             best = max(range(len(scores)), key=scores.__getitem__)
             # a model that has broken down (NaN) chooses nothing
             best = None if any(map(math.isnan, scores)) else best
@@ -88,25 +88,25 @@ class Evaluator:
     def tool(self) -> list[dict | None]:
         """None where the example has no tool image. Calls and images are the record's own."""
         views = [q.tool for q in self.questions]
-        texts = [ex.texts[-1] for ex, view in zip(self.examples, views) if view]
         # room for the longest of the experts' last texts and a few tokens more
-        lengths = [len(self.vlm.tokenizer(text).input_ids) for text in texts]
+        lengths = [len(self.vlm.tokenizer(example.texts[-1]).input_ids)
+                   for example, view in zip(self.examples, views) if view]
         return self.generate(views, max(lengths, default=0) + 8)
 
     def generate(self, views: list[View | None], tokens: int) -> list[dict | None]:
         """Greedy decoding of each view."""
-        def decode(part: list[View], numbers: list[int]) -> list[dict]:
+        def decode(part: list[View], indices: list[int]) -> list[dict]:
             # `generate` takes pixels, so here every image needs them
-            images = self.images(numbers, tools=any(len(view.images) > 1 for view in part))
+            images = self.images(indices, tools=any(len(view.images) > 1 for view in part))
             rows = self.vlm.generate(part, images, self.encode_images, tokens)
             return [dict(text=self.decode(ids), tokens=len(ids), images=len(view.images),
                          passes=len(ids)) for ids, view in zip(rows, part)]
 
         return in_batches(views, decode, self.batch)
 
-    def images(self, numbers: list[int], cache=(), tools: bool = True) -> list[LoadedImage]:
+    def images(self, indices: list[int], cache=(), tools: bool = True) -> list[LoadedImage]:
         """The images of these examples, or I0 alone. cache: keys that need no pixels."""
-        family, examples = self.vlm.family, [self.examples[n] for n in numbers]
+        family, examples = self.vlm.family, [self.examples[n] for n in indices]
         if not tools:
             examples = [replace(example, trajectory=[]) for example in examples]
         return [image for example in examples
@@ -156,8 +156,7 @@ def method_of(config) -> type[Method]:
 def merge(*arguments: str) -> None:
     """RUN DIR [DTYPE]: the run's best checkpoint as an ordinary folder without our code."""
     if len(arguments) not in (2, 3):
-        raise ValueError("--merge takes a run, a new folder, and perhaps the dtype to write: "
-                         "python train.py --merge RUN DIR [float32]")
+        raise ValueError("write python train.py --merge RUN DIR, or ... DIR float32")
     config, checkpoint = run.finished(Path(arguments[0]))
     vlm = VLM(config["model"], getattr(torch, config["dtype"]), config["min_pixels"],
               config["max_pixels"])
@@ -172,8 +171,8 @@ def report(out: Path, config, tests: Sequence[Example], before: list, seconds: f
     tests = [method_of(config).adapt(example, config) for example in tests]
     after = answer_questions(Evaluator(vlm, tests, config.answer_prefix), ways=ways)
     best = run.best_checkpoint(out)
-    write_json(out / "results.json", dict(best=best, train_seconds=seconds, answers=after,
-                                          before=before))
+    results = dict(best=best, train_seconds=seconds, answers=after, before=before)
+    write_json(out / "results.json", results)
     print(f"\ntest accuracy in %, before and after {config.steps} steps ({seconds / 60:.1f} "
           f"minutes); best checkpoint: step {best['step']}")
     columns = dict(before=tables.summarise(before), after=tables.summarise(after))

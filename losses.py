@@ -59,16 +59,16 @@ def jepa_loss(prediction: Tensor, target: Tensor, name: str = "cosine") -> Tenso
     """Eq. 1: L_JEPA = mean over the batch of D(h^_R, sg[h_R]).
 
     prediction (B, D): h^_R, the state of the last [PRED] token behind <I0, Q>. target (B, D): h_R,
-    the state of the trajectory's last token.
+    the state of the trajectory's end-of-turn token.
     Gradient: flows to `prediction`, stops at `target`.
     """
     # Deviation: the paper's text has D = SmoothL1 (--distance smoothl1). The authors' release has
     # 1 - cos and says that the reported numbers were made with it, so the cosine is our default.
     #
-    # By default h_R comes from the frozen starting model, and detach() does nothing. It is not
-    # enough with the current model's h_R (the paper): a step that changes h^_R changes h_R too, no
-    # term keeps the h_R of two examples apart, and they collapse (README). SimSiam, BYOL and I-JEPA
-    # have a predictor network between the two ends; Pearl has none.
+    # By default h_R comes from the frozen starting model, and detach() does nothing. With the
+    # current model's h_R (the paper), detach() is not enough: a step that changes h^_R changes h_R
+    # too, no term keeps the h_R of two examples apart, and they collapse (README). SimSiam, BYOL
+    # and I-JEPA have a predictor network between their two branches; Pearl has no network there.
     target = target.detach()
     return distance(prediction, target, name).mean()
 
@@ -84,8 +84,8 @@ def nextlat_loss(states: Tensor, forecasts: list[tuple[Tensor, Tensor]]) -> Tens
     for forecast, positions in forecasts:
         # without the stop-gradient, making the next state easy to predict would lower the loss
         target = states[positions].detach()  # (n, D)
-        # Deviation: the paper writes one mean; for d > 1 we take one for each i, over those t that
-        # have all of t+1 .. t+i. A shorter text has no such t, and the mean of nothing is NaN.
+        # Deviation: the paper writes one mean; for d > 1 we take one for each i, over those t with
+        # t+1 .. t+i all supervised. Where every text is shorter there is no such t: skip this i.
         if len(forecast):
             total = total + distance(forecast, target, "smoothl1").mean()
     return total / max(1, len(forecasts))

@@ -4,8 +4,8 @@ Enc(view) of sections 3.2 to 3.4 of arXiv:2604.08065 is the VLM's own forward pa
 embedding is the final-layer state (after the last norm) at one known position. Inference (3.8) is
 the model's own `generate`: no [PRED], no latent predictor, no tool.
 
-Letters: B batch, T sequence, D hidden size, V vocabulary, P image tokens,
-S 1 + deepstack levels (Qwen3-VL), A rows of positions (3 for Qwen: time, height, width; else 1).
+Letters: B batch, T sequence, D hidden size, V vocabulary, P image tokens, A rows of positions (3
+for Qwen: time, height, width; else 1), S levels of image features (Qwen3-VL: several; else 1).
 Left out on purpose: what differs between model families and how a checkpoint is read
 (support/families.py), LoRA and adapters on disk (support/lora.py, adapters.py), training.
 """
@@ -60,9 +60,9 @@ class VLM(nn.Module):
         return self.lm.device
 
     def set_trainable(self, config, dropout: float = 0.0, world_size: int = 1) -> None:
-        """Make the language model trainable: LoRA, or all weights with config.lora_rank 0; the
-        vision tower too with config.train_vision. LoRA's alpha is twice the rank, as in the paper
-        (64, 128)."""
+        """Make the language model's decoder trainable: LoRA, or with config.lora_rank 0 all its
+        weights; the vision tower too with config.train_vision. LoRA's alpha is twice the rank, as
+        in the paper (64, 128)."""
         # everything is frozen first
         self.lm.requires_grad_(False)
         parts = [self.lm.get_decoder()]
@@ -84,7 +84,7 @@ class VLM(nn.Module):
 
     def keep_start(self) -> None:
         """Remember the weights of now for `starting_model`: a second copy, if there is no LoRA."""
-        # past nn.Module's own attribute setter: the copy is no part of what trains or is saved
+        # not self.start = ...: nn.Module would register the copy, and train and save it
         self.__dict__["start"] = self if lora_layers(self.lm) else copy.deepcopy(self)
 
     @contextmanager
@@ -121,8 +121,9 @@ class VLM(nn.Module):
 
         # images and [PRED] get the embedding of some token here, which is replaced below
         embeds = self.lm.get_input_embeddings()(batch.ids)  # (B, T, D)
-        levels = embeds[:0, 0]  # (0, D); Qwen3-VL alone adds features to its first layers too
+        levels = embeds[:0, 0]  # (0, D): only Qwen3-VL has more levels, for its first layers
         if batch.images:
+            # (S, all P, D)
             features = torch.cat([images[i].features for i in batch.images], dim=1).to(embeds.dtype)
             assert image_tokens == features.shape[1], "image tokens and features differ"
             # images follow one another in the order of their tokens in the batch
@@ -136,7 +137,6 @@ class VLM(nn.Module):
         mask = batch.mask.long()
         if batch.shared is not None:
             positions, mask = packing.branch_inputs(batch, positions, self.lm.dtype)
-        # the family passes on what its model takes
         return dict(inputs_embeds=embeds, attention_mask=mask, position_ids=positions,
                     is_image=is_image, levels=levels)
 

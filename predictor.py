@@ -58,17 +58,17 @@ class LatentPredictor(nn.Module):
 
 class Predictor(nn.Module):
     """[PRED] rows `pred_tokens` (K, D) and the latent predictor `latent`, one checkpoint file.
-    start (D): the embedding of the end-of-turn token."""
+    count: K. start (D): the embedding of the end-of-turn token."""
 
     file_name = "predictor.safetensors"
 
-    def __init__(self, dim: int, pred_tokens: int, start: Tensor, sees_next: bool = True):
+    def __init__(self, dim: int, count: int, start: Tensor, sees_next: bool = True):
         super().__init__()
-        # Own parameters: rows of the vocabulary would stay frozen under LoRA, as in the release.
+        # Own parameters: under LoRA new rows of the vocabulary stay frozen (as the release's do).
         # They start as the end-of-turn embedding, plus noise. They are float32, because bfloat16
         # would lose small updates.
         start = start.detach().float()
         size = start.square().mean().sqrt()
-        noise = 0.1 * size * torch.randn(pred_tokens, dim, device=start.device)
-        self.pred_tokens = nn.Parameter(start.repeat(pred_tokens, 1) + noise)  # (K, D)
+        noise = 0.1 * size * torch.randn(count, dim, device=start.device)
+        self.pred_tokens = nn.Parameter(start.repeat(count, 1) + noise)  # (K, D)
         self.latent = LatentPredictor(dim, sees_next)

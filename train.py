@@ -67,7 +67,7 @@ class Config:
     batch: int = option(32, "examples in one micro-batch")
     accumulate: int = option(1, "micro-batches in one optimiser step")
     lr: float = option(1e-3, "peak learning rate; linear warm-up, then cosine to zero")
-    lora_rank: int = option(64, "alpha is twice the rank; 0: train all weights")
+    lora_rank: int = option(64, "alpha is twice the rank; 0: train the decoder's weights")
     train_vision: bool = option(False, "train the vision tower too; else images are encoded once")
     gradient_checkpointing: bool = option(False, "less memory, a third more time")
     shard: bool = option(False, "torchrun: each process holds a share of the frozen layers (FSDP)")
@@ -93,15 +93,15 @@ class Pearl(Method):
         vlm.set_trainable(config, self.lora_dropout, world_size)
         # every image is encoded once in a step, and while the tower is frozen, once in a run
         self.encode_images = ImageEncoder(vlm.family, frozen=not config.train_vision)
-        # in bytes; with --shard all processes must run the same layers, so h_R is always computed
+        # limit: bytes. With --shard no h_R is stored: all processes must run the same layers
         self.targets = StoredTargets(limit=0 if config.shard else 8e9)
         self.build_modules()
         self.to(config.device)
 
     def build_modules(self) -> None:
         """What Pearl adds to the VLM while it trains."""
-        start = self.vlm.lm.get_input_embeddings().weight[self.vlm.family.end_id]
-        self.predictor = Predictor(self.vlm.dim, self.config.pred_tokens, start, self.sees_next)
+        end = self.vlm.lm.get_input_embeddings().weight[self.vlm.family.end_id]
+        self.predictor = Predictor(self.vlm.dim, self.config.pred_tokens, end, self.sees_next)
         self.vlm.keep_start()
 
     def forward(self, batch: list[TrainingExample]) -> Losses:
@@ -139,8 +139,8 @@ class Pearl(Method):
     def target(self, batch: list[TrainingExample], images: dict[str, EncodedImage]) -> Encoded:
         """h_R by the frozen starting model: computed at a record's first use, then looked up."""
         # Deviation: the paper encodes R with the current model, and its targets collapse here
-        # (losses.jepa_loss says why; --method current). The paper names "cached trajectory
-        # embeddings" as a saving: fixed targets cannot collapse and cost no pass after the first.
+        # (losses.jepa_loss says why; --method current). Fixed targets cannot collapse, and are
+        # computed once: the "cached trajectory embeddings" that the paper names as a saving.
         not_stored = [example for example in batch if example.index not in self.targets.cache]
         computed = {}
         if not_stored:
@@ -155,6 +155,7 @@ class Pearl(Method):
         return Encoded(h_R.to(self.config.device))
 
     def jepa(self, prediction: Tensor, target: Tensor, batch: list[TrainingExample]) -> Tensor:
+        # `batch` is for subclasses (InfoNCE reads answers), as `target` is in `nextlat`
         return losses.jepa_loss(prediction, target, self.config.distance)
 
     def nextlat(self, full: Encoded, target: Encoded) -> Tensor:
@@ -192,7 +193,6 @@ def find_method(name: str) -> type[Pearl]:
 
 def dataset(method: Pearl, examples: Sequence[Example], split: str) -> Trajectories:
     """A split as the method learns it."""
-    # class methods, so that analysis/show.py needs no weights for records and views
     kind, config, vlm = type(method), method.config, method.vlm
     return Trajectories(kind.records(examples, config), split, partial(kind.views, config),
                         Chat(vlm.family, vlm.max_positions), method.encode_images.cache,

@@ -101,7 +101,7 @@ def test_a_run_equals_plain_loops(tmp_path, monkeypatch, as_program, capsys):
     monkeypatch.setattr(evaluate.adapters, "save_merged", lambda _, *rest: merged.append(rest))
     as_program(train.__file__, "--merge", out, "DIR")
     assert merged == [(out / best["checkpoint"], Path("DIR"))]
-    with pytest.raises(ValueError, match="--merge takes a run"):
+    with pytest.raises(ValueError, match="--merge RUN DIR"):
         evaluate.merge(str(out))
 
 

@@ -93,7 +93,7 @@ def test_the_questions_of_a_checkpoint(monkeypatch):
     """By these defaults; the options go before what a run was trained with."""
     options, calls = evaluate.Options(device="cpu"), []
     assert vars(options) == dict(
-        image="", question="", options="", tool=False, again=False, data="",
+        image="", question="", options="", again=False, data="",
         answer_prefix="", alpha=1.0, split="test", per_task=200, free_tokens=0, call_limit=0,
         min_pixels=0, max_pixels=0, json="", device="cpu")
     monkeypatch.setattr(evaluate, "test_questions", lambda config, *rest: calls.append(
