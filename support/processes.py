@@ -30,11 +30,9 @@ def run_program(main: Callable[[], None], stopped: str = "stopped") -> None:
         print(stopped, file=sys.stderr)
         SIGNALS.number = SIGNALS.number or signal.SIGINT
     if SIGNALS.number:
-        # end as an ordinary program does, so that `a && b` and loops of a shell stop (the status is
-        # 130 for SIGINT, 143 for SIGTERM); nobody may read the streams any more
-        with suppress(OSError):
+        # end as an ordinary program does, so that a shell's loop stops too
+        with suppress(OSError):  # nobody may read the stream any more
             sys.stdout.flush()
-            sys.stderr.flush()
         signal.signal(SIGNALS.number, signal.SIG_DFL)
         signal.raise_signal(SIGNALS.number)
 

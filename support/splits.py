@@ -29,8 +29,9 @@ def limit(splits: dict[str, Sequence[Example]], config) -> tuple[Sequence[Exampl
                              f"{least} or more are needed: set \"split\": \"{split}\" in some "
                              "records, or add records")
     rng = random.Random(0)
-    valid = at_most(splits["validation"], max(2, config.train_examples // 10), rng)
-    return splits["train"], valid, per_task(splits["test"], config.test_per_task, rng)
+    valid, tests = splits["validation"], splits["test"]
+    valid = at_most(valid, max(2, config.train_examples // 10), rng, [""] * len(valid))
+    return splits["train"], valid, at_most(tests, config.test_per_task, rng, tests.tasks)
 
 
 def test_questions(config, per_task_count: int, split: str = "test") -> Sequence[Example]:
@@ -59,17 +60,10 @@ def read_splits(config) -> dict[str, Sequence[Example]]:
     return {split: records.split(split) for split in ("train", "validation", "test")}
 
 
-def at_most(records: Sequence[Example], count: int, rng: random.Random) -> Sequence[Example]:
-    """All of them, or `count` drawn at random."""
-    if len(records) <= count:
-        return records
-    return records.subset(rng.sample(range(len(records)), count))
-
-
-def per_task(records, count: int, rng: random.Random) -> Sequence[Example]:
-    """Of each task at most `count`."""
+def at_most(records, count: int, rng: random.Random, groups: Sequence) -> Sequence[Example]:
+    """Of each group of records at most `count`, drawn at random. groups: a name for each record."""
     rows = []
-    for task in dict.fromkeys(records.tasks):
-        own = [row for row, other in enumerate(records.tasks) if other == task]
+    for group in dict.fromkeys(groups):
+        own = [row for row, other in enumerate(groups) if other == group]
         rows += own if len(own) <= count else rng.sample(own, count)
     return records.subset(rows)
