@@ -159,14 +159,14 @@ def describe_objects(labels: Labels, spec: dict) -> list[QA]:
     rows = object_questions(spec["objects"])
     if spec["family"] == "zoom":
         for x, y, _, shape, colour, _ in spec["objects"]:
-            panel = scenes.PANELS[2 * (y >= 64) + (x >= 64)]
-            rows += [(f"Which panel is the {colour} {shape} in?", answer(panel))] * 2
+            question = f"Which panel is the {colour} {shape} in?"
+            rows += [(question, answer(scenes.panel_of(x, y)))] * 2
     return rows
 
 
 def describe_bars(labels: Labels, spec: dict) -> list[QA]:
-    bars, tallest = spec["bars"], scenes.tallest_bar(spec["bars"], dots_only=True)
-    rows = [("Which bar is the tallest?", answer(scenes.tallest_bar(bars)[2])),
+    bars, tallest = spec["bars"], scenes.tallest(scenes.dotted(spec["bars"]))
+    rows = [("Which bar is the tallest?", answer(scenes.tallest(bars)[2])),
             ("Which bar is the shortest?", answer(min(bars, key=lambda b: b[1])[2])),
             ("Which bars are dotted?", answer(*(b[2] for b in bars if b[3]))),
             ("Which colours are the bars?", answer(*(b[2] for b in bars)))]
@@ -287,7 +287,8 @@ def tool_picture(spec: dict, image: Image.Image, rng: random.Random):
         return object_crop(spec, image, rng)
     if spec["family"].endswith("+crop") and rng.random() < 0.5:
         return digit_crop(spec, image, rng)
-    out, (labels, _) = scenes.trajectory(spec, image)[1], describe(spec)
+    call, *_ = scenes.TASKS[spec["family"]].solve(spec)
+    out, (labels, _) = tools.call_tool(call, image), describe(spec)
     if "pictures" in spec:
         # the whole picture, in a frame of the colour of the piece that fits
         labels = Labels(8)
@@ -303,10 +304,10 @@ def tool_picture(spec: dict, image: Image.Image, rng: random.Random):
         return out, labels, [("Which disc does the pink route reach?", answer(colour)),
                              *captions(f"pink route, {colour} disc"),
                              (f"Where is the {colour} disc?", answer(*scenes.box(*end, 11)))]
-    bright = [bar for bar in spec["bars"] if bar[3]]
+    bright = scenes.dotted(spec["bars"])
     for x, height, *_ in bright:
         labels.area(x, 110 - height, x + 14, 110, "bright")
-    x, _, colour, *_ = scenes.tallest_bar(bright)
+    x, _, colour, *_ = scenes.tallest(bright)
     return out, labels, [("Which bright bar is the tallest?", answer(colour)),
                          ("Which bars are bright?", answer(*(bar[2] for bar in bright))),
                          *captions(*(f"{bar[2]} bar" for bar in bright), f"{colour} tallest"),

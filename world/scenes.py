@@ -1,15 +1,15 @@
 """The small world: scenes from a seed, questions that need a tool, and the expert's trajectories.
 
 It stands in for the paper's three data sets and is so small that every system trains in minutes.
-A task has three functions: `sample` makes a spec at random, `draw` paints it, `solve` writes the
-expert's calls. A spec is a dict of plain numbers and words; "family" in it is the task's name. The
-hash of its repr decides the split, so no two splits share a scene, and a change to a key or to the
-order of keys would change the scenes.
+A task has three functions: `sample` makes a spec at random, `draw` paints it, `solve` writes a text
+for each of the expert's calls. A spec is a dict of plain numbers and words; "family" in it is the
+task's name. The hash of its repr decides the split, so no two splits share a scene, and a change to
+a key or to the order of keys would change the scenes.
 """
 
 import zlib
+from collections import namedtuple
 from functools import partial
-from typing import Callable, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -25,6 +25,9 @@ COLOURS = dict(red=(215, 45, 45), green=(40, 165, 65), blue=(60, 95, 225), yello
                purple=(150, 55, 190), orange=(240, 140, 35))
 DARK = {name: tuple(v * 3 // 10 for v in colour) for name, colour in COLOURS.items()}
 SHAPES = ("disc", "square", "triangle", "diamond")
+# of a shape of radius 1 around (0, 0)
+CORNERS = dict(square=((-1, -1), (1, -1), (1, 1), (-1, 1)), triangle=((0, -1), (1, 1), (-1, 1)),
+               diamond=((0, -1), (1, 0), (0, 1), (-1, 0)))
 PANELS = ("top left", "top right", "bottom left", "bottom right")
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 # One 5 x 7 bitmap for each digit, one group for each row. Fonts would differ between machines
@@ -38,15 +41,6 @@ GLYPHS = [np.array([[int(bit) * 255 for bit in row] for row in bitmap.split()], 
           for bitmap in BITMAPS]
 
 
-class Task(NamedTuple):
-    sample: Callable[[np.random.Generator], Spec]
-    draw: Callable[[Spec], Image.Image]
-    # texts with a call each; an empty list where no trajectory covers the task
-    solve: Callable[[Spec], list[str]]
-    # what the expert says of the last tool output
-    conclusion: str = ""
-
-
 def _choose(rng: np.random.Generator, items, count: int) -> list:
     return [items[int(i)] for i in rng.permutation(len(items))[:count]]
 
@@ -55,6 +49,10 @@ def _question(rng: np.random.Generator, question: str, answer: str, candidates) 
     """The end of a spec. The options are the answer and up to three other candidates, shuffled."""
     others = _choose(rng, [c for c in candidates if c != answer], 3)
     return dict(question=question, answer=answer, options=_choose(rng, [answer, *others], 4))
+
+
+def _digit_question(rng: np.random.Generator, question: str, digit: int) -> Spec:
+    return _question(rng, question, DIGITS[digit], DIGITS)
 
 
 def _canvas(spec: Spec, low: int = 20, high: int = 60) -> tuple[Image.Image, ImageDraw.ImageDraw]:
@@ -87,9 +85,13 @@ def _call(plan: str, tool: str, *numbers: int) -> str:
 
 
 # ---- crop: read the digit on one of five objects; zoom: smaller digits, in four panels ----
-def _question_about_object(rng: np.random.Generator, target: tuple) -> Spec:
-    _, _, _, shape, colour, digit = target
-    return _question(rng, f"Which digit is on the {colour} {shape}?", DIGITS[digit], DIGITS)
+def _object(rng: np.random.Generator, x: int, y: int, r: int, colour: str) -> tuple:
+    return x, y, r, SHAPES[int(rng.integers(4))], colour, int(rng.integers(10))
+
+
+def _about_first(rng: np.random.Generator, objects: list) -> Spec:
+    *_, shape, colour, digit = objects[0]
+    return _digit_question(rng, f"Which digit is on the {colour} {shape}?", digit)
 
 
 def sample_crop(rng: np.random.Generator) -> Spec:
@@ -100,38 +102,28 @@ def sample_crop(rng: np.random.Generator) -> Spec:
         r = int(rng.integers(15, 19))
         dx, dy = (int(v) for v in rng.integers(r - 20, 21 - r, 2))
         x, y = 21 + 43 * (cell % 3) + dx, 21 + 43 * (cell // 3) + dy
-        objects.append((x, y, r, SHAPES[int(rng.integers(4))], colour, int(rng.integers(10))))
-    return dict(family="crop", objects=objects, height=8, **_question_about_object(rng, objects[0]))
+        objects.append(_object(rng, x, y, r, colour))
+    return dict(family="crop", objects=objects, height=8, **_about_first(rng, objects))
 
 
 def sample_zoom(rng: np.random.Generator) -> Spec:
     """One object in each panel; the smaller the digit, the more crops it takes (1 to 3)."""
-    calls = int(rng.integers(1, 4))
+    calls, objects = int(rng.integers(1, 4)), []
     r, height = {1: (16, 14), 2: (13, 11), 3: (12, 8)}[calls]
-    objects = []
     for panel, colour in zip(_choose(rng, range(4), 4), _choose(rng, list(COLOURS), 4)):
         x, y = (int(v) for v in rng.integers(r + 3, 61 - r, 2))
-        x, y = x + 64 * (panel % 2), y + 64 * (panel // 2)
-        objects.append((x, y, r, SHAPES[int(rng.integers(4))], colour, int(rng.integers(10))))
+        objects.append(_object(rng, x + 64 * (panel % 2), y + 64 * (panel // 2), r, colour))
     return dict(family="zoom", objects=objects, height=height, calls=calls,
-                **_question_about_object(rng, objects[0]))
+                **_about_first(rng, objects))
+
+
+def panel_of(x: int, y: int) -> str:
+    return PANELS[2 * (y >= 64) + (x >= 64)]
 
 
 def digit_offset(r: int, shape: str) -> int:
     """How far below an object's centre its digit is: a triangle is wider there."""
     return r // 4 if shape == "triangle" else 0
-
-
-def _draw_shape(draw: ImageDraw.ImageDraw, x: int, y: int, r: int, shape: str, ink: tuple) -> None:
-    left, top, right, bottom = x - r, y - r, x + r, y + r
-    if shape == "disc":
-        draw.ellipse((left, top, right, bottom), fill=ink)
-    elif shape == "square":
-        draw.rectangle((left + 2, top + 2, right - 2, bottom - 2), fill=ink)
-    elif shape == "triangle":
-        draw.polygon([(x, top), (right, bottom), (left, bottom)], fill=ink)
-    else:
-        draw.polygon([(x, top), (right, y), (x, bottom), (left, y)], fill=ink)
 
 
 def draw_objects(spec: Spec) -> Image.Image:
@@ -141,48 +133,52 @@ def draw_objects(spec: Spec) -> Image.Image:
         draw.line((64, 0, 64, SIZE), fill=(120, 120, 120), width=2)
         draw.line((0, 64, SIZE, 64), fill=(120, 120, 120), width=2)
     for x, y, r, shape, colour, digit in spec["objects"]:
-        _draw_shape(draw, x, y, r, shape, COLOURS[colour])
+        if shape == "disc":
+            draw.ellipse((x - r, y - r, x + r, y + r), fill=COLOURS[colour])
+        else:
+            side = r - 2 if shape == "square" else r
+            corners = [(x + side * a, y + side * b) for a, b in CORNERS[shape]]
+            draw.polygon(corners, fill=COLOURS[colour])
         _draw_digit(image, digit, x, y + digit_offset(r, shape), spec["height"], DARK[colour])
     return image
 
 
-def solve_crop(spec: Spec) -> list[str]:
+def solve_objects(spec: Spec) -> list[str]:
     x, y, r, shape, colour, _ = spec["objects"][0]
-    return [_call(f"Zoom in on the {colour} {shape}.", "crop", *box(x, y, r))]
-
-
-def solve_zoom(spec: Spec) -> list[str]:
-    if spec["calls"] == 1:
-        return solve_crop(spec)
-    x, y, r, shape, colour, _ = spec["objects"][0]
-    left, top = 64 * (x >= 64), 64 * (y >= 64)
-    panel = PANELS[2 * (y >= 64) + (x >= 64)]
+    count, calls, corner, size = spec.get("calls", 1), [], (0, 0), SIZE
     # each call acts on the previous crop, so its box counts from that crop's corner
-    calls = [_call(f"Zoom in on the {panel} panel.", "crop", *box(left + 32, top + 32, 32)),
-             _call(f"Zoom in on the {colour} {shape}.", "crop", *box(x, y, r, (left, top), 64))]
-    if spec["calls"] == 3:
+    if count > 1:
+        corner, size = (64 * (x >= 64), 64 * (y >= 64)), 64
+        panel = box(corner[0] + 32, corner[1] + 32, 32)
+        calls.append(_call(f"Zoom in on the {panel_of(x, y)} panel.", "crop", *panel))
+    calls.append(_call(f"Zoom in on the {colour} {shape}.", "crop", *box(x, y, r, corner, size)))
+    if count == 3:
         mark = box(r, r + digit_offset(r, shape), 7, size=2 * r)
         calls.append(_call("Zoom in on the mark.", "crop", *mark))
     return calls
 
 
 # ---- highlight: the tallest dotted bar; with +crop: the digit below it; tallest: of all bars ----
-def tallest_bar(bars: list[tuple], dots_only: bool = False) -> tuple:
-    return max((bar for bar in bars if bar[3] or not dots_only), key=lambda bar: bar[1])
+def tallest(bars: list[tuple]) -> tuple:
+    return max(bars, key=lambda bar: bar[1])
+
+
+def dotted(bars: list[tuple]) -> list[tuple]:
+    return [bar for bar in bars if bar[3]]
 
 
 def sample_highlight(rng: np.random.Generator, digits: bool = False) -> Spec:
     """Six bars (left, height, colour, whether it has a dot, digit)."""
     colours = _choose(rng, list(COLOURS), 6)
     # no two bars have the same height
-    heights = [int(v) for v in 18 + 3 * rng.permutation(28)[:6]]
-    dots = [int(i) for i in rng.permutation(6)[:int(rng.integers(2, 4))]]
+    heights = _choose(rng, range(18, 102, 3), 6)
+    dots = rng.permutation(6)[:int(rng.integers(2, 4))]
     bars = [(4 + 21 * i, heights[i], colours[i], i in dots, int(rng.integers(10)))
             for i in range(6)]
-    _, _, colour, _, digit = tallest_bar(bars, dots_only=True)
+    _, _, colour, _, digit = tallest(dotted(bars))
     if digits:
-        return dict(family="highlight+crop", bars=bars, **_question(
-            rng, "Which digit is under the tallest dotted bar?", DIGITS[digit], DIGITS))
+        return dict(family="highlight+crop", bars=bars, **_digit_question(
+            rng, "Which digit is under the tallest dotted bar?", digit))
     return dict(family="highlight", bars=bars,
                 **_question(rng, "Which dotted bar is the tallest?", colour, colours))
 
@@ -195,7 +191,7 @@ def sample_tallest(rng: np.random.Generator) -> Spec:
     ranks = [10 if rank == max(ranks) else rank for rank in ranks]
     bars = [(x, 18 + 8 * rank, *rest) for (x, _, *rest), rank in zip(bars, ranks)]
     return dict(family="tallest", bars=bars, **_question(
-        rng, "Which bar is the tallest?", tallest_bar(bars)[2], [bar[2] for bar in bars]))
+        rng, "Which bar is the tallest?", tallest(bars)[2], [bar[2] for bar in bars]))
 
 
 def draw_bars(spec: Spec) -> Image.Image:
@@ -213,10 +209,10 @@ def solve_highlight(spec: Spec) -> list[str]:
     digits = spec["family"] == "highlight+crop"
     # one box for each dotted bar, down to its foot or to the digit below it
     boxes = [(percent(x - 1), percent(108 - height), percent(x + 16), 100 if digits else 87)
-             for x, height, _, has_dot, _ in spec["bars"] if has_dot]
+             for x, height, *_ in dotted(spec["bars"])]
     calls = [_call("Highlight the dotted bars.", "highlight", *(v for b in boxes for v in b))]
     if digits:
-        x, _, colour, *_ = tallest_bar(spec["bars"], dots_only=True)
+        x, _, colour, *_ = tallest(dotted(spec["bars"]))
         calls.append(_call(f"The {colour} bar is the tallest.", "crop", *box(x + 7, 118, 9)))
     return calls
 
@@ -226,7 +222,7 @@ def sample_depth(rng: np.random.Generator) -> Spec:
     """Six balls (x, y, radius, nearness), of which two bear a mark."""
     while True:
         # from 0, far, to 15, near: a near ball covers a far one
-        nearness = sorted(int(v) for v in rng.permutation(16)[:6])
+        nearness = sorted(_choose(rng, range(16), 6))
         balls = [tuple(int(v) for v in (*rng.integers(24, 105, 2), rng.integers(16, 24) + z // 3))
                  + (z,) for z in nearness]
         # the mark is at the centre, which no nearer ball may cover
@@ -237,10 +233,10 @@ def sample_depth(rng: np.random.Generator) -> Spec:
         if len(marks) == 2 and abs(balls[marks[0]][3] - balls[marks[1]][3]) >= 2:
             break
     names = _choose(rng, list(COLOURS), 2)
-    nearer = names[0] if balls[marks[0]][3] > balls[marks[1]][3] else names[1]
+    # balls are in the order of nearness
     return dict(family="depth", balls=balls, marks=list(zip(marks, names)),
-                question=f"Which mark is nearer, {names[0]} or {names[1]}?", answer=nearer,
-                options=names)
+                question=f"Which mark is nearer, {names[0]} or {names[1]}?",
+                answer=names[marks.index(max(marks))], options=names)
 
 
 def draw_balls(spec: Spec) -> Image.Image:
@@ -263,7 +259,7 @@ def draw_balls(spec: Spec) -> Image.Image:
 
 # ---- jigsaw: which framed piece completes the picture ----
 def _sample_picture(rng: np.random.Generator) -> tuple:
-    """Four similar corner colours, and strokes (x0, y0, x1, y1, grey), of a 72 x 72 picture."""
+    """Four similar corner colours, and a stroke (x0, y0, x1, y1, grey), of a 72 x 72 picture."""
     base = rng.integers(60, 196, 3)
     corners = tuple(tuple(int(v) for v in base + rng.integers(-50, 51, 3)) for _ in range(4))
     stroke = tuple(int(v) for v in (*rng.integers(0, 73, 4), rng.integers(0, 256)))
@@ -273,27 +269,22 @@ def _sample_picture(rng: np.random.Generator) -> tuple:
 def sample_jigsaw(rng: np.random.Generator) -> Spec:
     frames = _choose(rng, list(COLOURS), 4)
     # the content of each frame: 0 the right piece, 1 the same upside down, 2 and 3 other pictures'
-    order = [int(v) for v in rng.permutation(4)]
+    order = _choose(rng, range(4), 4)
     return dict(family="jigsaw", pictures=[_sample_picture(rng) for _ in range(3)],
                 hole=int(rng.integers(4)), order=order, frames=frames,
                 question="Which piece completes the picture?", answer=frames[order.index(0)],
                 options=_choose(rng, frames, 4))
 
 
-def _draw_picture(corners: tuple, strokes: tuple) -> Image.Image:
-    small = np.array(corners, dtype=np.uint8).reshape(2, 2, 3)
-    image = Image.fromarray(small).resize((2 * HOLE, 2 * HOLE), Image.BILINEAR)
-    for *line, grey in strokes:
-        ImageDraw.Draw(image).line(line, fill=(grey,) * 3, width=7)
-    return image
-
-
 def draw_jigsaw(spec: Spec) -> Image.Image:
     image, draw = _canvas(spec, 10, 30)
-    pictures = [_draw_picture(*picture) for picture in spec["pictures"]]
-    left, top = HOLE * (spec["hole"] % 2), HOLE * (spec["hole"] // 2)
-    pieces = [picture.crop((left, top, left + HOLE, top + HOLE)) for picture in pictures]
-    contents = [pieces[0], pieces[0].rotate(180), pieces[1], pieces[2]]
+    left, top, pictures = HOLE * (spec["hole"] % 2), HOLE * (spec["hole"] // 2), []
+    for corners, ((*line, grey),) in spec["pictures"]:
+        small = Image.fromarray(np.array(corners, dtype=np.uint8).reshape(2, 2, 3))
+        pictures.append(small.resize((2 * HOLE, 2 * HOLE), Image.BILINEAR))
+        ImageDraw.Draw(pictures[-1]).line(line, fill=(grey,) * 3, width=7)
+    right, *others = (p.crop((left, top, left + HOLE, top + HOLE)) for p in pictures)
+    contents = [right, right.rotate(180), *others]
     image.paste(pictures[0], (5, 5))
     draw.rectangle((5 + left, 5 + top, 4 + left + HOLE, 4 + top + HOLE), fill=(0, 0, 0))
     for (x, y), frame, content in zip(PIECES, spec["frames"], spec["order"]):
@@ -306,17 +297,15 @@ def draw_jigsaw(spec: Spec) -> Image.Image:
 # ---- path: where does the route from the ring end; path+crop: the digit at its end ----
 def _sample_walk(rng: np.random.Generator, length: int, occupied: set) -> list:
     """A walk of at most length + 1 free nodes of a 5 x 5 lattice, which it adds to `occupied`."""
-    node = (int(rng.integers(5)), int(rng.integers(5)))
-    walk = []
-    while node not in occupied and len(walk) <= length:
-        walk.append(node)
-        occupied.add(node)
-        x, y = node
+    (x, y), walk = map(int, rng.integers(0, 5, 2)), []
+    while (x, y) not in occupied and len(walk) <= length:
+        walk.append((x, y))
+        occupied.add((x, y))
         free = [(a, b) for a, b in ((x + 1, y), (x - 1, y), (x, y + 1), (x, y - 1))
                 if (a, b) not in occupied and 0 <= a < 5 and 0 <= b < 5]
-        if not free:
-            break
-        node = free[int(rng.integers(len(free)))]
+        # where none is free, the walk ends at this node, which it occupies
+        if free:
+            x, y = free[int(rng.integers(len(free)))]
     return walk
 
 
@@ -333,8 +322,8 @@ def sample_path(rng: np.random.Generator, digits: bool = False) -> Spec:
                 question="Where does the route from the ring end?",
                 answer=colours[0], options=_choose(rng, colours, 4))
     if digits:
-        question = "Which digit is at the end of the route from the ring?"
-        spec |= dict(family="path+crop", **_question(rng, question, DIGITS[ends[0]], DIGITS))
+        spec |= dict(family="path+crop", **_digit_question(
+            rng, "Which digit is at the end of the route from the ring?", ends[0]))
     return spec
 
 
@@ -370,9 +359,11 @@ def solve_path(spec: Spec) -> list[str]:
 
 # ---- tasks, regimes, splits ----
 
+# conclusion: what the expert says of the last tool output
+Task = namedtuple("Task", "sample draw solve conclusion", defaults=[""])
 READ = "The digit is {answer}."
 TASKS: dict[str, Task] = {
-    "crop": Task(sample_crop, draw_objects, solve_crop, READ),
+    "crop": Task(sample_crop, draw_objects, solve_objects, READ),
     "highlight": Task(sample_highlight, draw_bars, solve_highlight,
                       "The {answer} bar is the tallest."),
     "depth": Task(sample_depth, draw_balls, lambda spec: [_call("Look at the depth.", "depth")],
@@ -380,7 +371,7 @@ TASKS: dict[str, Task] = {
     "jigsaw": Task(sample_jigsaw, draw_jigsaw, lambda spec: [_call("Try the pieces.", "jigsaw")],
                    "The {answer} piece fits."),
     "path": Task(sample_path, draw_routes, solve_path, "It ends at the {answer} disc."),
-    "zoom": Task(sample_zoom, draw_objects, solve_zoom, READ),
+    "zoom": Task(sample_zoom, draw_objects, solve_objects, READ),
     "highlight+crop": Task(partial(sample_highlight, digits=True), draw_bars, solve_highlight,
                            READ),
     "path+crop": Task(partial(sample_path, digits=True), draw_routes, solve_path, READ),
@@ -406,22 +397,19 @@ def make_spec(task: str, split: str, index: int, seed: int) -> Spec:
             return spec
 
 
-def trajectory(spec: Spec, image: Image.Image) -> list[str | Image.Image]:
-    """R: each call of the expert with its output, then the conclusion and the answer."""
-    task, steps = TASKS[spec["family"]], []
-    for call in task.solve(spec):
-        # a call acts on the previous image
-        image = call_tool(call, image)
-        steps += [call, image]
-    last = (task.conclusion + " Answer: {answer}").format(answer=spec["answer"])
-    return [*steps, last] if steps else []
-
-
 def make_example(task: str, split: str, index: int, seed: int) -> Example:
+    """R is each call of the expert with its output, then the conclusion and the answer."""
+    _, draw, solve, conclusion = TASKS[task]
     spec = make_spec(task, split, index, seed)
-    image = TASKS[task].draw(spec)
-    return Example(f"{task}-{split}-{index:05d}", task, image, spec["question"], spec["options"],
-                   spec["answer"], trajectory(spec, image), split)
+    images, steps = [draw(spec)], []
+    for call in solve(spec):
+        # a call acts on the previous image
+        images.append(call_tool(call, images[-1]))
+        steps += [call, images[-1]]
+    if steps:
+        steps.append((conclusion + " Answer: {answer}").format(answer=spec["answer"]))
+    return Example(f"{task}-{split}-{index:05d}", task, images[0], spec["question"],
+                   spec["options"], spec["answer"], steps, split)
 
 
 def make_world(regime: str, split: str, count: int, seed: int = 0) -> list[Example]:

@@ -58,22 +58,17 @@ def jigsaw(image: Image.Image) -> Image.Image:
         raise ValueError("jigsaw fits scenes of the small world only, 128 x 128 px")
     pixels = np.asarray(image, dtype=np.float32)
     picture = pixels[5:5 + 2 * HOLE, 5:5 + 2 * HOLE].copy()  # (72, 72, 3)
-    corners = [(0, 0), (HOLE, 0), (0, HOLE), (HOLE, HOLE)]
     # the hole is the darkest quarter
-    hx, hy = min(corners, key=lambda c: picture[c[1] + 6:c[1] + 30, c[0] + 6:c[0] + 30].mean())
-    # the column, and the row, on both sides of the seam: in the piece and in the picture
-    inner_x, outer_x = (0, hx - 1) if hx else (HOLE - 1, HOLE)
-    inner_y, outer_y = (0, hy - 1) if hy else (HOLE - 1, HOLE)
-    pieces = {(x, y): pixels[y + FRAME:y + FRAME + HOLE, x + FRAME:x + FRAME + HOLE]
-              for x, y in PIECES}
+    hole = min((picture[y:y + HOLE, x:x + HOLE] for y in (0, HOLE) for x in (0, HOLE)),
+               key=lambda quarter: quarter[6:30, 6:30].mean())
 
-    def gap(corner: tuple[int, int]) -> float:
-        columns = pieces[corner][:, inner_x] - picture[hy:hy + HOLE, outer_x]
-        rows = pieces[corner][inner_y] - picture[outer_y, hx:hx + HOLE]
-        return np.abs(columns).mean() + np.abs(rows).mean()
-
-    x, y = min(PIECES, key=gap)
-    picture[hy:hy + HOLE, hx:hx + HOLE] = pieces[x, y]
+    trials = []
+    for x, y in PIECES:
+        hole[:] = pixels[y + FRAME:y + FRAME + HOLE, x + FRAME:x + FRAME + HOLE]
+        # the change of colour across the picture's two seams
+        columns, rows = picture[:, HOLE] - picture[:, HOLE - 1], picture[HOLE] - picture[HOLE - 1]
+        trials.append((np.abs(columns).sum() + np.abs(rows).sum(), x, y, picture.copy()))
+    _, x, y, picture = min(trials, key=lambda trial: trial[0])
     frame = np.median(pixels[y:y + FRAME, x:x + HOLE].reshape(-1, 3), axis=0)
     out = Image.new("RGB", (64, 64), tuple(int(v) for v in frame))
     out.paste(Image.fromarray(picture.astype(np.uint8)).resize((52, 52)), (6, 6))
