@@ -21,7 +21,7 @@ import random
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -79,47 +79,37 @@ def build_model(vocabulary: int):
 # Labels belong to cells of 8 x 8 px as the model sees them; a merged token has four cells.
 
 FLAGS = COLOURS + ["dotted", "route", "other route", "ring", "near", "answer", "bright"]
-CHANNEL = {name: n for n, name in enumerate(FLAGS)}
+CHANNEL = {name: n for n, name in enumerate([*FLAGS, "digit", "shape", "dx", "dy", "size"])}
 
 
 class Labels:
-    """Dense labels of a picture's cells.
+    """Dense labels of a picture's cells, in `values` (cells, cells, channels).
 
-    flags (cells, cells, flags): soft targets in [0, 1]. digit and shape (cells, cells): classes, -1
-    where there is none. measure (cells, cells, 3): where in the cell the centre of an object is,
-    and the object's size, about 0 to 1; NaN where no object has its centre.
+    Flags are soft targets in [0, 1]. The others are NaN where there is none: the classes of digit
+    and shape; where in the cell the centre of an object is, and the object's size, about 0 to 1.
     """
-
-    names = "flags", "digit", "shape", "measure"
 
     def __init__(self, cells: int, origin=(0, 0), size: int = scenes.SIZE):
         """cells: on each side of a picture that shows the `size` px from `origin` on."""
-        self.flags = np.zeros((cells, cells, len(FLAGS)), dtype=np.float16)
-        self.digit, self.shape = (np.full((cells, cells), -1, dtype=np.int8) for _ in range(2))
-        self.measure = np.full((cells, cells, 3), np.nan, dtype=np.float16)
+        self.values = np.full((cells, cells, len(CHANNEL)), np.nan, dtype=np.float16)
+        self.values[..., :len(FLAGS)] = 0
         self.origin, self.scale, self.cells = origin, cells / size, cells
 
-    def put(self, x: float, y: float, size: float | None = None, digit: int = -1, shape: str = "",
-            **flags: float) -> None:
-        """What is at the point (x, y), if the picture shows it."""
+    def put(self, x: float, y: float, size: float | None = None, **values: float) -> None:
+        """What is at the point (x, y), if the picture shows it; size: of an object around it."""
         column, row = ((v - o) * self.scale for v, o in zip((x, y), self.origin))
         if 0 <= column < self.cells and 0 <= row < self.cells:
-            cell = int(row), int(column)
-            for name, value in flags.items():
-                self.flags[cell][CHANNEL[name]] = value
             if size is not None:
-                self.measure[cell] = column % 1, row % 1, size
-            if digit >= 0:
-                self.digit[cell] = digit
-            if shape:
-                self.shape[cell] = SHAPES.index(shape)
+                values |= dict(dx=column % 1, dy=row % 1, size=size)
+            for name, value in values.items():
+                self.values[int(row), int(column), CHANNEL[name]] = value
 
     def area(self, x0: float, y0: float, x1: float, y1: float, name: str) -> None:
         """Set a flag in all cells whose centre is in the box."""
         centre = (np.arange(self.cells) + 0.5) / self.scale
         rows = (centre + self.origin[1] >= y0) & (centre + self.origin[1] <= y1)
         columns = (centre + self.origin[0] >= x0) & (centre + self.origin[0] <= x1)
-        self.flags[np.ix_(rows, columns, [CHANNEL[name]])] = 1.0
+        self.values[np.ix_(rows, columns, [CHANNEL[name]])] = 1
 
 
 def answer(*words: str | int) -> str:
@@ -135,7 +125,7 @@ def captions(*things: str) -> list[QA]:
 def label_objects(labels: Labels, objects: list) -> None:
     for x, y, r, shape, colour, digit in objects:
         labels.area(x - r, y - r, x + r, y + r, colour)
-        labels.put(x, y, r / 20, digit, shape, **{colour: 1})
+        labels.put(x, y, r / 20, digit=digit, shape=SHAPES.index(shape), **{colour: 1})
 
 
 def object_questions(objects: list, origin=(0, 0), size: int = scenes.SIZE) -> list[QA]:
@@ -240,8 +230,18 @@ def describe(spec: dict) -> tuple[Labels, list[QA]]:
     return labels, task_rows + rows
 
 
+# ---- for each tool: its output on a scene as a picture by itself, (image, labels, questions) ----
+def close_up(image: Image.Image, x: int, y: int, r: int, digit: int, below: int = 0,
+             name: str = ""):
+    """A crop around (x, y); the digit is `below` px under the centre of what `name` names."""
+    labels = Labels(4, (x - r, y - r), 2 * r)
+    labels.put(x, y + below, digit=digit)
+    questions = [("Which digit is this?", answer(DIGITS[digit])), *captions(name + DIGITS[digit])]
+    return tools.crop(image, *scenes.box(x, y, r)), labels, questions
+
+
 def object_crop(spec: dict, image: Image.Image, rng: random.Random):
-    """A crop of a panel, of an object, or of the digit on it: see `tool_picture`."""
+    """A crop of a panel, of an object, or of the digit on it."""
     x, y, r, shape, colour, digit = rng.choice(spec["objects"])
     kind = rng.choice(("panel", "object", "mark")) if spec["family"] == "zoom" else "object"
     if kind == "panel":
@@ -251,68 +251,58 @@ def object_crop(spec: dict, image: Image.Image, rng: random.Random):
         inside = [o for o in spec["objects"] if all(c <= v < c + 64 for c, v in zip(corner, o))]
         out = tools.crop(image, *scenes.box(corner[0] + 32, corner[1] + 32, 32))
         return out, labels, object_questions(inside, corner, 64)
-    offset = scenes.digit_offset(r, shape)
-    centre, half = ((x, y), r) if kind == "object" else ((x, y + offset), 7)
-    labels = Labels(4, (centre[0] - half, centre[1] - half), 2 * half)
+    below, name = scenes.digit_offset(r, shape), f"{colour} {shape}"
+    if kind == "mark":
+        out, labels, questions = close_up(image, x, y + below, 7, digit)
+    else:
+        out, labels, questions = close_up(image, x, y, r, digit, below, f"{name} ")
+        labels.put(x, y, shape=SHAPES.index(shape))
+        questions += [("What is this?", answer(name)),
+                      (f"Which digit is on the {name}?", answer(DIGITS[digit])),
+                      ("Where is the mark?", answer(*scenes.box(r, r + below, 7, size=2 * r)))]
     labels.area(0, 0, scenes.SIZE, scenes.SIZE, colour)
-    labels.put(x, y + offset, digit=digit)
-    name = "" if kind == "mark" else f"{colour} {shape} "
-    questions = [("Which digit is this?", answer(DIGITS[digit])),
-                 *captions(name + DIGITS[digit])]
-    if kind == "object":
-        labels.put(x, y, shape=shape)
-        questions += [("What is this?", answer(f"{colour} {shape}")),
-                      (f"Which digit is on the {colour} {shape}?", answer(DIGITS[digit])),
-                      ("Where is the mark?", answer(*scenes.box(r, r + offset, 7, size=2 * r)))]
-    return tools.crop(image, *scenes.box(*centre, half)), labels, questions
+    return out, labels, questions
 
 
 def digit_crop(spec: dict, image: Image.Image, rng: random.Random):
-    """A crop of the digit under a bar or at the end of a route: see `tool_picture`."""
+    """A crop of the digit under a bar or at the end of a route."""
     if "bars" in spec:
-        bar = rng.choice(spec["bars"])
-        x, y, r, digit = bar[0] + 7, 118, 9, bar[4]
-    else:
-        n = rng.randrange(len(spec["walks"]))
-        (x, y), r, digit = scenes.node_xy(spec["walks"][n][-1]), 11, spec["digits"][n]
-    labels = Labels(4, (x - r, y - r), 2 * r)
-    labels.put(x, y, digit=digit)
-    questions = [("Which digit is this?", answer(DIGITS[digit])), *captions(DIGITS[digit])]
-    return tools.crop(image, *scenes.box(x, y, r)), labels, questions
+        x, _, _, _, digit = rng.choice(spec["bars"])
+        return close_up(image, x + 7, 118, 9, digit)
+    walk, digit = rng.choice(list(zip(spec["walks"], spec["digits"])))
+    return close_up(image, *scenes.node_xy(walk[-1]), 11, digit)
 
 
 def tool_picture(spec: dict, image: Image.Image, rng: random.Random):
-    """The output of one tool on the scene, as a picture by itself: (image, labels, questions)."""
     if "objects" in spec:
         return object_crop(spec, image, rng)
     if spec["family"].endswith("+crop") and rng.random() < 0.5:
         return digit_crop(spec, image, rng)
     call, *_ = scenes.TASKS[spec["family"]].solve(spec)
-    out, (labels, _) = tools.call_tool(call, image), describe(spec)
+    (labels, _), right = describe(spec), spec["answer"]
     if "pictures" in spec:
         # the whole picture, in a frame of the colour of the piece that fits
-        labels = Labels(8)
-        for edge in ((0, 0, 128, 14), (0, 114, 128, 128), (0, 0, 14, 128), (114, 0, 128, 128)):
-            labels.area(*edge, spec["answer"])
-        return out, labels, [("What colour is the frame?", answer(spec["answer"])),
-                             *captions(f"{spec['answer']} frame")]
-    if "balls" in spec:
-        return out, labels, [("Which mark is brighter?", answer(spec["answer"])),
-                             *captions(f"{spec['answer']} brighter")]
-    if "walks" in spec:
+        labels, flag = Labels(8), CHANNEL[right]
+        labels.values[[0, -1], :, flag] = labels.values[:, [0, -1], flag] = 1
+        rows = [("What colour is the frame?", answer(right)), *captions(f"{right} frame")]
+    elif "balls" in spec:
+        rows = [("Which mark is brighter?", answer(right)), *captions(f"{right} brighter")]
+    elif "walks" in spec:
         colour, end = spec["colours"][0], scenes.node_xy(spec["walks"][0][-1])
-        return out, labels, [("Which disc does the pink route reach?", answer(colour)),
-                             *captions(f"pink route, {colour} disc"),
-                             (f"Where is the {colour} disc?", answer(*scenes.box(*end, 11)))]
-    bright = scenes.dotted(spec["bars"])
-    for x, height, *_ in bright:
-        labels.area(x, 110 - height, x + 14, 110, "bright")
-    x, _, colour, *_ = scenes.tallest(bright)
-    return out, labels, [("Which bright bar is the tallest?", answer(colour)),
-                         ("Which bars are bright?", answer(*(bar[2] for bar in bright))),
-                         *captions(*(f"{bar[2]} bar" for bar in bright), f"{colour} tallest"),
-                         (f"Where is the digit under the {colour} bar?",
-                          answer(*scenes.box(x + 7, 118, 9)))]
+        rows = [("Which disc does the pink route reach?", answer(colour)),
+                *captions(f"pink route, {colour} disc"),
+                (f"Where is the {colour} disc?", answer(*scenes.box(*end, 11)))]
+    else:
+        bright = scenes.dotted(spec["bars"])
+        for x, height, *_ in bright:
+            labels.area(x, 110 - height, x + 14, 110, "bright")
+        x, _, colour, *_ = scenes.tallest(bright)
+        place = answer(*scenes.box(x + 7, 118, 9))
+        rows = [("Which bright bar is the tallest?", answer(colour)),
+                ("Which bars are bright?", answer(*(bar[2] for bar in bright))),
+                *captions(*(f"{bar[2]} bar" for bar in bright), f"{colour} tallest"),
+                (f"Where is the digit under the {colour} bar?", place)]
+    return tools.call_tool(call, image), labels, rows
 
 
 # The tasks of the pretraining, and how often each is drawn. A list of its own: the model has never
@@ -345,104 +335,93 @@ def tokenizer_texts(seed: int, count: int = 300) -> list[str]:
 
 
 def to_tokens(cells: np.ndarray) -> np.ndarray:
-    """(2h, 2w, ...) cells -> (h * w, 4, ...): the four cells of each merged token, raster order."""
-    h, w = cells.shape[0] // 2, cells.shape[1] // 2
-    cells = cells.reshape(h, 2, w, 2, *cells.shape[2:]).swapaxes(1, 2)
-    return cells.reshape(h * w, 4, *cells.shape[4:])
+    """(2h, 2w, C) cells -> (h * w, 4, C): the four cells of each merged token, raster order."""
+    h, w, channels = cells.shape[0] // 2, cells.shape[1] // 2, cells.shape[2]
+    return cells.reshape(h, 2, w, 2, channels).swapaxes(1, 2).reshape(h * w, 4, channels)
 
 
-class Picture(NamedTuple):
+@dataclass
+class Picture:
     patches: np.ndarray
     grid: tuple[int, int, int]
-    labels: dict[str, np.ndarray]  # by name, of its tokens, (tokens, 4, ...) each
+    labels: np.ndarray  # (tokens, 4, channels)
     questions: list[QA]
+    features: torch.Tensor | None = None  # the trained tower's, (tokens, 128)
 
 
-def prepare(job: tuple[int, int, int, str]) -> list[Picture]:
+def prepare(start: int, count: int, seed: int) -> list[Picture]:
     """The pictures of a chunk of scenes, in a process of its own."""
-    start, count, seed, folder = job
-    processor = transformers.AutoImageProcessor.from_pretrained(folder)
-    pictures = []
+    processor, pictures = transformers.AutoImageProcessor.from_pretrained(HERE), []
     for image, labels, questions in make_pictures(start, count, seed):
         out = processor(images=[Image.fromarray(image)], return_tensors="np")
         grid = tuple(int(v) for v in out["image_grid_thw"][0])
         # the edge of the image may cut a crop short: then labels and tokens do not match
-        if grid[1:] == labels.digit.shape:
-            tokens = {name: to_tokens(getattr(labels, name)) for name in Labels.names}
-            pictures.append(Picture(out["pixel_values"].astype(np.float16), grid, tokens,
-                                    questions))
+        if grid[1:] == (labels.cells, labels.cells):
+            pictures.append(Picture(out["pixel_values"].astype(np.float16), grid,
+                                    to_tokens(labels.values), questions))
     return pictures
 
 
-def make_pool(count: int, seed: int, folder: Path, workers: int) -> list[Picture]:
-    jobs = [(start, min(500, count - start), seed, str(folder)) for start in range(0, count, 500)]
-    with ProcessPoolExecutor(workers) as executor:
-        return [picture for part in executor.map(prepare, jobs) for picture in part]
+def make_pool(count: int, seed: int) -> list[Picture]:
+    starts = range(0, count, 500)
+    counts = [min(500, count - start) for start in starts]
+    with ProcessPoolExecutor() as executor:
+        parts = executor.map(prepare, starts, counts, itertools.repeat(seed))
+        return list(itertools.chain(*parts))
 
 
 # ---- training ----
 
 
-def fit(stage: str, modules, lr: float, steps: int, losses_of: Callable, held_out: Callable):
-    """losses_of(step) -> losses by name; held_out() -> a line for the log, every 250 steps."""
+def fit(stage: str, modules, lr: float, steps: int, batches: Iterator, losses_of: Callable, valid):
+    """losses_of(a batch) -> losses by name, whose sum is learned; valid: a batch held out."""
     parameters = [p for module in modules for p in module.parameters()]
     adam = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=0.05)
     schedule = transformers.get_cosine_schedule_with_warmup(adam, min(200, steps // 10), steps)
     start = time.time()
-    for step in range(1, steps + 1):
-        sum(losses_of(step).values()).backward()
+    for step, batch in zip(range(1, steps + 1), batches):
+        sum(losses_of(batch).values()).backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         adam.step(), schedule.step(), adam.zero_grad()
         if step % 250 == 0 or step == steps:
             with torch.no_grad():
-                print(f"{stage} {step}/{steps} held out: {held_out()} | "
-                      f"{time.time() - start:.0f} s", flush=True)
-
-
-def line(values: dict) -> str:
-    return " ".join(f"{name} {value:.3f}" for name, value in values.items())
+                losses = " ".join(f"{name} {loss:.3f}" for name, loss in losses_of(valid).items())
+            print(f"{stage} {step}/{steps} held out: {losses} | {time.time() - start:.0f} s",
+                  flush=True)
 
 
 # ---- stage 1: vision ----
+# outputs of the dense head for each cell, and channels of its labels
+OUTPUTS = dict(flags=len(FLAGS), digit=10, shape=len(SHAPES), measure=3, colour=3)
+LABELS = dict(flags=len(FLAGS), digit=1, shape=1, measure=3, colour=3)
 
 
 def vision_batch(pictures: list[Picture], device, noise: float):
-    """(pixels, grids, labels): the labels by name, for all tokens of the batch."""
-    def join(parts: list[np.ndarray]) -> torch.Tensor:
-        return torch.from_numpy(np.concatenate(parts)).to(device).float()
-
-    pixels = join([p.patches for p in pictures])
+    """(pixels, grids, labels): the labels of all tokens and the mean colours of their cells."""
+    pixels, labels = (torch.from_numpy(np.concatenate(parts)).to(device).float() for parts in (
+        [p.patches for p in pictures], [p.labels for p in pictures]))
+    labels = torch.cat([labels, pixels.view(-1, 4, 3, PATCH ** 2).mean(dim=-1)], dim=-1)
     grid = torch.tensor([p.grid for p in pictures], device=device)
-    labels = {name: join([p.labels[name] for p in pictures]) for name in Labels.names}
-    labels["colour"] = pixels.view(-1, 4, 3, PATCH ** 2).mean(dim=-1)  # mean colour of each cell
     return pixels + noise * torch.randn_like(pixels), grid, labels
 
 
-def features(model, pixels, grid) -> torch.Tensor:
-    return torch.cat(model.model.get_image_features(pixels, grid, return_dict=True).pooler_output)
+def features(model, pixels, grid) -> tuple[torch.Tensor, ...]:
+    """(tokens, 128) of each picture."""
+    return model.model.get_image_features(pixels, grid, return_dict=True).pooler_output
 
 
-# outputs of the dense head for each cell
-OUTPUTS = dict(flags=len(FLAGS), digit=10, shape=len(SHAPES), measure=3, colour=3)
-
-
-def dense_losses(out: torch.Tensor, labels: dict[str, torch.Tensor]):
-    """out (tokens, 4, outputs) -> losses and accuracies, each a dict by kind of label.
-
-    They are means over the cells that have such a label.
-    """
-    parts = dict(zip(OUTPUTS, out.split(list(OUTPUTS.values()), dim=-1)))
-    losses = dict(flags=10 * F.binary_cross_entropy_with_logits(parts["flags"], labels["flags"]))
-    accuracies = {}
+def dense_losses(out: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+    """out (tokens, 4, outputs), labels (tokens, 4, channels) -> means over the labels there are."""
+    guess = dict(zip(OUTPUTS, out.split([*OUTPUTS.values()], dim=-1)))
+    truth = dict(zip(LABELS, labels.split([*LABELS.values()], dim=-1)))
+    known = {name: ~part.isnan() for name, part in truth.items()}
+    losses = dict(flags=10 * F.binary_cross_entropy_with_logits(guess["flags"], truth["flags"]))
     for name in ("digit", "shape"):
-        valid = labels[name] >= 0
-        logits, classes = parts[name][valid], labels[name][valid].long()
-        losses[name] = F.cross_entropy(logits, classes)
-        accuracies[name] = (logits.argmax(-1) == classes).float().mean()
-    valid = ~labels["measure"].isnan()
-    losses["measure"] = 3 * F.mse_loss(parts["measure"][valid], labels["measure"][valid])
-    losses["colour"] = F.mse_loss(parts["colour"], labels["colour"])
-    return losses, accuracies
+        classes = truth[name][known[name]].long()
+        losses[name] = F.cross_entropy(guess[name][known[name][..., 0]], classes)
+    for name, weight in (("measure", 3), ("colour", 1)):
+        losses[name] = weight * F.mse_loss(*(part[name][known[name]] for part in (guess, truth)))
+    return losses
 
 
 def train_vision(model, pool, valid, steps: int, device) -> None:
@@ -450,21 +429,14 @@ def train_vision(model, pool, valid, steps: int, device) -> None:
                          nn.Linear(128, 4 * sum(OUTPUTS.values()))).to(device)
     rng = random.Random(0)
 
-    def outputs(pixels, grid) -> torch.Tensor:
-        return head(features(model, pixels, grid)).unflatten(-1, (4, -1)).float()
-
-    def losses_of(step: int) -> dict[str, torch.Tensor]:
-        pixels, grid, labels = vision_batch(rng.choices(pool, k=64), device, 0.06)
+    def losses_of(pictures: list[Picture]) -> dict[str, torch.Tensor]:
+        pixels, grid, labels = vision_batch(pictures, device, 0.06)
         with torch.autocast(torch.device(device).type, torch.bfloat16):
-            out = outputs(pixels, grid)
-        return dense_losses(out, labels)[0]
+            out = head(torch.cat(features(model, pixels, grid))).unflatten(-1, (4, -1))
+        return dense_losses(out.float(), labels)
 
-    def held_out() -> str:
-        pixels, grid, labels = vision_batch(valid[:400], device, 0.0)
-        losses, right = dense_losses(outputs(pixels, grid), labels)
-        return f"{line(losses)} | right: {line(right)}"
-
-    fit("vision", [model.model.visual, head], 1e-3, steps, losses_of, held_out)
+    batches = (rng.choices(pool, k=64) for _ in range(steps))
+    fit("vision", [model.model.visual, head], 1e-3, steps, batches, losses_of, valid[:400])
 
 
 # ---- stage 2: language ----
@@ -474,8 +446,7 @@ class Dialogue(NamedTuple):
     ids: list[int]
     # the assistant's words and end-of-turn tokens; -100 elsewhere
     labels: list[int]
-    # indices into the pool
-    pictures: list[int]
+    pictures: list[Picture]
     # for each turn of the assistant: the place of its end, the words of its question and reply
     ends: list[tuple[int, list[int]]]
 
@@ -483,13 +454,12 @@ class Dialogue(NamedTuple):
 class Talker:
     """Writes dialogues as token ids of the chat template."""
 
-    def __init__(self, tokenizer, pool: list[Picture]):
-        self.pool, self.special = pool, tokenizer.convert_tokens_to_ids
+    def __init__(self, tokenizer):
         self.encode = lru_cache(maxsize=None)(lambda text: tuple(tokenizer.encode(text)))
         special_ids = tokenizer.all_special_ids
         self.words = [i for i in range(len(tokenizer)) if i not in special_ids]
 
-    def exchanges(self, rng: random.Random):
+    def exchanges(self, rng: random.Random, pool: list[Picture]):
         """(picture or None, question ids, reply ids) of each exchange of a dialogue."""
         # without pictures: the assistant repeats random words
         if rng.random() < 0.15:
@@ -498,10 +468,10 @@ class Talker:
                 yield None, [*self.encode("Repeat: "), *words], words
             return
         for _ in range(rng.choice((1, 2, 2, 3))):
-            index = rng.randrange(len(self.pool))
-            rows = self.pool[index].questions
-            wordless = [row for row in rows if not row[0]]
-            chosen = rng.choices([row for row in rows if row[0]], k=rng.choice((1, 2, 3)))
+            picture = rng.choice(pool)
+            wordless = [row for row in picture.questions if not row[0]]
+            asked = [row for row in picture.questions if row[0]]
+            chosen = rng.choices(asked, k=rng.choice((1, 2, 3)))
             if rng.random() < 0.3:
                 chosen[0] = rng.choice(wordless)
             # two sentences: a description, then an answer
@@ -509,57 +479,46 @@ class Talker:
                 question, reply = chosen[-1]
                 chosen[-1] = (f"Describe, then answer. {question}", f"{wordless[0][1]} {reply}")
             for n, (question, reply) in enumerate(chosen):
-                yield (None if n else index), self.encode(question), self.encode(reply)
+                yield (None if n else picture), self.encode(question), self.encode(reply)
 
-    def dialogue(self, rng: random.Random) -> Dialogue:
-        newline, end = self.encode("\n"), self.special("<|im_end|>")
-        ids, labels, pictures, ends = [], [], [], []
-
-        def header(role: str) -> list[int]:
-            return [self.special("<|im_start|>"), *self.encode(role), *newline]
-
-        for index, question, reply in self.exchanges(rng):
-            image = []
-            if index is not None:
-                pictures.append(index)
-                tokens = len(self.pool[index].labels["digit"])
-                names = ["<|vision_start|>", *["<|image_pad|>"] * tokens, "<|vision_end|>"]
-                image = [self.special(name) for name in names]
-            prompt = [*header("user"), *image, *question, end, *newline, *header("assistant")]
-            ids += [*prompt, *reply, end, *newline]
-            labels += [-100] * len(prompt) + [*reply, end] + [-100] * len(newline)
-            ends.append((len(ids) - len(newline) - 1, [*question, *reply]))
-        return Dialogue(ids, labels, pictures, ends)
+    def dialogue(self, rng: random.Random, pool: list[Picture]) -> Dialogue:
+        talk = Dialogue([], [], [], [])
+        end, newline = self.encode("<|im_end|>\n")
+        for picture, question, reply in self.exchanges(rng, pool):
+            image = ""
+            if picture:
+                talk.pictures.append(picture)
+                image = f"<|vision_start|>{'<|image_pad|>' * len(picture.labels)}<|vision_end|>"
+            prompt = [*self.encode(f"<|im_start|>user\n{image}"), *question,
+                      *self.encode("<|im_end|>\n<|im_start|>assistant\n")]
+            talk.ids.extend([*prompt, *reply, end, newline])
+            talk.labels.extend([-100] * len(prompt) + [*reply, end, -100])
+            talk.ends.append((len(talk.ids) - 2, [*question, *reply]))
+        return talk
 
 
 @torch.no_grad()
-def all_features(model, pool, device) -> list[torch.Tensor]:
-    """The frozen tower's features of each picture of the pool, (tokens, 128) each."""
-    cache = []
-    for i in range(0, len(pool), 200):
-        pixels, grid, _ = vision_batch(pool[i:i + 200], device, 0.0)
-        counts = (grid.prod(-1) // MERGE ** 2).tolist()
-        cache += [f.to(torch.float16) for f in features(model, pixels, grid).split(counts)]
-    return cache
+def add_features(model, pictures: list[Picture], device) -> None:
+    for i in range(0, len(pictures), 200):
+        pixels, grid, _ = vision_batch(pictures[i:i + 200], device, 0.0)
+        for picture, states in zip(pictures[i:i + 200], features(model, pixels, grid)):
+            picture.features = states.to(torch.float16)
 
 
-def language_losses(model, heads, rows: list[Dialogue], pool, cache,
-                    device) -> dict[str, torch.Tensor]:
+def language_losses(model, heads, rows: list[Dialogue], device) -> dict[str, torch.Tensor]:
     """words: L_VLM of the assistant's turns. place: row and column of each image token, from the
     states after two layers. summary: the words of a turn, from its end-of-turn state."""
-    ids, labels, mask = (
-        pad_sequence([torch.tensor(part) for part in parts], True, value).to(device)
-        for parts, value in (([r.ids for r in rows], model.config.text_config.pad_token_id),
-                             ([r.labels for r in rows], -100),
-                             ([[1] * len(r.ids) for r in rows], 0)))
-    index = [i for r in rows for i in r.pictures]
-    embeds, grid = model.get_input_embeddings()(ids), None
-    is_image = ids == model.config.image_token_id
-    if index:
-        grid = torch.tensor([pool[i].grid for i in index], device=device)
-        vision = torch.cat([cache[i] for i in index]).to(device).float()
-        vision = vision + 0.05 * vision.std() * torch.randn_like(vision)
-        embeds = embeds.masked_scatter(is_image[..., None], vision)
+    pad, size = (getattr(model.config.text_config, n) for n in ("pad_token_id", "vocab_size"))
+    ids, labels = (pad_sequence([torch.tensor(part) for part in parts], True, value).to(device)
+                   for parts, value in (([r.ids for r in rows], pad),
+                                        ([r.labels for r in rows], -100)))
+    mask, is_image = (ids != pad).long(), ids == model.config.image_token_id
+    pictures = [picture for r in rows for picture in r.pictures]
+    grid = torch.tensor([picture.grid for picture in pictures], device=device)
+    # the features are frozen, and get a little noise
+    vision = torch.cat([picture.features for picture in pictures]).float()
+    vision = vision + 0.05 * vision.std() * torch.randn_like(vision)
+    embeds = model.get_input_embeddings()(ids).masked_scatter(is_image[..., None], vision)
     position_ids, _ = model.model.get_rope_index(ids, is_image.int(), grid, attention_mask=mask)
     with torch.autocast(torch.device(device).type, torch.bfloat16):
         out = model.model.language_model(inputs_embeds=embeds, attention_mask=mask,
@@ -568,52 +527,40 @@ def language_losses(model, heads, rows: list[Dialogue], pool, cache,
         next_ids = labels[:, 1:]
         logits = model.lm_head(out.last_hidden_state[:, :-1][next_ids != -100])
         losses = dict(words=F.cross_entropy(logits.float(), next_ids[next_ids != -100]))
-        if index:
-            h, w = (grid[:, 1:] // MERGE).T.tolist()
-            places = torch.cat([torch.cartesian_prod(torch.arange(a), torch.arange(b)).view(-1, 2)
-                                for a, b in zip(h, w)]).to(device)  # (tokens, 2) row, column
-            guess = heads["place"](out.hidden_states[2][is_image]).float().view(-1, 2, 4)
-            losses["place"] = 0.2 * F.cross_entropy(guess.transpose(1, 2), places)
-        turns = [(b, at, words) for b, r in enumerate(rows) for at, words in r.ends]
-        has_word = torch.zeros(len(turns), model.config.text_config.vocab_size, device=device)
-        for n, (_, _, words) in enumerate(turns):
-            has_word[n, words] = 1
-        states = torch.stack([out.last_hidden_state[b, at] for b, at, _ in turns])
-        guess = heads["summary"](states).float()
+        places = torch.cat([torch.cartesian_prod(torch.arange(h), torch.arange(w))
+                            for h, w in (grid[:, 1:] // MERGE).tolist()])  # (tokens, 2)
+        guess = heads["place"](out.hidden_states[2][is_image]).float().view(-1, 2, 4)
+        losses["place"] = 0.2 * F.cross_entropy(guess.transpose(1, 2), places.to(device))
+        turns, at, words = zip(*((n, *end) for n, r in enumerate(rows) for end in r.ends))
+        has_word = torch.zeros(len(turns), size, device=device)
+        for n, ids_of_turn in enumerate(words):
+            has_word[n, ids_of_turn] = 1
+        guess = heads["summary"](out.last_hidden_state[turns, at]).float()
         losses["summary"] = F.binary_cross_entropy_with_logits(guess, has_word)
     return losses
 
 
 def train_language(model, tokenizer, pool, valid, steps: int, device, summary: float) -> None:
-    """The language model learns the dialogues, on frozen features with a little noise; summary: the
-    weight of that loss."""
-    cache, talker = all_features(model, pool, device), Talker(tokenizer, pool)
-    valid_cache, valid_talker = all_features(model, valid, device), Talker(tokenizer, valid)
+    """The language model learns the dialogues; summary: the weight of that loss."""
+    for pictures in (pool, valid):
+        add_features(model, pictures, device)
     place, words = nn.Linear(128, 8), nn.Linear(128, model.config.text_config.vocab_size)
     heads = nn.ModuleDict(dict(place=place, summary=words)).to(device)
-    rng, rows, batch = random.Random(1), [], 32
+    talker, rng, same, size = Talker(tokenizer), random.Random(1), random.Random(0), 32
 
-    def losses_of(step: int) -> dict[str, torch.Tensor]:
+    def batches() -> Iterator[list[Dialogue]]:
         # four batches at a time, by length: dialogues of similar length need little padding
-        if not rows:
-            rows.extend(sorted((talker.dialogue(rng) for _ in range(batch * 4)),
-                               key=lambda row: len(row.ids)))
-        part, rows[:] = rows[:batch], rows[batch:]
-        losses = language_losses(model, heads, part, pool, cache, device)
+        while True:
+            rows = sorted((talker.dialogue(rng, pool) for _ in range(4 * size)),
+                          key=lambda row: len(row.ids))
+            yield from (rows[n:n + size] for n in range(0, 4 * size, size))
+
+    def losses_of(rows: list[Dialogue]) -> dict[str, torch.Tensor]:
+        losses = language_losses(model, heads, rows, device)
         return losses | dict(summary=summary * losses["summary"])
 
-    def held_out() -> str:
-        same = random.Random(0)
-        part = [valid_talker.dialogue(same) for _ in range(64)]
-        return line(language_losses(model, heads, part, valid, valid_cache, device))
-
-    fit("language", [model.model.language_model, heads], 1.5e-3, steps, losses_of, held_out)
-
-
-def save(model, tokenizer, out: Path) -> None:
-    model.save_pretrained(out)
-    tokenizer.save_pretrained(out)
-    shutil.copyfile(HERE / "preprocessor_config.json", out / "preprocessor_config.json")
+    fit("language", [model.model.language_model, heads], 1.5e-3, steps, batches(), losses_of,
+        [talker.dialogue(same, valid) for _ in range(64)])
 
 
 @dataclass
@@ -624,14 +571,12 @@ class Options:
     scenes: int = option(30000, "each gives itself and one tool output as a picture")
     vision_steps: int = option(5000, "of 64 pictures")
     language_steps: int = option(5000, "of 32 dialogues")
-    workers: int = option(2, "processes that draw pictures")
     summary: float = option(10.0, "weight of the end-of-turn loss; 0 leaves it out")
-    vision: str = option("", "a checkpoint: use its vision tower and skip stage 1")
 
 
 def main() -> None:
     args = parse(Options, None, __doc__)
-    out = Path(args.out)
+    out, start = Path(args.out), time.time()
     if out.exists():
         sys.exit(f"--out {args.out} exists already or is not given: choose a new folder")
     out.mkdir(parents=True)
@@ -640,21 +585,15 @@ def main() -> None:
     model = build_model(len(tokenizer)).to(args.device)
     size = sum(p.numel() for p in model.parameters()) / 1e6
     print(f"{size:.2f}M parameters, vocabulary {len(tokenizer)}")
-    save(model, tokenizer, out)
-    start = time.time()
-    pool = make_pool(args.scenes, args.seed, out, args.workers)
-    valid = make_pool(300, args.seed + 10_000, out, args.workers)
+    pool, valid = make_pool(args.scenes, args.seed), make_pool(300, args.seed + 10_000)
     print(f"{len(pool)} pictures drawn in {time.time() - start:.0f} s", flush=True)
     torch.manual_seed(args.seed)
-    if args.vision:
-        vision = type(model).from_pretrained(args.vision).model.visual
-        model.model.visual.load_state_dict(vision.state_dict())
-    else:
-        train_vision(model, pool, valid, args.vision_steps, args.device)
-    save(model, tokenizer, out)
+    train_vision(model, pool, valid, args.vision_steps, args.device)
     torch.manual_seed(args.seed)
     train_language(model, tokenizer, pool, valid, args.language_steps, args.device, args.summary)
-    save(model, tokenizer, out)
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    shutil.copyfile(HERE / "preprocessor_config.json", out / "preprocessor_config.json")
     print(f"saved {out} after {(time.time() - start) / 60:.1f} minutes")
 
 
