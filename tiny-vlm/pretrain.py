@@ -16,15 +16,13 @@ come from the world's "pretrain" split (world/scenes.py) and from the tasks of W
 """
 
 import itertools
-import math
 import random
 import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -57,7 +55,7 @@ def build_tokenizer(texts: list[str]) -> transformers.PreTrainedTokenizerFast:
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     bpe.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=768, special_tokens=SPECIAL, show_progress=False,
+        vocab_size=704, special_tokens=SPECIAL, show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>",
@@ -66,12 +64,10 @@ def build_tokenizer(texts: list[str]) -> transformers.PreTrainedTokenizerFast:
         chat_template=(HERE / "chat_template.jinja").read_text(encoding="utf-8"))
 
 
-def build_model(vocabulary: int):
-    config = transformers.AutoConfig.from_pretrained(HERE)
-    config.text_config.vocab_size = math.ceil(vocabulary / 64) * 64
-    model = transformers.Qwen2_5_VLForConditionalGeneration(config)
-    for name in ("eos_token_id", "pad_token_id"):
-        setattr(model.generation_config, name, getattr(config.text_config, name))
+def build_model() -> transformers.Qwen2_5_VLForConditionalGeneration:
+    model = transformers.Qwen2_5_VLForConditionalGeneration(
+        transformers.AutoConfig.from_pretrained(HERE))
+    model.generation_config = transformers.GenerationConfig.from_pretrained(HERE)
     return model
 
 
@@ -93,11 +89,13 @@ class Labels:
         """cells: on each side of a picture that shows the `size` px from `origin` on."""
         self.values = np.full((cells, cells, len(CHANNEL)), np.nan, dtype=np.float16)
         self.values[..., :len(FLAGS)] = 0
-        self.origin, self.scale, self.cells = origin, cells / size, cells
+        self.cells, self.origin, self.size = cells, origin, size
+        centres = (np.arange(cells) + 0.5) * size / cells
+        self.x, self.y = origin[0] + centres, origin[1] + centres[:, None]
 
     def put(self, x: float, y: float, size: float | None = None, **values: float) -> None:
         """What is at the point (x, y), if the picture shows it; size: of an object around it."""
-        column, row = ((v - o) * self.scale for v, o in zip((x, y), self.origin))
+        column, row = ((v - o) * self.cells / self.size for v, o in zip((x, y), self.origin))
         if 0 <= column < self.cells and 0 <= row < self.cells:
             if size is not None:
                 values |= dict(dx=column % 1, dy=row % 1, size=size)
@@ -106,10 +104,13 @@ class Labels:
 
     def area(self, x0: float, y0: float, x1: float, y1: float, name: str) -> None:
         """Set a flag in all cells whose centre is in the box."""
-        centre = (np.arange(self.cells) + 0.5) / self.scale
-        rows = (centre + self.origin[1] >= y0) & (centre + self.origin[1] <= y1)
-        columns = (centre + self.origin[0] >= x0) & (centre + self.origin[0] <= x1)
-        self.values[np.ix_(rows, columns, [CHANNEL[name]])] = 1
+        rows, columns = (y0 <= self.y) & (self.y <= y1), (x0 <= self.x) & (self.x <= x1)
+        self.values[rows & columns, CHANNEL[name]] = 1
+
+    def tokens(self) -> np.ndarray:
+        """(tokens, 4, channels): the four cells of each merged token, raster order."""
+        n = self.cells // 2
+        return self.values.reshape(n, 2, n, 2, -1).swapaxes(1, 2).reshape(n * n, 4, -1)
 
 
 def answer(*words: str | int) -> str:
@@ -122,17 +123,15 @@ def captions(*things: str) -> list[QA]:
     return [("Describe the picture.", caption), ("", caption)]
 
 
-def label_objects(labels: Labels, objects: list) -> None:
+# ---- for each kind of scene: label its cells; questions about it, and about its tool's output ----
+def object_questions(labels: Labels, objects: list) -> list[QA]:
+    """Also labels the objects."""
+    rows, shapes = [], [o[3] for o in objects]
     for x, y, r, shape, colour, digit in objects:
         labels.area(x - r, y - r, x + r, y + r, colour)
         labels.put(x, y, r / 20, digit=digit, shape=SHAPES.index(shape), **{colour: 1})
-
-
-def object_questions(objects: list, origin=(0, 0), size: int = scenes.SIZE) -> list[QA]:
-    rows, shapes = [], [o[3] for o in objects]
-    for x, y, r, shape, colour, digit in objects:
         rows += [(f"Which digit is on the {colour} {shape}?", answer(DIGITS[digit]))] * 3
-        place = answer(*scenes.box(x, y, r, origin, size))
+        place = answer(*scenes.box(x, y, r, labels.origin, labels.size))
         rows += [(f"Where is the {colour} {shape}?", place)] * 3
         rows += [(f"What shape is the {colour} object?", answer(shape))] * 3
         if shapes.count(shape) == 1:
@@ -143,27 +142,27 @@ def object_questions(objects: list, origin=(0, 0), size: int = scenes.SIZE) -> l
     return rows + captions(*(f"{o[4]} {o[3]} {DIGITS[o[5]]}" for o in in_order)) * 2
 
 
-# ---- for each kind of scene: label its cells, return questions about it with their answers ----
-def describe_objects(labels: Labels, spec: dict) -> list[QA]:
-    label_objects(labels, spec["objects"])
-    rows = object_questions(spec["objects"])
+def describe_objects(labels: Labels, spec: dict):
+    rows = object_questions(labels, spec["objects"])
     if spec["family"] == "zoom":
         for x, y, _, shape, colour, _ in spec["objects"]:
             question = f"Which panel is the {colour} {shape} in?"
             rows += [(question, answer(scenes.panel_of(x, y)))] * 2
-    return rows
+    return rows, []
 
 
-def describe_bars(labels: Labels, spec: dict) -> list[QA]:
-    bars, tallest = spec["bars"], scenes.tallest(scenes.dotted(spec["bars"]))
+def describe_bars(labels: Labels, spec: dict):
+    bars, dotted = spec["bars"], scenes.dotted(spec["bars"])
+    left, _, tallest, *_ = scenes.tallest(dotted)
+    dotted_colours = [bar[2] for bar in dotted]
     rows = [("Which bar is the tallest?", answer(scenes.tallest(bars)[2])),
-            ("Which bar is the shortest?", answer(min(bars, key=lambda b: b[1])[2])),
-            ("Which bars are dotted?", answer(*(b[2] for b in bars if b[3]))),
-            ("Which colours are the bars?", answer(*(b[2] for b in bars)))]
-    rows += captions(*(b[2] + " bar" + " dotted" * b[3] for b in bars))
+            ("Which bar is the shortest?", answer(min(bars, key=lambda bar: bar[1])[2])),
+            ("Which bars are dotted?", answer(*dotted_colours)),
+            ("Which colours are the bars?", answer(*(bar[2] for bar in bars))),
+            *captions(*(bar[2] + " bar" + " dotted" * bar[3] for bar in bars))]
     for x, height, colour, has_dot, digit in bars:
         labels.area(x, 110 - height, x + 14, 110, colour)
-        flags = {colour: 1, "dotted": has_dot, "answer": colour == tallest[2]}
+        flags = {colour: 1, "dotted": has_dot, "answer": colour == tallest}
         labels.put(x + 7, 103, height / 100, **flags)
         place = map(scenes.percent, (x - 1, 108 - height, x + 16))
         rows.append((f"Where is the {colour} bar?", answer(*place, 87)))
@@ -172,48 +171,57 @@ def describe_bars(labels: Labels, spec: dict) -> list[QA]:
             place = answer(*scenes.box(x + 7, 118, 9))
             rows += [(f"Which digit is under the {colour} bar?", answer(DIGITS[digit])),
                      (f"Where is the digit under the {colour} bar?", place)]
-    return rows
+    place = answer(*scenes.box(left + 7, 118, 9))
+    return rows, [("Which bright bar is the tallest?", answer(tallest)),
+                  ("Which bars are bright?", answer(*dotted_colours)),
+                  *captions(*(f"{c} bar" for c in dotted_colours), f"{tallest} tallest"),
+                  (f"Where is the digit under the {tallest} bar?", place)]
 
 
-def describe_balls(labels: Labels, spec: dict) -> list[QA]:
-    rows, centres = [], (np.arange(labels.cells) + 0.5) / labels.scale
-    for x, y in itertools.product(centres, centres):
-        for a, b, r, z in spec["balls"]:
-            if (x - a) ** 2 + (y - b) ** 2 <= r * r:
-                labels.put(x, y, near=(z + 1) / 16)
+def describe_balls(labels: Labels, spec: dict):
+    rows, nearer = [], spec["answer"]
+    for x, y, r, z in spec["balls"]:
+        inside = (labels.x - x) ** 2 + (labels.y - y) ** 2 <= r * r
+        labels.values[inside, CHANNEL["near"]] = (z + 1) / 16
     for i, name in spec["marks"]:
         x, y, _, z = spec["balls"][i]
-        labels.put(x, y, 0.15, near=(z + 1) / 16, answer=name == spec["answer"], **{name: 1})
+        labels.put(x, y, 0.15, near=(z + 1) / 16, answer=name == nearer, **{name: 1})
         rows.append((f"Where is the {name} mark?", answer(*map(scenes.percent, (x, y)))))
-    return rows + captions(*(f"{name} mark" for _, name in spec["marks"]))
+    rows += captions(*(f"{name} mark" for _, name in spec["marks"]))
+    return rows, [("Which mark is brighter?", answer(nearer)), *captions(f"{nearer} brighter")]
 
 
-def describe_pieces(labels: Labels, spec: dict) -> list[QA]:
-    for (x, y), frame, content in zip(tools.PIECES, spec["frames"], spec["order"]):
-        labels.area(x, y, x + 42, y + 42, frame)
-        if content == 0:
-            labels.area(x, y, x + 42, y + 42, "answer")
-    return [("Which colours are the frames?", answer(*spec["frames"])),
+def describe_pieces(labels: Labels, spec: dict):
+    right = spec["answer"]
+    for (x, y), frame in zip(tools.PIECES, spec["frames"]):
+        for flag in (frame, "answer") if frame == right else (frame,):
+            labels.area(x, y, x + 42, y + 42, flag)
+    rows = [("Which colours are the frames?", answer(*spec["frames"])),
             *captions(*(f"{frame} frame" for frame in spec["frames"]))]
+    return rows, [("What colour is the frame?", answer(right)), *captions(f"{right} frame")]
 
 
-def describe_routes(labels: Labels, spec: dict) -> list[QA]:
+def describe_routes(labels: Labels, spec: dict):
     routes = [[scenes.node_xy(node) for node in walk] for walk in spec["walks"]]
     rows = [("Where is the ring?", answer(*map(scenes.percent, routes[0][0])))] * 2
     rows += captions("ring", *(f"{colour} disc" for colour in spec["colours"]))
+    places = []
     for points, colour, digit in zip(routes, spec["colours"], spec["digits"]):
         flag = "route" if points is routes[0] else "other route"
         for (x0, y0), (x1, y1) in itertools.pairwise(points):
             for t in np.linspace(0, 1, 7):
                 labels.put(x0 + t * (x1 - x0), y0 + t * (y1 - y0), **{flag: 1})
         labels.put(*points[-1], 0.5, **{colour: 1})
-        rows.append((f"Where is the {colour} disc?", answer(*scenes.box(*points[-1], 11))))
+        places.append((f"Where is the {colour} disc?", answer(*scenes.box(*points[-1], 11))))
+        rows.append(places[-1])
         if spec["family"] == "path+crop":
             labels.put(*points[-1], digit=digit)
             rows.append((f"Which digit is on the {colour} disc?", answer(DIGITS[digit])))
     labels.put(*routes[0][0], 0.5, ring=1)
     labels.put(*routes[0][-1], answer=1)
-    return rows
+    end = spec["colours"][0]
+    return rows, [("Which disc does the pink route reach?", answer(end)),
+                  *captions(f"pink route, {end} disc"), places[0]]
 
 
 # by the key of a spec that only such scenes have
@@ -221,13 +229,13 @@ DESCRIBE = dict(objects=describe_objects, bars=describe_bars, balls=describe_bal
                 pictures=describe_pieces, walks=describe_routes)
 
 
-def describe(spec: dict) -> tuple[Labels, list[QA]]:
-    """Labels of a scene, and questions about it, among them the task's own."""
+def describe(spec: dict) -> tuple[Labels, list[QA], list[QA]]:
+    """Labels of a scene, questions about it, and about the output of its (first) tool."""
     labels = Labels(8)
-    rows = next(DESCRIBE[key] for key in spec if key in DESCRIBE)(labels, spec)
-    # the task's own question is one of the object questions
+    rows, tool_rows = next(DESCRIBE[key] for key in spec if key in DESCRIBE)(labels, spec)
+    # the task's own question, which is one of the object questions
     task_rows = [] if "objects" in spec else [(spec["question"], answer(spec["answer"]))] * 5
-    return labels, task_rows + rows
+    return labels, task_rows + rows, tool_rows
 
 
 # ---- for each tool: its output on a scene as a picture by itself, (image, labels, questions) ----
@@ -247,10 +255,9 @@ def object_crop(spec: dict, image: Image.Image, rng: random.Random):
     if kind == "panel":
         corner = (64 * (x >= 64), 64 * (y >= 64))
         labels = Labels(8, corner, 64)
-        label_objects(labels, spec["objects"])
         inside = [o for o in spec["objects"] if all(c <= v < c + 64 for c, v in zip(corner, o))]
         out = tools.crop(image, *scenes.box(corner[0] + 32, corner[1] + 32, 32))
-        return out, labels, object_questions(inside, corner, 64)
+        return out, labels, object_questions(labels, inside)
     below, name = scenes.digit_offset(r, shape), f"{colour} {shape}"
     if kind == "mark":
         out, labels, questions = close_up(image, x, y + below, 7, digit)
@@ -278,30 +285,14 @@ def tool_picture(spec: dict, image: Image.Image, rng: random.Random):
         return object_crop(spec, image, rng)
     if spec["family"].endswith("+crop") and rng.random() < 0.5:
         return digit_crop(spec, image, rng)
-    call, *_ = scenes.TASKS[spec["family"]].solve(spec)
-    (labels, _), right = describe(spec), spec["answer"]
+    labels, _, rows = describe(spec)
     if "pictures" in spec:
         # the whole picture, in a frame of the colour of the piece that fits
-        labels, flag = Labels(8), CHANNEL[right]
+        labels, flag = Labels(8), CHANNEL[spec["answer"]]
         labels.values[[0, -1], :, flag] = labels.values[:, [0, -1], flag] = 1
-        rows = [("What colour is the frame?", answer(right)), *captions(f"{right} frame")]
-    elif "balls" in spec:
-        rows = [("Which mark is brighter?", answer(right)), *captions(f"{right} brighter")]
-    elif "walks" in spec:
-        colour, end = spec["colours"][0], scenes.node_xy(spec["walks"][0][-1])
-        rows = [("Which disc does the pink route reach?", answer(colour)),
-                *captions(f"pink route, {colour} disc"),
-                (f"Where is the {colour} disc?", answer(*scenes.box(*end, 11)))]
-    else:
-        bright = scenes.dotted(spec["bars"])
-        for x, height, *_ in bright:
-            labels.area(x, 110 - height, x + 14, 110, "bright")
-        x, _, colour, *_ = scenes.tallest(bright)
-        place = answer(*scenes.box(x + 7, 118, 9))
-        rows = [("Which bright bar is the tallest?", answer(colour)),
-                ("Which bars are bright?", answer(*(bar[2] for bar in bright))),
-                *captions(*(f"{bar[2]} bar" for bar in bright), f"{colour} tallest"),
-                (f"Where is the digit under the {colour} bar?", place)]
+    for x, height, *_ in scenes.dotted(spec.get("bars", [])):
+        labels.area(x, 110 - height, x + 14, 110, "bright")
+    call, *_ = scenes.TASKS[spec["family"]].solve(spec)
     return tools.call_tool(call, image), labels, rows
 
 
@@ -311,33 +302,26 @@ WEIGHTS = {"crop": 7, "highlight": 3, "depth": 3, "jigsaw": 6, "path": 3, "zoom"
            "highlight+crop": 3, "path+crop": 3}
 
 
-def make_pictures(start: int, count: int, seed: int) -> list[tuple[np.ndarray, Labels, list[QA]]]:
-    """(pixels, labels, questions) of `count` scenes, each followed by one tool output on it."""
-    rows = []
-    for index in range(start, start + count):
+def make_pictures(count: int, seed: int) -> Iterator[tuple[Image.Image, Labels, list[QA]]]:
+    """(image, labels, questions) of `count` scenes, each followed by one tool output on it."""
+    for index in range(count):
         rng = random.Random(f"{seed}-{index}")
         task = rng.choices(list(WEIGHTS), WEIGHTS.values())[0]
         spec = scenes.make_spec(task, "pretrain", index, seed)
         image = scenes.TASKS[task].draw(spec)
-        rows += [(image, *describe(spec)), tool_picture(spec, image, rng)]
-    return [(np.asarray(image), labels, questions) for image, labels, questions in rows]
+        yield image, *describe(spec)[:2]
+        yield tool_picture(spec, image, rng)
 
 
 def tokenizer_texts(seed: int, count: int = 300) -> list[str]:
     """Texts that make the tokenizer: the dialogues of `count` scenes, numbers, and trajectories, so
     that their words are few tokens (training embeds no trajectory)."""
-    texts = [text for _, _, rows in make_pictures(0, count, seed) for row in rows for text in row]
+    texts = [text for _, _, rows in make_pictures(count, seed) for row in rows for text in row]
     texts += [f"{a} {b}" for a in range(101) for b in range(101)]
     texts += ["user\n", "assistant\n"] * 100
     texts += [f"Answer: {word}." for word in (*COLOURS, *SHAPES, *DIGITS)] * 50
     return texts + [text for task in WEIGHTS for i in range(40)
                     for text in scenes.make_example(task, "pretrain", i, 0).texts]
-
-
-def to_tokens(cells: np.ndarray) -> np.ndarray:
-    """(2h, 2w, C) cells -> (h * w, 4, C): the four cells of each merged token, raster order."""
-    h, w, channels = cells.shape[0] // 2, cells.shape[1] // 2, cells.shape[2]
-    return cells.reshape(h, 2, w, 2, channels).swapaxes(1, 2).reshape(h * w, 4, channels)
 
 
 @dataclass
@@ -349,25 +333,16 @@ class Picture:
     features: torch.Tensor | None = None  # the trained tower's, (tokens, 128)
 
 
-def prepare(start: int, count: int, seed: int) -> list[Picture]:
-    """The pictures of a chunk of scenes, in a process of its own."""
-    processor, pictures = transformers.AutoImageProcessor.from_pretrained(HERE), []
-    for image, labels, questions in make_pictures(start, count, seed):
-        out = processor(images=[Image.fromarray(image)], return_tensors="np")
-        grid = tuple(int(v) for v in out["image_grid_thw"][0])
+def make_pool(count: int, seed: int) -> list[Picture]:
+    processor, pool = transformers.AutoImageProcessor.from_pretrained(HERE), []
+    for image, labels, questions in make_pictures(count, seed):
+        out = processor(images=[image], return_tensors="np")
+        grid = tuple(out["image_grid_thw"][0].tolist())
         # the edge of the image may cut a crop short: then labels and tokens do not match
         if grid[1:] == (labels.cells, labels.cells):
-            pictures.append(Picture(out["pixel_values"].astype(np.float16), grid,
-                                    to_tokens(labels.values), questions))
-    return pictures
-
-
-def make_pool(count: int, seed: int) -> list[Picture]:
-    starts = range(0, count, 500)
-    counts = [min(500, count - start) for start in starts]
-    with ProcessPoolExecutor() as executor:
-        parts = executor.map(prepare, starts, counts, itertools.repeat(seed))
-        return list(itertools.chain(*parts))
+            patches = out["pixel_values"].astype(np.float16)
+            pool.append(Picture(patches, grid, labels.tokens(), questions))
+    return pool
 
 
 # ---- training ----
@@ -505,7 +480,8 @@ def add_features(model, pictures: list[Picture], device) -> None:
             picture.features = states.to(torch.float16)
 
 
-def language_losses(model, heads, rows: list[Dialogue], device) -> dict[str, torch.Tensor]:
+def language_losses(rows: list[Dialogue], model, heads, device,
+                    summary: float) -> dict[str, torch.Tensor]:
     """words: L_VLM of the assistant's turns. place: row and column of each image token, from the
     states after two layers. summary: the words of a turn, from its end-of-turn state."""
     pad, size = (getattr(model.config.text_config, n) for n in ("pad_token_id", "vocab_size"))
@@ -536,7 +512,7 @@ def language_losses(model, heads, rows: list[Dialogue], device) -> dict[str, tor
         for n, ids_of_turn in enumerate(words):
             has_word[n, ids_of_turn] = 1
         guess = heads["summary"](out.last_hidden_state[turns, at]).float()
-        losses["summary"] = F.binary_cross_entropy_with_logits(guess, has_word)
+        losses["summary"] = summary * F.binary_cross_entropy_with_logits(guess, has_word)
     return losses
 
 
@@ -555,10 +531,7 @@ def train_language(model, tokenizer, pool, valid, steps: int, device, summary: f
                           key=lambda row: len(row.ids))
             yield from (rows[n:n + size] for n in range(0, 4 * size, size))
 
-    def losses_of(rows: list[Dialogue]) -> dict[str, torch.Tensor]:
-        losses = language_losses(model, heads, rows, device)
-        return losses | dict(summary=summary * losses["summary"])
-
+    losses_of = partial(language_losses, model=model, heads=heads, device=device, summary=summary)
     fit("language", [model.model.language_model, heads], 1.5e-3, steps, batches(), losses_of,
         [talker.dialogue(same, valid) for _ in range(64)])
 
@@ -582,7 +555,7 @@ def main() -> None:
     out.mkdir(parents=True)
     torch.manual_seed(args.seed)
     tokenizer = build_tokenizer(tokenizer_texts(args.seed))
-    model = build_model(len(tokenizer)).to(args.device)
+    model = build_model().to(args.device)
     size = sum(p.numel() for p in model.parameters()) / 1e6
     print(f"{size:.2f}M parameters, vocabulary {len(tokenizer)}")
     pool, valid = make_pool(args.scenes, args.seed), make_pool(300, args.seed + 10_000)
