@@ -64,13 +64,6 @@ def build_tokenizer(texts: list[str]) -> transformers.PreTrainedTokenizerFast:
         chat_template=(HERE / "chat_template.jinja").read_text(encoding="utf-8"))
 
 
-def build_model() -> transformers.Qwen2_5_VLForConditionalGeneration:
-    model = transformers.Qwen2_5_VLForConditionalGeneration(
-        transformers.AutoConfig.from_pretrained(HERE))
-    model.generation_config = transformers.GenerationConfig.from_pretrained(HERE)
-    return model
-
-
 # ---- pictures with dense labels and with questions ----
 # Labels belong to cells of 8 x 8 px as the model sees them; a merged token has four cells.
 
@@ -208,9 +201,9 @@ def describe_routes(labels: Labels, spec: dict):
     places = []
     for points, colour, digit in zip(routes, spec["colours"], spec["digits"]):
         flag = "route" if points is routes[0] else "other route"
-        for (x0, y0), (x1, y1) in itertools.pairwise(points):
-            for t in np.linspace(0, 1, 7):
-                labels.put(x0 + t * (x1 - x0), y0 + t * (y1 - y0), **{flag: 1})
+        for start, stop in itertools.pairwise(points):
+            for point in np.linspace(start, stop, 7):
+                labels.put(*point, **{flag: 1})
         labels.put(*points[-1], 0.5, **{colour: 1})
         places.append((f"Where is the {colour} disc?", answer(*scenes.box(*points[-1], 11))))
         rows.append(places[-1])
@@ -224,15 +217,18 @@ def describe_routes(labels: Labels, spec: dict):
                   *captions(f"pink route, {end} disc"), places[0]]
 
 
-# by the key of a spec that only such scenes have
-DESCRIBE = dict(objects=describe_objects, bars=describe_bars, balls=describe_balls,
-                pictures=describe_pieces, walks=describe_routes)
+# The tasks of the pretraining, how often each is drawn, and its description. A list of its own: the
+# model has never seen a task that the world gets later.
+TASKS = {"crop": (7, describe_objects), "highlight": (3, describe_bars),
+         "depth": (3, describe_balls), "jigsaw": (6, describe_pieces),
+         "path": (3, describe_routes), "zoom": (3, describe_objects),
+         "highlight+crop": (3, describe_bars), "path+crop": (3, describe_routes)}
 
 
 def describe(spec: dict) -> tuple[Labels, list[QA], list[QA]]:
     """Labels of a scene, questions about it, and about the output of its (first) tool."""
     labels = Labels(8)
-    rows, tool_rows = next(DESCRIBE[key] for key in spec if key in DESCRIBE)(labels, spec)
+    rows, tool_rows = TASKS[spec["family"]][1](labels, spec)
     # the task's own question, which is one of the object questions
     task_rows = [] if "objects" in spec else [(spec["question"], answer(spec["answer"]))] * 5
     return labels, task_rows + rows, tool_rows
@@ -296,17 +292,11 @@ def tool_picture(spec: dict, image: Image.Image, rng: random.Random):
     return tools.call_tool(call, image), labels, rows
 
 
-# The tasks of the pretraining, and how often each is drawn. A list of its own: the model has never
-# seen a task that the world gets later.
-WEIGHTS = {"crop": 7, "highlight": 3, "depth": 3, "jigsaw": 6, "path": 3, "zoom": 3,
-           "highlight+crop": 3, "path+crop": 3}
-
-
 def make_pictures(count: int, seed: int) -> Iterator[tuple[Image.Image, Labels, list[QA]]]:
     """(image, labels, questions) of `count` scenes, each followed by one tool output on it."""
     for index in range(count):
         rng = random.Random(f"{seed}-{index}")
-        task = rng.choices(list(WEIGHTS), WEIGHTS.values())[0]
+        task, = rng.choices(list(TASKS), [weight for weight, _ in TASKS.values()])
         spec = scenes.make_spec(task, "pretrain", index, seed)
         image = scenes.TASKS[task].draw(spec)
         yield image, *describe(spec)[:2]
@@ -320,7 +310,7 @@ def tokenizer_texts(seed: int, count: int = 300) -> list[str]:
     texts += [f"{a} {b}" for a in range(101) for b in range(101)]
     texts += ["user\n", "assistant\n"] * 100
     texts += [f"Answer: {word}." for word in (*COLOURS, *SHAPES, *DIGITS)] * 50
-    return texts + [text for task in WEIGHTS for i in range(40)
+    return texts + [text for task in TASKS for i in range(40)
                     for text in scenes.make_example(task, "pretrain", i, 0).texts]
 
 
@@ -346,8 +336,6 @@ def make_pool(count: int, seed: int) -> list[Picture]:
 
 
 # ---- training ----
-
-
 def fit(stage: str, modules, lr: float, steps: int, batches: Iterator, losses_of: Callable, valid):
     """losses_of(a batch) -> losses by name, whose sum is learned; valid: a batch held out."""
     parameters = [p for module in modules for p in module.parameters()]
@@ -371,18 +359,15 @@ OUTPUTS = dict(flags=len(FLAGS), digit=10, shape=len(SHAPES), measure=3, colour=
 LABELS = dict(flags=len(FLAGS), digit=1, shape=1, measure=3, colour=3)
 
 
-def vision_batch(pictures: list[Picture], device, noise: float):
-    """(pixels, grids, labels): the labels of all tokens and the mean colours of their cells."""
+def features(model, pictures: list[Picture], device, noise: float):
+    """(tokens, 128) of each picture; the labels of all tokens and the mean colours of their cells,
+    (all tokens, 4, channels)."""
     pixels, labels = (torch.from_numpy(np.concatenate(parts)).to(device).float() for parts in (
         [p.patches for p in pictures], [p.labels for p in pictures]))
     labels = torch.cat([labels, pixels.view(-1, 4, 3, PATCH ** 2).mean(dim=-1)], dim=-1)
     grid = torch.tensor([p.grid for p in pictures], device=device)
-    return pixels + noise * torch.randn_like(pixels), grid, labels
-
-
-def features(model, pixels, grid) -> tuple[torch.Tensor, ...]:
-    """(tokens, 128) of each picture."""
-    return model.model.get_image_features(pixels, grid, return_dict=True).pooler_output
+    pixels = pixels + noise * torch.randn_like(pixels)
+    return model.model.get_image_features(pixels, grid, return_dict=True).pooler_output, labels
 
 
 def dense_losses(out: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -405,9 +390,9 @@ def train_vision(model, pool, valid, steps: int, device) -> None:
     rng = random.Random(0)
 
     def losses_of(pictures: list[Picture]) -> dict[str, torch.Tensor]:
-        pixels, grid, labels = vision_batch(pictures, device, 0.06)
         with torch.autocast(torch.device(device).type, torch.bfloat16):
-            out = head(torch.cat(features(model, pixels, grid))).unflatten(-1, (4, -1))
+            states, labels = features(model, pictures, device, 0.06)
+            out = head(torch.cat(states)).unflatten(-1, (4, -1))
         return dense_losses(out.float(), labels)
 
     batches = (rng.choices(pool, k=64) for _ in range(steps))
@@ -415,8 +400,6 @@ def train_vision(model, pool, valid, steps: int, device) -> None:
 
 
 # ---- stage 2: language ----
-
-
 class Dialogue(NamedTuple):
     ids: list[int]
     # the assistant's words and end-of-turn tokens; -100 elsewhere
@@ -475,8 +458,8 @@ class Talker:
 @torch.no_grad()
 def add_features(model, pictures: list[Picture], device) -> None:
     for i in range(0, len(pictures), 200):
-        pixels, grid, _ = vision_batch(pictures[i:i + 200], device, 0.0)
-        for picture, states in zip(pictures[i:i + 200], features(model, pixels, grid)):
+        part = pictures[i:i + 200]
+        for picture, states in zip(part, features(model, part, device, 0.0)[0]):
             picture.features = states.to(torch.float16)
 
 
@@ -484,11 +467,10 @@ def language_losses(rows: list[Dialogue], model, heads, device,
                     summary: float) -> dict[str, torch.Tensor]:
     """words: L_VLM of the assistant's turns. place: row and column of each image token, from the
     states after two layers. summary: the words of a turn, from its end-of-turn state."""
-    pad, size = (getattr(model.config.text_config, n) for n in ("pad_token_id", "vocab_size"))
-    ids, labels = (pad_sequence([torch.tensor(part) for part in parts], True, value).to(device)
-                   for parts, value in (([r.ids for r in rows], pad),
-                                        ([r.labels for r in rows], -100)))
-    mask, is_image = (ids != pad).long(), ids == model.config.image_token_id
+    ids, labels = pad_sequence([torch.tensor([r.ids, r.labels]).T for r in rows], True,
+                               -100).to(device).unbind(-1)
+    # token 0 pads
+    mask, ids, is_image = (ids != -100).long(), ids.clamp(min=0), ids == model.config.image_token_id
     pictures = [picture for r in rows for picture in r.pictures]
     grid = torch.tensor([picture.grid for picture in pictures], device=device)
     # the features are frozen, and get a little noise
@@ -508,11 +490,11 @@ def language_losses(rows: list[Dialogue], model, heads, device,
         guess = heads["place"](out.hidden_states[2][is_image]).float().view(-1, 2, 4)
         losses["place"] = 0.2 * F.cross_entropy(guess.transpose(1, 2), places.to(device))
         turns, at, words = zip(*((n, *end) for n, r in enumerate(rows) for end in r.ends))
-        has_word = torch.zeros(len(turns), size, device=device)
-        for n, ids_of_turn in enumerate(words):
-            has_word[n, ids_of_turn] = 1
         guess = heads["summary"](out.last_hidden_state[turns, at]).float()
-        losses["summary"] = summary * F.binary_cross_entropy_with_logits(guess, has_word)
+        has_word = torch.stack([F.one_hot(torch.tensor(part), guess.shape[-1]).amax(0)
+                                for part in words])
+        losses["summary"] = summary * F.binary_cross_entropy_with_logits(
+            guess, has_word.to(guess))
     return losses
 
 
@@ -555,7 +537,9 @@ def main() -> None:
     out.mkdir(parents=True)
     torch.manual_seed(args.seed)
     tokenizer = build_tokenizer(tokenizer_texts(args.seed))
-    model = build_model().to(args.device)
+    model = transformers.Qwen2_5_VLForConditionalGeneration(
+        transformers.AutoConfig.from_pretrained(HERE)).to(args.device)
+    model.generation_config = transformers.GenerationConfig.from_pretrained(HERE)
     size = sum(p.numel() for p in model.parameters()) / 1e6
     print(f"{size:.2f}M parameters, vocabulary {len(tokenizer)}")
     pool, valid = make_pool(args.scenes, args.seed), make_pool(300, args.seed + 10_000)
