@@ -70,6 +70,9 @@ def choices_in(text: str) -> dict[str, str]:
 
 def make_item(where: str, name: str, group: str, images: list[Picture], words: str,
               choices: dict[str, str], label: str) -> Item:
+    for image in images:
+        if isinstance(image, Path):
+            open_image(image, where)  # raises if it cannot be read
     # a label such as B, B. or (b)
     match = re.fullmatch(r"\(?([A-Za-z])\)?\.?", str(label).strip())
     if not match or match[1].upper() not in choices:
@@ -82,17 +85,11 @@ def make_item(where: str, name: str, group: str, images: list[Picture], words: s
     return Item(where, str(name), group, images, prompt, choices, right, right)
 
 
-def readable(file: Path, where: str) -> Path:
-    """The file, after it was read once. Raises ValueError or FileNotFoundError."""
-    open_image(file, where)
-    return file
-
-
 def vstar_item(row: dict, where: str, file: Path) -> Item:
-    words, image = row["text"], readable(file.parent / row["image"], where)
+    words = row["text"]
     # as published: the words have options and instruction
-    return make_item(where, row["question_id"], row["category"], [image], words,
-                     choices_in(words), row["label"])._replace(prompt=words)
+    return make_item(where, row["question_id"], row["category"], [file.parent / row["image"]],
+                     words, choices_in(words), row["label"])._replace(prompt=words)
 
 
 def mmvp_item(row: dict, where: str, file: Path) -> Item:
@@ -101,9 +98,8 @@ def mmvp_item(row: dict, where: str, file: Path) -> Item:
     index = int(row["Index"])
     # the hub has the name with a blank, and much code without
     folder = "MMVP Images" if (file.parent / "MMVP Images").is_dir() else "MMVP_Images"
-    image = readable(file.parent / folder / f"{index}.jpg", where)
-    # items 1 and 2 are a pair
-    item = make_item(where, str(index), str((index - 1) // 2), [image], row["Question"],
+    image, pair = file.parent / folder / f"{index}.jpg", (index - 1) // 2  # items 1 and 2 are one
+    item = make_item(where, str(index), str(pair), [image], row["Question"],
                      choices_in(row["Options"]), row["Correct Answer"])
     # of two choices, the other one is right
     others = "".join(letter for letter in item.choices if letter not in item.label)
@@ -233,49 +229,35 @@ class Questions:
                                            skip_special_tokens=True) for ids in rows]
 
 
-def origin(items: list[Item], tokens: int, questions: Questions | None = None) -> dict:
-    # what makes predictions; without questions, as far as it is known before the model is loaded
-    parts = dict(items=[
-        # without the source: a folder may move
-        [*item._replace(source="", images=[*map(picture_digest, item.images)])] for item in items])
-    if questions:
-        lm, processor = questions.vlm.lm, questions.vlm.family.processor
-        parts |= dict(dtype=str(lm.dtype), image_processor=processor.to_dict(), weights=[
-            (name, hashlib.sha256(p.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-             .hexdigest()) for name, p in lm.named_parameters()])
-        # token ids depend on tokenizer, chat template and image sizes
-        parts["prompts"] = [view.ids for view in questions.prompts]
-    return dict(tokens=tokens) | {
-        name: hashlib.sha256(json.dumps(part, sort_keys=True, default=str).encode()).hexdigest()
-        for name, part in parts.items()}
-
-
-def earlier_lines(out: Path, made_by: dict) -> list[str]:
-    # of a predictions file, whose first line must be about made_by
-    if not out.exists():
-        return []
-    with text_file(out) as lines:
-        # an interrupted run may end in half a line
-        lines = [line[:-1] for line in lines if line.endswith("\n")]
-    try:
-        header = dict(json.loads(lines[0])["made_by"])
-    # a file that says nothing, or is of another kind
-    except (IndexError, KeyError, TypeError, ValueError):
-        header = {}
-    if differences := [key for key, value in made_by.items() if header.get(key) != value]:
-        raise ValueError(f"{out} does not say that the same {', '.join(differences)} made its "
-                         f"predictions (its model: {header.get('model')}): choose another --out")
-    return lines
+def digest_of(questions: Questions, items: list[Item]) -> str:
+    # of what makes predictions: token ids depend on tokenizer, chat template and image sizes, and
+    # a folder may move
+    lm, family = questions.vlm.lm, questions.vlm.family
+    parts = [questions.tokens, str(lm.dtype), family.processor.to_dict(),
+             [view.ids for view in questions.prompts],
+             [item._replace(source="", images=[*map(picture_digest, item.images)])
+              for item in items]]
+    digest = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode())
+    for p in lm.parameters():
+        digest.update(p.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def predict(vlm: VLM, items: list[Item], out: Path, tokens: int, batch: int,
             model: str = "") -> list[dict]:
     """Predictions of all items; those already in `out` are kept. model: a name for its header."""
     questions = Questions(vlm, items, tokens)
-    made_by = origin(items, tokens, questions)
-    lines = earlier_lines(out, made_by) or [
-        json.dumps(dict(made_by=dict(model=model or vlm.path) | made_by), ensure_ascii=False)]
-    write_text(out, "".join(line + "\n" for line in lines))
+    digest = digest_of(questions, items)
+    lines = [json.dumps(dict(made_by=digest, model=model or vlm.path), ensure_ascii=False) + "\n"]
+    if out.exists():
+        with text_file(out) as text:
+            # an interrupted run may end in half a line
+            lines = [line for line in text if line.endswith("\n")]
+        if digest not in "".join(lines[:1]):
+            raise ValueError(f"{out} does not say that the same weights, items, prompts, image "
+                             "processor, dtype and --tokens made its predictions: choose another "
+                             "--out")
+    write_text(out, "".join(lines))
     replies = {(r["group"], r["id"]): r["reply"] for r in map(json.loads, lines[1:])}
     waiting = [n for n, item in enumerate(items) if (item.group, item.id) not in replies]
     for start in tqdm(range(0, len(waiting), batch), unit=" batches"):
@@ -319,8 +301,6 @@ def main() -> None:
     if not args.out.parent.is_dir():
         raise FileNotFoundError(f"{args.out.parent} not found: --out is written there")
     items = read_items(args.kind, args.folder, args.configs)
-    # before the model is loaded, which takes minutes
-    earlier_lines(args.out, origin(items, args.tokens))
     if (Path(args.model) / "best.json").is_file():
         vlm = evaluate.load_model(args.model, args.device)[0]
     else:

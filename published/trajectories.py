@@ -3,7 +3,6 @@
     python published/trajectories.py lvr lvr_sft.json --images IMAGES --out DIR
     python published/trajectories.py thinkmorph Jigsaw_Assembly Visual_Search --out DIR
     python published/trajectories.py pixelreasoner data.json --images UNZIPPED --out DIR
-    python published/trajectories.py mix A=2 B=1 --count 6000 --out DIR  # weights of such folders
 
 Records are converted one at a time. The report counts changes (a record's field "remarks") and what
 was left out, with reasons. After an interruption the same command starts from the beginning.
@@ -12,7 +11,6 @@ was left out, with reasons. After an interruption the same command starts from t
 import argparse
 import io
 import json
-import random
 import re
 import shutil
 import sys
@@ -226,92 +224,51 @@ def run_call(call: str, pictures: list[Image.Image],
     # pixels, and so cuts a box at the right edge out of the top left corner
     if max(box) > 1:
         box = [v / image.size[n % 2] for n, v in enumerate(box)]
-    difference, numbers, crop = LIKE, hundredths(box), None
+    # the authors' tool pads by a tenth of the image, other versions by a tenth of the box, or not
+    x0, y0, x1, y1 = box
+    regions = [[max(0.0, x0 - dx), max(0.0, y0 - dy), min(1.0, x1 + dx), min(1.0, y1 + dy)]
+               for dx, dy in ((0.1, 0.1), (0.1 * (x1 - x0), 0.1 * (y1 - y0)), (0, 0))]
     # the published picture was resized when it was saved, so both are compared at one small size
     small = published.copy()
     small.thumbnail((96, 96), Image.Resampling.BILINEAR)
-    x0, y0, x1, y1 = box
-    # the authors' tool pads by a tenth of the image, other versions by a tenth of the box, or not
-    for dx, dy in ((0.1, 0.1), (0.1 * (x1 - x0), 0.1 * (y1 - y0)), (0, 0)):
-        region = [max(0.0, x0 - dx), max(0.0, y0 - dy), min(1.0, x1 + dx), min(1.0, y1 + dy)]
+
+    def difference(region: list[float]) -> float:
         pixels = [v * image.size[n % 2] for n, v in enumerate(region)]
         cut = image.resize(small.size, Image.Resampling.BILINEAR, box=pixels)
-        # of the three colours
-        new = sum(ImageStat.Stat(ImageChops.difference(cut, small)).mean) / 3
-        if new < difference:
-            difference, numbers = new, hundredths(region)
-            crop = tools.crop(image, *numbers)
-    return numbers, target, crop
+        return sum(ImageStat.Stat(ImageChops.difference(cut, small)).mean) / 3
 
-
-def mix(sources: dict[Path, float], count: int, seed: int) -> Iterator[Converted | Skip]:
-    # `count` training examples by weight, and all others. Left out: what cannot be read, and
-    # records whose picture is in a stricter split (test, validation, training) of any folder
-    rng, pools, strictest = random.Random(seed), [], {}
-    for n, folder in enumerate(sources, start=1):
-        # the number tells folders of one name apart, and so their ids
-        name, problems = f"{n}-{folder.name}", []
-        examples = records.read_folder(folder, problems=problems)
-        for where, _, reason in (problem.partition(": ") for problem in problems):
-            yield where, UNREADABLE if reason.startswith("image") else reason.split(":")[0]
-        # the reader passes over remarks
-        with open(folder / records.FILE, encoding="utf-8-sig", errors="replace") as lines:
-            with_remarks = [json.loads(line) for line in lines if '"remarks": ["' in line]
-        pixels, remarks = {}, {record["id"].strip(): record["remarks"] for record in with_remarks}
-        for row, ex in enumerate(examples):
-            try:
-                pixels[row] = first, *_ = [picture_digest(file) for file in ex.images]
-                strictest[first] = max(records.SPLITS.index(ex.split), strictest.get(first, 0))
-            except (ValueError, OSError):
-                yield f"{name}/{ex.id}", UNREADABLE
-        pools.append((name, examples, pixels, remarks))
-    for (name, examples, pixels, remarks), weight in zip(pools, sources.values()):
-        train, others = [], []
-        for row in pixels:
-            ex, split = examples[row], records.SPLITS[strictest[pixels[row][0]]]
-            if split == ex.split:
-                (train if split == "train" else others).append(row)
-            else:
-                yield f"{name}/{ex.id}", f"{ex.split} record whose picture is in a {split} split"
-        share = round(count * weight / sum(sources.values()))
-        if share > len(train):
-            raise ValueError(f"{name} has {len(train)} training records of {share}: lower --count "
-                             "or its weight")
-        rng.shuffle(train)
-        for row in train[:share] + others:
-            fields = vars(ex := examples[row]) | dict(id=f"{name}/{ex.id}")
-            yield Converted(**fields, pixels=pixels[row], remarks=remarks.get(ex.id, []))
-        for row in train[share:]:
-            yield f"{name}/{examples[row].id}", "training record beyond its folder's share"
+    numbers, region = hundredths(box), min(regions, key=difference)
+    if difference(region) >= LIKE:
+        return numbers, target, None
+    numbers = hundredths(region)
+    return numbers, target, tools.crop(image, *numbers)
 
 
 def write(examples: Iterator[Converted | Skip], out: Path) -> None:
-    # `out` appears when it is complete; remarks, left_out: ids by reason
-    kinds, pictures = Counter(), defaultdict(set)
-    remarks, left_out = defaultdict(list), defaultdict(list)
+    # `out` appears when it is complete; reasons: of remarks and of what was left out, with ids
+    kinds, reasons = Counter(), dict(remark=defaultdict(list), left=defaultdict(list))
     with new_folder(out) as folder:
         (folder / "images").mkdir()
         with open(folder / records.FILE, "x", encoding="utf-8", newline="\n") as file:
             for ex in tqdm(examples, unit=" records"):
                 if isinstance(ex, tuple):
-                    left_out[ex[1]].append(ex[0])
+                    reasons["left"][ex[1]].append(ex[0])
                     continue
                 names = [save(*each, folder) for each in zip(ex.images, ex.pixels)]
                 record = json.loads(records.record_line(ex, names))
                 record |= {"remarks": ex.remarks} if ex.remarks else {}
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
-                kinds[ex.task, ex.split, len(names) - 1] += 1
-                pictures[ex.split].add(ex.pixels[0])
+                kinds[f"{ex.task}, {ex.split}, tool images: {len(names) - 1}"] += 1
                 for remark in ex.remarks:
-                    remarks[remark].append(ex.id)
+                    reasons["remark"][remark].append(ex.id)
         if not kinds:
-            raise ValueError(f"no record could be used for {out}: {'; '.join(left_out)}")
-    print(f"{out}: {kinds.total()} records kept, {sum(map(len, left_out.values()))} left out")
-    for (task, split, calls), count in sorted(kinds.items()):
-        print(f"  kept {count:7d}  {task}, {split}, {calls} tool image{'s' * (calls != 1)}")
-    print(f"  split by picture: {', '.join(f'{len(v)} {split}' for split, v in pictures.items())}")
-    for title, reasons in (("with remark", remarks), ("left out", left_out)):
-        for reason, ids in sorted(reasons.items(), key=lambda item: -len(item[1])):
+            raise ValueError(f"no record could be used for {out}: {'; '.join(reasons['left'])}")
+    left_out = sum(map(len, reasons["left"].values()))
+    print(f"{out}: {kinds.total()} records kept, {left_out} left out")
+    for kind, count in sorted(kinds.items()):
+        print(f"  kept {count:7d}  {kind}")
+    for title, of in zip(("with remark", "left out"), reasons.values()):
+        for reason, ids in sorted(of.items(), key=lambda item: -len(item[1])):
             print(f"  {title} {len(ids):7d}  {reason}; first: {', '.join(ids[:3])}")
 
 
@@ -330,23 +287,14 @@ def save(picture: Picture, pixels: str, folder: Path) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kind", choices=["lvr", "thinkmorph", "pixelreasoner", "mix"])
-    parser.add_argument("sources", nargs="+", help="JSON files; parquet folders; FOLDER=WEIGHT")
+    parser.add_argument("kind", choices=["lvr", "thinkmorph", "pixelreasoner"])
+    parser.add_argument("sources", nargs="+", type=Path, help="JSON files; parquet folders")
     parser.add_argument("--images", type=Path, help="folder that the image paths are relative to")
     parser.add_argument("--out", type=Path, required=True, help="new folder to write")
-    parser.add_argument("--count", type=int, default=10000, help="training examples of a mixture")
-    parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    if args.kind == "mix":
-        parts = [re.fullmatch(r"(.+)=(\d+(?:\.\d+)?)", source) for source in args.sources]
-        sources = {Path(part[1]).resolve(): float(part[2]) for part in parts if part}
-        if len(sources) < len(parts) or not any(sources.values()):
-            parser.error("write a mixture as FOLDER=WEIGHT FOLDER=WEIGHT ..., with no folder twice "
-                         "and not all weights 0")
-        return write(mix(sources, args.count, args.seed), args.out)
     if args.kind != "thinkmorph" and not (args.images and args.images.is_dir()):
         parser.error("--images must name the folder that the image paths are relative to")
-    write(convert(args.kind, [Path(source) for source in args.sources], args.images), args.out)
+    write(convert(args.kind, args.sources, args.images), args.out)
 
 
 if __name__ == "__main__":
