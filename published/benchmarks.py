@@ -3,17 +3,14 @@
     python published/benchmarks.py vstar vstar_bench --model MODEL_OR_RUN --out predictions.jsonl
     python published/benchmarks.py blink BLINK --configs Counting Jigsaw --model ... --out ...
 
-Decoding is greedy, at most four tokens. The same command continues an interrupted run; another
-model needs another --out, whose first line says what made it. Strict score: the answer is the right
-letter. Lenient score: it names the right letter and no other (see letters_in).
+Decoding is greedy, at most four tokens. --out gets a line for each item. Strict score: the answer
+is the right letter. Lenient score: it names the right letter and no other (see letters_in).
 """
 
 import argparse
 import csv
-import hashlib
 import io
 import json
-import os
 import re
 import sys
 from collections import defaultdict
@@ -22,16 +19,14 @@ from string import ascii_uppercase as LETTERS
 from typing import Iterable, NamedTuple
 
 import torch
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import evaluate  # noqa: E402
 from model import VLM  # noqa: E402
 from published.common import open_boxes, parquet_rows, text_file  # noqa: E402
-from support.chat import Chat  # noqa: E402
-from support.features import ImageEncoder, load_images, with_pixels  # noqa: E402
+from support.features import load_images  # noqa: E402
 from support.files import write_text  # noqa: E402
-from support.images import Picture, open_image, picture_digest  # noqa: E402
+from support.images import Picture, open_image  # noqa: E402
 from support.processes import run_program  # noqa: E402
 from support.records import Example  # noqa: E402
 
@@ -198,80 +193,21 @@ def scores(kind: str, records: list[dict]) -> dict[str, list[float]]:
             for unit, sets in (("items", items), ("pairs", [*groups.values()]))}
 
 
-class Questions:
-    """Items as questions to one model. Raises ValueError naming the file and the item."""
-
-    def __init__(self, vlm: VLM, items: list[Item], tokens: int):
-        self.vlm, self.tokens, self.prompts = vlm, tokens, []
-        self.chat = Chat(vlm.family, vlm.max_positions)
-        self.encode_images = ImageEncoder(vlm.family)
-        self.examples = [Example(item.source, item.group, item.images[0], item.prompt,
-                                 list(item.choices), item.label[0], item.images[1:])
-                         for item in items]
-        # all items are checked before the first is asked: their texts must be free of the model's
-        # special tokens, and leave room for the answer
-        for example in self.examples:
-            self.chat.check_text(example)
-            images = [image._replace(picture=None) for image in load_images(example, vlm.family)]
-            # every picture stands before the question, in the same turn
-            turn = ("user", [*example.images, example.question])
-            self.prompts.append(self.chat.prompt([turn], images))
-            self.chat.check_length(len(self.prompts[-1].ids) + tokens, example)
-
-    def replies(self, numbers: list[int]) -> list[str]:
-        """Greedy answers to these items."""
-        family = self.vlm.family
-        images = [image for n in numbers
-                  for image in with_pixels(load_images(self.examples[n], family), family)]
-        rows = self.vlm.generate([self.prompts[n] for n in numbers], images, self.encode_images,
-                                 self.tokens)
-        return [self.chat.tokenizer.decode([token for token in ids if token != self.chat.end_id],
-                                           skip_special_tokens=True) for ids in rows]
-
-
-def digest_of(questions: Questions, items: list[Item]) -> str:
-    # of what makes predictions: token ids depend on tokenizer, chat template and image sizes, and
-    # a folder may move
-    lm, family = questions.vlm.lm, questions.vlm.family
-    parts = [questions.tokens, str(lm.dtype), family.processor.to_dict(),
-             [view.ids for view in questions.prompts],
-             [item._replace(source="", images=[*map(picture_digest, item.images)])
-              for item in items]]
-    digest = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode())
-    for p in lm.parameters():
-        digest.update(p.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
-def predict(vlm: VLM, items: list[Item], out: Path, tokens: int, batch: int,
-            model: str = "") -> list[dict]:
-    """Predictions of all items; those already in `out` are kept. model: a name for its header."""
-    questions = Questions(vlm, items, tokens)
-    digest = digest_of(questions, items)
-    lines = [json.dumps(dict(made_by=digest, model=model or vlm.path), ensure_ascii=False) + "\n"]
-    if out.exists():
-        with text_file(out) as text:
-            # an interrupted run may end in half a line
-            lines = [line for line in text if line.endswith("\n")]
-        if digest not in "".join(lines[:1]):
-            raise ValueError(f"{out} does not say that the same weights, items, prompts, image "
-                             "processor, dtype and --tokens made its predictions: choose another "
-                             "--out")
-    write_text(out, "".join(lines))
-    replies = {(r["group"], r["id"]): r["reply"] for r in map(json.loads, lines[1:])}
-    waiting = [n for n, item in enumerate(items) if (item.group, item.id) not in replies]
-    for start in tqdm(range(0, len(waiting), batch), unit=" batches"):
-        numbers = waiting[start:start + batch]
-        texts = questions.replies(numbers)
-        with open(out, "a", encoding="utf-8", newline="\n") as file:
-            for item, text in zip((items[n] for n in numbers), texts):
-                replies[item.group, item.id] = text
-                file.write(json.dumps(record_of(item, text), ensure_ascii=False) + "\n")
-            # on the disk before the next batch: a crash loses one batch at most
-            file.flush()
-            os.fsync(file.fileno())
-    # letters are read again from all replies, so that scores follow the present rules
-    return [record_of(item, replies[item.group, item.id]) for item in items]
+def replies(vlm: VLM, items: list[Item], tokens: int, batch: int) -> list[str]:
+    """Greedy answers. Raises ValueError naming the file and the item, before the first is asked."""
+    evaluator, prompts = evaluate.Evaluator(vlm, [], batch=batch), []
+    evaluator.examples = [
+        Example(item.source, item.group, item.images[0], item.prompt, list(item.choices),
+                item.label[0], item.images[1:]) for item in items]
+    for example in evaluator.examples:
+        # no special token of the model in the texts, and room for the answer
+        evaluator.chat.check_text(example)
+        images = [image._replace(picture=None) for image in load_images(example, vlm.family)]
+        # every picture stands before the question, in the same turn
+        turn = ("user", [*example.images, example.question])
+        prompts.append(evaluator.chat.prompt([turn], images))
+        evaluator.chat.check_length(len(prompts[-1].ids) + tokens, example)
+    return [answer["text"] for answer in evaluator.generate(prompts, tokens)]
 
 
 def record_of(item: Item, reply: str) -> dict:
@@ -298,14 +234,17 @@ def main() -> None:
     args = parser.parse_args()
     if args.tokens < 1 or args.batch < 1:
         parser.error("--tokens and --batch must be at least 1")
-    if not args.out.parent.is_dir():
-        raise FileNotFoundError(f"{args.out.parent} not found: --out is written there")
+    # before the model answers, which takes minutes
+    if args.out.exists() or not args.out.parent.is_dir():
+        parser.error(f"--out {args.out} must be a new file in a folder that exists")
     items = read_items(args.kind, args.folder, args.configs)
     if (Path(args.model) / "best.json").is_file():
         vlm = evaluate.load_model(args.model, args.device)[0]
     else:
         vlm = VLM(args.model, dtype=getattr(torch, args.dtype)).to(args.device).eval()
-    records = predict(vlm, items, args.out, args.tokens, args.batch, args.model)
+    texts = replies(vlm, items, args.tokens, args.batch)
+    records = [record_of(item, text) for item, text in zip(items, texts)]
+    write_text(args.out, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
     print(f"{'':32s}    n  strict  lenient")
     for name, (n, strict, lenient) in scores(args.kind, records).items():
         print(f"{name:32s}{n:5d}{strict:8.1f}{lenient:9.1f}")

@@ -1,17 +1,14 @@
 """Claims: the published layouts are read, and what does not fit them is named; letters are
-distinguished from words; equal choices count alike; what training refuses is refused; a predictions
-file is continued by what made it and by nothing else; scores are those counted by hand."""
+distinguished from words; equal choices count alike; a question shows all of its pictures; what
+training refuses is refused; no predictions are overwritten; scores are those counted by hand."""
 
 import csv
 import json
-import shutil
 
 import pytest
-import torch
 from PIL import Image
 
 from conftest import TINY
-from model import VLM
 from published import benchmarks
 
 # strict letter, lenient letter, all letters of the item: replies
@@ -122,88 +119,52 @@ def test_what_is_not_the_published_layout_is_named(vstar, mmvp, tmp_path):
         file.write_bytes(before)
 
 
-def test_predictions_resume(vstar, tmp_path, monkeypatch, shipped):
-    # a question on two pictures shows them both
-    items, out = [*benchmarks.read_items("vstar", vstar), blink_item(tmp_path)], tmp_path / "p"
-    whole = benchmarks.predict(shipped, items, out, 4, 2)
-    lines = out.read_text(encoding="utf-8").splitlines()
-    assert json.loads(lines[0])["made_by"]["tokens"] == 4 and len(whole) == 4 and len(lines) == 5
-    counts, generate = [], shipped.generate
+def test_a_question_shows_all_of_its_pictures(vstar, tmp_path, shipped, monkeypatch):
+    items, shown = [*benchmarks.read_items("vstar", vstar), blink_item(tmp_path)], {}
+    generate = shipped.generate
 
-    def counted(views, *rest):
-        counts.append([len(view.images) for view in views])
-        return generate(views, *rest)
+    def spied(views, images, *rest):
+        for view in views:
+            prompt = shipped.tokenizer.decode(view.ids)
+            shown[prompt] = len(view.images)
+            assert {*view.images} <= {image.key for image in images if image.pixels is not None}
+        return generate(views, images, *rest)
 
-    monkeypatch.setattr(shipped, "generate", counted)
-    # within the last item's line, before its line end, before it, behind it
-    for cut in (lines[4][:9], lines[4], "", lines[4] + "\n"):
-        out.write_text("\n".join(lines[:4]) + "\n" + cut, encoding="utf-8")
-        assert benchmarks.predict(shipped, items, out, 4, 2) == whole
-        assert out.read_text(encoding="utf-8").splitlines() == lines
-    # the folder of the benchmark may move
-    items = [item._replace(source="elsewhere") for item in items]
-    assert benchmarks.predict(shipped, items, out, 4, 2) == whole and counts == [[2]] * 3
-    # the letters are read again from the replies
-    replies = [json.loads(line) | dict(reply="B", strict="A") for line in lines[1:]]
-    out.write_text("\n".join([lines[0], *map(json.dumps, replies)]) + "\n", encoding="utf-8")
-    assert benchmarks.predict(shipped, items, out, 4, 2)[0]["strict"] == "B"
-
-
-def test_predictions_that_something_else_made_are_refused(vstar, tmp_path, shipped):
-    items, out = benchmarks.read_items("vstar", vstar), tmp_path / "p.jsonl"
-    benchmarks.predict(shipped, items, out, 4, 2)
-    turned = Image.open(items[0].images[0]).rotate(180)
-    turned.putpixel((0, 0), (255, 255, 255))
-    other = VLM(TINY)
-    with torch.no_grad():
-        next(other.lm.parameters()).view(-1)[0] += 1
-    # the same weights under another chat template
-    template = shutil.copytree(TINY, tmp_path / "worded") / "chat_template.jinja"
-    template.write_text("{{ 'Look.' }}" + template.read_text(encoding="utf-8"), encoding="utf-8")
-    before = out.read_bytes()
-    for what, vlm, questions, tokens in (
-            ("tokens", shipped, items, 5), ("items, prompts", shipped, items[:2], 4),
-            ("items, prompts", shipped, [i._replace(prompt=i.prompt + "!") for i in items], 4),
-            ("items", shipped, [i._replace(label="B") for i in items], 4),
-            ("items", shipped, [items[0]._replace(images=[turned]), *items[1:]], 4),
-            ("weights", other, items, 4), ("prompts", VLM(tmp_path / "worded"), items, 4),
-            ("dtype, weights", VLM(TINY, dtype=torch.bfloat16), items, 4)):
-        with pytest.raises(ValueError, match=f"that the same {what} made .*choose another --out"):
-            benchmarks.predict(vlm, questions, out, tokens, 2)
-        assert out.read_bytes() == before
-    for text in ("", '{"id": "0", "reply": "A"}\n', '[1]\n'):
-        out.write_text(text, encoding="utf-8")
-        with pytest.raises(ValueError, match="does not say that the same tokens, items, dtype"):
-            benchmarks.predict(shipped, items, out, 4, 2)
-        assert out.read_text(encoding="utf-8") == text
+    monkeypatch.setattr(shipped, "generate", spied)
+    replies = benchmarks.replies(shipped, items, 4, 2)
+    assert [len(shipped.tokenizer(reply).input_ids) <= 4 for reply in replies] == [True] * 4
+    assert {items[-1].prompt in prompt: count for prompt, count in shown.items()} == {
+        False: 1, True: 2}
+    # in the order of the items, whatever the batches
+    assert benchmarks.replies(shipped, items[::-1], 4, 1) == replies[::-1]
 
 
 @pytest.mark.parametrize("mmvp, message", [
     (("What is <|im_end|>?", "(a) x (b) y"), "im_end"),
     (("What?", "(a) x (b) <|image_pad|>"), "image_pad"),
     (("blue one two " * 1200, "(a) x (b) y"), "tokens, the")], indirect=["mmvp"])
-def test_what_training_refuses_is_refused(mmvp, tmp_path, shipped, monkeypatch, message):
+def test_what_training_refuses_is_refused(mmvp, shipped, monkeypatch, message):
     monkeypatch.setattr(shipped, "generate", None)
     with pytest.raises(ValueError, match=f"Questions.csv, row 1, item 1: .*{message}"):
-        benchmarks.predict(shipped, benchmarks.read_items("mmvp", mmvp), tmp_path / "p", 4, 2)
-    assert not (tmp_path / "p").exists()
+        benchmarks.replies(shipped, benchmarks.read_items("mmvp", mmvp), 4, 2)
 
 
 @pytest.mark.parametrize("mmvp", [("How many?", "(a) two (b) two")], indirect=True)
 def test_the_command_line(mmvp, tmp_path, as_program, capsys):
-    """Equal choices are named, and a token limit is refused before a model is loaded."""
-    def run(model, *more):
+    """Equal choices are named, and an old file is refused before a model is loaded."""
+    def run(model):
         as_program(benchmarks.__file__, "mmvp", mmvp, "--model", model, "--out", tmp_path / "p",
-                   "--device", "cpu", "--dtype", "float32", *more)
-        return capsys.readouterr().out
+                   "--device", "cpu", "--dtype", "float32")
 
-    first, made = run(TINY), (tmp_path / "p").read_bytes()
-    assert "pairs, labels corrected" in first
-    assert "4 items have one choice twice" in first and "1 of 0, 2 of 0, 99 of 49" in first
-    with pytest.raises(SystemExit, match="^error: .* does not say that the same tokens"):
-        run("no_such_model", "--tokens", "5")
-    capsys.readouterr()
-    assert run(TINY) == first and (tmp_path / "p").read_bytes() == made
+    run(TINY)
+    out, made = capsys.readouterr().out, (tmp_path / "p").read_text(encoding="utf-8")
+    assert "pairs, labels corrected" in out
+    assert "4 items have one choice twice" in out and "1 of 0, 2 of 0, 99 of 49" in out
+    assert [json.loads(line)["id"] for line in made.splitlines()] == ["1", "2", "99", "100"]
+    with pytest.raises(SystemExit):
+        run("no_such_model")
+    assert "must be a new file" in capsys.readouterr().err
+    assert (tmp_path / "p").read_text(encoding="utf-8") == made
 
 
 def test_scores_by_hand():

@@ -1,7 +1,7 @@
 """Claims: published records become our trajectories with the right crops and words; markup goes and
 words that look like it stay; what cannot be used is counted with a reason; a call gives the picture
 behind it, or a remark says why not; questions on one picture are on one side and share one file; no
-file of the user's is touched; a mixture has its shares; long lists are read in little memory."""
+file of the user's is touched; long lists are read in little memory."""
 
 import io
 import json
@@ -9,7 +9,6 @@ import os
 import subprocess
 import sys
 import tracemalloc
-import warnings
 from collections import Counter
 
 import numpy as np
@@ -19,7 +18,7 @@ from PIL import Image
 from published import common
 from published import trajectories as published
 from support.images import opened
-from support.records import FILE, Example, read_folder, write_folder
+from support.records import FILE, Example, read_folder
 from world import tools
 
 
@@ -199,12 +198,9 @@ def test_pixelreasoner_crops_errors_and_remarks(pictures, tmp_path, capsys):
     published.write(iter(converted), tmp_path / "out")
     remark = f"with remark       1  {retried.remarks[0]}; first: {retried.id}"
     assert remark in capsys.readouterr().out
-    # remarks are written, and a mixture keeps them
-    train = sum(ex.split == "train" for ex in read_folder(tmp_path / "out"))
-    published.write(published.mix({tmp_path / "out": 1.0}, train, 0), tmp_path / "mixed")
-    for folder in ("out", "mixed"):
-        lines = (tmp_path / folder / FILE).read_text(encoding="utf-8").splitlines()
-        assert retried.remarks in [json.loads(line).get("remarks") for line in lines]
+    lines = (tmp_path / "out" / FILE).read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line).get("remarks", []) for line in lines] == [
+        ex.remarks for ex in converted]
 
 
 BOX = (0.3, 0.35, 0.6, 0.8)
@@ -277,56 +273,22 @@ def test_the_script_in_any_locale(pictures, tmp_path):
     assert one.id != two.id
 
 
-def folder_of(folder, ids, split="train", first=0):
-    """A data folder whose record k shows picture number first + k."""
-    folder.parent.mkdir(exist_ok=True)
-    write_folder(folder, [
-        Example(name, folder.parent.name, scene(n, (24, 20)), "What?", ["a", "b"], "a",
-                ["Answer: a"], split) for n, name in enumerate(ids, start=first)])
-    return folder
-
-
-def test_folders_of_one_name_mix_and_nothing_else_changes(tmp_path, capsys, as_program):
-    """Folders of one name with the same ids; the last record of `one` has the same option twice."""
-    ids, out = [f"q {n}" for n in range(19)] + ["q_0"], tmp_path / "mixed"
-    one, two = folder_of(tmp_path / "a/x", ids), folder_of(tmp_path / "b/x", ids[:5], first=20)
-    tested = folder_of(tmp_path / "c/x", ids[:2], "test")
-    valid = folder_of(tmp_path / "d/x", ids[:2], "validation", first=1)
-    first, _, rest = (one / FILE).read_text(encoding="utf-8").rpartition('"b"')
-    (one / FILE).write_text(f'{first}"a"{rest}', encoding="utf-8")
-    (one / "images" / "record.18-0.png").write_bytes(b"broken")
-    before = {file: file.read_bytes() for file in tmp_path.rglob("*.*")}
-    with warnings.catch_warnings(record=True) as notes:
-        published.write(published.mix({one: 3.0, two: 1.0, tested: 0.0, valid: 0.0}, 12, 0), out)
-    report, mixed, left = capsys.readouterr().out, read_folder(out), "record whose picture is in a"
-    assert Counter((ex.task, ex.split) for ex in mixed) == {
-        ("a", "train"): 9, ("b", "train"): 3, ("c", "test"): 2, ("d", "validation"): 1}
-    for line in (f"2  train {left} test split", f"1  train {left} validation split; first: 1-x/q 2",
-                 f"1  validation {left} test split; first: 4-x/q 0", f"1  {published.UNREADABLE}",
-                 "8  training record beyond its folder's share"):
-        assert f"left out       {line}" in report
-    # either the report or a warning says so
-    assert "option" in report + str(notes and notes[0].message)
-    pixels = {ex.id: opened(ex.image).tobytes() for ex in mixed}
-    assert len(set(pixels.values())) == len(pixels) == 15
-    assert pixels["3-x/q 1"] == opened(one / "images" / "record.1-0.png").tobytes()
-    # a later change of the mixture changes nothing else, and a picture is written once
+def test_no_file_of_the_users_is_touched_and_nothing_is_left_half(pictures, tmp_path):
+    before, out = {file: file.read_bytes() for file in pictures.iterdir()}, tmp_path / "out"
+    written("lvr", [lvr(), lvr()], pictures, out)
     for file in (out / "images").iterdir():
+        # a copy, written once, so that a later change changes nothing else
         assert not file.is_symlink() and file.stat().st_nlink == 1
         file.write_bytes(b"changed")
         assert published.save(scene(0), file.stem, out) and file.read_bytes() == b"changed"
     assert {file: file.read_bytes() for file in before} == before
 
     def interrupted():
-        yield from published.mix({two: 1.0}, 5, 0)
+        yield from published.convert("lvr", [[lvr()]], pictures)
         raise KeyboardInterrupt
 
     for examples, folder, error in ((interrupted(), "new", KeyboardInterrupt),
-                                    (published.mix({two: 1.0}, 6, 0), "new", ValueError),
-                                    (iter([]), "mixed", FileExistsError)):
-        with pytest.raises(error, match="lower --count|nothing is overwritten|^$"):
+                                    (iter([]), "out", FileExistsError)):
+        with pytest.raises(error, match="nothing is overwritten|^$"):
             published.write(examples, tmp_path / folder)
-    with pytest.raises(SystemExit):
-        as_program(published.__file__, "mix", f"{one}=1", f"{one}/../x=2", "--out", out)
-    assert "no folder twice" in capsys.readouterr().err
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "c", "d", "mixed"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "pictures"]
