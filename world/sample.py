@@ -9,31 +9,25 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageOps
 
-from support.images import opened
 from support.processes import run_program
 from support.records import SPLITS, Example, write_folder
 from world.scenes import REGIMES, make_world
 
 
-def contact_sheet(examples: list[Example], width: int = 1500, side: int = 132) -> Image.Image:
-    """One row for each example: I0, the question, then R's texts and images in order."""
-    columns = 2 + max(len(ex.trajectory) for ex in examples)
-    cell = width // columns
-    sheet = Image.new("RGB", (width, (side + 12) * len(examples)), "white")
-    draw = ImageDraw.Draw(sheet)
-    for row, ex in enumerate(examples):
-        y = row * (side + 12)
-        question = f"{ex.task}: {ex.question} Options: {', '.join(ex.options)}."
-        for column, step in enumerate([ex.image, question, *ex.trajectory]):
+def contact_sheet(examples: list[Example], w: int = 160, h: int = 144) -> Image.Image:
+    """A row of cells (w x h px) for each example: I0, question, then R's texts and images."""
+    rows = [[ex.image, f"{ex.task}: {ex.question} Options: {', '.join(ex.options)}.",
+             *ex.trajectory] for ex in examples]
+    sheet = Image.new("RGB", (w * max(map(len, rows)), h * len(rows)), "white")
+    for y, row in enumerate(rows):
+        for x, step in enumerate(row):
             if isinstance(step, str):
                 # a letter of Pillow's font is 5 to 6 px wide
-                text = textwrap.fill(step, (cell - 8) // 6)
-                draw.multiline_text((column * cell + 4, y + 4), text, fill="black")
+                text = textwrap.fill(step, w // 6 - 1)
+                ImageDraw.Draw(sheet).multiline_text((w * x, h * y), text, fill="black")
             else:
-                size = (min(side, cell - 6), side)
-                image = ImageOps.contain(opened(step), size, Image.NEAREST)
-                sheet.paste(image, (column * cell, y))
-        draw.line((0, y + side + 5, width, y + side + 5), fill=(200, 200, 200))
+                image = ImageOps.contain(step, (h - 8, h - 8), Image.NEAREST)
+                sheet.paste(image, (w * x, h * y))
     return sheet
 
 

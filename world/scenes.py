@@ -45,14 +45,10 @@ def _choose(rng: np.random.Generator, items, count: int) -> list:
     return [items[int(i)] for i in rng.permutation(len(items))[:count]]
 
 
-def _question(rng: np.random.Generator, question: str, answer: str, candidates) -> Spec:
+def _question(rng: np.random.Generator, question: str, answer: str, candidates=DIGITS) -> Spec:
     """The end of a spec. The options are the answer and up to three other candidates, shuffled."""
     others = _choose(rng, [c for c in candidates if c != answer], 3)
     return dict(question=question, answer=answer, options=_choose(rng, [answer, *others], 4))
-
-
-def _digit_question(rng: np.random.Generator, question: str, digit: int) -> Spec:
-    return _question(rng, question, DIGITS[digit], DIGITS)
 
 
 def _canvas(spec: Spec, low: int = 20, high: int = 60) -> tuple[Image.Image, ImageDraw.ImageDraw]:
@@ -91,7 +87,7 @@ def _object(rng: np.random.Generator, x: int, y: int, r: int, colour: str) -> tu
 
 def _about_first(rng: np.random.Generator, objects: list) -> Spec:
     *_, shape, colour, digit = objects[0]
-    return _digit_question(rng, f"Which digit is on the {colour} {shape}?", digit)
+    return _question(rng, f"Which digit is on the {colour} {shape}?", DIGITS[digit])
 
 
 def sample_crop(rng: np.random.Generator) -> Spec:
@@ -177,8 +173,8 @@ def sample_highlight(rng: np.random.Generator, digits: bool = False) -> Spec:
             for i in range(6)]
     _, _, colour, _, digit = tallest(dotted(bars))
     if digits:
-        return dict(family="highlight+crop", bars=bars, **_digit_question(
-            rng, "Which digit is under the tallest dotted bar?", digit))
+        return dict(family="highlight+crop", bars=bars, **_question(
+            rng, "Which digit is under the tallest dotted bar?", DIGITS[digit]))
     return dict(family="highlight", bars=bars,
                 **_question(rng, "Which dotted bar is the tallest?", colour, colours))
 
@@ -303,7 +299,7 @@ def _sample_walk(rng: np.random.Generator, length: int, occupied: set) -> list:
         occupied.add((x, y))
         free = [(a, b) for a, b in ((x + 1, y), (x - 1, y), (x, y + 1), (x, y - 1))
                 if (a, b) not in occupied and 0 <= a < 5 and 0 <= b < 5]
-        # where none is free, the walk ends at this node, which it occupies
+        # where none is free, the walk ends here
         if free:
             x, y = free[int(rng.integers(len(free)))]
     return walk
@@ -322,8 +318,8 @@ def sample_path(rng: np.random.Generator, digits: bool = False) -> Spec:
                 question="Where does the route from the ring end?",
                 answer=colours[0], options=_choose(rng, colours, 4))
     if digits:
-        spec |= dict(family="path+crop", **_digit_question(
-            rng, "Which digit is at the end of the route from the ring?", ends[0]))
+        spec |= dict(family="path+crop", **_question(
+            rng, "Which digit is at the end of the route from the ring?", DIGITS[ends[0]]))
     return spec
 
 
@@ -358,12 +354,10 @@ def solve_path(spec: Spec) -> list[str]:
 
 
 # ---- tasks, regimes, splits ----
-
 # conclusion: what the expert says of the last tool output
-Task = namedtuple("Task", "sample draw solve conclusion", defaults=[""])
-READ = "The digit is {answer}."
+Task = namedtuple("Task", "sample draw solve conclusion", defaults=["The digit is {answer}."])
 TASKS: dict[str, Task] = {
-    "crop": Task(sample_crop, draw_objects, solve_objects, READ),
+    "crop": Task(sample_crop, draw_objects, solve_objects),
     "highlight": Task(sample_highlight, draw_bars, solve_highlight,
                       "The {answer} bar is the tallest."),
     "depth": Task(sample_depth, draw_balls, lambda spec: [_call("Look at the depth.", "depth")],
@@ -371,10 +365,9 @@ TASKS: dict[str, Task] = {
     "jigsaw": Task(sample_jigsaw, draw_jigsaw, lambda spec: [_call("Try the pieces.", "jigsaw")],
                    "The {answer} piece fits."),
     "path": Task(sample_path, draw_routes, solve_path, "It ends at the {answer} disc."),
-    "zoom": Task(sample_zoom, draw_objects, solve_objects, READ),
-    "highlight+crop": Task(partial(sample_highlight, digits=True), draw_bars, solve_highlight,
-                           READ),
-    "path+crop": Task(partial(sample_path, digits=True), draw_routes, solve_path, READ),
+    "zoom": Task(sample_zoom, draw_objects, solve_objects),
+    "highlight+crop": Task(partial(sample_highlight, digits=True), draw_bars, solve_highlight),
+    "path+crop": Task(partial(sample_path, digits=True), draw_routes, solve_path),
     HELD_OUT: Task(sample_tallest, draw_bars, lambda spec: []),
 }
 REGIMES: dict[str, list[str]] = {
