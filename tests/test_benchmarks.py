@@ -34,15 +34,13 @@ def test_letters(letters, reply):
 @pytest.fixture
 def vstar(tmp_path):
     """Three items with the files and fields of craigwu/vstar_bench."""
-    folder, lines = tmp_path / "vstar", []
-    (folder / "direct_attributes").mkdir(parents=True)
-    for n in range(3):
-        image = f"direct_attributes/sa_{n}.jpg"
-        Image.new("RGB", (60, 40), (80 * n, 30, 60)).save(folder / image)
-        text = "What colour (a word)?\n(A) red\n(B) blue\nAnswer with the letter."
-        lines.append(json.dumps(dict(image=image, question_id=n, label="A", text=text,
-                                     category="direct_attributes")) + "\n")
-    (folder / "test_questions.jsonl").write_text("".join(lines), encoding="utf-8")
+    (folder := tmp_path / "vstar").mkdir()
+    text = "What colour (a word)?\n(A) red\n(B) blue\nAnswer with the letter."
+    with open(folder / "test_questions.jsonl", "w", encoding="utf-8", newline="\n") as file:
+        for n in range(3):
+            Image.new("RGB", (60, 40), (80 * n, 30, 60)).save(folder / f"sa_{n}.jpg")
+            file.write(json.dumps(dict(image=f"sa_{n}.jpg", question_id=n, label="A", text=text,
+                                       category="direct_attributes")) + "\n")
     return folder
 
 
@@ -94,9 +92,8 @@ def test_published_layouts_are_read(vstar, mmvp, tmp_path):
 
 
 def test_what_is_not_the_published_layout_is_named(vstar, mmvp, tmp_path):
-    for kind, message in (("vstar", "expected the layout of craigwu/vstar_bench"),
-                          ("mmvp", "Questions.csv"), ("blink", "BLINK-Benchmark")):
-        with pytest.raises(FileNotFoundError, match=message):
+    for kind, (_, name, *_) in benchmarks.LAYOUTS.items():
+        with pytest.raises(FileNotFoundError, match=f"holds no .*; expected the layout of {name}"):
             benchmarks.read_items(kind, tmp_path)
     for changed, message in ((dict(image_1=None, image_2=None), "here: no image"),
                              (dict(answer="(AB)"), r"here: the label '\(AB\)' is none of"),
@@ -120,21 +117,12 @@ def test_what_is_not_the_published_layout_is_named(vstar, mmvp, tmp_path):
 
 
 def test_a_question_shows_all_of_its_pictures(vstar, tmp_path, shipped, monkeypatch):
-    items, shown = [*benchmarks.read_items("vstar", vstar), blink_item(tmp_path)], {}
-    generate = shipped.generate
-
-    def spied(views, images, *rest):
-        for view in views:
-            prompt = shipped.tokenizer.decode(view.ids)
-            shown[prompt] = len(view.images)
-            assert {*view.images} <= {image.key for image in images if image.pixels is not None}
-        return generate(views, images, *rest)
-
-    monkeypatch.setattr(shipped, "generate", spied)
+    items = [*benchmarks.read_items("vstar", vstar), blink_item(tmp_path)]
+    counts, generate = [], shipped.generate
+    monkeypatch.setattr(shipped, "generate", lambda views, *rest: counts.extend(
+        len(view.images) for view in views) or generate(views, *rest))
     replies = benchmarks.replies(shipped, items, 4, 2)
-    assert [len(shipped.tokenizer(reply).input_ids) <= 4 for reply in replies] == [True] * 4
-    assert {items[-1].prompt in prompt: count for prompt, count in shown.items()} == {
-        False: 1, True: 2}
+    assert sorted(counts) == [1, 1, 1, 2]
     # in the order of the items, whatever the batches
     assert benchmarks.replies(shipped, items[::-1], 4, 1) == replies[::-1]
 
