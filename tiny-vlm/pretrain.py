@@ -267,20 +267,15 @@ def object_crop(spec: dict, image: Image.Image, rng: random.Random):
     return out, labels, questions
 
 
-def digit_crop(spec: dict, image: Image.Image, rng: random.Random):
-    """A crop of the digit under a bar or at the end of a route."""
-    if "bars" in spec:
-        x, _, _, _, digit = rng.choice(spec["bars"])
-        return close_up(image, x + 7, 118, 9, digit)
-    walk, digit = rng.choice(list(zip(spec["walks"], spec["digits"])))
-    return close_up(image, *scenes.node_xy(walk[-1]), 11, digit)
-
-
 def tool_picture(spec: dict, image: Image.Image, rng: random.Random):
     if "objects" in spec:
         return object_crop(spec, image, rng)
-    if spec["family"].endswith("+crop") and rng.random() < 0.5:
-        return digit_crop(spec, image, rng)
+    if spec["family"] == "highlight+crop" and rng.random() < 0.5:
+        x, _, _, _, digit = rng.choice(spec["bars"])
+        return close_up(image, x + 7, 118, 9, digit)
+    if spec["family"] == "path+crop" and rng.random() < 0.5:
+        walk, digit = rng.choice(list(zip(spec["walks"], spec["digits"])))
+        return close_up(image, *scenes.node_xy(walk[-1]), 11, digit)
     labels, _, rows = describe(spec)
     if "pictures" in spec:
         # the whole picture, in a frame of the colour of the piece that fits
@@ -414,8 +409,7 @@ class Talker:
 
     def __init__(self, tokenizer):
         self.encode = lru_cache(maxsize=None)(lambda text: tuple(tokenizer.encode(text)))
-        special_ids = tokenizer.all_special_ids
-        self.words = [i for i in range(len(tokenizer)) if i not in special_ids]
+        self.words = [i for i in range(len(tokenizer)) if i not in tokenizer.all_special_ids]
 
     def exchanges(self, rng: random.Random, pool: list[Picture]):
         """(picture or None, question ids, reply ids) of each exchange of a dialogue."""
@@ -540,8 +534,7 @@ def main() -> None:
     model = transformers.Qwen2_5_VLForConditionalGeneration(
         transformers.AutoConfig.from_pretrained(HERE)).to(args.device)
     model.generation_config = transformers.GenerationConfig.from_pretrained(HERE)
-    size = sum(p.numel() for p in model.parameters()) / 1e6
-    print(f"{size:.2f}M parameters, vocabulary {len(tokenizer)}")
+    print(f"{model.num_parameters() / 1e6:.2f}M parameters, vocabulary {len(tokenizer)}")
     pool, valid = make_pool(args.scenes, args.seed), make_pool(300, args.seed + 10_000)
     print(f"{len(pool)} pictures drawn in {time.time() - start:.0f} s", flush=True)
     torch.manual_seed(args.seed)

@@ -81,10 +81,6 @@ def _call(plan: str, tool: str, *numbers: int) -> str:
 
 
 # ---- crop: read the digit on one of five objects; zoom: smaller digits, in four panels ----
-def _object(rng: np.random.Generator, x: int, y: int, r: int, colour: str) -> tuple:
-    return x, y, r, SHAPES[int(rng.integers(4))], colour, int(rng.integers(10))
-
-
 def _about_first(rng: np.random.Generator, objects: list) -> Spec:
     *_, shape, colour, digit = objects[0]
     return _question(rng, f"Which digit is on the {colour} {shape}?", DIGITS[digit])
@@ -98,7 +94,7 @@ def sample_crop(rng: np.random.Generator) -> Spec:
         r = int(rng.integers(15, 19))
         dx, dy = (int(v) for v in rng.integers(r - 20, 21 - r, 2))
         x, y = 21 + 43 * (cell % 3) + dx, 21 + 43 * (cell // 3) + dy
-        objects.append(_object(rng, x, y, r, colour))
+        objects.append((x, y, r, SHAPES[int(rng.integers(4))], colour, int(rng.integers(10))))
     return dict(family="crop", objects=objects, height=8, **_about_first(rng, objects))
 
 
@@ -108,7 +104,8 @@ def sample_zoom(rng: np.random.Generator) -> Spec:
     r, height = {1: (16, 14), 2: (13, 11), 3: (12, 8)}[calls]
     for panel, colour in zip(_choose(rng, range(4), 4), _choose(rng, list(COLOURS), 4)):
         x, y = (int(v) for v in rng.integers(r + 3, 61 - r, 2))
-        objects.append(_object(rng, x + 64 * (panel % 2), y + 64 * (panel // 2), r, colour))
+        x, y = x + 64 * (panel % 2), y + 64 * (panel // 2)
+        objects.append((x, y, r, SHAPES[int(rng.integers(4))], colour, int(rng.integers(10))))
     return dict(family="zoom", objects=objects, height=height, calls=calls,
                 **_about_first(rng, objects))
 
@@ -370,12 +367,10 @@ TASKS: dict[str, Task] = {
     "path+crop": Task(partial(sample_path, digits=True), draw_routes, solve_path),
     HELD_OUT: Task(sample_tallest, draw_bars, lambda spec: []),
 }
-REGIMES: dict[str, list[str]] = {
-    "single": ["crop"],  # one tool, one call
-    "mixed": ["crop", "highlight", "depth", "jigsaw", "path"],  # several tools, one call
-    "multi": ["zoom"],  # one tool, one to three calls
-    "all": ["highlight+crop", "path+crop", "zoom"],  # several tools, several calls
-}
+REGIMES = dict(single=["crop"],  # one tool, one call
+               mixed=["crop", "highlight", "depth", "jigsaw", "path"],  # several tools, one call
+               multi=["zoom"],  # one tool, one to three calls
+               all=["highlight+crop", "path+crop", "zoom"])  # several tools, several calls
 # a spec's hash modulo 16 names its split
 BUCKETS = dict(test=range(2), validation=range(2, 4), train=range(4, 10), pretrain=range(10, 16))
 
