@@ -117,9 +117,8 @@ def captions(*things: str) -> list[QA]:
 
 
 # ---- for each kind of scene: label its cells; questions about it, and about its tool's output ----
-def object_questions(labels: Labels, objects: list) -> list[QA]:
-    """Also labels the objects."""
-    rows, shapes = [], [o[3] for o in objects]
+def describe_objects(labels: Labels, spec: dict):
+    rows, objects, shapes = [], spec["objects"], [o[3] for o in spec["objects"]]
     for x, y, r, shape, colour, digit in objects:
         labels.area(x - r, y - r, x + r, y + r, colour)
         labels.put(x, y, r / 20, digit=digit, shape=SHAPES.index(shape), **{colour: 1})
@@ -132,13 +131,9 @@ def object_questions(labels: Labels, objects: list) -> list[QA]:
     rows.append(("How many objects are there?", answer(DIGITS[len(objects)])))
     # a caption reads from top to bottom and from left to right
     in_order = sorted(objects, key=lambda o: (o[1] // 40, o[0]))
-    return rows + captions(*(f"{o[4]} {o[3]} {DIGITS[o[5]]}" for o in in_order)) * 2
-
-
-def describe_objects(labels: Labels, spec: dict):
-    rows = object_questions(labels, spec["objects"])
+    rows += captions(*(f"{o[4]} {o[3]} {DIGITS[o[5]]}" for o in in_order)) * 2
     if spec["family"] == "zoom":
-        for x, y, _, shape, colour, _ in spec["objects"]:
+        for x, y, _, shape, colour, _ in objects:
             question = f"Which panel is the {colour} {shape} in?"
             rows += [(question, answer(scenes.panel_of(x, y)))] * 2
     return rows, []
@@ -253,7 +248,7 @@ def object_crop(spec: dict, image: Image.Image, rng: random.Random):
         labels = Labels(8, corner, 64)
         inside = [o for o in spec["objects"] if all(c <= v < c + 64 for c, v in zip(corner, o))]
         out = tools.crop(image, *scenes.box(corner[0] + 32, corner[1] + 32, 32))
-        return out, labels, object_questions(labels, inside)
+        return out, labels, describe_objects(labels, dict(family="panel", objects=inside))[0]
     below, name = scenes.digit_offset(r, shape), f"{colour} {shape}"
     if kind == "mark":
         out, labels, questions = close_up(image, x, y + below, 7, digit)
