@@ -20,9 +20,6 @@ SCENES = {
 SOLUTIONS = [task for task in scenes.TASKS if task != scenes.HELD_OUT]
 
 
-# ---- scenes ----
-
-
 @pytest.mark.parametrize("task", scenes.TASKS)
 def test_no_scene_and_no_split_changes(task):
     content = b""
@@ -51,20 +48,16 @@ def test_a_trajectory_has_calls_with_their_outputs_and_ends_in_the_answer(task):
 
 
 def test_regimes_have_the_calls_of_their_descriptions():
-    counts, first = {}, {}
-    for name in scenes.REGIMES:
-        world = scenes.make_world(name, "train", 60)
-        counts[name] = {len(ex.images) - 1 for ex in world}
-        first[name] = {tools.CALL.search(ex.texts[0])[1] for ex in world}
+    worlds = {name: scenes.make_world(name, "train", 60) for name in scenes.REGIMES}
+    counts = {name: {len(ex.images) - 1 for ex in world} for name, world in worlds.items()}
+    first = {name: {tools.CALL.search(ex.texts[0])[1] for ex in world}
+             for name, world in worlds.items()}
     assert counts == dict(single={1}, mixed={1}, multi={1, 2, 3}, all={1, 2, 3})
     assert first == dict(single={"crop"}, mixed={*tools.TOOLS}, multi={"crop"},
                          all={"crop", "highlight", "path"})
     assert not any(scenes.make_example(scenes.HELD_OUT, "test", i, 0).trajectory for i in range(3))
     with pytest.raises(ValueError, match="unknown regime 'none': choose one of single"):
         scenes.make_world("none", "train", 1)
-
-
-# ---- tools ----
 
 
 def test_crop_keeps_the_resolution_of_the_file_and_highlight_dims_the_rest():
@@ -125,9 +118,6 @@ def test_a_call_acts_on_the_last_image_or_on_the_one_that_it_names():
         assert tools.call_tool(call, *images) == Image.new("RGB", (side, side), colour)
 
 
-# ---- the examples of a run ----
-
-
 def settings(**changes):
     return SimpleNamespace(**dict(data="", regime="mixed", train_examples=40, test_per_task=3,
                                   answer_prefix="Answer:") | changes)
@@ -141,9 +131,7 @@ def test_the_worlds_splits_have_the_sizes_of_the_options():
     assert [ex.task for ex in tests] == [task for task in tasks for _ in range(3)]
     assert {ex.split for ex in tests} == {"test"}
     assert len(splits.load_splits(settings(train_examples=4))[1]) == 2
-
-
-def test_other_seeds_splits_and_all_tasks_at_once():
+    # other seeds and splits, and all tasks at once
     one, other = (loader.questions("single", 2, "validation", seed) for seed in (0, 1))
     assert [ex.id for ex in one] == [ex.id for ex in other]
     assert {ex.split for ex in one} == {"validation"} and one[0].image != other[0].image

@@ -65,14 +65,13 @@ def build_tokenizer(texts: list[str]) -> transformers.PreTrainedTokenizerFast:
 
 
 # ---- pictures with dense labels and with questions ----
-# Labels belong to cells of 8 x 8 px as the model sees them; a merged token has four cells.
-
 FLAGS = COLOURS + ["dotted", "route", "other route", "ring", "near", "answer", "bright"]
 CHANNEL = {name: n for n, name in enumerate([*FLAGS, "digit", "shape", "dx", "dy", "size"])}
 
 
 class Labels:
-    """Dense labels of a picture's cells, in `values` (cells, cells, channels).
+    """Dense labels of a picture's cells, in `values` (cells, cells, channels). A cell has 8 x 8 px
+    as the model sees them; a merged token has four cells.
 
     Flags are soft targets in [0, 1]. The others are NaN where there is none: the classes of digit
     and shape; where in the cell the centre of an object is, and the object's size, about 0 to 1.

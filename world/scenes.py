@@ -9,6 +9,7 @@ a key or to the order of keys would change the scenes.
 
 import zlib
 from collections import namedtuple
+from collections.abc import Iterator
 from functools import partial
 
 import numpy as np
@@ -122,9 +123,8 @@ def digit_offset(r: int, shape: str) -> int:
 def draw_objects(spec: Spec) -> Image.Image:
     image, draw = _canvas(spec)
     # only zoom has panels, and lines between them
-    if "calls" in spec:
-        draw.line((64, 0, 64, SIZE), fill=(120, 120, 120), width=2)
-        draw.line((0, 64, SIZE, 64), fill=(120, 120, 120), width=2)
+    for line in ((64, 0, 64, SIZE), (0, 64, SIZE, 64)) if "calls" in spec else ():
+        draw.line(line, fill=(120, 120, 120), width=2)
     for x, y, r, shape, colour, digit in spec["objects"]:
         if shape == "disc":
             draw.ellipse((x - r, y - r, x + r, y + r), fill=COLOURS[colour])
@@ -136,19 +136,18 @@ def draw_objects(spec: Spec) -> Image.Image:
     return image
 
 
-def solve_objects(spec: Spec) -> list[str]:
+def solve_objects(spec: Spec) -> Iterator[str]:
     x, y, r, shape, colour, _ = spec["objects"][0]
-    count, calls, corner, size = spec.get("calls", 1), [], (0, 0), SIZE
+    count, corner, size = spec.get("calls", 1), (0, 0), SIZE
     # each call acts on the previous crop, so its box counts from that crop's corner
     if count > 1:
         corner, size = (64 * (x >= 64), 64 * (y >= 64)), 64
         panel = box(corner[0] + 32, corner[1] + 32, 32)
-        calls.append(_call(f"Zoom in on the {panel_of(x, y)} panel.", "crop", *panel))
-    calls.append(_call(f"Zoom in on the {colour} {shape}.", "crop", *box(x, y, r, corner, size)))
+        yield _call(f"Zoom in on the {panel_of(x, y)} panel.", "crop", *panel)
+    yield _call(f"Zoom in on the {colour} {shape}.", "crop", *box(x, y, r, corner, size))
     if count == 3:
         mark = box(r, r + digit_offset(r, shape), 7, size=2 * r)
-        calls.append(_call("Zoom in on the mark.", "crop", *mark))
-    return calls
+        yield _call("Zoom in on the mark.", "crop", *mark)
 
 
 # ---- highlight: the tallest dotted bar; with +crop: the digit below it; tallest: of all bars ----
@@ -198,16 +197,15 @@ def draw_bars(spec: Spec) -> Image.Image:
     return image
 
 
-def solve_highlight(spec: Spec) -> list[str]:
+def solve_highlight(spec: Spec) -> Iterator[str]:
     digits = spec["family"] == "highlight+crop"
     # one box for each dotted bar, down to its foot or to the digit below it
     boxes = [(percent(x - 1), percent(108 - height), percent(x + 16), 100 if digits else 87)
              for x, height, *_ in dotted(spec["bars"])]
-    calls = [_call("Highlight the dotted bars.", "highlight", *(v for b in boxes for v in b))]
+    yield _call("Highlight the dotted bars.", "highlight", *(v for b in boxes for v in b))
     if digits:
         x, _, colour, *_ = tallest(dotted(spec["bars"]))
-        calls.append(_call(f"The {colour} bar is the tallest.", "crop", *box(x + 7, 118, 9)))
-    return calls
+        yield _call(f"The {colour} bar is the tallest.", "crop", *box(x + 7, 118, 9))
 
 
 # ---- depth: which of two marked balls is nearer ----
@@ -341,13 +339,11 @@ def draw_routes(spec: Spec) -> Image.Image:
     return image
 
 
-def solve_path(spec: Spec) -> list[str]:
+def solve_path(spec: Spec) -> Iterator[str]:
     start, end = (node_xy(spec["walks"][0][n]) for n in (0, -1))
-    calls = [_call("Trace the route.", "path", *map(percent, start))]
+    yield _call("Trace the route.", "path", *map(percent, start))
     if spec["family"] == "path+crop":
-        plan = f"It ends at the {spec['colours'][0]} disc."
-        calls.append(_call(plan, "crop", *box(*end, 11)))
-    return calls
+        yield _call(f"It ends at the {spec['colours'][0]} disc.", "crop", *box(*end, 11))
 
 
 # ---- tasks, regimes, splits ----
