@@ -17,7 +17,6 @@ come from the world's "pretrain" split (world/scenes.py) and from the tasks of W
 
 import itertools
 import random
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -229,8 +228,7 @@ def describe(spec: dict) -> tuple[Labels, list[QA], list[QA]]:
 
 
 # ---- for each tool: its output on a scene as a picture by itself, (image, labels, questions) ----
-def close_up(image: Image.Image, x: int, y: int, r: int, digit: int, below: int = 0,
-             name: str = ""):
+def close_up(image: Image.Image, x: int, y: int, r: int, digit: int, below: int = 0, name=""):
     """A crop around (x, y); the digit is `below` px under the centre of what `name` names."""
     labels = Labels(4, (x - r, y - r), 2 * r)
     labels.put(x, y + below, digit=digit)
@@ -446,9 +444,9 @@ class Talker:
 @torch.no_grad()
 def add_features(model, pictures: list[Picture], device) -> None:
     for i in range(0, len(pictures), 200):
-        part = pictures[i:i + 200]
-        for picture, states in zip(part, features(model, part, device, 0.0)[0]):
-            picture.features = states.to(torch.float16)
+        states, _ = features(model, pictures[i:i + 200], device, 0.0)
+        for picture, of_picture in zip(pictures[i:], states):
+            picture.features = of_picture.to(torch.float16)
 
 
 def language_losses(rows: list[Dialogue], model, heads, device,
@@ -492,14 +490,14 @@ def train_language(model, tokenizer, pool, valid, steps: int, device, summary: f
         add_features(model, pictures, device)
     place, words = nn.Linear(128, 8), nn.Linear(128, model.config.text_config.vocab_size)
     heads = nn.ModuleDict(dict(place=place, summary=words)).to(device)
-    talker, rng, same, size = Talker(tokenizer), random.Random(1), random.Random(0), 32
+    talker, rng, same = Talker(tokenizer), random.Random(1), random.Random(0)
 
     def batches() -> Iterator[list[Dialogue]]:
-        # four batches at a time, by length: dialogues of similar length need little padding
+        # four of 32 at a time, by length: dialogues of similar length need little padding
         while True:
-            rows = sorted((talker.dialogue(rng, pool) for _ in range(4 * size)),
-                          key=lambda row: len(row.ids))
-            yield from (rows[n:n + size] for n in range(0, 4 * size, size))
+            rows = [talker.dialogue(rng, pool) for _ in range(128)]
+            rows.sort(key=lambda row: len(row.ids))
+            yield from (rows[n:n + 32] for n in range(0, 128, 32))
 
     losses_of = partial(language_losses, model=model, heads=heads, device=device, summary=summary)
     fit("language", [model.model.language_model, heads], 1.5e-3, steps, batches(), losses_of,
@@ -537,7 +535,7 @@ def main() -> None:
     train_language(model, tokenizer, pool, valid, args.language_steps, args.device, args.summary)
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
-    shutil.copyfile(HERE / "preprocessor_config.json", out / "preprocessor_config.json")
+    (out / "preprocessor_config.json").write_bytes((HERE / "preprocessor_config.json").read_bytes())
     print(f"saved {out} after {(time.time() - start) / 60:.1f} minutes")
 
 
