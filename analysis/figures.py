@@ -1,14 +1,12 @@
-"""Draw figures of finished runs: the paper's Fig. 2, 3 and 4, and how skill changes in training.
+"""Draw figures of finished runs: the paper's Fig. 2, 3 and 4, and what training logged.
 
     pip install matplotlib scikit-learn                  # optional packages, for figures alone
     python analysis/figures.py RUN [RUN ...] --out DIR   # runs on the same data; minutes
     python analysis/figures.py --curves RUN [RUN ...] --out FILE.png     # all that they logged
-    python analysis/figures.py --views FILE.png          # the README's picture, by Pillow alone
 
 DIR must be new. It gets latents-per-example.png (Fig. 2), latents-decoded.png (Fig. 3; needs a
-recon run), embeddings.png (Fig. 4), neighbours.png (needs a Pearl run), skill.png (needs runs with
---method tracked+NAME), curves.png, and analyses.json with every number. The first run of a method
-is drawn.
+recon run), embeddings.png (Fig. 4; all runs but recon), curves.png, and analyses.json with every
+number. The first run of a method is drawn.
 """
 
 import argparse
@@ -18,7 +16,6 @@ import math
 import random
 import statistics
 import sys
-import textwrap
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
@@ -32,14 +29,12 @@ import torch.nn.functional as F
 import evaluate
 import train
 from analysis import probes
-from analysis.states import Place, config_of
-from analysis.views_picture import ViewsPicture
+from analysis.states import config_of
 from baselines import reconstruction
 from model import VLM
 from support import answers, run
 from support.features import load_images
 from support.files import new_folder, read_json, write_json
-from support.images import opened
 from support.processes import run_program
 from support.records import Example
 from support.splits import load_splits
@@ -141,36 +136,6 @@ def shrinking(arms: list, alphas: Sequence[float], before: tuple[float, float]):
     return figure
 
 
-def skill(runs: dict[str, Path]):
-    """Direct accuracy against accuracy with the expert's tool, an arrow from each validation to the
-    next; None if no run logged both."""
-    tracked = {name: log for name, folder in runs.items()
-               if {"valid: direct", "valid: tool"} <= (log := logged(folder)).keys()}
-    if not tracked:
-        return None
-    title = ("Direct accuracy against tool accuracy over training\n(arrows lead from one "
-             "validation to the next; the last has its step)")
-    figure, (axis,) = canvas([title], size=(8.4, 5.6))
-    for n, (name, log) in enumerate(tracked.items()):
-        table = summarise(read_json(runs[name] / "results.json")["before"])
-        before = [table[overall(table)].get(way, [0.0])[0] for way in ("tool", "direct")]
-        points = [before, *([tool, direct] for (_, tool), (_, direct)
-                            in zip(log["valid: tool"], log["valid: direct"]))]
-        points = [(100 * tool, 100 * direct) for tool, direct in points]
-        axis.plot(*points[0], marker="*", markersize=18, color="black", linestyle="", zorder=3,
-                  label="" if n else "before training")
-        axis.plot(*zip(*points), marker="o", linestyle="", color=f"C{n}", label=name)
-        arrow = dict(arrowstyle="-|>", color=f"C{n}", linewidth=1.8, mutation_scale=16)
-        for start, end in zip(points, points[1:]):
-            axis.annotate("", end, start, arrowprops=arrow)
-        axis.annotate(f"{log['valid: direct'][-1][0]}", points[-1], (8, 4), color=f"C{n}",
-                      textcoords="offset points")
-    axis.set(xlabel="accuracy with the expert's tool, %", ylabel="direct accuracy, %")
-    axis.margins(0.12)
-    figure.legend(loc="outside lower center", ncols=4)
-    return figure
-
-
 # ---- latents ------------------------------------------------------------------------------------
 
 
@@ -227,90 +192,41 @@ def latents_decoded(folder: Path, pearl: float | None, tests: list[Example]):
 # ---- embeddings ---------------------------------------------------------------------------------
 
 
-def embedding_maps(pairs: dict, examples: Sequence[Example], known: dict):
-    """Fig. 4: h^_R (crosses) and h_R (dots) of each system in two dimensions, coloured by group.
-
-    pairs: name -> (h^_R, h_R) of these examples; known: name -> probes.knowledge.
-    """
+def embedding_maps(runs: dict[str, Path], configs: dict, tests: list[Example]):
+    """Fig. 4: h^_R (crosses) and h_R (dots) of each system in two dimensions, coloured by group;
+    and what they encode. A recon run has no h^_R and is left out."""
     from sklearn.manifold import TSNE
 
-    groups, count = probes.groups_of(examples), len(examples)
+    start = train.parse_config(["--model", next(iter(configs.values())).model, "--device", DEVICE])
+    pairs = {BASE: probes.embeddings(None, start, tests)}
+    for name, config in configs.items():
+        if not issubclass(train.find_method(config.method), reconstruction.Recon):
+            pairs[name] = probes.embeddings(runs[name], config, tests)
+    known = {name: probes.knowledge(pair, tests) for name, pair in pairs.items()}
+    groups = probes.groups_of(tests[:250])
+    count = len(groups)
     tsne = TSNE(perplexity=min(30.0, (2 * count - 1) / 3), init="pca", random_state=0)
-    titles = [f"{name}\nright h_R is the nearest: {known[name]['retrieval']:.1%} (chance "
-              f"{known[name]['retrieval_chance']:.1%})\nseparation of groups: h^_R "
-              f"{known[name]['h^_R']['separation']:.2f}, h_R {known[name]['h_R']['separation']:.2f}"
-              for name in pairs]
+    titles = [f"{name}\nright h_R is the nearest: {one['retrieval']:.1%} (chance "
+              f"{one['retrieval_chance']:.1%})\nseparation of groups: h^_R "
+              f"{one['h^_R']['separation']:.2f}, h_R {one['h_R']['separation']:.2f}"
+              for name, one in known.items()]
     figure, axes = canvas(titles, columns=2, size=(6.4, 5.0))
     for axis, pair in zip(axes, pairs.values()):
-        points = tsne.fit_transform(F.normalize(torch.cat(pair), dim=1).numpy())
+        both = torch.cat([h[:count] for h in pair])
+        points = tsne.fit_transform(F.normalize(both, dim=1).numpy()).reshape(2, count, 2)
         for n, group in enumerate(dict.fromkeys(groups)):
             rows = [i for i, other in enumerate(groups) if other == group]
-            for view, marker in zip(points.reshape(2, count, 2)[:, rows], "x."):
+            for view, marker in zip(points[:, rows], "x."):
                 axis.scatter(*view.T.tolist(), marker=marker, s=34, color=f"C{n}",
                              label=group if marker == "." else None)
         axis.set(xticks=[], yticks=[], xlabel="t-SNE 1", ylabel="t-SNE 2")
     for marker, name in (("x", "h^_R"), (".", "h_R")):
         axes[0].scatter([], [], marker=marker, color="black", label=name)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=6)
-    return figure
-
-
-def neighbours(nearest: list[list[int]], examples: Sequence[Example], library: Sequence[Example]):
-    """Ten questions, their true tool outputs, and the training trajectories nearest to h^_R. A
-    caption is green where the answer is the question's own, else red."""
-    columns, cells = 2 + len(nearest[0]), []
-    for example, rows in list(zip(examples, nearest))[:10]:
-        cells += [(example.image, f"{example.task}: {example.question}", "black"),
-                  (example.images[-1], f"true tool output; answer: {example.answer}", "black")]
-        for rank, other in enumerate((library[i] for i in rows), start=1):
-            color = "tab:green" if other.answer == example.answer else "tab:red"
-            cells.append((other.images[-1], f"nearest {rank}: {other.texts[-1]}", color))
-    figure, axes = canvas([""] * len(cells), columns, size=(2.0, 2.3))
-    for axis, (picture, caption, color) in zip(axes, cells):
-        axis.imshow(opened(picture), interpolation="nearest")
-        axis.set_axis_off()
-        axis.set_title(textwrap.fill(caption, 26, max_lines=3), fontsize=9, color=color)
-    return figure
-
-
-def layers(rows: dict[Place, dict[str, float]], name: str):
-    """The answer's share above chance at each layer, one line for each position."""
-    figure, axes = canvas([f"{name}: states of R as the cosine sees them",
-                           f"{name}: with the mean of all states subtracted"], columns=2)
-    for axis, field in zip(axes, ("above_chance", "centred")):
-        for position in dict.fromkeys(position for _, position in rows):
-            line = [(layer, numbers[field]) for (layer, other), numbers in rows.items()
-                    if other == position]
-            axis.plot(*zip(*line), marker="o", label=position)
-        axis.set(xlabel="layer (0: input of the first; last: behind the final norm)",
-                 ylabel="share that depends on the answer,\nabove chance")
-        axis.locator_params(axis="x", integer=True)
-        axis.legend(title="position")
-    return figure
+    return figure, known
 
 
 # ---- all of them --------------------------------------------------------------------------------
-
-
-def embedding_figures(runs: dict[str, Path], configs: dict, tests: list[Example],
-                      library: Sequence[Example], out: Path) -> dict:
-    """embeddings.png of all runs but recon, neighbours.png of the first with [PRED]; numbers."""
-    start = train.parse_config(["--model", next(iter(configs.values())).model, "--device", DEVICE])
-    pairs, pearl = {BASE: probes.embeddings(None, start, tests)}, None
-    for name, config in configs.items():
-        kind = train.find_method(config.method)
-        if not issubclass(kind, reconstruction.Recon):
-            pairs[name] = probes.embeddings(runs[name], config, tests)
-            pearl = pearl or (None if issubclass(kind, train.SFT) else name)
-    known = {name: probes.knowledge(pair, tests) for name, pair in pairs.items()}
-    few = {name: (pair[0][:250], pair[1][:250]) for name, pair in pairs.items()}
-    embedding_maps(few, tests[:250], known).savefig(out / "embeddings.png")
-    if not pearl:
-        return {"what the embedding knows": known}
-    _, targets = probes.embeddings(runs[pearl], configs[pearl], library)
-    nearest, numbers = probes.neighbours(pairs[pearl][0], targets, tests, library)
-    neighbours(nearest, tests, library).savefig(out / "neighbours.png")
-    return {"what the embedding knows": known, "nearest trajectories": numbers}
 
 
 def all_figures(folders: list[Path], out: Path, per_task: int) -> None:
@@ -323,30 +239,28 @@ def all_figures(folders: list[Path], out: Path, per_task: int) -> None:
                          "data set at a time (--curves draws any)")
     first, config = {}, next(iter(configs.values()))
     for name, other in configs.items():
-        first.setdefault(other.method.removeprefix("tracked+"), name)
-    records, _, tests = load_splits(replace(config, test_per_task=per_task))
-    tests = [example for example in tests if len(example.images) > 1]
+        first.setdefault(other.method, name)
+    tests = [example for example in load_splits(replace(config, test_per_task=per_task))[2]
+             if len(example.images) > 1]
     if len(tests) < probes.MINIMUM:
         raise ValueError(f"{len(tests)} test questions have a trajectory with images, the figures "
                          f"need {probes.MINIMUM}: add records with \"split\": \"test\"")
-    # in any order of tasks, so that every picture shows all of them
+    # in any order of tasks, so that the map shows all of them
     random.Random(0).shuffle(tests)
-    library, recon, pearl = list(records[:1500]), first.get("recon"), None
+    recon, pearl, numbers = first.get("recon"), None, {}
     if "pearl" in first:
         table = summarise(read_json(runs[first["pearl"]] / "results.json")["answers"])
         pearl = 100 * table[overall(table)]["direct"][0]
-    numbers = {}
     with new_folder(out) as partial:
-        decoded = configs[recon].decode_latents if recon else 8
-        figures = {"latents per example": latents_per_example(config, decoded)}
-        if recon:
-            figures["latents decoded"] = latents_decoded(runs[recon], pearl, tests)
-        for name, (figure, numbers[name]) in figures.items():
-            figure.savefig(partial / f"{name.replace(' ', '-')}.png")
         curves(runs, ("valid",)).savefig(partial / "curves.png")
-        if figure := skill(runs):
-            figure.savefig(partial / "skill.png")
-        numbers |= embedding_figures(runs, configs, tests, library, partial)
+        decoded = configs[recon].decode_latents if recon else 8
+        figure, numbers["latents per example"] = latents_per_example(config, decoded)
+        figure.savefig(partial / "latents-per-example.png")
+        if recon:
+            figure, numbers["latents decoded"] = latents_decoded(runs[recon], pearl, tests)
+            figure.savefig(partial / "latents-decoded.png")
+        figure, numbers["what the embedding knows"] = embedding_maps(runs, configs, tests)
+        figure.savefig(partial / "embeddings.png")
         write_json(partial / "analyses.json", numbers)
     print(f"{json.dumps(numbers, indent=1)}\npictures and analyses.json are in {out}")
 
@@ -355,23 +269,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="*", type=Path, metavar="RUN")
-    parser.add_argument("--out", type=Path, help="new folder, or with --curves a new file")
+    parser.add_argument("--out", type=Path, required=True,
+                        help="new folder, or with --curves a new file")
     parser.add_argument("--curves", nargs="+", type=Path, metavar="RUN", help="draw their logs")
-    parser.add_argument("--views", type=Path, metavar="PNG", help="draw the picture of the views")
     parser.add_argument("--per_task", type=int, default=240, help="test questions of each task")
     args = parser.parse_args()
-    out = args.views or args.out
-    if not (args.views or args.curves or args.runs) or out is None:
-        parser.error("name RUN folders and --out, or --curves RUN and --out, or --views PNG")
-    refuse_existing(out)
-    if args.views:
-        ViewsPicture(scenes.make_example("crop", "train", 1, 0)).paint().save(out)
-        return
+    if not (args.curves or args.runs):
+        parser.error("name RUN folders, or --curves RUN")
+    refuse_existing(args.out)
     need_packages()
     if args.curves:
-        curves({str(folder): folder for folder in args.curves}).savefig(out)
+        curves({str(folder): folder for folder in args.curves}).savefig(args.out)
     else:
-        all_figures(args.runs, out, args.per_task)
+        all_figures(args.runs, args.out, args.per_task)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What do h^_R and h_R encode? Embeddings of a run's examples, linear probes, nearest neighbours.
+"""What do h^_R and h_R encode? Embeddings of a run's examples, and linear probes of them.
 
 scikit-learn, an optional package, is imported only where it is used.
 Letters: n examples, D hidden size, K predictor tokens.
@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import evaluate
@@ -111,17 +110,3 @@ def knowledge(pair: tuple[Tensor, Tensor], examples: Sequence[Example]) -> dict:
     chance = Counter(answers).most_common(1)[0][1] / count
     numbers["probed"] = dict(task=task, examples=count, chance=chance)
     return numbers | losses.collapse_gauges(*pair)
-
-
-def neighbours(prediction: Tensor, targets: Tensor, examples: Sequence[Example],
-               library: Sequence[Example]) -> tuple[list[list[int]], dict]:
-    """The four rows of targets (m, D) nearest to each h^_R (n, D) by cosine, and how often the
-    nearest has the right task, and the right task and answer. library: the m examples."""
-    scores = F.normalize(prediction, dim=1) @ F.normalize(targets, dim=1).T  # (n, m)
-    nearest, numbers = scores.topk(min(4, len(library))).indices.tolist(), {}
-    for name, key in (("task", lambda ex: ex.task), ("answer", lambda ex: (ex.task, ex.answer))):
-        keys, others = [*map(key, examples)], [*map(key, library)]
-        right = sum(one == others[first] for one, (first, *_) in zip(keys, nearest))
-        chance = sum(map(others.count, keys)) / (len(keys) * len(others))
-        numbers[name] = dict(nearest=right / len(keys), chance=chance)
-    return nearest, numbers

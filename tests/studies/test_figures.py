@@ -1,6 +1,6 @@
 """Claims: the figures' numbers equal hand-computed ones; every figure is drawn from finished runs;
-runs of several data sets are refused. All but the README's picture is skipped where matplotlib or
-scikit-learn is missing."""
+runs of several data sets are refused, and so is a name that exists. What draws is skipped where
+matplotlib or scikit-learn is missing."""
 
 import sys
 
@@ -16,18 +16,7 @@ from support.files import read_json, write_json
 from world import scenes
 
 
-def test_the_picture_of_the_views_needs_no_optional_package(tmp_path, monkeypatch):
-    monkeypatch.setattr(figures.importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(sys, "argv", ["figures.py", "--views", str(tmp_path / "views.png")])
-    figures.main()
-    assert Image.open(tmp_path / "views.png").width > 1000
-    with pytest.raises(FileExistsError, match="nothing is overwritten"):
-        figures.main()
-    with pytest.raises(ValueError, match="pip install matplotlib scikit-learn"):
-        figures.need_packages()
-
-
-def test_probes_separation_and_neighbours_by_hand():
+def test_probes_and_separation_by_hand():
     pytest.importorskip("sklearn")
     # unit vectors at 0, 0 and 90, 90 degrees: distance 0 within a group, 1 between groups
     points = torch.tensor([[1.0, 0], [1, 0], [0, 1], [0, 1]])
@@ -37,10 +26,6 @@ def test_probes_separation_and_neighbours_by_hand():
     x = torch.randn(300, 8)
     assert probes.probe(x, [str(bool(v > 0)) for v in x[:, 2]]) > 0.9
     assert probes.probe(x, x[:, :2] * 3 + 1) > 0.95 and probes.probe(x, torch.randn(300, 2)) < 0.2
-    world = scenes.make_world("mixed", "test", 5)
-    rows, numbers = probes.neighbours(torch.eye(5), torch.eye(5)[[1, 0, 2, 3, 4]], world, world)
-    assert [row[0] for row in rows] == [1, 0, 2, 3, 4]
-    assert numbers["task"] == dict(nearest=0.6, chance=0.2)
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +33,7 @@ def runs(tmp_path_factory):
     """A recon and a Pearl run as train.py leaves them, untrained, with two validations."""
     folders, folder = [], tmp_path_factory.mktemp("study")
     for name in ("recon", "pearl"):
-        config = train.config_class(name)(method=f"tracked+{name}", device="cpu", lora_rank=4)
+        config = train.config_class(name)(method=name, device="cpu", lora_rank=4)
         method, out = train.find_method(name)(VLM(config.model), config), folder / f"{name}-seed0"
         out.mkdir()
         run.save_best(out, method, 1, {})
@@ -62,17 +47,22 @@ def runs(tmp_path_factory):
     return folders
 
 
-def test_curves_and_skill_show_what_was_logged(runs, tmp_path):
+def test_curves_show_what_was_logged_in_a_new_file(runs, tmp_path, monkeypatch):
+    out = tmp_path / "curves.png"
+    monkeypatch.setattr(sys, "argv", ["figures.py", "--out", str(out), "--curves", *map(str, runs)])
+    with monkeypatch.context() as patch:
+        patch.setattr(figures.importlib.util, "find_spec", lambda name: None)
+        with pytest.raises(ValueError, match="pip install matplotlib scikit-learn"):
+            figures.main()
     pytest.importorskip("matplotlib")
     log, named = figures.logged(runs[0]), {out.name: out for out in runs}
     assert log["valid: direct"] == [(1, 0.5), (2, 0.4)] and log["valid: tool"] == [(1, 0.25)]
     titles = [axis.get_title() for axis in figures.curves(named).axes]
     assert titles[:4] == ["valid: direct", "valid: loss", "valid: tool", "train: lr"]
-    (axis,) = figures.skill(named).axes
-    start, line = (axis.lines[n].get_xydata().tolist() for n in range(2))
-    assert start == [[0, 25]] and line == [[0, 25], [25, 50]]
-    (tmp_path / "log.jsonl").touch()
-    assert figures.skill({"empty": tmp_path}) is None
+    figures.main()
+    assert Image.open(out).width > 1000
+    with pytest.raises(FileExistsError, match="nothing is overwritten"):
+        figures.main()
 
 
 def test_all_figures_of_two_runs(runs, tmp_path, monkeypatch):
@@ -88,7 +78,7 @@ def test_all_figures_of_two_runs(runs, tmp_path, monkeypatch):
         for n, ex in enumerate(evaluator.examples)])
     figures.all_figures(runs, tmp_path / "out", 3)
     assert {file.stem for file in (tmp_path / "out").glob("*.png")} == {
-        "latents-per-example", "latents-decoded", "embeddings", "skill", "curves", "neighbours"}
+        "latents-per-example", "latents-decoded", "embeddings", "curves"}
     numbers = read_json(tmp_path / "out" / "analyses.json")
     assert "nan" not in str(numbers) and numbers["latents per example"]["single"]["median"] == 16
     assert list(numbers["latents decoded"]["accuracy"].values()) == pytest.approx(
