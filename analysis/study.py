@@ -91,8 +91,7 @@ def plan(args: argparse.Namespace) -> list[Job]:
         asks = dict.fromkeys(args.arms, ["--split", "validation", *count])
     jobs = []
     for seed, regime, arm in product(args.seeds, args.regimes, args.arms):
-        method = f"tracked+{arm} --track {args.track}" if args.track else arm
-        options = ["--method", *method.split(), "--regime", regime, "--seed", str(seed), *common]
+        options = ["--method", *arm.split(), "--regime", regime, "--seed", str(seed), *common]
         parse_config(options)
         folder = args.out / name / regime / run_name(arm, seed)
         jobs.append(Job(folder, options, asks.get(arm, [])))
@@ -129,7 +128,6 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
                         help="whose questions the table is made of")
     parser.add_argument("--against", default="sft", metavar="ARM",
                         help="the arm that the tables compare the others with")
-    parser.add_argument("--track", type=int, default=0, help="as of train.py --method tracked")
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side")
     cut = argv.index("--") if "--" in argv else len(argv)
     args = parser.parse_args(argv[:cut])

@@ -9,8 +9,7 @@ from baselines.centring import Centred, RunningMean
 from baselines.release import Paper, Release
 from baselines.reconstruction import Recon
 from baselines.self_distillation import SelfDistill
-from baselines.training_records import (Both, Direct, ImageFirst, StripCalls, Tracked,
-                                        WithAnswers)
+from baselines.training_records import Both, Direct, ImageFirst, StripCalls, WithAnswers
 from baselines.variants import (EMA, AnswerMean, Current, Dropout, NextLatFactor, NoJEPA, NoNextLat,
                                 RandomTarget, Shuffled, TargetState, TaskMean, TwoPasses)
 from train import SFT, Pearl
@@ -18,7 +17,7 @@ from train import SFT, Pearl
 # in the order in which they are combined: what chooses records comes before what reads them, and
 # what weighs a term before what replaces it
 METHODS = dict(
-    tracked=Tracked, with_answers=WithAnswers, image_first=ImageFirst, strip_calls=StripCalls,
+    with_answers=WithAnswers, image_first=ImageFirst, strip_calls=StripCalls,
     both=Both, direct=Direct, recon=Recon, no_nextlat=NoNextLat, nextlat_factor=NextLatFactor,
     paper=Paper, release=Release, bias_head=BiasHead, mlp_head=MLPHead, running_mean=RunningMean,
     infonce=InfoNCE, vicreg=VICReg, sigreg=SIGReg, no_jepa=NoJEPA, shuffled=Shuffled,

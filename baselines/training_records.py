@@ -9,11 +9,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import ConcatDataset
 
-import evaluate
 from baselines.variants import Examples, Images
 from model import Encoded
 from support.options import option
-from support.questions import answer_record
 from support.records import Example
 from train import SFT, Config, Pearl
 from world.tools import CALL
@@ -104,21 +102,3 @@ class StripCalls(Pearl):
         steps = [CALL.sub("", step).strip() if isinstance(step, str) else step
                  for step in example.trajectory]
         return replace(example, trajectory=steps)
-
-
-class Tracked(Pearl):
-    """Direct accuracy, and accuracy with the expert's tool, over training: direct accuracy that
-    falls means forgetting only where the accuracy with the tool has risen."""
-
-    @dataclass
-    class Options:
-        track: int = option(40, "validation questions asked at each validation")
-
-    def metrics(self, examples: Sequence[Example]) -> dict[str, float]:
-        examples = [examples[n] for n in range(min(self.config.track, len(examples)))]
-        evaluator, metrics = evaluate.Evaluator(self.vlm, examples, self.config.answer_prefix), {}
-        for way, answers in dict(direct=evaluator.direct(), tool=evaluator.tool()).items():
-            right = [answer_record(example, {way: answer}, evaluator.prefix)[f"{way}_right"]
-                     for example, answer in zip(examples, answers) if answer]
-            metrics[way] = sum(right) / max(1, len(right))
-        return metrics

@@ -140,5 +140,5 @@ def test_classes_compose():
     assert baselines.find("current+vicreg") is baselines.VICReg
     config = train.config_class("release+infonce+ema")()
     assert (config.lambda_latent, config.infonce_masked, config.ema) == (0.2, True, 0.996)
-    with pytest.raises(ValueError, match="unknown method 'nope': choose from tracked, "):
+    with pytest.raises(ValueError, match="unknown method 'nope': choose from with_answers, "):
         train.find_method("pearl+nope")

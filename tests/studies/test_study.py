@@ -60,9 +60,6 @@ def test_an_arm_is_what_follows_method_and_has_a_folder_of_its_own(tmp_path):
         assert (config.batch, config.steps, config.seed, config.regime) == (3, 300, seed, regime)
         assert job.folder.parent.name == regime and arm_of(job.folder.name) == arm
         assert bool(job.ask) == (arm == "sft")
-    args.track = 7
-    tracked = train.parse_config(study.plan(args)[-1].options)
-    assert (tracked.method, tracked.track) == ("tracked+pearl", 7) and tracked.lambda_latent == 0.2
     for args.arms in (["best"], ["sft --best 1"]):
         with pytest.raises(ValueError, match="best"):
             study.plan(args)
