@@ -2,14 +2,7 @@
 
 Pearl predicts h_R, one state of R. The part of h_R that depends on the answer can teach answering;
 the part that all trajectories share, or all of a task, cannot. `shares` measures both.
-
-`recommended` chooses among the states that --method target_state offers, by a rule that was fixed
-before any run used it: of the layers from the middle on, and of the states that training would not
-call nearly alike (if it would for all, of all), the largest share that depends on the answer, above
-its share by chance; if equal, the later layer, then the earlier position in POSITIONS. Earlier
-layers hold hardly more than the token itself, and the last word is the answer: compare a
-recommended `word` with --method both. The rule does not know how well a state can be predicted
-from <I0, Q>. Letters: n records, B batch, T sequence, D hidden size.
+Letters: n records, B batch, T sequence, D hidden size.
 """
 
 from collections import defaultdict
@@ -30,7 +23,7 @@ from data import TrainingExample, Trajectories
 from support.chat import Chat
 from support.features import EncodedImage
 from support.records import Example
-from support.run import collapse_hint, finished
+from support.run import finished
 
 POSITIONS = ("end", "word", "words", "image")
 Place = tuple[int, str]  # a layer and a position
@@ -118,22 +111,3 @@ def shares(h: Tensor, records: Sequence) -> dict[str, float]:
 def numbers_of(h: Tensor, records: Sequence) -> dict[str, float]:
     """`shares`, and the gauges of a collapse, of h_R (n, D)."""
     return shares(h, records) | losses.collapse_gauges(h, h)
-
-
-def measure(states: dict[Place, Tensor], records: Sequence) -> dict[Place, dict[str, float]]:
-    """The numbers of each place. centred: above_chance with the mean of all rows subtracted."""
-    rows = {}
-    for place, h in states.items():
-        unit = F.normalize(h, dim=1)
-        centred = shares(unit - unit.mean(0), records)["above_chance"]
-        rows[place] = numbers_of(h, records) | dict(centred=centred)
-    return rows
-
-
-def recommended(rows: dict[Place, dict[str, float]]) -> Place:
-    """By the rule at the top of this file. rows: see `measure`."""
-    middle = max(layer for layer, _ in rows) / 2
-    late = [place for place in rows if place[0] >= middle]
-    distinct = [place for place in late if not collapse_hint(rows[place], frozen=True)]
-    return max(distinct or late, key=lambda place: (
-        round(rows[place]["above_chance"], 3), place[0], -POSITIONS.index(place[1])))

@@ -2,9 +2,8 @@
 
     python analysis/targets.py                               # the shipped model: half a minute
     python analysis/targets.py --model MODEL --data DIR      # yours; takes the options of train.py
-    python analysis/targets.py --layers                      # every layer and position of R, and
-                                 which one to predict (the rule: analysis/states.py); a minute
-      --figure PNG               the same as a picture, in a new file
+    python analysis/targets.py --layers                      # every layer and position of R; early
+                                 layers of `word` hold the answer's own word; a minute
     python analysis/targets.py --runs RUN [RUN ...]          # after training: a line for each arm,
                                  from its validation trajectories and its best model
 
@@ -23,10 +22,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # before any other `analysis`
 
 import torch
+import torch.nn.functional as F
 
 import evaluate
 import train
-from analysis import figures, states
+from analysis import states
 from analysis.tables import arm_of, mean_std, table_of
 from model import VLM
 from support import options
@@ -37,19 +37,29 @@ from support.splits import load_splits
 # the header and the digits of each column
 COLUMNS = dict(common=("common", 3), task=("task", 3), answer=("answer", 3),
                answer_by_chance=("by chance", 3), rest=("rest", 3), mean_cosine=("mean cosine", 3),
-               effective_rank=("rank", 1), centred=("above chance, centred", 3),
-               ms=("ms per step", 0))
+               effective_rank=("rank", 1), ms=("ms per step", 0))
 
 
-def table(rows: dict[str, list[dict[str, float]]], bold: str = "") -> str:
+def table(rows: dict[str, list[dict[str, float]]]) -> str:
     """Markdown: one line for each name, with mean +/- standard deviation over its measurements."""
     names = [name for name in COLUMNS if name in next(iter(rows.values()))[0]]
-    lines = []
-    for title, measurements in rows.items():
-        cells = [title, *(mean_std([numbers[name] for numbers in measurements], COLUMNS[name][1])
-                          for name in names)]
-        lines.append([f"**{cell}**" for cell in cells] if title == bold else cells)
-    return table_of(["", *(COLUMNS[name][0] for name in names)], lines)
+    return table_of(["", *(COLUMNS[name][0] for name in names)], [
+        [title, *(mean_std([numbers[name] for numbers in measurements], COLUMNS[name][1])
+                  for name in names)] for title, measurements in rows.items()])
+
+
+def layers_table(h_of: dict[states.Place, torch.Tensor], records: list) -> str:
+    """Markdown: how much depends on the answer, above chance, in all states (states.states_of): as
+    the cosine sees them, and with their mean subtracted (centred; the largest is bold)."""
+    rows = []
+    for (layer, position), h in h_of.items():
+        unit = F.normalize(h, dim=1)
+        above, centred = (states.shares(part, records)["above_chance"]
+                          for part in (unit, unit - unit.mean(0)))
+        rows.append((centred, [f"layer {layer}, {position}", f"{above:.3f}", f"{centred:.3f}"]))
+    best, _ = max(rows)
+    return table_of(["", "above_chance", "centred"], [
+        [f"**{cell}**" for cell in cells] if centred == best else cells for centred, cells in rows])
 
 
 def starting_method(config: train.Config) -> train.Pearl:
@@ -57,31 +67,17 @@ def starting_method(config: train.Config) -> train.Pearl:
     return train.find_method(config.method)(vlm, config)
 
 
-def report(config: train.Config, all_layers: bool, figure: Path | None) -> str:
+def report(config: train.Config, all_layers: bool) -> str:
     """h_R before training, or all states."""
     examples = list(load_splits(replace(config, test_per_task=1))[0][:config.train_examples])
     read_by = (f"read by {config.model}, {len(examples)} trajectories of "
                f"{config.data or config.regime}")
     method = starting_method(config)
-    if not all_layers:
-        numbers = states.numbers_of(states.targets_of(method, examples), examples)
-        return f"h_R {read_by}\n\n{table({'h_R': [numbers]})}"
-    rows = states.measure(states.states_of(method, examples), examples)
-    if figure:
-        figures.layers(rows, Path(config.model).name).savefig(figure)
-    return f"States of R {read_by}\n\n{layers_report(rows)}"
-
-
-def layers_report(rows: dict[states.Place, dict[str, float]]) -> str:
-    """rows: see states.measure."""
-    last, best = max(layer for layer, _ in rows), states.recommended(rows)
-    titles = {(layer, position): f"layer {layer}{' (-1)' if layer == last else ''}, {position}"
-              for layer, position in rows}
-    layer, position = best
-    return (f"{table({titles[place]: [row] for place, row in rows.items()}, titles[best])}\n\n"
-            "recommended before any training: --method target_state --target_layer "
-            f"{-1 if layer == last else layer} --target_position {position} (its share that "
-            f"depends on the answer is {rows[best]['above_chance']:.3f} above chance)")
+    if all_layers:
+        return (f"States of R {read_by}; the highest layer is the state behind the final norm\n\n"
+                f"{layers_table(states.states_of(method, examples), examples)}")
+    numbers = states.numbers_of(states.targets_of(method, examples), examples)
+    return f"h_R {read_by}\n\n{table({'h_R': [numbers]})}"
 
 
 def runs_report(runs: list[Path], device: str) -> str:
@@ -101,18 +97,11 @@ def runs_report(runs: list[Path], device: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--layers", action="store_true")
-    parser.add_argument("--figure", type=Path)
     parser.add_argument("--runs", type=Path, nargs="+")
     args, rest = parser.parse_known_args()
     kind = train.config_class(options.value_of("method", rest, "pearl"))
     config = options.parse(kind, rest, __doc__)
-    if args.figure and not args.layers:
-        raise ValueError("--figure needs --layers: add it")
-    if args.figure:
-        figures.need_packages()
-        figures.refuse_existing(args.figure)
-    print(runs_report(args.runs, config.device) if args.runs
-          else report(config, args.layers, args.figure))
+    print(runs_report(args.runs, config.device) if args.runs else report(config, args.layers))
 
 
 if __name__ == "__main__":

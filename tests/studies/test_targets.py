@@ -1,6 +1,6 @@
 """Claims: shares are those that an embedding was made of; the states of the table are those that
-training would predict; the rule recommends what its words say; a finished run is read by its own
-model."""
+training would predict; the bold one tells most of the answer once centred; a finished run is read
+by its own model."""
 
 import sys
 from types import SimpleNamespace
@@ -42,8 +42,10 @@ def test_shares_are_those_that_an_embedding_was_made_of():
     assert shares["above_chance"] == pytest.approx(shares["answer"] - shares["answer_by_chance"])
     records = [SimpleNamespace(task="t", answer=str(n % 2)) for n in range(40)]
     h = torch.tensor([[10.0, 1, 0], [10.0, -1, 0]]).repeat(20, 1)
-    row = states.measure({(1, "end"): h}, records)[1, "end"]
-    assert row["answer"] == pytest.approx(1 / 101) and row["centred"] > 0.9
+    assert states.shares(h, records)["answer"] == pytest.approx(1 / 101)
+    text = targets.layers_table({(1, "end"): h, (1, "word"): h + 1}, records)
+    (bold,) = [line.strip("|* ").split("** | **") for line in text.splitlines() if "**" in line]
+    assert bold[0] == "layer 1, end" and float(bold[1]) < 0.01 and float(bold[2]) > 0.9
 
 
 @torch.no_grad()
@@ -72,24 +74,7 @@ def test_the_states_of_the_table_are_those_that_training_would_predict():
     assert {position for _, position in states.states_of(method, bare)} == {"end", "word", "words"}
 
 
-def row_of(above, cosine=0.5, rank=9.0):
-    return dict(above_chance=above, mean_cosine=cosine, effective_rank=rank, retrieval_chance=0.01)
-
-
-@pytest.mark.parametrize("rows, best", [
-    ({(1, "word"): row_of(0.9), (2, "end"): row_of(0.2), (4, "end"): row_of(0.1)}, (2, "end")),
-    ({(2, "end"): row_of(0.5, cosine=0.98), (4, "word"): row_of(0.2)}, (4, "word")),
-    ({(2, "end"): row_of(0.5, cosine=0.98), (4, "word"): row_of(0.2, rank=1.0)}, (2, "end")),
-    ({(3, "end"): row_of(0.2), (4, "image"): row_of(0.2), (4, "word"): row_of(0.2004)},
-     (4, "word"))])
-def test_the_rule(rows, best):
-    text, layer = targets.layers_report(rows), -1 if best[0] == 4 else best[0]
-    (bold,) = [line for line in text.splitlines() if line.startswith("| **")]
-    assert f"**layer {best[0]}" in bold and f", {best[1]}**" in bold
-    assert f"--target_layer {layer} --target_position {best[1]}" in text
-
-
-def test_the_program_prints_a_table_and_what_it_recommends(monkeypatch, capsys):
+def test_the_program_prints_a_table(monkeypatch, capsys):
     world = scenes.make_world("mixed", "train", 12)
     monkeypatch.setattr(targets, "load_splits", lambda config: (world, world, world))
     for argv, lines in (([], 1), (["--layers"], 5 * 4)):
@@ -97,9 +82,6 @@ def test_the_program_prints_a_table_and_what_it_recommends(monkeypatch, capsys):
         targets.main()
         printed = capsys.readouterr().out
         assert "12 trajectories of single" in printed and printed.count("\n| ") == 1 + lines
-    monkeypatch.setattr(sys, "argv", ["targets.py", "--figure", "new.png"])
-    with pytest.raises(ValueError, match="--figure needs --layers"):
-        targets.main()
 
 
 def test_a_finished_run_is_read_by_its_own_model(tmp_path, monkeypatch):
