@@ -3,8 +3,8 @@
     python analysis/causal.py RUN [RUN ...]             # means over the seeds of an arm; minutes
     python analysis/causal.py --model MODEL [--data DIR]    # a checkpoint that was not trained here
 
-  latents     that a recon run feeds itself: zeros, noise, its first one, another question's, or the
-              true ones (the tool image's visual embeddings) in their place; or markers alone
+  latents     that a recon run feeds itself: zeros, noise or another question's in their place, or
+              the markers alone
   image       of the question, for a model that answers from it alone: grey, or another question's
   tool image  in the expert's trajectory, of another question: does the answer follow the image?
   untrained   nothing is replaced: tasks without a trajectory, before and after training
@@ -18,7 +18,6 @@ import difflib
 import random
 import statistics
 import sys
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -56,23 +55,15 @@ NEAR = 2
 # by the question's id: the text of the option that was answered (None: none of them); a mark
 Choices = dict[str, str | None]
 Marks = dict[str, float]
-# by (part, test, measure); the first of a part has nothing replaced
-Results = dict[tuple[str, str, str], Marks]
 
 
-def matches(choices: Choices, expected: Choices) -> Marks:
-    # none of the options, twice, is not the same answer
-    return {i: int(text is not None and text == expected[i]) for i, text in choices.items()}
+class Result(NamedTuple):
+    marks: Marks
+    # what the table subtracts from them, of the same questions
+    against: Marks | None = None
 
 
-def choices_of(examples: Sequence[Example], replies: list[dict], prefix: str) -> Choices:
-    """From the replies of a way to answer (evaluate.Evaluator)."""
-    choices = {}
-    for ex, reply in zip(examples, replies):
-        option = (reply["option"] if "option" in reply
-                  else answers.says(reply["text"], ex.options, prefix))
-        choices[ex.id] = None if option is None else ex.options[option]
-    return choices
+Results = dict[tuple[str, str, str], Result]  # by (part, test, measure)
 
 
 class Subject(NamedTuple):
@@ -83,56 +74,65 @@ class Subject(NamedTuple):
     prefix: str
 
     def ask(self, examples: Sequence[Example], way: str = "direct") -> Choices:
-        replies = getattr(evaluate.Evaluator(self.vlm, examples, self.prefix), way)()
-        return choices_of(examples, replies, self.prefix)
+        evaluator = evaluate.Evaluator(self.vlm, examples, self.prefix)
+        return self.choices(examples, getattr(evaluator, way)())
+
+    def choices(self, examples: Sequence[Example], replies: list[dict]) -> Choices:
+        options = [reply["option"] if "option" in reply
+                   else answers.says(reply["text"], ex.options, self.prefix)
+                   for ex, reply in zip(examples, replies)]
+        return {ex.id: None if option is None else ex.options[option]
+                for ex, option in zip(examples, options)}
 
 
-def right(examples: Sequence[Example], choices: Choices) -> Marks:
-    return matches(choices, {ex.id: ex.answer for ex in examples})
+def matches(rows: Sequence[Example], choices: Choices, expected: Choices) -> Marks:
+    # none of the options, twice, is not the same answer
+    return {ex.id: int(None is not choices[ex.id] == expected[ex.id]) for ex in rows}
 
 
-def chance(examples: Sequence[Example]) -> Marks:
-    return {ex.id: 1 / len(ex.options) for ex in examples}
+def right(rows: Sequence[Example], choices: Choices) -> Marks:
+    return matches(rows, choices, {ex.id: ex.answer for ex in rows})
+
+
+def unreplaced(part: str, test: str, rows: Sequence[Example], before: Choices) -> Results:
+    own, guesses = right(rows, before), {ex.id: 1 / len(ex.options) for ex in rows}
+    return {(part, test, RIGHT): Result(own), (part, GUESS, RIGHT): Result(guesses, own)}
+
+
+def replaced(part: str, test: str, rows: Sequence[Example], choices: Choices,
+             before: Choices) -> Results:
+    """before: the answers with nothing replaced."""
+    return {(part, test, RIGHT): Result(right(rows, choices), right(rows, before)),
+            (part, test, SAME): Result(matches(rows, choices, before))}
 
 
 # ---- whose picture replaces a question's own ----------------------------------------------------
 
 
-def partners(examples: list[Example], fits: Callable[[Example, Example], bool]) -> dict[int, int]:
-    """For each question that has one, another question of its task with fits(question, other).
+def partners(examples: list[Example], place: int, fits: Callable = lambda one, other: True
+             ) -> list[tuple[Example, Example]]:
+    """Each question that has one, and another question of its task with fits(question, other) whose
+    picture at this place is another. place: 0, the question's own; -1, its last tool image.
 
     Drawn with a fixed seed; as far as they fit, no question twice before all were used.
     """
-    pairs = {}
+    pixels, found = {ex.id: picture_digest(ex.images[place]) for ex in examples}, {}
     for task in dict.fromkeys(ex.task for ex in examples):
-        order = [i for i, ex in enumerate(examples) if ex.task == task]
-        random.Random(0).shuffle(order)
-        for place, i in enumerate(order):
-            others = order[place + 1:] + order[:place]
-            pairs[i] = next((j for j in others if fits(examples[i], examples[j])), None)
-    return {i: pairs[i] for i in sorted(pairs) if pairs[i] is not None}
-
-
-def other_image(one: Example, other: Example) -> bool:
-    return picture_digest(one.image) != picture_digest(other.image)
-
-
-def other_tool_image(one: Example, other: Example) -> bool:
-    return (len(one.images) == len(other.images) > 1
-            and picture_digest(one.images[-1]) != picture_digest(other.images[-1]))
+        rows = [ex for ex in examples if ex.task == task]
+        random.Random(0).shuffle(rows)
+        for n, one in enumerate(rows):
+            found[one.id] = next((other for other in rows[n + 1:] + rows[:n] if fits(one, other)
+                                  and pixels[one.id] != pixels[other.id]), None)
+    return [(ex, found[ex.id]) for ex in examples if found[ex.id]]
 
 
 def same_answer(one: Example, other: Example) -> bool:
-    return one.answer == other.answer and other_tool_image(one, other)
+    return one.answer == other.answer and len(one.images) == len(other.images)
 
 
 def other_answer(one: Example, other: Example) -> bool:
     # an answer that is no option here could not be given
-    return one.answer != other.answer in one.options and other_tool_image(one, other)
-
-
-def blanked(example: Example) -> Example:
-    return replace(example, image=Image.new("RGB", opened(example.image).size, (128, 128, 128)))
+    return one.answer != other.answer in one.options and len(one.images) == len(other.images)
 
 
 def with_tool_images(example: Example, other: Example) -> Example:
@@ -144,14 +144,12 @@ def with_tool_images(example: Example, other: Example) -> Example:
 
 def image_tests(subject: Subject) -> Results:
     examples, before = subject.examples, subject.ask(subject.examples)
-    results = {("image", "as it is", RIGHT): right(examples, before),
-               ("image", GUESS, RIGHT): chance(examples)}
-    swapped = [replace(examples[i], image=examples[j].image)
-               for i, j in partners(examples, other_image).items()]
-    for test, rows in (("grey", [*map(blanked, examples)]), ("another question's", swapped)):
-        choices = subject.ask(rows)
-        results["image", test, RIGHT] = right(rows, choices)
-        results["image", test, SAME] = matches(choices, before)
+    results = unreplaced("image", "as it is", examples, before)
+    grey = [replace(ex, image=Image.new("RGB", opened(ex.image).size, (128, 128, 128)))
+            for ex in examples]
+    swapped = [replace(ex, image=other.image) for ex, other in partners(examples, 0)]
+    for test, rows in (("grey", grey), ("another question's", swapped)):
+        results |= replaced("image", test, rows, subject.ask(rows), before)
     return results
 
 
@@ -161,102 +159,84 @@ def tool_tests(subject: Subject) -> Results:
     # some families can be shown one image alone
     if subject.vlm.family.single_image_only or not examples:
         return {}
-    results = {("tool image", "as it is", RIGHT): right(examples, subject.ask(examples, "tool")),
-               ("tool image", GUESS, RIGHT): chance(examples)}
-    for test, fits, measure in (("another's, same answer", same_answer, RIGHT),
-                                ("another's, other answer", other_answer, STAYS)):
-        pairs = [(examples[i], examples[j]) for i, j in partners(examples, fits).items()]
+    before = subject.ask(examples, "tool")
+    results = unreplaced("tool image", "as it is", examples, before)
+    for test, fits in (("another's, same answer", same_answer),
+                       ("another's, other answer", other_answer)):
+        pairs = partners(examples, -1, fits)
         rows = [with_tool_images(*pair) for pair in pairs]
         choices = subject.ask(rows, "tool")
-        results["tool image", test, measure] = right(rows, choices)
-        if measure == STAYS:
-            theirs = {ex.id: other.answer for ex, other in pairs}
-            results["tool image", test, FOLLOWS] = matches(choices, theirs)
+        stays = right(rows, choices)
+        if fits is same_answer:
+            results["tool image", test, RIGHT] = Result(stays, right(rows, before))
+            continue
+        follows = matches(rows, choices, {ex.id: other.answer for ex, other in pairs})
+        results["tool image", test, STAYS] = Result(stays)
+        results["tool image", test, FOLLOWS] = Result(follows, stays)
     return results
 
 
 # ---- latents ------------------------------------------------------------------------------------
 
-# (latent, its number) -> the latent that is fed; None for a question that has none to feed
-Source = Callable[[Tensor, int], Tensor] | None
+# by the question's id: latents, (k, D) or a list of (D), run after run
+Latents = dict[str, Sequence[Tensor]]
 
 
-def latent_choices(evaluator: evaluate.Evaluator, scale, latents: int,
-                   source_of: Callable[[int], Source] = lambda question: None) -> Choices:
-    """The answers of a recon run that feeds itself `latents` a time, from each question's source;
-    without a source its own."""
+def latent_choices(subject: Subject, evaluator: evaluate.Evaluator, scale, n: int,
+                   feed: Latents) -> tuple[Choices, Latents]:
+    """The answers of a recon run that feeds itself n latents a time, and the latents it made.
+    feed: in place of them; a run beyond the last one there gets the last one's again."""
+    examples, made = evaluator.examples, {ex.id: [] for ex in evaluator.examples}
 
     def decode(views: list, numbers: list[int]) -> list[dict]:
-        sources = [source_of(number) for number in numbers]
-
         def instead(inputs: Tensor, fed: list[int], is_latent: Tensor) -> Tensor:
-            return torch.stack([
-                source(latent, k - 1).to(latent) if source and feeds else latent
-                for source, latent, k, feeds in zip(sources, inputs, fed, is_latent)])  # (B, D)
+            inputs = inputs.clone()  # (B, D)
+            for row in is_latent.nonzero()[:, 0].tolist():
+                i, k = examples[numbers[row]].id, fed[row] - 1
+                made[i].append(inputs[row].clone())
+                if i in feed:
+                    inputs[row] = feed[i][k if k < len(feed[i]) else k % n - n]
+            return inputs
 
         images = evaluator.encode_images(evaluator.images(numbers))
-        rows = reconstruction.generate_latent(evaluator.vlm, views, images, scale, latents,
+        rows = reconstruction.generate_latent(evaluator.vlm, views, images, scale, n,
                                               evaluator.chat.end_id, 112, instead)
         return [dict(text=evaluator.decode(ids)) for ids, _ in rows]
 
     replies = in_batches([q.prompt for q in evaluator.questions], decode, evaluator.batch)
-    return choices_of(evaluator.examples, replies, evaluator.prefix)
+    return subject.choices(examples, replies), made
 
 
-def replacements(evaluator: evaluate.Evaluator, own_latents: dict[int, list[Tensor]],
-                 n: int) -> dict[str, Callable[[int], Source]]:
-    """By test, the source of each question's latents. own_latents: by question, the latents (D)
-    that the model made itself, run after run, n a run."""
-    every = torch.stack(sum(own_latents.values(), []))
-    mean, std = every.mean(dim=0), every.std(dim=0, correction=0)  # (D)
-    pairs = partners(evaluator.examples, other_image)
-
-    def in_turn(latents: list[Tensor]) -> Source:
-        # a run beyond the last one gets the last one's latents again
-        runs = len(latents) // n
-        return (lambda _, k: latents[min(k // n, runs - 1) * n + k % n]) if runs else None
-
-    def noise(question: int) -> Source:
-        draw = torch.Generator().manual_seed(question)
-        return lambda latent, _: mean + std * torch.randn(len(mean), generator=draw).to(mean)
-
-    def first(question: int) -> Source:
-        started: dict[int, Tensor] = {}  # each run's own first latent
-        return lambda latent, k: started.setdefault(k // n, latent)
-
-    def true(question: int) -> Source:
-        images = evaluator.images([question])[1:]
-        features = [evaluator.encode_images(images)[image.key].features[0] for image in images]
-        return in_turn([latent for one in features
-                        for latent in reconstruction.latent_targets(one, n)])
-
-    return {"zeros": lambda _: lambda latent, _: torch.zeros_like(latent), "noise": noise,
-            "its first one repeated": first, "the true ones": true,
-            "another question's": lambda question: in_turn(
-                own_latents.get(pairs.get(question), []))}
+def replacements(examples: list[Example], made: Latents, n: int) -> dict[str, Latents]:
+    """By test, the latents to feed. made: those that the model made itself, n a run."""
+    std, mean = torch.std_mean(torch.stack(sum(made.values(), [])), dim=0, correction=0)  # (D)
+    noise = {}
+    for seed, ex in enumerate(examples):
+        size, draw = (max(n, len(made[ex.id])), len(mean)), torch.Generator().manual_seed(seed)
+        noise[ex.id] = mean + std * torch.randn(size, generator=draw).to(mean)
+    return {"zeros": {ex.id: torch.zeros(n, len(mean)) for ex in examples}, "noise": noise,
+            "another question's": {ex.id: made[other.id] for ex, other in partners(examples, 0)
+                                   if made[other.id]}}
 
 
-def latent_tests(subject: Subject, scale, latents: int) -> Results:
+def latent_tests(subject: Subject, scale, n: int) -> Results:
     """The latents that a recon run feeds itself replaced, as many as before."""
     examples = [ex for ex in subject.examples if len(ex.images) > 1]
     evaluator = evaluate.Evaluator(subject.vlm, examples, subject.prefix)
-    ask, own_latents = partial(latent_choices, evaluator, scale), defaultdict(list)
-    before = ask(latents, lambda question: lambda latent, _: (
-        own_latents[question].append(latent) or latent))
-    results = {("latents", "its own", RIGHT): right(examples, before),
-               # at least one latent was fed
-               ("latents", "its own", "with latents"): {
-                   ex.id: int(i in own_latents) for i, ex in enumerate(examples)},
-               ("latents", GUESS, RIGHT): chance(examples),
-               ("latents", "markers alone", RIGHT): right(examples, ask(0)),
-               ("latents", "answered directly", RIGHT): right(examples, subject.ask(examples))}
+    ask = partial(latent_choices, subject, evaluator, scale)
+    before, made = ask(n, {})
+    results, own = unreplaced("latents", "its own", examples, before), right(examples, before)
+    # at least one latent was fed
+    with_latents = {i: int(bool(latents)) for i, latents in made.items()}
+    results["latents", "its own", "with latents"] = Result(with_latents)
+    for test, choices in (("markers alone", ask(0, {})[0]),
+                          ("answered directly", subject.ask(examples))):
+        results["latents", test, RIGHT] = Result(right(examples, choices), own)
     # a model that feeds itself no latents has none to replace
-    sources = replacements(evaluator, own_latents, latents) if own_latents else {}
-    for test, source_of in sources.items():
-        choices = ask(latents, source_of)
-        choices = {ex.id: choices[ex.id] for i, ex in enumerate(examples) if source_of(i)}
-        results["latents", test, RIGHT] = right(examples, choices)
-        results["latents", test, SAME] = matches(choices, before)
+    tests = replacements(examples, made, n) if any(made.values()) else {}
+    for test, feed in tests.items():
+        rows = [ex for ex in examples if ex.id in feed]
+        results |= replaced("latents", test, rows, ask(n, feed)[0], before)
     return results
 
 
@@ -290,26 +270,17 @@ def words_apart(one: str, other: str) -> int:
                if kind != "equal")
 
 
-def untrained_tests(subject: Subject, questions: Questions) -> Results:
-    results = {("untrained", task, RIGHT): right(rows, subject.ask(rows))
-               for task, rows in questions.untrained.items()}
-    far = {i: mark for (_, task, _), marks in results.items() for i, mark in marks.items()
-           if questions.distances[task] >= NEAR}
-    return results | ({("untrained", ALL_FAR, RIGHT): far} if far else {})
+def untrained_tests(subject: Subject, questions: Questions, before: Results) -> Results:
+    """before: the results of the model before training; none for itself."""
+    marks = {task: right(rows, subject.ask(rows)) for task, rows in questions.untrained.items()}
+    if far := [task for task in marks if questions.distances[task] >= NEAR]:
+        marks[ALL_FAR] = {i: mark for task in far for i, mark in marks[task].items()}
+    keys = {task: ("untrained", task, RIGHT) for task in marks}
+    return {key: Result(marks[task], before[key].marks if before else None)
+            for task, key in keys.items()}
 
 
 # ---- the table ----------------------------------------------------------------------------------
-
-
-def compared_with(key: tuple[str, str, str], seeds: list[Results],
-                  base: list[Results]) -> list[Marks]:
-    """The same question by the base, or with nothing replaced; nothing for the base itself."""
-    part, test, measure = key
-    if part == "untrained":
-        return [results[key] for results in base if base is not seeds]
-    first = next(other for other in seeds[0] if other[0] == part)
-    reference = {RIGHT: first, FOLLOWS: (part, test, STAYS)}.get(measure, key)
-    return [results[reference] for results in seeds if reference != key]
 
 
 def table(systems: dict[str, list[Results]], distances: dict[str, int]) -> str:
@@ -319,30 +290,33 @@ def table(systems: dict[str, list[Results]], distances: dict[str, int]) -> str:
             "untrained: - before training; as the image: - as the question [95%]"]
     lines, count = [], 0
     for name, seeds in systems.items():
-        for key, marks in seeds[0].items():
-            (part, test, measure), n, change = key, len(marks), ""
-            shares = [100 * statistics.mean(results[key].values()) for results in seeds if n]
-            value = mean_std(shares) if n else "no question fits"
-            if len(shares) == 1 and test != GUESS:
-                low, high = wilson(sum(marks.values()), n)
+        for part, test, measure in seeds[0]:
+            marks, against = zip(*(results[part, test, measure] for results in seeds))
+            n, value, change = len(marks[0]), "no question fits", ""
+            if n:
+                value = mean_std([100 * statistics.mean(one.values()) for one in marks])
+            if n and len(seeds) == 1 and test != GUESS:
+                low, high = wilson(sum(marks[0].values()), n)
                 value += f" [{100 * low:.1f}, {100 * high:.1f}]"
+            if against[0] and (gap := difference(marks, against)):
+                change, count = change_text(*gap), count + 1
             if part == "untrained" and test in distances:
                 test += f" ({distances[test]} words apart)"
-            other = compared_with(key, seeds, systems.get(BASE, []))
-            if other and (gap := difference([results[key] for results in seeds], other)):
-                change, count = change_text(*gap), count + 1
             lines.append([name, part, test, measure, str(n), value, change])
     return (f"{table_of(head, lines)}\n\n{count} differences. An interval that holds 0 shows no "
             "difference; one in twenty intervals of 95% misses the true value by chance.")
 
 
 @torch.no_grad()
-def tests_of(vlm: VLM, config, questions: Questions, scale=None, latents: int = 0) -> Results:
+def tests_of(vlm: VLM, config, questions: Questions, before: Results, checkpoint=None) -> Results:
     examples = [evaluate.method_of(config).adapt(ex, config) for ex in questions.trained]
     subject = Subject(vlm.eval(), examples, config.answer_prefix)
-    results = (latent_tests(subject, scale, latents) if scale
-               else image_tests(subject) | tool_tests(subject))
-    return results | untrained_tests(subject, questions)
+    if config.method.endswith("recon"):
+        scale = reconstruction.load_scale(checkpoint, vlm)
+        results = latent_tests(subject, scale, config.decode_latents)
+    else:
+        results = image_tests(subject) | tool_tests(subject)
+    return results | untrained_tests(subject, questions, before)
 
 
 def measure_all(args) -> tuple[dict[str, list[Results]], dict[str, int]]:
@@ -357,13 +331,11 @@ def measure_all(args) -> tuple[dict[str, list[Results]], dict[str, int]]:
     if not questions.trained:
         raise ValueError("there is no test question of a trained task: name other --data")
     vlm = VLM(base.model, getattr(torch, base.dtype)).to(args.device)
-    systems = {BASE: [tests_of(vlm, base, questions)]}
+    before = tests_of(vlm, base, questions, {})
+    systems = {BASE: [before]}
     for path, config in configs.items():
-        vlm, scale, latents = evaluate.load_model(path, args.device)[0], None, 0
-        if config.method.endswith("recon"):
-            scale = reconstruction.load_scale(run.finished(path)[1], vlm)
-            latents = args.latents or config.decode_latents
-        results = tests_of(vlm, config, questions, scale, latents)
+        vlm = evaluate.load_model(path, args.device)[0]
+        results = tests_of(vlm, config, questions, before, run.finished(path)[1])
         systems.setdefault(arm_of(path.name), []).append(results)
     return systems, questions.distances
 
@@ -375,7 +347,6 @@ def main() -> None:
     parser.add_argument("--model", default="", help="without runs: a checkpoint or hub id")
     parser.add_argument("--data", default="", help="a data folder; default: the runs' own")
     parser.add_argument("--per_task", type=int, default=200, help="test questions of each task")
-    parser.add_argument("--latents", type=int, default=0, help="default: the run's decode_latents")
     parser.add_argument("--json", type=Path, help="write every mark to this file")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
@@ -384,7 +355,7 @@ def main() -> None:
     systems, distances = measure_all(args)
     print(table(systems, distances))
     if args.json:
-        write_json(args.json, {name: [{"|".join(key): marks for key, marks in seed.items()}
+        write_json(args.json, {name: [{"|".join(key): marks for key, (marks, _) in seed.items()}
                                       for seed in seeds] for name, seeds in systems.items()})
 
 

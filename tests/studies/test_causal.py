@@ -4,6 +4,7 @@ that does not; gaps equal hand-computed ones; untrained tasks are found, and the
 
 import itertools
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -26,9 +27,10 @@ RIGHT, SAME, FOLLOWS, STAYS = causal.RIGHT, causal.SAME, causal.FOLLOWS, causal.
 @pytest.fixture
 def ask(vlm64, monkeypatch):
     """The shipped model, made to say the expert's words one question at a time, with latents in the
-    places of tool images. ask(source_of): for each question the inputs behind its prompt (n, D)."""
-    # shortest first: the order in which they are asked
-    examples = sorted(scenes.make_world("single", "test", 3), key=lambda ex: len(ex.question))
+    places of tool images. ask(feed): for each question the inputs behind its prompt (n, D), and the
+    latents that the model made."""
+    # two tool images each; shortest first: the order in which they are asked
+    examples = sorted(scenes.make_world("multi", "test", 4)[1:], key=lambda ex: len(ex.question))
     evaluator, inputs = Evaluator(vlm64, examples, batch=1), []
     scale = reconstruction.LatentScale(3 + 5 * torch.randn(20, vlm64.dim),
                                        torch.full((vlm64.dim,), 0.1)).double()
@@ -41,55 +43,49 @@ def ask(vlm64, monkeypatch):
         size, dtype=state.dtype)[[next(words)]])
     vlm64.lm.get_decoder().register_forward_pre_hook(
         lambda module, args, named: inputs.append(named["inputs_embeds"][0, -1]), with_kwargs=True)
+    subject = causal.Subject(vlm64, examples, "Answer:")
 
-    def ask(source_of):
+    def ask(feed):
         inputs.clear()
-        causal.latent_choices(evaluator, scale, LATENTS, source_of)
+        _, made = causal.latent_choices(subject, evaluator, scale, LATENTS, feed)
         # the first input is the prompt's
-        return [part[1:] for part in torch.stack(inputs).split([*map(len, script)])]
+        return [part[1:] for part in torch.stack(inputs).split([*map(len, script)])], made
 
-    ask.evaluator = evaluator
+    ask.examples = examples
     ask.places = [[i - n for i in view.inject_at] for view, n in zip(views, starts)]
     return ask
 
 
 @torch.no_grad()
 def test_replaced_latents_are_fed_and_all_else_stays(ask):
-    evaluator = ask.evaluator
-    inputs = {"own": ask(lambda question: None)}
-    own_latents = {i: [*x[places]] for i, (x, places) in enumerate(zip(inputs["own"], ask.places))}
-    sources = causal.replacements(evaluator, own_latents, LATENTS)
-    inputs |= {test: ask(source_of) for test, source_of in sources.items()}
-    partner = causal.partners(evaluator.examples, causal.other_image)
-    for i, places in enumerate(ask.places):
-        words = [n for n in range(len(inputs["own"][i])) if n not in places]
-        assert all(torch.equal(x[i][words], inputs["own"][i][words]) for x in inputs.values())
-        latents, own = {test: x[i][places] for test, x in inputs.items()}, inputs["own"][i][places]
-        assert len(own) == LATENTS and own.std() > 0
+    own_inputs, made = ask({})
+    feeds = causal.replacements(ask.examples, made, LATENTS)
+    assert list(feeds) == ["zeros", "noise", "another question's"]
+    feeds["one run"] = {i: latents[:LATENTS] for i, latents in made.items()}
+    inputs = {test: ask(feed)[0] for test, feed in feeds.items()}
+    partner = {ex.id: other.id for ex, other in causal.partners(ask.examples, 0)}
+    for i, (ex, places) in enumerate(zip(ask.examples, ask.places)):
+        words = [n for n in range(len(own_inputs[i])) if n not in places]
+        assert all(torch.equal(x[i][words], own_inputs[i][words]) for x in inputs.values())
+        latents, own = {test: x[i][places] for test, x in inputs.items()}, own_inputs[i][places]
+        assert len(own) > LATENTS and own.std() > 0 and torch.equal(torch.stack(made[ex.id]), own)
         assert torch.equal(latents["zeros"], torch.zeros_like(own))
-        assert torch.equal(latents["its first one repeated"], own[:1].expand_as(own))
-        assert torch.equal(latents["another question's"], torch.stack(own_latents[partner[i]]))
+        assert torch.equal(latents["another question's"], torch.stack(made[partner[ex.id]]))
+        # a further run gets the last one's again
+        assert torch.equal(latents["one run"], torch.cat([own[:LATENTS]] * (len(own) // LATENTS)))
         assert not torch.isclose(latents["noise"], own).all(dim=1).any()
-        images = evaluator.images([i])[1:]
-        features = evaluator.encode_images(images)[images[0].key].features[0]
-        torch.testing.assert_close(latents["the true ones"],
-                                   reconstruction.latent_targets(features, LATENTS))
 
 
-def test_latents_of_several_runs_and_noise_by_hand():
-    world, zero = scenes.make_world("single", "test", 3), torch.zeros(1)
-    partner = causal.partners(world, causal.other_image)
-    own_latents = {partner[0]: [torch.full((1,), float(n)) for n in range(4)]}
-    sources = causal.replacements(SimpleNamespace(examples=world), own_latents, 2)
-    feed, first, noise = (sources[test](0) for test in (
-        "another question's", "its first one repeated", "noise"))
-    # a third run has no counterpart: it gets the last one's again
-    assert [float(feed(zero, k)) for k in range(6)] == [0, 1, 2, 3, 2, 3]
-    assert sources["another question's"](1) is None
-    assert [float(first(zero + 10 + k, k)) for k in range(4)] == [10, 10, 12, 12]
-    drawn = torch.cat([noise(zero, k) for k in range(4000)])
+def test_noise_by_hand():
+    world = scenes.make_world("single", "test", 3)
+    made = {ex.id: [] for ex in world} | {world[0].id: [torch.full((1,), float(n % 4))
+                                                        for n in range(4000)]}
+    feeds = causal.replacements(world, made, 2)
+    # who made none is nobody's partner, and gets noise too
+    assert len(feeds["another question's"]) == 1 and len(feeds["noise"][world[1].id]) == 2
+    noise = feeds["noise"][world[0].id]
     # the mean and the standard deviation of 0, 1, 2, 3
-    assert [float(drawn.mean()), float(drawn.std())] == pytest.approx([1.5, 1.118], abs=0.1)
+    assert [float(noise.mean()), float(noise.std())] == pytest.approx([1.5, 1.118], abs=0.1)
 
 
 @pytest.mark.parametrize("fed", [True, False])
@@ -98,38 +94,40 @@ def test_only_latents_that_were_fed_are_replaced(monkeypatch, fed):
     changes if that latent becomes zero."""
     world = scenes.make_world("single", "test", 2)
 
-    def latent_choices(evaluator, scale, n, source_of=lambda question: lambda latent, _: latent):
-        latent = source_of(0)(torch.ones(1), 0) if fed and n else torch.ones(1)
-        return {ex.id: ex.options[i == 0 and not latent.any()] for i, ex in enumerate(world)}
+    def latent_choices(subject, evaluator, scale, n, feed):
+        made = {ex.id: [torch.ones(1)] * (fed and ex is world[0]) * n for ex in world}
+        zero = [fed and n and ex.id in feed and not any(feed[ex.id]) for ex in world]
+        return {ex.id: ex.options[i == 0 and zero[0]] for i, ex in enumerate(world)}, made
 
     monkeypatch.setattr(causal, "latent_choices", latent_choices)
     monkeypatch.setattr(causal.evaluate, "Evaluator", lambda vlm, examples, prefix: SimpleNamespace(
-        examples=examples, direct=lambda: [dict(option=1)] * 2, images=lambda numbers: []))
-    monkeypatch.setattr(causal, "replacements", lambda _, own, n: own and {
-        "zeros": lambda question: (lambda latent, _: 0 * latent) if question in own else None})
+        direct=lambda: [dict(option=1)] * 2))
     results = causal.latent_tests(causal.Subject(None, world, "Answer:"), None, 1)
-    assert [*results["latents", "its own", "with latents"].values()] == [fed, 0]
-    # the question without latents is left out
-    assert results.get(("latents", "zeros", SAME)) == ({world[0].id: 0} if fed else None)
+    assert [*results["latents", "its own", "with latents"].marks.values()] == [fed, 0]
+    zeros = results.get(("latents", "zeros", SAME))
+    assert zeros is None if not fed else zeros.marks == {world[0].id: 0, world[1].id: 1}
+    # the question whose partner made no latents is left out
+    other = results.get(("latents", "another question's", SAME))
+    assert other is None if not fed else other.marks == {world[1].id: 1}
 
 
 def test_partners_and_replaced_pictures():
     world = scenes.make_world("mixed", "test", 20)
-    pairs = causal.partners(world, causal.other_image)
+    pairs = causal.partners(world, 0)
     # everybody's partner is another one's, of the same task
-    assert sorted(pairs.values()) == list(pairs) == list(range(20))
-    assert all(world[i].task == world[j].task and causal.other_image(world[i], world[j])
-               for i, j in pairs.items())
-    assert causal.partners([world[0], world[0].image_first()], causal.other_image) == {}
+    assert [one for one, _ in pairs] == world and len({other.id for _, other in pairs}) == 20
+    assert all(one.task == other.task and picture_digest(one.image) != picture_digest(other.image)
+               for one, other in pairs)
+    assert causal.partners([world[0], replace(world[0], id="again")], 0) == []
     world = scenes.make_world("multi", "test", 60)
     for fits in (causal.same_answer, causal.other_answer):
-        for one, other in ((world[i], world[j]) for i, j in causal.partners(world, fits).items()):
+        for one, other in causal.partners(world, -1, fits):
             assert other.answer in one.options
             assert (other.answer == one.answer) == (fits is causal.same_answer)
+            assert picture_digest(one.images[-1]) != picture_digest(other.images[-1])
             mixed = causal.with_tool_images(one, other)
             assert mixed.texts == one.texts and mixed.image is one.image
             assert all(a is b for a, b in zip(mixed.images[1:], other.images[1:], strict=True))
-    assert causal.blanked(one).image.getcolors() == [(128 * 128, (128, 128, 128))]
 
 
 @pytest.mark.parametrize("by_image", [True, False])
@@ -148,11 +146,12 @@ def test_a_model_that_follows_the_image_is_told_from_one_that_does_not(monkeypat
         direct=lambda: reply(examples, 0), tool=lambda: reply(examples, -1)))
     vlm = SimpleNamespace(family=SimpleNamespace(single_image_only=False))
     subject = causal.Subject(vlm, world, "Answer:")
-    shares = {key[1:]: sum(marks.values()) / len(marks) for key, marks in
+    shares = {key[1:]: sum(marks.values()) / len(marks) for key, (marks, _) in
               (causal.image_tests(subject) | causal.tool_tests(subject)).items()}
     swapped, follows = "another's, other answer", float(by_image)
     # two questions without an answer have not the same one
-    assert causal.matches(dict(a=None, b="x"), dict(a=None, b="x")) == dict(a=0, b=1)
+    none, same = dict.fromkeys(truth), dict.fromkeys(truth, "x")
+    assert [{*causal.matches(world, x, x).values()} for x in (none, same)] == [{0}, {1}]
     assert shares["as it is", RIGHT] == shares["another's, same answer", RIGHT] == 1
     assert shares[swapped, FOLLOWS] == follows and shares[swapped, STAYS] == 1 - follows
     assert shares["grey", RIGHT] == shares["grey", SAME] == 1 - follows
@@ -172,8 +171,12 @@ def test_untrained_tasks_and_their_distance(monkeypatch):
     # every second answer is right
     monkeypatch.setattr(causal.Subject, "ask", lambda self, examples: {
         ex.id: ex.answer if n % 2 else None for n, ex in enumerate(examples)})
-    results = causal.untrained_tests(causal.Subject(None, [], "Answer:"), questions)
-    together = results["untrained", causal.ALL_FAR, RIGHT]
+    subject = causal.Subject(None, [], "Answer:")
+    results = causal.untrained_tests(subject, questions, {})
+    together, against = results["untrained", causal.ALL_FAR, RIGHT]
+    # what it is compared with is the model before training
+    assert not against and causal.untrained_tests(subject, questions, results)[
+        "untrained", "zoom", RIGHT].against is results["untrained", "zoom", RIGHT].marks
     assert len(together) == 4 and sum(together.values()) == 2
     assert not any(name.startswith(("zoom", "tallest")) for name in together)
 
@@ -190,14 +193,15 @@ def test_gaps_and_the_table_by_hand():
     for other in ([theirs], [theirs, theirs]):
         assert difference([mine, marks("1111")], other)[0] == 62.5
     own, zoom = ("image", "as it is", RIGHT), ("untrained", "zoom", RIGHT)
-    run = {own: marks("1111"), ("image", "grey", RIGHT): marks("0000"), zoom: marks("10"),
-           ("image", "grey", SAME): marks("0001"), ("tool image", "as it is", RIGHT): {}}
-    text = causal.table({causal.BASE: [{zoom: marks("11")}], "pearl": [run]}, {"zoom": 0})
+    run = {key: causal.Result(*map(marks, texts)) for key, *texts in (
+        (own, "1111"), (("image", "grey", RIGHT), "0000", "1111"), (zoom, "10", "11"),
+        (("image", "grey", SAME), "0001"), (("tool image", "as it is", RIGHT), ""))}
+    text = causal.table({"pearl": [run]}, {"zoom": 0})
     assert "| pearl | image | as it is | right | 4 | 100.0 [51.0, 100.0] |  |" in text
     assert "| grey | right | 4 | 0.0 [0.0, 49.0] | -100.0 [-100.0, -100.0] |" in text
     assert "| zoom (0 words apart) | right | 2 | 50.0 [9.5, 90.5] | -50.0 [-100.0, +0.0] |" in text
     assert "no question fits" in text and "\n2 differences. An interval that holds 0" in text
-    two = causal.table({"pearl": [run, run | {own: marks("1100")}]}, {})
+    two = causal.table({"pearl": [run, run | {own: causal.Result(marks("1100"))}]}, {})
     assert "| as it is | right | 4 | 75.0 +/- 35.4 |  |" in two
 
 
