@@ -13,35 +13,26 @@ import time
 from collections import Counter
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
 
 from torch.utils.data import DataLoader, Dataset
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import train  # noqa: E402
-from support import splits  # noqa: E402
-from support.answers import common_form, form_of  # noqa: E402
-from support.chat import Chat  # noqa: E402
-from support.families import load_family  # noqa: E402
-from support.features import load_images  # noqa: E402
-from support.images import few_values, open_image  # noqa: E402
-from support.picture_splits import SPLITS  # noqa: E402
-from support.processes import progress, run_program  # noqa: E402
-from support.questions import make_question  # noqa: E402
-from support.records import Example, Records, read_folder  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # before any other `analysis`
+
+import train
+from support import splits
+from support.answers import common_form, form_of
+from support.chat import Chat
+from support.families import load_family
+from support.features import load_images
+from support.images import few_values, open_image
+from support.picture_splits import SPLITS
+from support.processes import progress, run_program
+from support.questions import make_question
+from support.records import Example, Records, read_folder
 
 PER_PROCESS = 200  # records for which a further process pays
-
-
-class Checked(NamedTuple):
-    """What the check of a record shows."""
-
-    task: str
-    split: str
-    # tokens of the longest text that the run makes of it
-    tokens: int
-    # image, or record if it is faulty -> (its fault, its values if they are few)
-    found: dict[str, tuple[str, str]]
+# image, or record if it is faulty -> (its fault, its values if they are few)
+Found = dict[str, tuple[str, str]]
 
 
 class Checks(Dataset):
@@ -56,7 +47,8 @@ class Checks(Dataset):
     def __len__(self) -> int:
         return len(self.examples)
 
-    def __getitem__(self, row: int) -> Checked:
+    def __getitem__(self, row: int) -> tuple[str, str, int, Found]:
+        """(task, split, tokens of the longest text that the run makes of it, what was found)"""
         example, tokens = self.examples[row], 0
         where = self.examples.where(row) if self.config.data else f"record {example.id}"
         found = {str(image): self.look(image, where) for image in example.images
@@ -67,10 +59,10 @@ class Checks(Dataset):
                 tokens = token_count(example, self.chat, self.config, self.common)
             except ValueError as error:
                 found[where] = f"{where}: {error}", ""
-        return Checked(example.task, example.split, tokens, found)
+        return example.task, example.split, tokens, found
 
     def look(self, file: Path, where: str) -> tuple[str, str]:
-        """See Checked.found. Many records may name an image; a process opens it once."""
+        # many records may name an image; a process opens it once
         if file not in self.seen:
             try:
                 self.seen[file] = "", few_values(file, open_image(file, where))
@@ -97,33 +89,32 @@ def check_data(config: train.Config) -> None:
     family = load_family(config.model, config.min_pixels, config.max_pixels)
     chat = Chat(family, family.lm.config.text_config.max_position_embeddings)
     examples = list(chain(*splits.load_splits(config))) if not config.data else read_folder(
-        config.data, config.answer_prefix, notes=notes, problems=faults,
-        by_pixels=True)
+        config.data, config.answer_prefix, notes=notes, problems=faults, by_pixels=True)
     processes = min(os.cpu_count(), len(examples) // PER_PROCESS)
     # the results come in the order of the rows, whichever process has them
-    loader = DataLoader(Checks(examples, chat, config), 16, collate_fn=list,
-                        num_workers=processes,
+    loader = DataLoader(Checks(examples, chat, config), 16, collate_fn=list, num_workers=processes,
                         multiprocessing_context="fork" if processes else None)
     checked = list(progress(chain.from_iterable(loader), "checking records", len(examples)))
-    # the first record that names an image comes last, and stays
-    found = dict(chain(*(record.found.items() for record in reversed(checked))))
-    faults += [fault for fault, _ in reversed(found.values()) if fault]
+    found: Found = {}
+    for *_, own in checked:
+        # the first record that names an image counts
+        found |= {name: result for name, result in own.items() if name not in found}
+    faults += [fault for fault, _ in found.values() if fault]
     if few := [f"{file} ({values})" for file, (_, values) in found.items() if values]:
         notes.append(f"{len(few)} images use few of their values, so that the model sees little in "
                      f"them; stretch the values to the range: {', '.join(few)}")
     if config.data:
-        sound = [row for row, record in enumerate(checked)
-                 if not any(fault for fault, _ in record.found.values())]
+        usable = examples.subset([row for row, (*_, own) in enumerate(checked)
+                                  if not any(fault for fault, _ in own.values())])
         try:
-            usable = examples.subset(sound)
             splits.limit({split: usable.split(split) for split in SPLITS}, config)
         except ValueError as error:
             faults.append(str(error))
-    sides, tasks = (Counter(record[n] for record in checked) for n in (1, 0))
+    tasks, sides = (Counter(record[n] for record in checked) for n in (0, 1))
     print(f"{config.data or config.regime}: {len(checked)} records are well-formed; "
           + ", ".join(f"{sides[split]} {split}" for split in SPLITS))
     print("  tasks: " + ", ".join(f"{count} {task}" for task, count in tasks.items()))
-    print(f"  the longest text has {max((record.tokens for record in checked), default=0)} tokens")
+    print(f"  the longest text has {max((tokens for *_, tokens, _ in checked), default=0)} tokens")
     for note in notes:
         print(f"note: {note}")
     seconds = time.time() - start
