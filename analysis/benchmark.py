@@ -20,8 +20,8 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import make_dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -32,7 +32,7 @@ from PIL import Image
 
 import evaluate
 import train
-from data import StepRows, TrainingExample
+from data import StepRows
 from model import VLM
 from support import run, splits
 from support.options import option, parse
@@ -61,29 +61,11 @@ def build(config: train.Config) -> dict[str, train.Pearl]:
     methods = {}
     for name, method in VARIANTS.items():
         methods[name] = train.find_method(method)(vlm, config).train()
+        # every picture is encoded once for all of them
+        methods[name].encode_images = methods["sft"].encode_images
         # the first one has put LoRA around the layers, and they need it only once
         vlm.set_trainable = lambda *_: None
-    # every picture is encoded once for all of them
-    for method in methods.values():
-        method.encode_images = methods["sft"].encode_images
     return methods
-
-
-def one_step(method: train.Pearl, batch: list[TrainingExample],
-             optimizer: torch.optim.Optimizer) -> tuple[float, float]:
-    """(milliseconds, peak GiB) of forward and backward pass, clipping and the optimiser's step."""
-    device = method.config.device
-    cuda, start = device.startswith("cuda"), now(device)
-    if cuda:
-        torch.cuda.reset_peak_memory_stats()
-    with run.autocast(method.config):
-        total = method(batch).total
-    total.backward()
-    torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], method.clip)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    milliseconds = 1000 * (now(device) - start)
-    return milliseconds, torch.cuda.max_memory_allocated() / 2 ** 30 if cuda else 0.0
 
 
 def steps(config: train.Config) -> dict[str, float]:
@@ -93,7 +75,7 @@ def steps(config: train.Config) -> dict[str, float]:
     sets = {name: train.dataset(method, examples, "train") for name, method in methods.items()}
     trained = {p for method in methods.values() for p in method.parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(trained, lr=0.0)
-    times, names = {name: [] for name in methods}, list(methods)
+    rounds, names = {name: [] for name in methods}, list(methods)  # (milliseconds, peak GiB)
     order = iter(StepRows(len(examples), config.batch, config.seed))
     for step in range(WARMUP + config.steps):
         rows, turn = next(order), step % len(names)
@@ -104,13 +86,22 @@ def steps(config: train.Config) -> dict[str, float]:
             images = method.encode_images([image for example in batch for image in example.images])
             if name == "cached":
                 method.target(batch, images)
-            times[name].append(one_step(method, batch, optimizer))
+            if config.device.startswith("cuda"):
+                torch.cuda.reset_peak_memory_stats()
+            start = now(config.device)
+            with run.autocast(config):
+                total = method(batch).total
+            total.backward()
+            torch.nn.utils.clip_grad_norm_(trained, method.clip)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            rounds[name].append((1000 * (now(config.device) - start),
+                                 torch.cuda.max_memory_allocated() / 2 ** 30))
     print(f"{config.device}, {torch.get_num_threads()} CPU threads, batch {config.batch}, medians "
           f"of {config.steps} rounds\nvariant       ms/step   / SFT   peak GiB")
     numbers: dict[str, float] = {}
-    for name, pairs in times.items():
-        ms = statistics.median(ms for ms, _ in pairs[WARMUP:])
-        gib = max(gib for _, gib in pairs)
+    for name, pairs in rounds.items():
+        ms, gib = statistics.median(ms for ms, _ in pairs[WARMUP:]), max(gib for _, gib in pairs)
         ratio = ms / numbers.get("sft_ms", ms)
         print(f"{name:12s}{ms:9.1f}{ratio:8.2f}{gib:11.2f}")
         numbers |= {f"{name}_ms": ms, f"{name}_over_sft": ratio, f"{name}_gib": gib}
@@ -130,7 +121,8 @@ def answers(path: str, options: evaluate.Options) -> dict[str, float]:
     for example in splits.test_questions(config, options.per_task, options.split):
         for way, answer in ways.items():
             # an evaluator for each way: the next one must not find the picture encoded
-            evaluator, start = evaluate.Evaluator(vlm, [example], config.answer_prefix), now("cpu")
+            evaluator = evaluate.Evaluator(vlm, [example], config.answer_prefix)
+            start = now(options.device)
             answer(evaluator)
             times[way].append(1000 * (now(options.device) - start))
     # the first question warms up
@@ -140,59 +132,61 @@ def answers(path: str, options: evaluate.Options) -> dict[str, float]:
 # ---- data ---------------------------------------------------------------------------------------
 
 
-def write_records(folder: Path, count: int, pictures: int) -> None:
+@dataclass
+class DataConfig(train.Config):
+    records: int = option(10_000, "records of the folder")
+
+
+def write_records(folder: Path, count: int) -> None:
     """A data folder. All records of a question's picture are of one split."""
     (folder / "images").mkdir(parents=True)
+    pictures = min(300, count // 4)
     for n in range(pictures):
         Image.effect_noise((256, 256), 64).convert("RGB").save(folder / f"images/{n}.png")
     rng, steps = random.Random(0), ["Look. [crop 0 0 9 9]", Path("tool"), "Red. Answer: red"]
     with open(folder / "trajectories.jsonl", "w", encoding="utf-8") as file:
         for n in range(count):
-            split = {0: "validation", 1: "test"}.get(n % pictures, "train")
+            first, second = n % pictures, rng.randrange(pictures)
+            split = {0: "validation", 1: "test"}.get(first, "train")
             example = Example(f"{n}", "colour", Path("question"), f"{n}: which colour?",
                               ["red", "blue"], "red", steps, split)
-            names = [f"images/{m}.png" for m in (n % pictures, rng.randrange(pictures))]
-            file.write(record_line(example, names))
+            file.write(record_line(example, [f"images/{first}.png", f"images/{second}.png"]))
 
 
 class TimedRun(run.Run):
-    """A run that asks no question and notes when its first step began."""
-
-    def once(self, name: str, make: Callable) -> list:
-        return []
+    """A run that asks nothing and notes when its first step began."""
 
     def validates(self, step: int) -> bool:
         return False
 
     def steps(self, ready: Iterator[list]) -> Iterator[tuple[int, list]]:
         for step, passes in super().steps(ready):
-            self.began = self.began if step > 1 else now("cpu")
+            self.began = self.began if step > 1 else time.perf_counter()
             yield step, passes
 
 
-def peak_gib() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
-
-
-def data(config: train.Config) -> dict[str, float]:
+def data(config: DataConfig) -> dict[str, float]:
     """The start of a run and its steps on a folder of config.records records."""
     with TemporaryDirectory() as place:
         config.data, config.out = f"{place}/data", f"{place}/run"
-        write_records(Path(config.data), config.records, config.pictures)
+        write_records(Path(config.data), config.records)
         # the model alone first, to know its share
         start = now(config.device)
         VLM(config.model, getattr(torch, config.dtype)).to(config.device)
-        loaded, model = now(config.device), peak_gib()
+        loaded, model = now(config.device), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         with TimedRun(config, resume=False) as this:
+            this.answers = False
             train.fit(config, this)
         log = (Path(config.out) / "log.jsonl").read_text(encoding="utf-8").splitlines()
-    lines = [line for line in map(json.loads, log) if line["kind"] == "train"]
     # the first steps wait until the processes that prepare data are there
-    later, seconds = lines[1:] or lines, this.began - loaded
-    waited = sum(line["waited"] * line["ms"] for line in later) / sum(line["ms"] for line in later)
+    lines = [line for line in map(json.loads, log) if line["kind"] == "train"]
+    lines = lines[1:] or lines
+    waited = sum(line["waited"] * line["ms"] for line in lines) / sum(line["ms"] for line in lines)
+    seconds = this.began - loaded
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return dict(seconds_until_first_step=seconds, seconds_of_the_model=loaded - start,
                 records_per_second=config.records / max(1e-9, seconds - (loaded - start)),
-                gib_above_the_model=peak_gib() - model, share_of_a_step_waiting=waited)
+                gib_above_the_model=(peak - model) / 2 ** 20, share_of_a_step_waiting=waited)
 
 
 def main() -> None:
@@ -202,10 +196,7 @@ def main() -> None:
     elif command == "answers" and rest:
         numbers = answers(rest[0], parse(evaluate.Options, ["--per_task", "8", *rest[1:]], __doc__))
     elif command == "data":
-        own = [("records", int, option(10_000, "records of the folder")),
-               ("pictures", int, option(300, "files that they share, three or more"))]
-        options = make_dataclass("Options", own, bases=(train.Config,))
-        numbers = data(parse(options, ["--steps", "20", *rest], __doc__))
+        numbers = data(parse(DataConfig, ["--steps", "20", *rest], __doc__))
     else:
         sys.exit(__doc__)
     if command != "steps":

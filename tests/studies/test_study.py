@@ -110,7 +110,7 @@ def test_settings_are_chosen_on_validation_questions(programs, tmp_path, monkeyp
 @pytest.mark.parametrize("options, name", [
     ("steps --steps 1 --batch 2 --train_examples 4", "paper_over_sft"),
     ("answers tiny-vlm --per_task 1", "tool_ms"),
-    ("data --records 40 --pictures 10 --steps 2 --batch 2 --workers 0", "share_of_a_step_waiting")])
+    ("data --records 40 --steps 2 --batch 2 --workers 0", "share_of_a_step_waiting")])
 def test_a_benchmark_ends_with_one_json_line_and_writes_nothing(tmp_path, monkeypatch, capsys,
                                                                 options, name):
     (tmp_path / "tiny-vlm").symlink_to(Path(train.__file__).parent / "tiny-vlm")
