@@ -2,6 +2,7 @@
 the world, of other model families and of other methods is what their runs read; it needs no
 weights; only a terminal gets colour; what is missing is one sentence."""
 
+import itertools
 import re
 import sys
 
@@ -47,10 +48,6 @@ target view, 42 tokens
       27-37  <|vision_end|> <|im_end|> \\n <|im_start|> assistant \\n The ·digit ·is ·seven .
       38-40  ·Answer : ·seven
          41  <|im_end|>  <- h_R
-
-L_VLM (Eq. 3): the 24 tokens marked s, each from the state before it
-L_JEPA (Eq. 1): h^_R, state 35 of the input view, and h_R, state 41 of the target view
-L_NextLat (Eq. 2): the states of the 24 tokens marked s, each from the one before it
 """.splitlines()
 
 
@@ -80,7 +77,7 @@ def shown(monkeypatch, capsys):
 
 def view_of(lines: list[str], name: str) -> list[str]:
     start = next(n for n, line in enumerate(lines) if line.startswith(f"{name} view"))
-    return lines[start + 1:lines.index("", start)]
+    return [*itertools.takewhile(bool, lines[start + 1:])]
 
 
 def test_the_worked_example_and_an_unusual_record_to_the_token(shown, folder):
@@ -109,12 +106,9 @@ def test_rows_are_counted_from_0_and_what_is_missing_is_one_sentence(shown, fold
 def test_where_h_R_stands(shown, folder):
     paper = shown("--data", folder, "--method", "paper", "--pred_tokens", 0)
     assert view_of(paper, "input")[-1] == "         33  \\n  <- h^_R"
-    assert paper[-1].startswith("L_NextLat (Eq. 2): the states of the target view")
-    image = shown("--data", folder, "--method", "target_state", "--target_position", "image",
-                  "--target_layer", 2)
+    image = shown("--data", folder, "--method", "target_state", "--target_position", "image")
     marked = [line for line in view_of(image, "target") if line.endswith("<- h_R")]
     assert [line[:11] for line in marked] == ["      23-26"]
-    assert image[-2].endswith("h_R, the mean of 4 states of the target view, entering layer 2")
     word = shown("--data", folder, "--method", "target_state", "--target_position", "word")
     assert view_of(word, "target")[-2] == "         40  ·seven  <- h_R"
 
@@ -128,7 +122,6 @@ def test_the_views_of_the_release(shown, folder):
     assert [line for line in lines if line.startswith("s")] == [
         "s     34-42  Zoom ·in ·on ·the ·red ·disc . <|im_end|> \\n",
         "s     57-66  The ·digit ·is ·seven . ·Answer : ·seven <|im_end|> \\n"]
-    assert lines[-1] == "L_NextLat, token term: of each such state the token itself, if marked s"
 
 
 def test_latents_and_bare_answers(shown, folder):
@@ -137,14 +130,13 @@ def test_latents_and_bare_answers(shown, folder):
     assert view_of(recon, "full")[-3:] == [
         "      49-50  2 x latent, positions 37-38", "         51  <|vision_end|>",
         "s     52-60  The ·digit ·is ·seven . ·Answer : ·seven <|im_end|>"]
-    assert recon[-1] == "L_latent: of each latent the visual embedding, from the state before it"
     direct = shown("--data", folder, "--method", "direct")
     assert view_of(direct, "full")[-1] == "s     34-37  Answer : ·seven <|im_end|>"
     both = shown("--data", folder, "--method", "both")
     assert both == shown("--data", folder, "--method", "sft") + direct[1:]
     # beside a trajectory a bare answer has no h_R
     answers = shown("--data", folder, "--method", "with_answers", "--pred_tokens", 2)
-    assert answers[:len(WORKED)] == WORKED and len([x for x in answers if "L_JEPA" in x]) == 1
+    assert answers[:len(WORKED)] == WORKED and len([x for x in answers if "<- h_R" in x]) == 1
 
 
 # ---- families, terminals ----
