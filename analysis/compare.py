@@ -2,14 +2,13 @@
 
     python analysis/compare.py RUN RUN ...                 # from what the runs wrote
     python analysis/compare.py RUN RUN tiny-vlm --again    # asks all anew; a checkpoint beside them
-    python analysis/compare.py RUN RUN --json FILE --markdown FILE
+    python analysis/compare.py RUN RUN --json FILE         # the tables and every answer
 
 Runs of one arm and several seeds are one row. Only runs of one base, training set and set of
 questions are averaged or subtracted. The other options are those of evaluate.py.
 """
 
 import sys
-from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
 
@@ -17,18 +16,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # before any ot
 
 import evaluate
 from analysis.tables import comparison, read_run
-from support.files import read_json, write_json, write_text
-from support.options import option, parse
+from support.files import read_json, write_json
+from support.options import parse
 from support.processes import run_program
 from support.tables import format_table, summarise
 
 
-@dataclass
-class Options(evaluate.Options):
-    markdown: str = option("", "write the table over systems to this file")
-
-
-def answers_of(path: Path, options: Options) -> dict:
+def answers_of(path: Path, options: evaluate.Options) -> dict:
     """The answers of a run or checkpoint, stored or asked for; of a run also its config."""
     if (path / "results.json").is_file() and not (options.again or options.data):
         return read_run(path)
@@ -41,7 +35,8 @@ def answers_of(path: Path, options: Options) -> dict:
 
 def main() -> None:
     paths = list(takewhile(lambda argument: not argument.startswith("-"), sys.argv[1:]))
-    options = parse(Options, sys.argv[1 + len(paths):] if paths else ["--help"], __doc__)
+    rest = sys.argv[1 + len(paths):] if paths else ["--help"]
+    options = parse(evaluate.Options, rest, __doc__)
     models = {path: answers_of(Path(path), options) for path in paths}
     columns = {path: summarise(model["answers"]) for path, model in models.items()}
     print(format_table(columns))
@@ -53,8 +48,6 @@ def main() -> None:
         tables = {path: dict(table=columns[path], answers=models[path]["answers"])
                   for path in paths}
         write_json(Path(options.json), dict(tables, systems=rows))
-    if options.markdown:
-        write_text(Path(options.markdown), text + "\n")
 
 
 if __name__ == "__main__":

@@ -98,17 +98,6 @@ def setting(run: dict) -> dict:
                 questions=questions)
 
 
-def by_seed(runs: dict[str, dict], names: dict[str, str]) -> dict[str, dict[int, dict]]:
-    """Arm -> seed -> run. A second run of one arm and seed is no further seed: it is a row of its
-    own, which names it."""
-    groups: dict[str, dict[int, dict]] = {}
-    for name, run in runs.items():
-        arm, seed = names[name], run["config"]["seed"]
-        again = seed in groups.get(arm, {})
-        groups.setdefault(f"{arm} again ({name})" if again else arm, {})[seed] = run
-    return groups
-
-
 def comparison(runs: dict[str, dict], reference: str = "sft",
                names: dict[str, str] | None = None) -> tuple[list[dict], str]:
     """Rows, one for each system, and the tables as text, one for each `setting`.
@@ -132,10 +121,16 @@ def comparison(runs: dict[str, dict], reference: str = "sft",
 
 def systems(runs: dict[str, dict], reference: str, names: dict[str, str] | None) -> list[dict]:
     """The rows of runs of one setting."""
-    groups = by_seed(runs, names or arms({run: r["config"] for run, r in runs.items()}))
-    first, rows = next(iter(runs.values())), []
-    if first.get("before"):
-        rows.append(row_of("no fine-tuning", "direct", {0: dict(answers=first["before"])}, {}))
+    names = names or arms({name: run["config"] for name, run in runs.items()})
+    groups: dict[str, dict[int, dict]] = {}  # arm -> seed -> run
+    for name, run in runs.items():
+        arm, seed = names[name], run["config"]["seed"]
+        # a second run of one arm and seed is no further seed: it is a row that names it
+        arm = f"{arm} again ({name})" if seed in groups.get(arm, {}) else arm
+        groups.setdefault(arm, {})[seed] = run
+    rows, before = [], next(iter(runs.values())).get("before")
+    if before:
+        rows.append(row_of("no fine-tuning", "direct", {0: dict(answers=before)}, {}))
     for name, seeds in groups.items():
         method = next(iter(seeds.values()))["config"]["method"]
         way = "latent" if "recon" in method.split("+") else "direct"
@@ -164,8 +159,7 @@ def row_of(name: str, way: str, seeds: dict[int, dict], against: dict[int, dict]
     way: in which the system answers: direct; latent for recon; call for explicit tool use. A
     reconstruction arm within 10 points of guessing is not compared.
     """
-    tables, others = ({seed: summarise(run["answers"]) for seed, run in group.items()
-                       if seed in seeds} for group in (seeds, against))
+    tables = {seed: summarise(run["answers"]) for seed, run in seeds.items()}
     one = next(iter(tables.values()))
     total = overall(one)
     row = dict(system=name, way=way, seeds=len(seeds), total=total, own=percent(tables, total, way),
@@ -173,8 +167,8 @@ def row_of(name: str, way: str, seeds: dict[int, dict], against: dict[int, dict]
                chance=100 * one[total]["chance"],
                tasks={task: percent(tables, task, way) for task in one if task != total})
     row["compared"] = way != "latent" or statistics.mean(row["own"]) > row["chance"] + 10
-    if others and row["compared"]:
-        both = sorted(others)
+    both = sorted(seeds.keys() & against.keys())
+    if both and row["compared"]:
         row["difference"] = difference([marks(seeds[seed], way) for seed in both],
                                        [marks(against[seed], "direct") for seed in both])
     costs = [r["cost"][way] for run in seeds.values() for r in run["answers"] if way in r["cost"]]
