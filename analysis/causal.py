@@ -32,7 +32,7 @@ from PIL import Image
 from torch import Tensor
 
 import evaluate
-from analysis.tables import arm_of, change_text, difference, mean_std, table_of
+from analysis.compare import arm_of, change_text, difference, mean_std, table_of
 from baselines import reconstruction
 from model import VLM
 from support import answers, run

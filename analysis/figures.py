@@ -29,7 +29,7 @@ import torch.nn.functional as F
 import evaluate
 import train
 from analysis import probes
-from analysis.states import config_of
+from analysis.targets import config_of
 from baselines import reconstruction
 from model import VLM
 from support import answers, run

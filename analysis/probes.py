@@ -15,7 +15,7 @@ from torch import Tensor
 import evaluate
 import losses
 import train
-from analysis.states import passes, targets_of
+from analysis.targets import passes, targets_of
 from baselines.variants import EMA, Current
 from data import collate
 from model import VLM

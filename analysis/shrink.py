@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # before any ot
 
 import evaluate
 from analysis import figures
-from analysis.tables import arm_of, change_text, difference, mean_std, table_of
+from analysis.compare import arm_of, change_text, difference, mean_std, table_of
 from support.files import read_json, write_json
 from support.processes import run_program
 from support.splits import test_questions

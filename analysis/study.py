@@ -25,7 +25,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # before any other `analysis`
 
-from analysis.tables import arm_of, comparison, read_run, run_name
+from analysis.compare import arm_of, comparison, read_run, run_name
 from support.files import write_json, write_text
 from support.options import value_of
 from support.processes import run_program

@@ -12,32 +12,134 @@ task, on the answer within the task (and by chance, with shuffled answers), and 
 anything depends on the answer, Pearl has nothing to teach (RESULTS.md, "What h_R tells").
 Tasks and answers must repeat in the data: if every record has its own answer, there is nothing to
 average, and the share by chance comes close to the answer's.
+Letters: n records, B batch, T sequence, D hidden size.
 """
 
 import argparse
 import sys
-from dataclasses import replace
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # before any other `analysis`
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 import evaluate
+import losses
 import train
-from analysis import states
-from analysis.tables import arm_of, mean_std, table_of
+from analysis.compare import arm_of, mean_std, table_of
+from baselines.variants import mean_at, positions, states_entering
+from data import TrainingExample, Trajectories
 from model import VLM
 from support import options
+from support.chat import Chat
+from support.features import EncodedImage
 from support.files import read_json
 from support.processes import run_program
+from support.records import Example
+from support.run import finished
 from support.splits import load_splits
 
 # the header and the digits of each column
 COLUMNS = dict(common=("common", 3), task=("task", 3), answer=("answer", 3),
                answer_by_chance=("by chance", 3), rest=("rest", 3), mean_cosine=("mean cosine", 3),
                effective_rank=("rank", 1), ms=("ms per step", 0))
+
+POSITIONS = ("end", "word", "words", "image")
+Place = tuple[int, str]  # a layer and a position
+
+
+def config_of(run: Path, device: str) -> train.Config:
+    """The options that a run was trained with, for one process on this device."""
+    saved, _ = finished(run)
+    kind = train.config_class(saved["method"])
+    # options of an older version are left out
+    known = {field.name: saved[field.name] for field in fields(kind) if field.name in saved}
+    return kind(**known | dict(device=device, shard=False, gradient_checkpointing=False))
+
+
+def passes(method: train.Pearl, records: Sequence[Example]
+           ) -> Iterator[tuple[list[TrainingExample], dict[str, EncodedImage]]]:
+    """The records in batches, in their order, with the features of their images."""
+    method.eval()
+    # not train.dataset: a method that learns bare answers has other records than these
+    views = partial(type(method).views, method.config)
+    chat = Chat(method.vlm.family, method.vlm.max_positions)
+    dataset = Trajectories(records, "", views, chat, method.encode_images.cache)
+    for rows in torch.arange(len(dataset)).split(method.config.batch):
+        (batch,) = dataset.passes(rows.tolist(), len(rows))
+        yield batch, method.encode_images([image for ex in batch for image in ex.images])
+
+
+@torch.no_grad()
+def targets_of(method: train.Pearl, records: Sequence[Example]) -> Tensor:
+    """h_R (n, D) by the method's own model, as the method defines it."""
+    return torch.cat([method.encode_target(method.vlm, batch, images).embedding.float().cpu()
+                      for batch, images in passes(method, records)])
+
+
+@torch.no_grad()
+def states_of(method: train.Pearl, records: Sequence[Example]) -> dict[Place, Tensor]:
+    """(n, D) for each layer and position. Layer 0 is what enters the first layer, the highest
+    number the state behind the final norm. "image" is left out if a record has no tool image."""
+    vlm, parts = method.vlm, defaultdict(list)
+    for batch, images in passes(method, records):
+        with ExitStack() as stack:
+            entering = [stack.enter_context(states_entering(vlm, layer))
+                        for layer in range(len(vlm.lm.get_decoder().layers))]
+            encoded = method.encode_target(vlm, batch, images)
+        for position in POSITIONS:
+            where = positions(encoded.batch, vlm, position)
+            if where.any(dim=1).all():
+                for layer, states in enumerate([*(kept[0] for kept in entering), encoded.states]):
+                    parts[layer, position].append(mean_at(states.float(), where).cpu())
+    return {place: torch.cat(means) for place, means in parts.items()
+            if sum(map(len, means)) == len(records)}
+
+
+def shares(h: Tensor, records: Sequence) -> dict[str, float]:
+    """The parts of h (n, D), as shares of the squared length of rows of length 1. They add up to 1.
+
+    common: the mean of all rows. task: what the mean of each task adds. answer: what the mean of
+    each answer adds within its task. rest: what is left. Beside them answer_by_chance: the answer's
+    share with shuffled answers in each task, because small groups always explain a little, and
+    above_chance: the answer's share minus that.
+    """
+    h = F.normalize(h.double(), dim=1)
+    tasks = [record.task for record in records]
+    shuffled, generator = [""] * len(records), torch.Generator().manual_seed(0)
+    # in the order of the data, so that every run shuffles in the same way
+    for task in dict.fromkeys(tasks):
+        rows = [i for i, other in enumerate(tasks) if other == task]
+        for i, j in zip(rows, torch.randperm(len(rows), generator=generator).tolist()):
+            shuffled[i] = records[rows[j]].answer
+
+    def unexplained(groups: list) -> float:
+        """Mean squared distance of a row from the mean of its group."""
+        number = {group: n for n, group in enumerate(dict.fromkeys(groups))}
+        member = F.one_hot(torch.tensor([number[group] for group in groups])).double()
+        mean = member.T @ h / member.sum(0)[:, None]  # (groups, D)
+        return float((h - member @ mean).square().sum(1).mean())
+
+    common, task = unexplained([0] * len(records)), unexplained(tasks)
+    answer = unexplained([(record.task, record.answer) for record in records])
+    chance = unexplained(list(zip(tasks, shuffled)))
+    return dict(common=1 - common, task=common - task, answer=task - answer, rest=answer,
+                answer_by_chance=task - chance, above_chance=chance - answer)
+
+
+def numbers_of(h: Tensor, records: Sequence) -> dict[str, float]:
+    """`shares`, and the gauges of a collapse, of h_R (n, D)."""
+    return shares(h, records) | losses.collapse_gauges(h, h)
+
+
+# ---- the program --------------------------------------------------------------------------------
 
 
 def table(rows: dict[str, list[dict[str, float]]]) -> str:
@@ -48,13 +150,13 @@ def table(rows: dict[str, list[dict[str, float]]]) -> str:
                   for name in names)] for title, measurements in rows.items()])
 
 
-def layers_table(h_of: dict[states.Place, torch.Tensor], records: list) -> str:
-    """Markdown: how much depends on the answer, above chance, in all states (states.states_of): as
+def layers_table(h_of: dict[Place, Tensor], records: list) -> str:
+    """Markdown: how much depends on the answer, above chance, in all states (see states_of): as
     the cosine sees them, and with their mean subtracted (centred; the largest is bold)."""
     rows = []
     for (layer, position), h in h_of.items():
         unit = F.normalize(h, dim=1)
-        above, centred = (states.shares(part, records)["above_chance"]
+        above, centred = (shares(part, records)["above_chance"]
                           for part in (unit, unit - unit.mean(0)))
         rows.append((centred, [f"layer {layer}, {position}", f"{above:.3f}", f"{centred:.3f}"]))
     best, _ = max(rows)
@@ -75,8 +177,8 @@ def report(config: train.Config, all_layers: bool) -> str:
     method = starting_method(config)
     if all_layers:
         return (f"States of R {read_by}; the highest layer is the state behind the final norm\n\n"
-                f"{layers_table(states.states_of(method, examples), examples)}")
-    numbers = states.numbers_of(states.targets_of(method, examples), examples)
+                f"{layers_table(states_of(method, examples), examples)}")
+    numbers = numbers_of(targets_of(method, examples), examples)
     return f"h_R {read_by}\n\n{table({'h_R': [numbers]})}"
 
 
@@ -84,13 +186,13 @@ def runs_report(runs: list[Path], device: str) -> str:
     """h_R of the validation trajectories, read by each run's best model."""
     arms: dict[str, list[dict]] = {}
     for run in runs:
-        config, vlm = states.config_of(run, device), evaluate.load_model(run, device)[0]
+        config, vlm = config_of(run, device), evaluate.load_model(run, device)[0]
         examples = list(load_splits(replace(config, test_per_task=1))[1])
         # the new LoRA layers are zero, so the method's model is the trained one
-        h = states.targets_of(train.find_method(config.method)(vlm, config), examples)
+        h = targets_of(train.find_method(config.method)(vlm, config), examples)
         # validations included
         ms = 1000 * read_json(run / "results.json")["train_seconds"] / config.steps
-        arms.setdefault(arm_of(run.name), []).append(states.numbers_of(h, examples) | dict(ms=ms))
+        arms.setdefault(arm_of(run.name), []).append(numbers_of(h, examples) | dict(ms=ms))
     return table(arms)
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from analysis import causal
-from analysis.tables import difference
+from analysis.compare import difference
 from baselines import reconstruction
 from evaluate import Evaluator
 from support.features import load_images

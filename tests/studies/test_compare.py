@@ -9,7 +9,7 @@ import pytest
 
 import evaluate
 from analysis import compare
-from analysis.tables import arms, comparison, difference
+from analysis.compare import arms, comparison, difference
 from support.files import read_json, write_json
 from support.tables import conclusion, format_table, overall, summarise, wilson
 

@@ -12,7 +12,7 @@ import pytest
 
 import train
 from analysis import benchmark, study
-from analysis.tables import arm_of
+from analysis.compare import arm_of
 from support.files import write_json
 from support.lora import lora_layers
 from world.scenes import REGIMES

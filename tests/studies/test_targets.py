@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import train
-from analysis import states, targets
+from analysis import targets
 from support import run
 from support.files import write_json
 from support.lora import lora_layers
@@ -22,7 +22,7 @@ def starting(**options):
 
 
 def mean_cosine(method, world):
-    return states.numbers_of(states.targets_of(method, world), world)["mean_cosine"]
+    return targets.numbers_of(targets.targets_of(method, world), world)["mean_cosine"]
 
 
 def test_shares_are_those_that_an_embedding_was_made_of():
@@ -33,7 +33,7 @@ def test_shares_are_those_that_an_embedding_was_made_of():
         task, answer, other = n % 2, n // 2 % 3, n // 6 % 2
         h[n, [0, 1 + task, 3 + answer, 6 + other]] = torch.tensor([3.0, 2.0, 1.0, 0.5])
         records.append(SimpleNamespace(task=f"task {task}", answer=f"{answer}"))
-    shares, total = states.shares(7 * h, records), 9 + 4 + 1 + 0.25
+    shares, total = targets.shares(7 * h, records), 9 + 4 + 1 + 0.25
     # the mean of each part is common too; the length of the rows does not matter
     assert shares["common"] == pytest.approx((9 + 4 / 2 + 1 / 3 + 0.25 / 2) / total)
     assert [shares[name] * total for name in ("task", "answer", "rest")] == pytest.approx(
@@ -42,7 +42,7 @@ def test_shares_are_those_that_an_embedding_was_made_of():
     assert shares["above_chance"] == pytest.approx(shares["answer"] - shares["answer_by_chance"])
     records = [SimpleNamespace(task="t", answer=str(n % 2)) for n in range(40)]
     h = torch.tensor([[10.0, 1, 0], [10.0, -1, 0]]).repeat(20, 1)
-    assert states.shares(h, records)["answer"] == pytest.approx(1 / 101)
+    assert targets.shares(h, records)["answer"] == pytest.approx(1 / 101)
     text = targets.layers_table({(1, "end"): h, (1, "word"): h + 1}, records)
     (bold,) = [line.strip("|* ").split("** | **") for line in text.splitlines() if "**" in line]
     assert bold[0] == "layer 1, end" and float(bold[1]) < 0.01 and float(bold[2]) > 0.9
@@ -52,12 +52,12 @@ def test_shares_are_those_that_an_embedding_was_made_of():
 def test_the_states_of_the_table_are_those_that_training_would_predict():
     """Each record alone, by transformers' own list of states, and by --method target_state."""
     world, method = scenes.make_world("mixed", "train", 4, seed=3), starting()
-    h_of, vlm = states.states_of(method, world), method.vlm
+    h_of, vlm = targets.states_of(method, world), method.vlm
     last = len(vlm.lm.get_decoder().layers)
-    assert set(h_of) == {(n, p) for n in range(last + 1) for p in states.POSITIONS}
+    assert set(h_of) == {(n, p) for n in range(last + 1) for p in targets.POSITIONS}
     end, image = vlm.tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|image_pad|>"])
     for row, example in enumerate(world):
-        [(batch, images)] = states.passes(method, [example])
+        [(batch, images)] = targets.passes(method, [example])
         view = batch[0].views.target
         inputs = vlm.embed(train.collate([view], vlm.pad_id), images)
         hidden = vlm.family.states(**inputs, output_hidden_states=True).hidden_states
@@ -68,10 +68,10 @@ def test_the_states_of_the_table_are_those_that_training_would_predict():
             torch.testing.assert_close(h[row], hidden[layer][0, at[position]].mean(dim=0),
                                        rtol=1e-4, atol=1e-4)
     chosen = starting(method="target_state", target_layer=2, target_position="words")
-    torch.testing.assert_close(states.targets_of(chosen, world), h_of[2, "words"])
-    torch.testing.assert_close(states.targets_of(method, world), h_of[last, "end"])
+    torch.testing.assert_close(targets.targets_of(chosen, world), h_of[2, "words"])
+    torch.testing.assert_close(targets.targets_of(method, world), h_of[last, "end"])
     bare = [example.answer_only("Answer:") for example in world[:2]]
-    assert {position for _, position in states.states_of(method, bare)} == {"end", "word", "words"}
+    assert {position for _, position in targets.states_of(method, bare)} == {"end", "word", "words"}
 
 
 def test_the_program_prints_a_table(monkeypatch, capsys):
