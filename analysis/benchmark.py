@@ -52,9 +52,6 @@ def now(device: str) -> float:
     return time.perf_counter()
 
 
-# ---- steps --------------------------------------------------------------------------------------
-
-
 def build(config: train.Config) -> dict[str, train.Pearl]:
     """The variants by name, all around one model."""
     vlm = VLM(config.model, getattr(torch, config.dtype), config.min_pixels, config.max_pixels)
@@ -108,9 +105,6 @@ def steps(config: train.Config) -> dict[str, float]:
     return numbers
 
 
-# ---- answers ------------------------------------------------------------------------------------
-
-
 def answers(path: str, options: evaluate.Options) -> dict[str, float]:
     """Median milliseconds of an answer, for each way to answer."""
     vlm, config, ways = evaluate.load_model(path, options.device, options.min_pixels,
@@ -127,9 +121,6 @@ def answers(path: str, options: evaluate.Options) -> dict[str, float]:
             times[way].append(1000 * (now(options.device) - start))
     # the first question warms up
     return {f"{way}_ms": statistics.median(values[1:]) for way, values in times.items()}
-
-
-# ---- data ---------------------------------------------------------------------------------------
 
 
 @dataclass

@@ -280,9 +280,6 @@ def untrained_tests(subject: Subject, questions: Questions, before: Results) -> 
             for task, key in keys.items()}
 
 
-# ---- the table ----------------------------------------------------------------------------------
-
-
 def table(systems: dict[str, list[Results]], distances: dict[str, int]) -> str:
     """Markdown: for each result its share in %, with the 95% interval (Wilson) of one seed or the
     standard deviation over seeds, and the difference to what it is compared with."""

@@ -215,9 +215,6 @@ def markdown(rows: list[dict], reference: str) -> str:
             "such intervals about one misses the true difference.")
 
 
-# ---- the program --------------------------------------------------------------------------------
-
-
 def answers_of(path: Path, options: evaluate.Options) -> dict:
     """The answers of a run or checkpoint, stored or asked for; of a run also its config."""
     if (path / "results.json").is_file() and not (options.again or options.data):

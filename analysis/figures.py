@@ -32,10 +32,11 @@ from analysis import probes
 from analysis.targets import config_of
 from baselines import reconstruction
 from model import VLM
-from support import answers, run
+from support import run
 from support.features import load_images
 from support.files import new_folder, read_json, write_json
 from support.processes import run_program
+from support.questions import answer_record
 from support.records import Example
 from support.splits import load_splits
 from support.tables import HELD_OUT, overall, summarise
@@ -46,16 +47,14 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 COUNTS = [0, 1, 2, 4, 8, 16, 32, 64]  # of latents, in Fig. 3
 
 
-def need_packages() -> None:
-    """Raises ValueError with the command that installs what is missing."""
+def refuse(out: Path) -> None:
+    """Raises what would stop a figure, before any work: FileExistsError, or ValueError with the
+    command that installs what is missing."""
+    if out.exists():
+        raise FileExistsError(f"{out} exists already: choose another name, nothing is overwritten")
     if any(importlib.util.find_spec(name) is None for name in ("matplotlib", "sklearn")):
         raise ValueError("the figures need two optional packages: pip install matplotlib "
                          "scikit-learn")
-
-
-def refuse_existing(file: Path) -> None:
-    if file.exists():
-        raise FileExistsError(f"{file} exists already: choose another name, nothing is overwritten")
 
 
 def canvas(titles: list[str], columns: int = 1, size: tuple[float, float] = (7.0, 4.4)):
@@ -73,9 +72,6 @@ def canvas(titles: list[str], columns: int = 1, size: tuple[float, float] = (7.0
     for unused in axes[len(titles):]:
         unused.set_visible(False)
     return figure, axes[:len(titles)]
-
-
-# ---- what training logged -----------------------------------------------------------------------
 
 
 def logged(folder: Path) -> dict[str, list[tuple[float, float]]]:
@@ -119,24 +115,16 @@ def shrinking(arms: list, alphas: Sequence[float], before: tuple[float, float]):
               label="before training")
     for n, arm in enumerate(arms):
         seeds = f"{len(arm.runs)} seed{'s' * (len(arm.runs) > 1)}"
-        ways = dict(held=("direct", True), direct=("direct", False), tool=("tool", False))
-        points = [{name: statistics.mean(arm.accuracies(alpha, way, held_out=held_out))
-                   for name, (way, held_out) in ways.items()} for alpha in alphas]
-        colour = f"C{n}"
-        axis.plot([p["held"] for p in points], [p["direct"] for p in points], color=colour,
-                  label=f"{arm.name} ({seeds})")
-        for alpha, point in zip(alphas, points):
-            skilled = point["tool"] >= 0.95 * points[0]["tool"]
-            axis.plot(point["held"], point["direct"], "o", color=colour,
-                      markersize=10 if alpha == 1 else 6,
-                      markerfacecolor=colour if skilled else "white")
+        direct, tool, held = ([statistics.mean(arm.accuracies(alpha, *which)) for alpha in alphas]
+                              for which in (("direct",), ("tool",), ("direct", "test", True)))
+        axis.plot(held, direct, color=f"C{n}", label=f"{arm.name} ({seeds})")
+        for alpha, x, y, skill in zip(alphas, held, direct, tool):
+            axis.plot(x, y, "o", color=f"C{n}", markersize=10 if alpha == 1 else 6,
+                      markerfacecolor=f"C{n}" if skill >= 0.95 * tool[0] else "white")
     axis.set_xlabel(f"accuracy on the held-out task ({HELD_OUT}), %")
     axis.set_ylabel("direct accuracy on the trained tasks, %")
     axis.legend()
     return figure
-
-
-# ---- latents ------------------------------------------------------------------------------------
 
 
 def latents_per_example(config: train.Config, decoded: int):
@@ -170,9 +158,9 @@ def latents_decoded(folder: Path, pearl: float | None, tests: list[Example]):
     accuracy = []
     for count in COUNTS:
         replies = reconstruction.answer(evaluator, scale, count)
-        right = [answers.says(reply["text"], ex.options, config.answer_prefix)
-                 == ex.options.index(ex.answer) for reply, ex in zip(replies, tests)]
-        accuracy.append(100 * sum(right) / len(tests))
+        right = [answer_record(ex, dict(latent=reply), config.answer_prefix)["latent_right"]
+                 for reply, ex in zip(replies, tests)]
+        accuracy.append(100 * statistics.mean(right))
     pair = torch.tensor([[math.log2(count) for count in COUNTS[1:]], accuracy[1:]])
     # equal accuracies have no correlation: 0
     r = float(torch.corrcoef(pair)[0, 1].nan_to_num())
@@ -187,9 +175,6 @@ def latents_decoded(folder: Path, pearl: float | None, tests: list[Example]):
     axis.legend()
     return figure, dict(accuracy=dict(zip(COUNTS, accuracy)), pearson_r=r, r_squared=r * r,
                         chance=guessing, trained_with=config.latents)
-
-
-# ---- embeddings ---------------------------------------------------------------------------------
 
 
 def embedding_maps(runs: dict[str, Path], configs: dict, tests: list[Example]):
@@ -224,9 +209,6 @@ def embedding_maps(runs: dict[str, Path], configs: dict, tests: list[Example]):
         axes[0].scatter([], [], marker=marker, color="black", label=name)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=6)
     return figure, known
-
-
-# ---- all of them --------------------------------------------------------------------------------
 
 
 def all_figures(folders: list[Path], out: Path, per_task: int) -> None:
@@ -276,8 +258,7 @@ def main() -> None:
     args = parser.parse_args()
     if not (args.curves or args.runs):
         parser.error("name RUN folders, or --curves RUN")
-    refuse_existing(args.out)
-    need_packages()
+    refuse(args.out)
     if args.curves:
         curves({str(folder): folder for folder in args.curves}).savefig(args.out)
     else:

@@ -22,7 +22,7 @@ from analysis.compare import arm_of, change_text, difference, mean_std, table_of
 from support.files import read_json, write_json
 from support.processes import run_program
 from support.splits import test_questions
-from support.tables import HELD_OUT, WAYS, overall, summarise
+from support.tables import HELD_OUT, overall, summarise
 
 ALPHAS = (1.0, 0.75, 0.65, 0.5, 0.35)
 # "split/task/way" -> 1 or 0 for each question
@@ -41,7 +41,7 @@ def marks_of(run: Path, per_task: int, device: str) -> dict[float, Marks]:
                 questions = test_questions(config, per_task, split)
                 evaluator = evaluate.Evaluator(vlm, questions, config.answer_prefix)
                 for record in evaluate.answer_questions(evaluator):
-                    for way in (way for way in WAYS if f"{way}_right" in record):
+                    for way in record["cost"]:
                         key = f"{split}/{record['task']}/{way}"
                         marks.setdefault(key, []).append(int(record[f"{way}_right"]))
             write_json(file, stored)
@@ -54,21 +54,20 @@ class Arm:
     def __init__(self, name: str, runs: list[dict[float, Marks]]):
         self.name, self.runs = name, runs
 
-    def marks(self, alpha: float, way: str, split: str = "test",
-              held_out: bool = False) -> list[dict[int, int]]:
+    def marks(self, alpha: float, way: str, split="test", held_out=False) -> list[dict[int, int]]:
         """Of each run, question -> mark: of the trained tasks, or of the held-out one."""
         return [dict(enumerate(mark for key, row in run[alpha].items() for mark in row
                                if key.startswith(split) and key.endswith(f"/{way}")
                                and (f"/{HELD_OUT}/" in key) == held_out)) for run in self.runs]
 
-    def accuracies(self, alpha: float, way: str, **which) -> list[float]:
-        """In %, of each run."""
-        return [100 * sum(marks.values()) / len(marks) for marks in self.marks(alpha, way, **which)]
+    def accuracies(self, *which) -> list[float]:
+        """In %, of each run. which: see `marks`."""
+        return [100 * sum(marks.values()) / len(marks) for marks in self.marks(*which)]
 
     @property
     def alpha(self) -> float:
         """The smallest that keeps 95% of the accuracy with the tool on validation."""
-        skill = {alpha: sum(self.accuracies(alpha, "tool", split="validation")) for alpha in ALPHAS}
+        skill = {alpha: sum(self.accuracies(alpha, "tool", "validation")) for alpha in ALPHAS}
         return min(alpha for alpha in ALPHAS if skill[alpha] >= 0.95 * skill[1.0])
 
 
@@ -78,8 +77,8 @@ def table(arms: list[Arm]) -> str:
     lines = []
     for arm in arms:
         for alpha in dict.fromkeys((1.0, arm.alpha)):
-            cells = [mean_std(arm.accuracies(alpha, way)) for way in ("direct", "tool", "free")]
-            cells.append(mean_std(arm.accuracies(alpha, "direct", held_out=True)))
+            cells = [mean_std(arm.accuracies(alpha, *which)) for which in (
+                ("direct",), ("tool",), ("free",), ("direct", "test", True))]
             ours, theirs = (one.marks(alpha, "direct")[:len(arm.runs)] for one in (arm, arms[0]))
             first = arm is arms[0] or len(ours) != len(theirs)
             change = "-" if first else change_text(*difference(ours, theirs))
@@ -96,17 +95,16 @@ def main() -> None:
     parser.add_argument("--figure", type=Path, help="draw direct against held-out accuracy")
     options = parser.parse_args()
     if options.figure:
-        figures.need_packages()
-        figures.refuse_existing(options.figure)
+        figures.refuse(options.figure)
     arms: dict[str, Arm] = {}
     for run in options.runs:
-        arm = arms.setdefault(arm_of(run.resolve().name), Arm(arm_of(run.resolve().name), []))
-        arm.runs.append(marks_of(run, options.per_task, options.device))
+        name = arm_of(run.resolve().name)
+        arms.setdefault(name, Arm(name, [])).runs.append(
+            marks_of(run, options.per_task, options.device))
     print(table(list(arms.values())))
     if options.figure:
-        table_before = summarise(read_json(options.runs[0] / "results.json")["before"])
-        before = [100 * table_before[task]["direct"][0]
-                  for task in (overall(table_before), HELD_OUT)]
+        start = summarise(read_json(options.runs[0] / "results.json")["before"])
+        before = [100 * start[task]["direct"][0] for task in (overall(start), HELD_OUT)]
         figures.shrinking(list(arms.values()), ALPHAS, before).savefig(options.figure)
 
 

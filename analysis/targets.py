@@ -139,9 +139,6 @@ def numbers_of(h: Tensor, records: Sequence) -> dict[str, float]:
     return shares(h, records) | losses.collapse_gauges(h, h)
 
 
-# ---- the program --------------------------------------------------------------------------------
-
-
 def table(rows: dict[str, list[dict[str, float]]]) -> str:
     """Markdown: one line for each name, with mean +/- standard deviation over its measurements."""
     names = [name for name in COLUMNS if name in next(iter(rows.values()))[0]]
