@@ -126,13 +126,11 @@ def partners(examples: list[Example], place: int, fits: Callable = lambda one, o
     return [(ex, found[ex.id]) for ex in examples if found[ex.id]]
 
 
-def same_answer(one: Example, other: Example) -> bool:
-    return one.answer == other.answer and len(one.images) == len(other.images)
-
-
-def other_answer(one: Example, other: Example) -> bool:
+def fits(one: Example, other: Example, same: bool) -> bool:
+    """Whether the other's tool images can take the place of one's; same: they show its answer."""
     # an answer that is no option here could not be given
-    return one.answer != other.answer in one.options and len(one.images) == len(other.images)
+    answer = one.answer == other.answer if same else one.answer != other.answer in one.options
+    return answer and len(one.images) == len(other.images)
 
 
 def with_tool_images(example: Example, other: Example) -> Example:
@@ -161,22 +159,19 @@ def tool_tests(subject: Subject) -> Results:
         return {}
     before = subject.ask(examples, "tool")
     results = unreplaced("tool image", "as it is", examples, before)
-    for test, fits in (("another's, same answer", same_answer),
-                       ("another's, other answer", other_answer)):
-        pairs = partners(examples, -1, fits)
+    for test, same in (("another's, same answer", True), ("another's, other answer", False)):
+        pairs = partners(examples, -1, partial(fits, same=same))
         rows = [with_tool_images(*pair) for pair in pairs]
         choices = subject.ask(rows, "tool")
         stays = right(rows, choices)
-        if fits is same_answer:
-            results["tool image", test, RIGHT] = Result(stays, right(rows, before))
-            continue
         follows = matches(rows, choices, {ex.id: other.answer for ex, other in pairs})
-        results["tool image", test, STAYS] = Result(stays)
-        results["tool image", test, FOLLOWS] = Result(follows, stays)
+        if same:
+            results["tool image", test, RIGHT] = Result(stays, right(rows, before))
+        else:
+            results["tool image", test, STAYS] = Result(stays)
+            results["tool image", test, FOLLOWS] = Result(follows, stays)
     return results
 
-
-# ---- latents ------------------------------------------------------------------------------------
 
 # by the question's id: latents, (k, D) or a list of (D), run after run
 Latents = dict[str, Sequence[Tensor]]

@@ -5,6 +5,7 @@ that does not; gaps equal hand-computed ones; untrained tasks are found, and the
 import itertools
 import sys
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -120,10 +121,9 @@ def test_partners_and_replaced_pictures():
                for one, other in pairs)
     assert causal.partners([world[0], replace(world[0], id="again")], 0) == []
     world = scenes.make_world("multi", "test", 60)
-    for fits in (causal.same_answer, causal.other_answer):
-        for one, other in causal.partners(world, -1, fits):
-            assert other.answer in one.options
-            assert (other.answer == one.answer) == (fits is causal.same_answer)
+    for same in (True, False):
+        for one, other in causal.partners(world, -1, partial(causal.fits, same=same)):
+            assert other.answer in one.options and (other.answer == one.answer) == same
             assert picture_digest(one.images[-1]) != picture_digest(other.images[-1])
             mixed = causal.with_tool_images(one, other)
             assert mixed.texts == one.texts and mixed.image is one.image
