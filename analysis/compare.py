@@ -5,7 +5,7 @@
     python analysis/compare.py RUN RUN --json FILE         # the tables and every answer
 
 Runs of one arm and several seeds are one row. Only runs of one base, training set and set of
-questions are averaged or subtracted. The other options are those of evaluate.py.
+questions can be averaged or subtracted. The other options are those of evaluate.py.
 """
 
 import json
@@ -115,27 +115,15 @@ def setting(run: dict) -> dict:
 
 def comparison(runs: dict[str, dict], reference: str = "sft",
                names: dict[str, str] | None = None) -> tuple[list[dict], str]:
-    """Rows, one for each system, and the tables as text, one for each `setting`.
+    """Rows, one for each system, and the table as text. Raises ValueError for several settings.
 
     runs: name -> dict(config, answers, and perhaps before). Differences are to the direct answers
     of the arm `reference`, paired by seed, in points. names: run -> arm; default: see `arms`.
     """
-    groups: dict[str, dict[str, dict]] = {}
-    for name, run in runs.items():
-        groups.setdefault(json.dumps(setting(run)), {})[name] = run
-    parts = [systems(group, reference, names) for group in groups.values()]
-    texts = [markdown(rows, reference) for rows in parts]
-    if len(groups) > 1:
-        first, *others = map(json.loads, groups)
-        unlike = [name for name in first if any(other[name] != first[name] for other in others)]
-        texts = [f"These runs differ in {' and '.join(unlike)}: only those within one table are "
-                 "compared with each other.",
-                 *(f"{', '.join(group)}:\n\n{text}" for group, text in zip(groups.values(), texts))]
-    return sum(parts, []), "\n\n".join(texts)
-
-
-def systems(runs: dict[str, dict], reference: str, names: dict[str, str] | None) -> list[dict]:
-    """The rows of runs of one setting."""
+    first, *others = (setting(run) for run in runs.values())
+    if unlike := [name for name in first if any(other[name] != first[name] for other in others)]:
+        raise ValueError(f"{', '.join(runs)} differ in {' and '.join(unlike)}: compare runs of one "
+                         "base, one training set and one set of questions")
     names = names or arms({name: run["config"] for name, run in runs.items()})
     groups: dict[str, dict[int, dict]] = {}  # arm -> seed -> run
     for name, run in runs.items():
@@ -154,7 +142,7 @@ def systems(runs: dict[str, dict], reference: str, names: dict[str, str] | None)
         # explicit tool use is another system: the same model, asked in another way
         if any("call_right" in r for run in seeds.values() for r in run["answers"]):
             rows.append(row_of(f"{name} + tools", "call", seeds, {}))
-    return rows
+    return rows, markdown(rows, reference)
 
 
 def percent(tables: dict[int, dict], task: str, way: str) -> list[float]:

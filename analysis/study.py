@@ -9,7 +9,7 @@
 An arm is what follows --method on the command line of train.py. What follows `--` goes to every
 train.py (--steps is 300 without it). A finished run is not repeated; the remains of one that was
 interrupted are renamed, never deleted. At the end OUT/BASE/REGIME.md holds the table of all runs
-that are there and REGIME.json its numbers. Use another --out for another --split.
+that are there and REGIME.json its numbers. Use another --out for other questions.
 """
 
 import argparse
