@@ -6,7 +6,8 @@
 
 DIR must be new. It gets latents-per-example.png (Fig. 2), latents-decoded.png (Fig. 3; needs a
 recon run), embeddings.png (Fig. 4; all runs but recon), curves.png, and analyses.json with every
-number. The first run of a method is drawn.
+number, linear probes of h^_R and h_R among them. The first run of a method is drawn.
+Letters: n examples, D hidden size, K predictor tokens.
 """
 
 import argparse
@@ -16,7 +17,7 @@ import math
 import random
 import statistics
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,25 +26,32 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # before any ot
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 import evaluate
+import losses
 import train
-from analysis import probes
-from analysis.targets import config_of
+from analysis.targets import config_of, passes, targets_of
 from baselines import reconstruction
+from baselines.variants import EMA, Current
+from data import collate
 from model import VLM
+from predictor import Predictor
 from support import run
 from support.features import load_images
-from support.files import new_folder, read_json, write_json
+from support.files import new_folder, read_json, read_tensors, write_json
 from support.processes import run_program
 from support.questions import answer_record
 from support.records import Example
 from support.splits import load_splits
 from support.tables import HELD_OUT, overall, summarise
 from world import scenes
+from world.tools import CALL
 
 BASE = "no fine-tuning"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# with fewer examples nothing can be fitted and tested
+MINIMUM = 6
 COUNTS = [0, 1, 2, 4, 8, 16, 32, 64]  # of latents, in Fig. 3
 
 
@@ -177,18 +185,101 @@ def latents_decoded(folder: Path, pearl: float | None, tests: list[Example]):
                         chance=guessing, trained_with=config.latents)
 
 
+@torch.no_grad()
+def embeddings(folder: Path | None, config: train.Config,
+               examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
+    """(h^_R, h_R), (n, D) each, by a run; folder None: by the starting model of config.
+
+    h_R is by the model that the run predicts: the starting model if its target is frozen. A run
+    without [PRED] rows has K = 0: h^_R is the state of the last prompt token.
+    """
+    start = VLM(config.model, getattr(torch, config.dtype), config.min_pixels, config.max_pixels)
+    vlm, kind, rows = start.to(config.device), train.find_method(config.method), None
+    if folder:
+        vlm = evaluate.load_model(folder, config.device)[0]
+        file = run.finished(folder)[1] / Predictor.file_name
+        rows = read_tensors(file, config.device)[0]["pred_tokens"] if file.is_file() else None
+    config = replace(config, pred_tokens=0 if rows is None else len(rows))  # rows (K, D)
+    method, predictions = kind(vlm, config), []
+    for batch, images in passes(method, examples):
+        views = collate([example.views.input for example in batch], vlm.pad_id)
+        predictions.append(vlm(views, images, rows).embedding.float().cpu())
+    frozen = rows is not None and not issubclass(kind, (Current, EMA))
+    return torch.cat(predictions), targets_of(kind(start, config) if frozen else method, examples)
+
+
+def probe(h: Tensor, values: list[str] | Tensor) -> float:
+    """A linear probe of h (n, D), tested on held-out thirds: accuracy for n names, R^2 for numbers
+    (n, d)."""
+    from sklearn.linear_model import Ridge, RidgeClassifier
+    from sklearn.model_selection import KFold, cross_val_score
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    regression = Ridge if isinstance(values, Tensor) else RidgeClassifier
+    model = make_pipeline(StandardScaler(), regression(alpha=10.0))
+    folds = KFold(3, shuffle=True, random_state=0)
+    return float(cross_val_score(model, h.numpy(), values, cv=folds).mean())
+
+
+def separation(h: Tensor, groups: list[str]) -> float:
+    """Mean silhouette by cosine distance: 1 for distant clusters, 0 for none, negative if mixed."""
+    from sklearn.metrics import silhouette_score
+
+    if not 1 < len(set(groups)) < len(groups):
+        return 0.0
+    return float(silhouette_score(h.numpy(), groups, metric="cosine"))
+
+
+def groups_of(examples: Sequence[Example]) -> list[str]:
+    """The task of each example, or, if there is one task, the answer; the rarest are "other"."""
+    tasks = [example.task for example in examples]
+    names = tasks if len(set(tasks)) > 1 else [example.answer for example in examples]
+    frequent = dict(Counter(names).most_common(9 if len(set(names)) > 10 else 10))
+    return [name if name in frequent else "other" for name in names]
+
+
+def knowledge(pair: tuple[Tensor, Tensor], examples: Sequence[Example]) -> dict:
+    """Probes, separation and retrieval of (h^_R, h_R).
+
+    The answer, and the numbers in the first call (R^2), are probed on the most frequent task;
+    `chance` is the share of its most frequent answer.
+    """
+    tasks, groups = [example.task for example in examples], groups_of(examples)
+    (task, count), = Counter(tasks).most_common(1)
+    rows = [n for n, other in enumerate(tasks) if other == task]
+    answers = [examples[n].answer for n in rows]
+    calls = [CALL.search(examples[n].texts[0]) for n in rows]
+    places = [[float(x) for x in call[2].split()] if call else [] for call in calls]
+    probes = {}
+    if len(set(tasks)) > 1:
+        probes["task"] = range(len(tasks)), tasks
+    if count >= MINIMUM and len(set(answers)) > 1:
+        probes["answer"] = rows, answers
+    # every call must have as many numbers as the others
+    if count >= MINIMUM and len(set(map(len, places))) == 1 and places[0]:
+        probes["place_r2"] = rows, torch.tensor(places)
+    numbers = {}
+    for name, h in zip(("h^_R", "h_R"), pair):
+        numbers[name] = dict(separation=separation(h, groups)) | {
+            value: probe(h[list(part)], values) for value, (part, values) in probes.items()}
+    chance = Counter(answers).most_common(1)[0][1] / count
+    numbers["probed"] = dict(task=task, examples=count, chance=chance)
+    return numbers | losses.collapse_gauges(*pair)
+
+
 def embedding_maps(runs: dict[str, Path], configs: dict, tests: list[Example]):
     """Fig. 4: h^_R (crosses) and h_R (dots) of each system in two dimensions, coloured by group;
     and what they encode. A recon run has no h^_R and is left out."""
     from sklearn.manifold import TSNE
 
     start = train.parse_config(["--model", next(iter(configs.values())).model, "--device", DEVICE])
-    pairs = {BASE: probes.embeddings(None, start, tests)}
+    pairs = {BASE: embeddings(None, start, tests)}
     for name, config in configs.items():
         if not issubclass(train.find_method(config.method), reconstruction.Recon):
-            pairs[name] = probes.embeddings(runs[name], config, tests)
-    known = {name: probes.knowledge(pair, tests) for name, pair in pairs.items()}
-    groups = probes.groups_of(tests[:250])
+            pairs[name] = embeddings(runs[name], config, tests)
+    known = {name: knowledge(pair, tests) for name, pair in pairs.items()}
+    groups = groups_of(tests[:250])
     count = len(groups)
     tsne = TSNE(perplexity=min(30.0, (2 * count - 1) / 3), init="pca", random_state=0)
     titles = [f"{name}\nright h_R is the nearest: {one['retrieval']:.1%} (chance "
@@ -224,9 +315,9 @@ def all_figures(folders: list[Path], out: Path, per_task: int) -> None:
         first.setdefault(other.method, name)
     tests = [example for example in load_splits(replace(config, test_per_task=per_task))[2]
              if len(example.images) > 1]
-    if len(tests) < probes.MINIMUM:
+    if len(tests) < MINIMUM:
         raise ValueError(f"{len(tests)} test questions have a trajectory with images, the figures "
-                         f"need {probes.MINIMUM}: add records with \"split\": \"test\"")
+                         f"need {MINIMUM}: add records with \"split\": \"test\"")
     # in any order of tasks, so that the map shows all of them
     random.Random(0).shuffle(tests)
     recon, pearl, numbers = first.get("recon"), None, {}

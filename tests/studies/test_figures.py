@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 import train
-from analysis import figures, probes
+from analysis import figures
 from model import VLM
 from support import run
 from support.files import read_json, write_json
@@ -20,12 +20,12 @@ def test_probes_and_separation_by_hand():
     pytest.importorskip("sklearn")
     # unit vectors at 0, 0 and 90, 90 degrees: distance 0 within a group, 1 between groups
     points = torch.tensor([[1.0, 0], [1, 0], [0, 1], [0, 1]])
-    assert probes.separation(points, ["a", "a", "b", "b"]) == pytest.approx(1)
-    assert probes.separation(points, ["a"] * 4) == 0
+    assert figures.separation(points, ["a", "a", "b", "b"]) == pytest.approx(1)
+    assert figures.separation(points, ["a"] * 4) == 0
     torch.manual_seed(0)
     x = torch.randn(300, 8)
-    assert probes.probe(x, [str(bool(v > 0)) for v in x[:, 2]]) > 0.9
-    assert probes.probe(x, x[:, :2] * 3 + 1) > 0.95 and probes.probe(x, torch.randn(300, 2)) < 0.2
+    assert figures.probe(x, [str(bool(v > 0)) for v in x[:, 2]]) > 0.9
+    assert figures.probe(x, x[:, :2] * 3 + 1) > 0.95 and figures.probe(x, torch.randn(300, 2)) < 0.2
 
 
 @pytest.fixture(scope="module")
