@@ -15,45 +15,41 @@ from analysis import causal
 from analysis.compare import difference
 from baselines import reconstruction
 from evaluate import Evaluator
-from support.features import load_images
 from support.files import read_json
 from support.images import picture_digest
 from train import Config
 from world import scenes
 
-LATENTS = 3
+LATENTS, PLACES = 3, [1, 2, 3, 7, 8, 9]  # of a run; of the latents behind a prompt
 RIGHT, SAME, FOLLOWS, STAYS = causal.RIGHT, causal.SAME, causal.FOLLOWS, causal.STAYS
 
 
 @pytest.fixture
 def ask(vlm64, monkeypatch):
-    """The shipped model, made to say the expert's words one question at a time, with latents in the
-    places of tool images. ask(feed): for each question the inputs behind its prompt (n, D), and the
-    latents that the model made."""
-    # two tool images each; shortest first: the order in which they are asked
-    examples = sorted(scenes.make_world("multi", "test", 4)[1:], key=lambda ex: len(ex.question))
-    evaluator, inputs = Evaluator(vlm64, examples, batch=1), []
+    """The shipped model, made to write two runs of latents, one question at a time. ask(feed): for
+    each question the inputs behind its prompt (n, D), and the latents that the model made."""
+    subject = causal.Subject(vlm64, scenes.make_world("single", "test", 3), "Answer:")
+    evaluator, inputs = Evaluator(vlm64, subject.examples, batch=1), []
     scale = reconstruction.LatentScale(3 + 5 * torch.randn(20, vlm64.dim),
                                        torch.full((vlm64.dim,), 0.1)).double()
-    views = [reconstruction.latent_view(evaluator.chat, ex, load_images(ex, vlm64.family), LATENTS)
-             for ex in examples]
-    starts = [len(question.prompt.ids) for question in evaluator.questions]
-    script = [view.ids[n:] for view, n in zip(views, starts)]
-    words, size = itertools.cycle(sum(script, [])), vlm64.lm.config.text_config.vocab_size
+    start, end = vlm64.tokenizer.convert_tokens_to_ids(["<|vision_start|>", "<|im_end|>"])
+    # what is written in the place of latents, and of the marker behind them, does not count
+    words = itertools.cycle(2 * [start, *[9] * (LATENTS + 2)] + [end])
+    size = vlm64.lm.config.text_config.vocab_size
     monkeypatch.setattr(vlm64.lm.lm_head, "forward", lambda state: torch.eye(
         size, dtype=state.dtype)[[next(words)]])
     vlm64.lm.get_decoder().register_forward_pre_hook(
         lambda module, args, named: inputs.append(named["inputs_embeds"][0, -1]), with_kwargs=True)
-    subject = causal.Subject(vlm64, examples, "Answer:")
 
     def ask(feed):
         inputs.clear()
         _, made = causal.latent_choices(subject, evaluator, scale, LATENTS, feed)
-        # the first input is the prompt's
-        return [part[1:] for part in torch.stack(inputs).split([*map(len, script)])], made
+        # the first input is the prompt's; the shortest question was asked first
+        parts = [part[1:] for part in torch.stack(inputs).split(2 * (LATENTS + 3) + 1)]
+        order = sorted(subject.examples, key=lambda ex: len(ex.question.split()))
+        return {ex.id: part for ex, part in zip(order, parts)}, made
 
-    ask.examples = examples
-    ask.places = [[i - n for i in view.inject_at] for view, n in zip(views, starts)]
+    ask.examples = subject.examples
     return ask
 
 
@@ -64,16 +60,16 @@ def test_replaced_latents_are_fed_and_all_else_stays(ask):
     assert list(feeds) == ["zeros", "noise", "another question's"]
     feeds["one run"] = {i: latents[:LATENTS] for i, latents in made.items()}
     inputs = {test: ask(feed)[0] for test, feed in feeds.items()}
-    partner = {ex.id: other.id for ex, other in causal.partners(ask.examples, 0)}
-    for i, (ex, places) in enumerate(zip(ask.examples, ask.places)):
-        words = [n for n in range(len(own_inputs[i])) if n not in places]
-        assert all(torch.equal(x[i][words], own_inputs[i][words]) for x in inputs.values())
-        latents, own = {test: x[i][places] for test, x in inputs.items()}, own_inputs[i][places]
-        assert len(own) > LATENTS and own.std() > 0 and torch.equal(torch.stack(made[ex.id]), own)
+    for ex, other in causal.partners(ask.examples, 0):
+        own, latents = own_inputs[ex.id][PLACES], {test: x[ex.id][PLACES]
+                                                   for test, x in inputs.items()}
+        words = [n for n in range(len(own_inputs[ex.id])) if n not in PLACES]
+        assert all(torch.equal(x[ex.id][words], own_inputs[ex.id][words]) for x in inputs.values())
+        assert own.std() > 0 and torch.equal(torch.stack(made[ex.id]), own)
         assert torch.equal(latents["zeros"], torch.zeros_like(own))
-        assert torch.equal(latents["another question's"], torch.stack(made[partner[ex.id]]))
+        assert torch.equal(latents["another question's"], torch.stack(made[other.id]))
         # a further run gets the last one's again
-        assert torch.equal(latents["one run"], torch.cat([own[:LATENTS]] * (len(own) // LATENTS)))
+        assert torch.equal(latents["one run"], torch.cat([own[:LATENTS]] * 2))
         assert not torch.isclose(latents["noise"], own).all(dim=1).any()
 
 
