@@ -11,7 +11,7 @@ import torch
 from transformers import get_cosine_schedule_with_warmup
 
 import train
-from analysis.show import Printer
+from analysis import show
 from evaluate import Evaluator
 from support import packing
 from support.records import write_folder
@@ -48,8 +48,8 @@ def test_the_record_and_the_view(shipped, tmp_path):
     write_folder(folder := tmp_path / "folder", [EXAMPLE])
     record, view = (text for kind, text in BLOCKS if kind in ("json", "text"))
     assert json.loads(record) == json.loads((folder / "trajectories.jsonl").read_text("utf-8"))
-    printer = Printer(train.Pearl, CONFIG, shipped.family, EXAMPLE)
-    assert "\n".join(printer.lines()).startswith("\n" + view)
+    lines = show.lines(train.Pearl, CONFIG, shipped.family, EXAMPLE)
+    assert "\n".join(lines).startswith("\n" + view)
 
 
 @pytest.fixture(scope="module")
