@@ -257,9 +257,8 @@ def validate(method: Pearl, dataset: Trajectories) -> dict[str, float]:
         with run.autocast(config):
             results.append(method(batch))
         sizes.append(len(batch))  # the last one may be smaller
-    metrics = losses.average(results, sizes) | method.metrics(dataset.records)
     method.train()
-    return metrics
+    return losses.average(results, sizes)
 
 
 def train(config: Config, resume: bool = False) -> Path:

@@ -39,7 +39,6 @@ from support import answers, run
 from support.files import write_json
 from support.images import opened, picture_digest
 from support.processes import run_program
-from support.questions import in_batches
 from support.records import Example
 from support.splits import load_splits
 from support.tables import wilson
@@ -183,22 +182,12 @@ def latent_choices(subject: Subject, evaluator: evaluate.Evaluator, scale, n: in
     feed: in place of them; a run beyond the last one there gets the last one's again."""
     examples, made = evaluator.examples, {ex.id: [] for ex in evaluator.examples}
 
-    def decode(views: list, numbers: list[int]) -> list[dict]:
-        def instead(inputs: Tensor, fed: list[int], is_latent: Tensor) -> Tensor:
-            inputs = inputs.clone()  # (B, D)
-            for row in is_latent.nonzero()[:, 0].tolist():
-                i, k = examples[numbers[row]].id, fed[row] - 1
-                made[i].append(inputs[row].clone())
-                if i in feed:
-                    inputs[row] = feed[i][k if k < len(feed[i]) else k % n - n]
-            return inputs
+    def instead(number: int, k: int, latent: Tensor) -> Tensor:
+        i = examples[number].id
+        made[i].append(latent.clone())
+        return feed[i][k if k < len(feed[i]) else k % n - n] if i in feed else latent
 
-        images = evaluator.encode_images(evaluator.images(numbers))
-        rows = reconstruction.generate_latent(evaluator.vlm, views, images, scale, n,
-                                              evaluator.chat.end_id, 112, instead)
-        return [dict(text=evaluator.decode(ids)) for ids, _ in rows]
-
-    replies = in_batches([q.prompt for q in evaluator.questions], decode, evaluator.batch)
+    replies = reconstruction.answer(evaluator, scale, n, instead)
     return subject.choices(examples, replies), made
 
 

@@ -176,8 +176,8 @@ def generate_latent(vlm: VLM, views: list[View], images: dict, scale: LatentScal
 
     A latent is the last state, brought to the scale of an input and fed back in place of a word;
     after the last one the end marker is written. Every row is fed one position a step, a word or a
-    latent, so rows in and out of a run share one batch and one KV cache. instead(inputs (B, D),
-    latents fed so far, is a latent (B)) -> inputs: what a control feeds (analysis/causal.py).
+    latent, so rows in and out of a run share one batch and one KV cache. instead(row, number of the
+    latent, latent (D)) -> (D): what a control feeds (analysis/causal.py).
     """
     start_marker, end_marker = vlm.tokenizer.convert_tokens_to_ids([LATENT_START, LATENT_END])
     inputs = vlm.embed(collate(views, vlm.pad_id, left=True), images)
@@ -203,8 +203,8 @@ def generate_latent(vlm: VLM, views: list[View], images: dict, scale: LatentScal
             return list(zip(words, fed))
         embeds = vlm.lm.get_input_embeddings()(torch.tensor(token_ids, device=vlm.device))
         latent_inputs = scale.input(state)  # (B, D)
-        if instead is not None:
-            latent_inputs = instead(latent_inputs, fed, latent)
+        for row in latent.nonzero()[:, 0].tolist() if instead else ():
+            latent_inputs[row] = instead(row, fed[row] - 1, latent_inputs[row])
         embeds = torch.where(latent[:, None], latent_inputs.to(embeds.dtype), embeds)
         mask = torch.cat([mask, mask.new_ones(len(views), 1)], dim=1)
         rows = position.expand(len(inputs["position_ids"]), -1)[..., None]
@@ -213,14 +213,18 @@ def generate_latent(vlm: VLM, views: list[View], images: dict, scale: LatentScal
         position = position + 1
 
 
-def answer(evaluator, scale: LatentScale, latents: int, tokens: int = 112) -> list[dict]:
-    """The rival's way to answer: one dict per example (evaluate.Evaluator)."""
+def answer(evaluator, scale: LatentScale, latents: int, instead: Callable | None = None,
+           tokens: int = 112) -> list[dict]:
+    """The rival's way to answer: one dict per example (evaluate.Evaluator). instead: as in
+    `generate_latent`, with the example's number in place of the row."""
     vlm = evaluator.vlm
     start = vlm.tokenizer.convert_tokens_to_ids(LATENT_START)
 
     def decode(views: list[View], numbers: list[int]) -> list[dict]:
         images = evaluator.encode_images(evaluator.images(numbers, evaluator.encode_images.cache))
-        rows = generate_latent(vlm, views, images, scale, latents, evaluator.chat.end_id, tokens)
+        control = instead and (lambda row, *latent: instead(numbers[row], *latent))
+        rows = generate_latent(vlm, views, images, scale, latents, evaluator.chat.end_id, tokens,
+                               control)
         return [dict(text=evaluator.decode(ids), tokens=len(ids), latents=fed, images=1,
                      passes=len(ids) + fed + ids.count(start)) for ids, fed in rows]
 

@@ -35,7 +35,3 @@ class Method(nn.Module):
 
     def after_step(self, step: int) -> None:
         """Work after the optimiser has moved the weights."""
-
-    def metrics(self, examples: Sequence[Example]) -> dict[str, float]:
-        """More numbers for the log of a validation. examples: its records."""
-        return {}

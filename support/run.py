@@ -200,7 +200,7 @@ class Run:
         if not self.writes:
             return
         log(self.out, "valid", dict(step=step, **metrics))
-        names = ("loss", "r2", "effective_rank", "mean_cosine", "direct", "tool")
+        names = ("loss", "r2", "effective_rank", "mean_cosine")
         text = " ".join(f"{name} {metrics[name]:.3f}" for name in names if name in metrics)
         print(f"      validation: {text}", flush=True)
         if hint := collapse_hint(metrics, len(method.targets) > 0):
