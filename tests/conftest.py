@@ -5,6 +5,8 @@ of transformers compute in float32, so states agree to about seven digits.
 """
 
 import copy
+import itertools
+import json
 import os
 import runpy
 import signal
@@ -23,7 +25,8 @@ import torch  # noqa: E402
 import losses  # noqa: E402
 import train  # noqa: E402
 from data import collate  # noqa: E402
-from model import VLM  # noqa: E402
+from model import VLM, lora_layers  # noqa: E402
+from support import processes  # noqa: E402
 from world import loader  # noqa: E402
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
@@ -124,6 +127,30 @@ def assert_same(value, naive, module, rtol=1e-5, atol=1e-7, digits=4):
     """Equal values, and equal gradients of all that trains."""
     torch.testing.assert_close(value, naive, rtol=rtol, atol=atol)
     assert_close(gradients(value, module), gradients(naive, module), digits)
+
+
+def merged_weights(vlm):
+    """Every weight by its name in the plain model, W + (alpha / r) B A in the places of LoRA."""
+    weights = {name.replace(".base.", "."): weight for name, weight in vlm.lm.state_dict().items()
+               if "lora_" not in name}
+    for name, layer in lora_layers(vlm.lm).items():
+        weights[f"{name}.weight"] = layer.base.weight + layer.scaling * layer.lora_B @ layer.lora_A
+    return weights
+
+
+def train_until(config, step):
+    """A run that is asked to stop during that step."""
+    steps = itertools.count(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(processes, "asked_to_stop", lambda *_: next(steps) == step)
+        return train.train(config)
+
+
+def log_of(out):
+    """The lines of a run's log without their times."""
+    lines = (Path(out) / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    return [{name: value for name, value in json.loads(line).items()
+             if name not in ("ms", "waited")} for line in lines]
 
 
 def embed(vlm, view, images, rows=None):

@@ -1,6 +1,5 @@
-"""Claims: the three views of a record, token by token; labels are right where a text repeats; the
-positions of [PRED]; views equal one rendering of the whole conversation; what cannot be trained on
-is refused."""
+"""Claims: the three views of a record, token by token, equal one rendering of the conversation;
+labels are right where a text repeats; what cannot be trained on is refused."""
 
 import re
 from dataclasses import replace
@@ -46,9 +45,13 @@ def pieces(chat, view):
             for learned, pairs in marked]
 
 
-def test_the_full_view(chat):
-    view = views_of(chat, EXAMPLE).full
+def test_the_full_and_the_target_view(chat):
+    """The target view is the full view from the generation prompt on: no I0, no Q."""
+    view, _, target = views_of(chat, EXAMPLE)
     assert pieces(chat, view) == [(False, PROMPT), *R]
+    assert pieces(chat, target) == [(False, "<|im_start|>assistant\n"), *R]
+    assert target.ids == view.ids[-len(target.ids):] and target.images == ["7#1"]
+    assert target.ids[target.embed_at] == chat.end_id and target.embed_at == len(target.ids) - 1
     # token by token: a label is the token itself
     assert all(label in (token, -100) for token, label in zip(view.ids, view.labels))
     learned = [label for label in view.labels if label != -100]
@@ -69,14 +72,6 @@ def test_the_input_view(chat, count):
     assert view.inject_at == tuple(range(size, size + count))
     assert view.embed_at == len(view.ids) - 1 and view.images == ["7#0"]
     assert set(view.labels) == {-100} and len(view.labels) == len(view.ids)
-
-
-def test_the_target_view(chat):
-    """The full view from the generation prompt on: no I0, no Q."""
-    full, _, target = views_of(chat, EXAMPLE)
-    assert pieces(chat, target) == [(False, "<|im_start|>assistant\n"), *R]
-    assert target.ids == full.ids[-len(target.ids):] and target.images == ["7#1"]
-    assert target.ids[target.embed_at] == chat.end_id and target.embed_at == len(target.ids) - 1
 
 
 def test_labels_where_a_text_repeats(chat):
@@ -109,7 +104,7 @@ def test_the_whole_text_is_tokenised_at_once(chat):
 @pytest.mark.parametrize("change, message", [
     (dict(question="hi<|im_end|>"), "special token '<|im_end|>'; remove it"),
     (dict(options=["seven", "<|image_pad|>"]), "special token '<|image_pad|>'"),
-    (dict(trajectory=["<|im_start|> zoom", *EXAMPLE.trajectory[1:]]), "token '<|im_start|>'"),
+    (dict(trajectory=["<|im_start|> zoom"]), "token '<|im_start|>'"),
     (dict(trajectory=[EXAMPLE.images[1]]), "example 7 has a trajectory without text")])
 def test_what_cannot_be_trained_on_is_refused(chat, change, message):
     with pytest.raises(ValueError, match=re.escape(message)):

@@ -7,20 +7,11 @@ from plain import target_state
 
 from support.lora import lora_layers
 
-from conftest import build, images_of, moved
+from conftest import build, images_of, moved, pair_of
 
 
 def target(method, batch):
     return method.target(batch, images_of(method, batch)).embedding
-
-
-def close(one, other):
-    return torch.allclose(one, other, rtol=1e-5, atol=1e-5)
-
-
-@torch.no_grad()
-def naive_targets(vlm, examples):
-    return torch.stack([target_state(vlm, example) for example in examples])
 
 
 @pytest.mark.parametrize("options", [
@@ -28,13 +19,15 @@ def naive_targets(vlm, examples):
     ids=str)
 def test_h_R_is_the_starting_models(vlm64, loaded64, mixed, options):
     method, batch = build(vlm64, "pearl", mixed[:2], **options)
-    expected = naive_targets(loaded64, mixed[:2])
+    with torch.no_grad():
+        expected = torch.stack([target_state(loaded64, record) for record in mixed[:2]])
     # one row is used at once, the other after the model has moved
     first = target(moved(method), batch[:1])
     both = target(moved(method), batch)
-    assert close(both, expected) and torch.equal(both[0], first[0])
+    torch.testing.assert_close(both, expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(both[0], first[0])
     # the moved model's own h_R is another one
-    assert not close(naive_targets(vlm64, mixed[:2]), expected)
+    assert not torch.allclose(pair_of(method, batch)[1], expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_target_is_made_once_and_looked_up(vlm64, mixed, monkeypatch):
@@ -51,12 +44,7 @@ def test_a_target_is_made_once_and_looked_up(vlm64, mixed, monkeypatch):
     assert method.targets.limit == 8e9
     assert {h.dtype for h in method.targets.cache.values()} == {torch.float64}
     assert sorted(method.targets.cache) == [("train", n) for n in range(3)]
-
-
-def test_known_targets_come_to_the_models_device(vlm64, mixed):
-    method, batch = build(vlm64, "pearl", mixed[:2])
-    target(method, batch)
-    # a device without numbers stands for a GPU; with known rows nothing is computed
+    # they come to the model's device; one without numbers stands for a GPU
     method.config.device = "meta"
     assert method.target(batch, {}).embedding.device.type == "meta"
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from plain import inputs, tokens, turns_of
 
-from support.lora import LoRALinear, lora_layers
+from support.lora import lora_layers
 from train import Config
 
 from conftest import assert_close, assert_same, build, gradients, stirred
@@ -32,36 +32,35 @@ def test_sft_is_transformers_own_loss(vlm64, mixed, checkpointing):
     # transformers takes the logarithm in float32
     assert_same(result.total, loss.double(), method, atol=0, digits=5)
     assert result.parts["loss"] == result.parts["vlm"] == result.total and result.pair is None
+    # it adds nothing to the VLM
+    assert method.predictor is None and "start" not in vars(vlm64) and not len(method.targets)
+    assert all(name.startswith("vlm.") for name, _ in method.named_parameters())
 
 
 @pytest.mark.parametrize("options", [dict(), dict(lora_rank=0), dict(train_vision=True)], ids=str)
 def test_pearl_with_lambda_zero_is_sft(loaded64, mixed, options):
-    totals, of_vlm = [], []
+    totals, grads = [], []
     for name in ("sft", "pearl"):
         method, batch = build(copy.deepcopy(loaded64), name, mixed[:2], lambda_latent=0.0,
                               **options)
-        result = method(batch)
-        grads = gradients(result.total, method)
-        totals += [result.total, result.parts["vlm"]]
-        of_vlm.append({n: grads.pop(n) for n in list(grads) if n.startswith("vlm.")})
-        assert not any(g.any() for g in grads.values())
-    torch.testing.assert_close(totals[:2], totals[2:])
-    assert_close(*of_vlm)
+        totals.append(method(batch).total)
+        grads.append(gradients(totals[-1], method))
+    # of what Pearl adds nothing moves
+    added = [grads[1].pop(name) for name in list(grads[1]) if name not in grads[0]]
+    assert added and not any(grad.any() for grad in added)
+    torch.testing.assert_close(*totals)
+    assert_close(*grads)
 
 
-def test_sft_adds_nothing_to_the_vlm(vlm64, mixed):
-    method, batch = build(vlm64, "sft", mixed[:1])
-    method(batch)
-    assert method.predictor is None and "start" not in vars(vlm64) and not len(method.targets)
-    assert all(name.startswith("vlm.") for name, _ in method.named_parameters())
+def parts_of(vlm, vision):
+    return [vlm.lm.get_decoder()] + [vlm.lm.get_encoder("image")] * vision
 
 
 @pytest.mark.parametrize("vision", [False, True])
 def test_without_lora_all_weights_train(vlm64, mixed, vision):
     method, batch = build(vlm64, "sft", mixed[:1], lora_rank=0, train_vision=vision)
-    parts = [vlm64.lm.get_decoder()] + [vlm64.lm.get_encoder("image")] * vision
     trained = {id(p) for p in vlm64.parameters() if p.requires_grad}
-    assert trained == {id(p) for part in parts for p in part.parameters()}
+    assert trained == {id(p) for part in parts_of(vlm64, vision) for p in part.parameters()}
     # the bias of a key cancels out in attention, all else moves
     moves = [bool(g.any()) for g in gradients(method(batch).total, method).values()]
     assert sum(moves) > 0.9 * len(moves) and len(moves) == len(trained)
@@ -72,12 +71,10 @@ def test_lora_is_on_every_linear_layer_and_starts_from_the_base(vlm64, mixed, vi
     before = forward(vlm64, mixed[0]).logits
     vlm64.set_trainable(Config(lora_rank=3, train_vision=vision, device="cpu"))
     torch.testing.assert_close(forward(vlm64, mixed[0]).logits, before)
-    parts = [vlm64.lm.get_decoder()] + [vlm64.lm.get_encoder("image")] * vision
-    inside = [m for part in parts for m in part.modules() if isinstance(m, LoRALinear)]
     layers = list(lora_layers(vlm64.lm).values())
-    assert {*map(id, layers)} == {*map(id, inside)}
-    assert not [name for part in parts for name, m in part.named_modules()
-                if isinstance(m, torch.nn.Linear) and not name.endswith(".base")]
+    linear = [m for part in parts_of(vlm64, vision) for name, m in part.named_modules()
+              if isinstance(m, torch.nn.Linear)]
+    assert {id(layer.base) for layer in layers} == {*map(id, linear)}
     # what trains is A and B of each, in float32, with alpha twice the rank
     assert sum(p.requires_grad for p in vlm64.parameters()) == 2 * len(layers)
     for layer in layers:

@@ -11,10 +11,9 @@ from plain import inputs, run, tokens, turns_of
 
 import evaluate
 from model import VLM
-from support.lora import lora_layers
 from world import loader
 
-from conftest import TINY, assert_close, build, moved
+from conftest import TINY, assert_close, build, merged_weights, moved
 
 # of several tokens, and some where one option begins another
 OPTIONS = [["seven", "two"], ["red disc", "blue", "nine seven two"], ["red", "red disc", "two"],
@@ -70,13 +69,6 @@ def test_a_model_that_has_broken_down_chooses_nothing(vlm64):
     assert answer["option"] is None and answer["text"] == ""
 
 
-@torch.no_grad()
-def naive_generate(vlm, turns, count):
-    prompt = tokens(vlm, turns, "")
-    token_ids = vlm.lm.generate(**inputs(vlm, prompt.ids, prompt.images), max_new_tokens=count)
-    return token_ids[0, len(prompt.ids):].tolist()
-
-
 @pytest.mark.parametrize("way, count", [("free", 0), ("free", 3), ("tool", 0)])
 def test_words_are_those_of_transformers_own_generate(loaded64, monkeypatch, way, count, capsys):
     evaluator, rooms, real = evaluate.Evaluator(loaded64, QUESTIONS, batch=2), [], VLM.generate
@@ -92,8 +84,9 @@ def test_words_are_those_of_transformers_own_generate(loaded64, monkeypatch, way
             assert answer is None
             continue
         # everything but the expert's last text is given
-        token_ids = naive_generate(
-            loaded64, turns_of(example)[:-1 if way == "tool" else 1], count or room)
+        prompt = tokens(loaded64, turns_of(example)[:-1 if way == "tool" else 1], "")
+        token_ids = loaded64.lm.generate(**inputs(loaded64, prompt.ids, prompt.images),
+                                         max_new_tokens=count or room)[0, len(prompt.ids):]
         assert answer == dict(text=loaded64.tokenizer.decode(token_ids, skip_special_tokens=True),
                               tokens=len(token_ids), passes=len(token_ids),
                               images=len(example.images) if way == "tool" else 1)
@@ -101,28 +94,18 @@ def test_words_are_those_of_transformers_own_generate(loaded64, monkeypatch, way
     assert (cut in capsys.readouterr().out) == (count == 3)
 
 
-def effective(vlm):
-    """Every weight by its name in the plain model, with what LoRA adds to it."""
-    weights = {name.replace(".base.", "."): p for name, p in vlm.lm.named_parameters()
-               if "lora_" not in name}
-    for name, layer in lora_layers(vlm.lm).items():
-        change = layer.scaling * layer.lora_B @ layer.lora_A
-        weights[f"{name}.weight"] = weights[f"{name}.weight"] + change
-    return weights
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("rank", [4, 0])
 def test_alpha_loads_a_share_of_the_change(shipped, mixed, tmp_path, rank):
     method, _ = build(copy.deepcopy(shipped), "sft", mixed[:1], lora_rank=rank)
-    trained, start = moved(method.float()).vlm, effective(shipped)
+    trained, start = moved(method.float()).vlm, merged_weights(shipped)
     trained.save_adapter(tmp_path)
     for alpha in (1.0, 0.5, 0.0):
         vlm = VLM(TINY)
         vlm.load_adapter(tmp_path, alpha)
         shares = {name: start[name] + alpha * (weight - start[name])
-                  for name, weight in effective(trained).items()}
-        assert_close(effective(vlm), shares)
+                  for name, weight in merged_weights(trained).items()}
+        assert_close(merged_weights(vlm), shares)
         if alpha == 1:
             # to the bit
             assert all(torch.equal(weight, vlm.state_dict()[name])

@@ -64,14 +64,13 @@ def pad(views):
     return data.collate(views, 0)
 
 
-def test_what_two_views_share():
-    """All tokens up to the first difference, and never an injected one."""
-    for full, ids, inject_at, shared in (([1, 2, 3, 4], [1, 2, 9], (), 2),
-                                         ([1, 2, 3, 4], [1, 2, 3], (), 3),
-                                         ([1, 2, 2, 2], [1, 2, 2, 2], (2, 3), 2),
-                                         ([1, 2, 7], [1, 2, 5], (2,), 2)):
-        views = [View(full, full, [], 2)], [View(ids, ids, [], len(ids) - 1, inject_at)]
-        assert packing.add_branches(*views, pad).shared.tolist() == [shared]
+@pytest.mark.parametrize("full, ids, inject_at, shared", [
+    ([1, 2, 3, 4], [1, 2, 9], (), 2), ([1, 2, 3, 4], [1, 2, 3], (), 3),
+    ([1, 2, 2, 2], [1, 2, 2, 2], (2, 3), 2), ([1, 2, 7], [1, 2, 5], (2,), 2)])
+def test_two_views_share_all_up_to_the_first_difference_or_injected_token(full, ids, inject_at,
+                                                                          shared):
+    views = [View(full, full, [], 2)], [View(ids, ids, [], len(ids) - 1, inject_at)]
+    assert packing.add_branches(*views, pad).shared.tolist() == [shared]
 
 
 def test_the_branch_sees_what_is_shared_and_itself():

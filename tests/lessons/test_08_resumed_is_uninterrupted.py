@@ -3,7 +3,6 @@ with the same log and weights, bit for bit, with any number of workers; validati
 record alike; the best checkpoint answers at the end."""
 
 import dataclasses
-import json
 import math
 from pathlib import Path
 
@@ -14,11 +13,11 @@ import evaluate
 import baselines
 import train
 from model import VLM
-from support import processes, run
+from support import run
 from support.files import read_json
 from world import loader
 
-from conftest import TINY, build
+from conftest import TINY, build, log_of, train_until
 
 
 def small(out, method="pearl", **options):
@@ -27,17 +26,8 @@ def small(out, method="pearl", **options):
         eval_every=2, lora_rank=2, out=str(out)) | options)
 
 
-def log_of(config):
-    """The lines of the log without their times."""
-    lines = (Path(config.out) / "log.jsonl").read_text(encoding="utf-8").splitlines()
-    return [{name: value for name, value in json.loads(line).items()
-             if name not in ("ms", "waited")} for line in lines]
-
-
 def weights_of(config):
-    state = run.read_state(Path(config.out) / "state.safetensors")
-    assert state["step"] == config.steps
-    return state["weights"]
+    return run.read_state(Path(config.out) / "state.safetensors")["weights"]
 
 
 def trained_like(config):
@@ -46,7 +36,7 @@ def trained_like(config):
     method = train.Pearl(VLM(TINY), config).train()
     dataset = train.dataset(method, loader.examples("single", "train", 6), "train")
     weights = {n: p for n, p in method.named_parameters() if p.requires_grad}
-    means, squares = ({n: torch.zeros_like(p) for n, p in weights.items()} for _ in range(2))
+    means, squares = (dict.fromkeys(weights, 0) for _ in range(2))
     order, generator = [], torch.Generator().manual_seed(config.seed)
     size, history = config.batch * config.accumulate, []
     for step in range(1, config.steps + 1):
@@ -67,7 +57,7 @@ def trained_like(config):
             m, v = means[name] / (1 - 0.9 ** step), squares[name] / (1 - 0.999 ** step)
             p.data -= rate * m / (v.sqrt() + 1e-8)
         history.append(dict(step=step, loss=loss.item(), lr=rate, grad_norm=norm))
-    return weights, history
+    return {name: p.detach() for name, p in weights.items()}, history
 
 
 def test_a_run_equals_plain_loops(tmp_path, monkeypatch, as_program, capsys):
@@ -75,13 +65,14 @@ def test_a_run_equals_plain_loops(tmp_path, monkeypatch, as_program, capsys):
     as_program(train.__file__, *(word for name, value in dataclasses.asdict(config).items()
                                  for word in (f"--{name}", value)))
     expected, history = trained_like(config)
-    for name, weight in weights_of(config).items():
-        torch.testing.assert_close(weight, expected[name].detach(), rtol=1e-3, atol=2e-5)
-    lines = [line for line in log_of(config) if line["kind"] == "train"]
+    torch.testing.assert_close(weights_of(config), expected, rtol=1e-3, atol=2e-5)
+    lines = [line for line in log_of(out) if line["kind"] == "train"]
     for line, plain in zip(lines, history, strict=True):
         assert {name: line[name] for name in plain} == pytest.approx(plain, rel=1e-3, abs=1e-9)
-    # at its end: the questions asked again of the best checkpoint, loaded as a user loads it
+    # at its end: the questions asked again of the best checkpoint, loaded as a user loads it; the
+    # predictor is not even opened
     results, best = read_json(out / "results.json"), read_json(out / "best.json")
+    (out / best["checkpoint"] / "predictor.safetensors").write_bytes(b"not a predictor")
     vlm, saved, ways = evaluate.load_model(out, "cpu")
     evaluator = evaluate.Evaluator(vlm, loader.questions("single", 1), saved.answer_prefix)
     assert evaluate.answer_questions(evaluator, ways=ways) == results["answers"]
@@ -90,13 +81,11 @@ def test_a_run_equals_plain_loops(tmp_path, monkeypatch, as_program, capsys):
     minutes = f"({results['train_seconds'] / 60:.1f} minutes); best checkpoint: step {best['step']}"
     assert f"before and after 4 steps {minutes}" in capsys.readouterr().out
     # the table of a finished run needs no model, but for other questions
-    file, again = tmp_path / "a.json", ("--again", "--split", "validation", "--per_task", 1)
-    for more, split in (((), "test"), (("--json", file), "test"), (("--json", file, *again),
-                                                                    "validation")):
-        as_program(evaluate.__file__, out, *more)
+    for more, split in (("", "test"), ("--again --split validation --per_task 1", "validation")):
+        as_program(evaluate.__file__, out, "--json", tmp_path / "a.json", *more.split())
         assert "tallest (held out)" in capsys.readouterr().out
-        if more:
-            assert all(f"-{split}-" in answer["id"] for answer in read_json(file)["answers"])
+        answers = read_json(tmp_path / "a.json")["answers"]
+        assert all(f"-{split}-" in answer["id"] for answer in answers)
     merged = []
     monkeypatch.setattr(evaluate.adapters, "save_merged", lambda _, *rest: merged.append(rest))
     as_program(train.__file__, "--merge", out, "DIR")
@@ -114,15 +103,11 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(tmp_path, monkeypatch, as_pr
     whole, parts = (small(tmp_path / str(n), method, steps=3, workers=n * (method != "ema"))
                     for n in (0, 2))
     train.train(whole)
-    stops = iter([False, True])
-    with monkeypatch.context() as patch:
-        patch.setattr(processes, "asked_to_stop", lambda *_: next(stops))
-        train.train(parts)
-    assert log_of(parts)[-1]["step"] == 2
+    train_until(parts, 2)
+    assert log_of(parts.out)[-1]["step"] == 2
     as_program(train.__file__, "--resume", parts.out)
-    assert log_of(parts) == log_of(whole)
-    weights = weights_of(parts)
-    assert all(torch.equal(weights[name], weight) for name, weight in weights_of(whole).items())
+    assert log_of(parts.out) == log_of(whole.out)
+    torch.testing.assert_close(weights_of(parts), weights_of(whole), rtol=0, atol=0)
 
 
 def test_validation_weighs_each_record_alike(vlm64):

@@ -1,27 +1,27 @@
 """Claims about whole runs: the folder holds what docs say; the best checkpoint answers as plain
-transformers do; nothing is overwritten; a folder of one's own trains, a bad one stops before
-training; steps without a finite gradient are skipped; a run that is killed or asked to stop ends as
-the uninterrupted one; several processes train as one, also with shares of the frozen weights."""
+transformers do; steps without a finite gradient are skipped; a run that is killed or asked to stop
+ends as the uninterrupted one; several processes train as one, also with shares of the frozen
+weights."""
 
 import dataclasses
-import json
-import math
 import random
 import shutil
 import signal
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 
 import evaluate
 import train
-from support import records, run, splits
+from support import run
+from support.files import read_json
 from world import scenes
 
+from conftest import log_of, train_until
 from programs import Program, together
 
 TINY_RUN = ["--device", "cpu", "--steps", "12", "--batch", "2", "--train_examples", "20",
@@ -35,22 +35,12 @@ def config(tmp_path):
                         train_examples=20, test_per_task=1, lora_rank=4)
 
 
-def lines_of(out):
-    return [json.loads(line) for line in
-            (out / "log.jsonl").read_text(encoding="utf-8").splitlines()]
-
-
-def json_of(file):
-    return json.loads(file.read_text(encoding="utf-8"))
-
-
 def contents(out):
     """What a run must end with, bit for bit: weights, moments, log without times, answers."""
     return dict(state={name: t.numpy().tobytes()
                        for name, t in load_file(out / "state.safetensors").items()},
-                log=[{key: value for key, value in line.items() if key not in ("ms", "waited")}
-                     for line in lines_of(out)],
-                best=json_of(out / "best.json"), answers=json_of(out / "results.json")["answers"],
+                log=log_of(out), best=read_json(out / "best.json"),
+                answers=read_json(out / "results.json")["answers"],
                 adapter=[p.read_bytes() for p in sorted(out.glob("checkpoint-*/*.safetensors"))],
                 names=sorted(path.name for path in out.iterdir()))
 
@@ -64,39 +54,30 @@ def finished(tmp_path_factory):
 
 def test_the_run_folder_holds_what_the_docs_say(finished):
     out, config = finished
-    best = json_of(out / "best.json")
+    best = read_json(out / "best.json")
     assert {path.name for path in out.iterdir()} == {
         "config.json", "inputs.json", "environment.json", "before.json", "log.jsonl",
         "state.safetensors", "state-0.safetensors", "best.json", "results.json",
         best["checkpoint"]}
     assert {path.name for path in (out / best["checkpoint"]).iterdir()} == {
         "adapter_model.safetensors", "adapter_config.json", "predictor.safetensors"}
-    assert json_of(out / "config.json") == dataclasses.asdict(config)
-    environment = json_of(out / "environment.json")
+    assert read_json(out / "config.json") == dataclasses.asdict(config)
+    environment = read_json(out / "environment.json")
     assert environment["packages"]["torch"] in (torch.__version__.split("+")[0], torch.__version__)
     assert environment["threads"] == torch.get_num_threads() and environment["command"]
-    trained = [line for line in lines_of(out) if line["kind"] == "train"]
-    assert [line["step"] for line in trained] == list(range(1, 13))
-    # the first step has a rate of 0, and a cosine follows
-    assert [line["lr"] for line in trained] == pytest.approx(
-        [0] + [2.5e-3 * (1 + math.cos(math.pi * n / 11)) for n in range(11)])
-    valid = {line["step"]: line["loss"] for line in lines_of(out) if line["kind"] == "valid"}
-    assert list(valid) == [3, 6, 9, 12]
-    assert best["step"] == min(valid, key=valid.get)
-    for line in lines_of(out):
+    lines = log_of(out)
+    valid = {line["step"]: line["loss"] for line in lines if line["kind"] == "valid"}
+    assert list(valid) == [3, 6, 9, 12] and best["step"] == min(valid, key=valid.get)
+    assert [line["step"] for line in lines if line["kind"] == "train"] == list(range(1, 13))
+    for line in lines:
         total = line["vlm"] + config.lambda_latent * (line["jepa"] + line["nextlat"])
         assert line["loss"] == pytest.approx(total, rel=1e-5)
         assert {"r2", "spread_pred", "effective_rank", "mean_cosine", "retrieval"} <= line.keys()
 
 
-def test_the_merged_folder_answers_in_plain_transformers_as_the_run_does(finished, tmp_path,
-                                                                         monkeypatch):
-    from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
+def test_the_merged_folder_answers_in_plain_transformers_as_the_run_does(finished, tmp_path):
     out, merged = finished[0], tmp_path / "merged"
-    monkeypatch.setattr(sys, "argv", ["train.py", "--merge", str(out), str(merged)])
-    train.main()
-    with pytest.raises(FileExistsError, match="nothing is overwritten"):
-        train.main()
+    evaluate.merge(out, merged)
     plain, tokenizer, processor = (kind.from_pretrained(merged) for kind in (
         AutoModelForImageTextToText, AutoTokenizer, AutoImageProcessor))
     vlm, _, _ = evaluate.load_model(out, "cpu")
@@ -115,54 +96,6 @@ def test_the_merged_folder_answers_in_plain_transformers_as_the_run_does(finishe
             input_ids=ids, attention_mask=torch.ones_like(ids), **pixels, max_new_tokens=6,
             mm_token_type_ids=(ids == vlm.lm.config.image_token_id).int(), do_sample=False)
         assert text == tokenizer.decode(made[0, ids.shape[1]:], skip_special_tokens=True)
-
-
-def test_inference_does_not_open_the_predictor(finished, tmp_path):
-    out, copy = finished[0], tmp_path / "copy"
-    shutil.copytree(out, copy)
-    tests = scenes.make_world("mixed", "test", 2)
-    for file in copy.glob("checkpoint-*/predictor.safetensors"):
-        file.write_bytes(b"not a predictor")
-    models = [evaluate.load_model(folder, "cpu")[0] for folder in (out, copy)]
-    answers = [evaluate.answer_questions(evaluate.Evaluator(vlm, tests)) for vlm in models]
-    assert answers[0] == answers[1]
-
-
-def test_a_finished_run_prints_its_table_and_answers_a_question(finished, tmp_path, monkeypatch,
-                                                                capsys):
-    def program(*args):
-        monkeypatch.setattr(sys, "argv", ["evaluate.py", str(finished[0]), *map(str, args)])
-        evaluate.main()
-        return capsys.readouterr().out
-
-    assert "tallest (held out)" in program()
-    scenes.make_example("crop", "test", 0, 0).image.save(tmp_path / "scene.png")
-    asked = ("--image", tmp_path / "scene.png", "--question", "Which digit is on the red disc?")
-    lines = program(*asked, "--options", "one,two,three").splitlines()
-    assert {line.split()[1] for line in lines} == {"one", "two", "three"}
-    scores = [float(line.split()[0]) for line in lines]
-    assert scores == sorted(scores, reverse=True) and scores[0] < 0
-    assert program(*asked).strip()
-    with pytest.raises(FileExistsError, match="choose another --out"):
-        train.train(finished[1])
-
-
-def test_a_folder_of_ones_own_trains_and_a_bad_one_stops_before_training(tmp_path, as_program):
-    rows = [example for split, count in (("train", 6), ("validation", 3), ("test", 2))
-            for example in scenes.make_world("all", split, count)]
-    folder = tmp_path / "set"
-    records.write_folder(folder, rows)
-    small = ["--data", str(folder), "--device", "cpu", "--steps", "2", "--batch", "2",
-             "--lora_rank", "2", "--method", "sft"]
-    train.train(train.parse_config([*small, "--out", str(tmp_path / "run"), "--workers", "1"]))
-    assert len(json_of(tmp_path / "run" / "results.json")["answers"]) == 2
-    capped = splits.load_splits(train.parse_config(
-        ["--data", str(folder), "--train_examples", "20", "--test_per_task", "1"]))
-    assert [len(part) for part in capped] == [6, 2, 2]
-    (folder / "images").rename(folder / "pictures")
-    with pytest.raises(SystemExit, match="error: .*line 1: image"):  # no traceback
-        as_program(train.__file__, *small, "--out", tmp_path / "other")
-    assert not (tmp_path / "other").exists()
 
 
 def test_steps_without_a_finite_gradient_are_skipped_then_stop(config, monkeypatch, capsys):
@@ -187,13 +120,8 @@ def test_steps_without_a_finite_gradient_are_skipped_then_stop(config, monkeypat
 # ---- interruption, several processes ----
 
 
-def resume(out, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["train.py", "--resume", str(out)])
-    train.main()
-
-
 def test_a_run_interrupted_in_every_way_ends_as_the_uninterrupted_one(finished, tmp_path,
-                                                                      monkeypatch):
+                                                                      as_program):
     """Killed at a random moment, asked to end by SIGTERM and by SIGINT, killed again."""
     out, moments = tmp_path / "run", []
     for number, step in ((signal.SIGKILL, 4), (signal.SIGTERM, 5), (signal.SIGINT, 8),
@@ -212,7 +140,7 @@ def test_a_run_interrupted_in_every_way_ends_as_the_uninterrupted_one(finished, 
             assert "saving after this step" in program.said() and "--resume" in program.said()
             assert step <= run.read_state(out / "state.safetensors")["step"] < 12
     if not (out / "results.json").is_file():
-        resume(out, monkeypatch)
+        as_program(train.__file__, "--resume", out)
     ended, whole = contents(out), contents(finished[0])
     for key, value in whole.items():
         assert ended[key] == value, (key, moments)
@@ -230,17 +158,12 @@ def assert_same_weights(*outs):
 
 @pytest.fixture(scope="module")
 def alone_trained(tmp_path_factory):
-    """One process makes all four passes of a step; beside it a copy of its state after two."""
+    """One process makes all four passes of a step; beside it a copy of its folder after two."""
     out = tmp_path_factory.mktemp("one") / "run"
-    config = train.parse_config([*SHARED_RUN, "--eval_every", "1", "--out", str(out)])
-    logs = run.Run.logs
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run.Run, "logs", lambda self, step: (
-            step == 3 and shutil.copytree(out, out.with_name("half"),
-                                          ignore=shutil.ignore_patterns("lock")), logs(
-                                              self, step))[1])
-        train.train(config)
-    return out, out.with_name("half")
+    config = train.parse_config([*SHARED_RUN, "--out", str(out)])
+    half = shutil.copytree(train_until(config, 2), out.with_name("half"))
+    train.train(config, resume=True)
+    return out, half
 
 
 def test_sharding_wants_several_processes_and_frozen_weights(config, monkeypatch):
@@ -255,9 +178,8 @@ def test_two_processes_train_as_one(alone_trained, tmp_path):
     """Two gloo processes against one process: the same passes, so the same weights."""
     together(*SHARED_RUN, "--out", tmp_path / "two", log=tmp_path / "said")
     assert_same_weights(alone_trained[0], tmp_path / "two")
-    last = lines_of(tmp_path / "two")[-1]
-    assert last["kind"] == "valid"
-    assert last["loss"] == pytest.approx(lines_of(alone_trained[0])[-1]["loss"], rel=1e-3)
+    one, two = (log_of(out)[-1] for out in (alone_trained[0], tmp_path / "two"))
+    assert two["kind"] == "valid" and two["loss"] == pytest.approx(one["loss"], rel=1e-3)
 
 
 def test_processes_that_share_frozen_weights_train_as_one(alone_trained, tmp_path):
