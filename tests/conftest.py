@@ -21,12 +21,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from transformers.utils import is_torchvision_available  # noqa: E402
 
+import checkpoints  # noqa: E402
 import losses  # noqa: E402
 import train  # noqa: E402
 from data import collate  # noqa: E402
 from model import VLM, lora_layers  # noqa: E402
 from support import processes  # noqa: E402
+from support.families import load_checkpoint  # noqa: E402
 from world import loader  # noqa: E402
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
@@ -49,6 +52,21 @@ def vlm64(loaded64):
 def shipped():
     """The shipped model as it comes, for tests that change nothing of it."""
     return VLM(TINY).eval()
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory):
+    """name -> folder of that checkpoint, built at its first use; not to be changed."""
+    built = dict(tiny=Path(TINY))
+
+    def folder(name):
+        if name in checkpoints.TORCHVISION and not is_torchvision_available():
+            pytest.skip("its processor needs torchvision")
+        if name not in built:
+            built[name] = checkpoints.build(name, tmp_path_factory.mktemp(name))
+        return built[name]
+
+    return folder
 
 
 @pytest.fixture(scope="session")
@@ -151,6 +169,13 @@ def log_of(out):
     lines = (Path(out) / "log.jsonl").read_text(encoding="utf-8").splitlines()
     return [{name: value for name, value in json.loads(line).items()
              if name not in ("ms", "waited")} for line in lines]
+
+
+def refused(path, message):
+    """As --model, in one sentence."""
+    with pytest.raises(ValueError, match=message) as error:
+        load_checkpoint(str(path), torch.float32)
+    assert "\n" not in str(error.value)
 
 
 def embed(vlm, view, images, rows=None):

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import constants
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from checkpoints import build, read, write
-from conftest import TINY
 import train
+from checkpoints import build, read, write
+from conftest import TINY, merged_weights, refused
 from model import VLM, lora_layers
 from support.adapters import Adapter, merge, resolve, save_merged
 from support.families import load_checkpoint, load_family
@@ -22,9 +22,9 @@ from support.families import load_checkpoint, load_family
 ADAPTER, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return build("qwen2_5_vl", tmp_path_factory.mktemp("base"))
+@pytest.fixture
+def base(folders):
+    return folders("qwen2_5_vl")
 
 
 def trained(folder, base, dtype=torch.float32, std=0.1, vision=False, rank=4):
@@ -48,26 +48,11 @@ def run_of(folder, base):
     return vlm
 
 
-def test_a_run_as_model_brings_its_size_of_images(base, tmp_path):
-    run_of(tmp_path, base)
-    write(tmp_path / "config.json", model=str(base), method="pearl", dtype="float32",
-          min_pixels=900, max_pixels=2048)
-    for options, area in (((), (900, 2048)), ((0, 4000), (None, 4000))):
-        size = load_family(str(tmp_path), *options).processor.image_processor.size
-        assert size.longest_edge == area[1] and area[0] in (None, size.shortest_edge)
-
-
 def assert_merged(folder, vlm):
     """Every weight is the trained model's, with W + (alpha / r) B A in LoRA's places."""
     lm, family = load_checkpoint(str(folder), vlm.lm.dtype)
     torch.testing.assert_close(dict(lm.state_dict()), merged_weights(vlm))
     return family
-
-
-def refused(path, message):
-    with pytest.raises(ValueError, match=message) as error:
-        load_checkpoint(str(path), torch.float32)
-    assert "\n" not in str(error.value)
 
 
 @torch.no_grad()
@@ -83,8 +68,8 @@ def logits(lm):
     ("qwen2_5_vl", "visual.blocks.", "model.visual.blocks."),
     ("llava_next", "language_model.model.layers.1.", "model.language_model.layers.1."),
     ("llava_next", "vision_tower.vision_model.encoder.", "model.vision_tower.encoder.")])
-def test_an_adapter_by_the_names_of_an_older_transformers(tmp_path, name, old, new):
-    vlm = trained(tmp_path, build(name, tmp_path / "base"), torch.float64, vision=True)
+def test_an_adapter_by_the_names_of_an_older_transformers(folders, tmp_path, name, old, new):
+    vlm = trained(tmp_path, folders(name), torch.float64, vision=True)
     named = {key.replace(f"base_model.model.{new}", f"base_model.model.{old}"): tensor
              for key, tensor in load_file(tmp_path / ADAPTER).items()}
     assert sum(f"model.{old}" in key for key in named) >= 2
@@ -160,6 +145,11 @@ def test_what_model_may_name(base, tmp_path, monkeypatch):
     assert resolve(str(later)) == (str(base), [run / "checkpoint-20", later / "checkpoint-20"])
     assert_merged("later", second)
     assert resolve("Qwen/Qwen2.5-VL-3B-Instruct") == ("Qwen/Qwen2.5-VL-3B-Instruct", [])
+    # a run brings its size of images
+    write(run / "config.json", min_pixels=900, max_pixels=2048)
+    for options, area in (((), (900, 2048)), ((1000, 4000), (1000, 4000))):
+        size = load_family("run", *options).processor.image_processor.size
+        assert (size.shortest_edge, size.longest_edge) == area
 
 
 SEEN = "seen from HERE, cannot be loaded"
@@ -234,10 +224,9 @@ def test_a_merged_checkpoint_is_the_bases_files_and_other_weights(tmp_path, name
     assert save_merged(VLM(base), tmp_path, out) > 0.999
     before, after = ({file.relative_to(folder).as_posix(): file.read_bytes() for file in
                       folder.rglob("*") if file.is_file()} for folder in (base, out))
-    assert before.pop("model.safetensors.index.json") and before.keys() == after.keys()
-    assert before.pop("model.safetensors") != after.pop("model.safetensors") and before == after
-    assert load_file(base / "model.safetensors").keys() == load_file(
-        out / "model.safetensors").keys()
+    del before["model.safetensors.index.json"]
+    one, other = (load(files.pop("model.safetensors")) for files in (before, after))
+    assert before == after and one.keys() == other.keys()
     assert "mm_token_type_ids" in capsys.readouterr().out
     assert_merged(out, vlm)
     for dtype in (torch.float32, torch.bfloat16):
@@ -252,14 +241,15 @@ def test_a_merged_checkpoint_is_the_bases_files_and_other_weights(tmp_path, name
     assert not [*tmp_path.glob("*.partial")]
 
 
-@pytest.mark.parametrize("name, tied", [("tiny", True), ("qwen2_5_vl", 0), ("qwen3_vl_new", 0)])
-def test_full_fine_tuning_and_the_size_of_images(tmp_path, name, tied):
+@pytest.mark.parametrize("name, tied", [
+    ("tiny", True), ("qwen2_5_vl", False), ("qwen3_vl_new", False)])
+def test_full_fine_tuning_and_the_size_of_images(folders, tmp_path, name, tied):
     """Tied embeddings stay tied; --min_pixels and --max_pixels become the processor's."""
-    base, out = TINY if tied else build(name, tmp_path / name), tmp_path / "merged"
+    base, out = folders(name), tmp_path / "merged"
     vlm, plain = trained(tmp_path, base, rank=0), VLM(base, min_pixels=900, max_pixels=2048)
     save_merged(plain, tmp_path, out)
     family = assert_merged(out, vlm)
-    assert (family.lm.lm_head.weight is family.lm.get_input_embeddings().weight) == bool(tied)
+    assert (family.lm.lm_head.weight is family.lm.get_input_embeddings().weight) == tied
     size = family.processor.image_processor.size
     assert (size.shortest_edge, size.longest_edge) == (900, 2048)
     assert family.image_text(500, 300) == plain.family.image_text(500, 300)

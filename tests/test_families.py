@@ -13,9 +13,8 @@ import transformers
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from checkpoints import (BOTH, BUILDERS, IMAGES, OLD, TEMPLATES, TOKENS, TORCHVISION, build, qwen,
-                         write)
-from conftest import TINY
+from checkpoints import BOTH, BUILDERS, IMAGES, OLD, TEMPLATES, TOKENS, qwen, write
+from conftest import is_torchvision_available, refused
 from data import collate, make_views
 from model import VLM
 from support.chat import Chat
@@ -24,23 +23,6 @@ from support.features import ImageEncoder, load_images, with_pixels
 from support.files import read_json
 from support.packing import encode_two_views
 from support.records import Example
-
-HAVE_TORCHVISION = transformers.utils.is_torchvision_available()
-
-
-@pytest.fixture(scope="session")
-def folders(tmp_path_factory):
-    """name -> folder of that checkpoint, built at its first use; not to be changed."""
-    built = dict(tiny=Path(TINY))
-
-    def folder(name):
-        if name in TORCHVISION and not HAVE_TORCHVISION:
-            pytest.skip("its processor needs torchvision")
-        if name not in built:
-            built[name] = build(name, tmp_path_factory.mktemp(name))
-        return built[name]
-
-    return folder
 
 
 @pytest.fixture
@@ -60,12 +42,6 @@ def family(vlm):
 
 def loaded(folder):
     return load_checkpoint(str(folder), torch.float32)[1]
-
-
-def refused(folder, message):
-    with pytest.raises(ValueError, match=message) as error:
-        loaded(folder)
-    assert "\n" not in str(error.value)
 
 
 def record(tool_images, image_first=False):
@@ -99,7 +75,7 @@ def test_ids_are_those_of_the_familys_own_processor(family, tool_images, image_f
     if family.closing:  # a published template without an end: the text is closed by hand
         assert whole.text.count(family.closing) == tool_images + (not prompt)
     # of Qwen's processor ours lacks the part for videos; of `size` with old keys it makes nothing
-    if "qwen" in family.path and HAVE_TORCHVISION and "old_size" not in family.path:
+    if "qwen" in family.path and is_torchvision_available() and "old_size" not in family.path:
         processor = transformers.AutoProcessor.from_pretrained(family.path)
         assert [whole.ids] == processor.apply_chat_template(
             family.messages(turns), add_generation_prompt=prompt, tokenize=True,

@@ -36,6 +36,7 @@ def tokens(vlm, turns, more=None, tokenizer=None):
 
 
 def inputs(vlm, ids, images):
+    """The arguments of transformers' own model for one sequence."""
     row = torch.tensor([ids])
     images = images | dict(pixel_values=images["pixel_values"].to(vlm.lm.dtype))
     return dict(input_ids=row, attention_mask=torch.ones_like(row), **images,
@@ -90,6 +91,11 @@ def gelu(x):
     return x * (1 + torch.erf(x / 2 ** 0.5)) / 2
 
 
+def layer_norm(norm, x):
+    x = x - x.mean()
+    return x / (x.square().mean() + norm.eps).sqrt() * norm.weight + norm.bias
+
+
 def affine(layer, x):
     """A linear layer, with its low-rank part where it has one."""
     base = getattr(layer, "base", layer)
@@ -100,7 +106,5 @@ def affine(layer, x):
 def latent(predictor, state, embedding):
     """h_t + MLP(LayerNorm([h_t ; e_{t+1}])), three linear layers with GELU between them."""
     norm, first, _, second, _, third = predictor.mlp
-    x = torch.cat([state, embedding]) if predictor.sees_next else state
-    x = x - x.mean()
-    x = x / (x.square().mean() + norm.eps).sqrt() * norm.weight + norm.bias
+    x = layer_norm(norm, torch.cat([state, embedding]) if predictor.sees_next else state)
     return state + affine(third, gelu(affine(second, gelu(affine(first, x)))))

@@ -53,8 +53,9 @@ def test_a_question_that_cannot_be_asked_is_refused_at_once(vlm64):
         evaluate.Evaluator(vlm64, [replace(example, options=["<|im_end|>", example.answer])])
     (question,) = evaluate.Evaluator(vlm64, [example]).questions
     # an answer must fit, and so must the expert's whole conversation where it is given
-    for record, longest in ((replace(example, trajectory=[]), len(question.started.ids) + 1),
-                            (example, len(question.tool.ids) + 9)):
+    for record, longest in (
+            (replace(example, trajectory=[]), len(question.started.ids) + 1),
+            (example, len(question.tool.ids) + 9)):
         vlm64.max_positions = longest
         evaluate.Evaluator(vlm64, [record])
         vlm64.max_positions = longest - 1

@@ -18,8 +18,7 @@ RECORDS = [loader.examples("all", "train", 6, seed=3)[n] for n in (2, 0, 5)]
 
 @pytest.mark.parametrize("latents", [0, 3])
 def test_the_view_has_a_run_of_latents_for_each_tool_image(vlm64, latents):
-    _, batch = build(vlm64, "recon", RECORDS, latents=latents)
-    decode = vlm64.tokenizer.decode
+    (_, batch), decode = build(vlm64, "recon", RECORDS, latents=latents), vlm64.tokenizer.decode
     for record, example in zip(RECORDS, batch):
         view = example.views.full
         marked = "".join("#" if position in view.inject_at else decode([token])
@@ -95,13 +94,12 @@ def test_decoding_equals_one_row_without_a_cache(vlm64, monkeypatch):
     method, batch = build(vlm64, "recon", RECORDS)
     method.predictor.double()
     real, push = vlm64.lm.lm_head.forward, torch.zeros(704, dtype=torch.float64)
+    start = vlm64.tokenizer.convert_tokens_to_ids("<|vision_start|>")
     # a model that writes start markers now and then, and that ends at different times
-    push[vlm64.tokenizer.convert_tokens_to_ids("<|vision_start|>")] = 20.0
-    push[vlm64.family.end_id] = 7.0
+    push[[start, vlm64.family.end_id]] = torch.tensor([20.0, 7.0], dtype=torch.float64)
     monkeypatch.setattr(vlm64.lm.lm_head, "forward", lambda states: real(states) + push)
     evaluator = evaluate.Evaluator(vlm64, RECORDS)
     answers = reconstruction.answer(evaluator, method.predictor, latents=2, tokens=5)
-    start = vlm64.tokenizer.convert_tokens_to_ids("<|vision_start|>")
     naive = [naive_decode(vlm64, question.prompt, images_of(method, [example]), method.predictor, 2,
                           5) for question, example in zip(evaluator.questions, batch)]
     for answer, (words, fed) in zip(answers, naive):

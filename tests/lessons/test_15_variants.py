@@ -89,11 +89,8 @@ def test_ablations_weigh_one_term_and_dropout_is_loras(loaded64):
 # ---- what is learned ----------------------------------------------------------------------------
 
 
-def options(**more):
-    return train.config_class("with_answers")(**more)
-
-
 def test_bare_answers():
+    options = train.config_class("with_answers")
     bare = [dataclasses.replace(r, bare=True, trajectory=[f"Answer: {r.answer}"]) for r in RECORDS]
     assert list(Direct.records(RECORDS, options())) == bare
     assert list(Both.records(RECORDS, options())) == RECORDS + bare

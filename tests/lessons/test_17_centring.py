@@ -1,4 +1,4 @@
-"""Claims: the target minus what similar questions share, minus a running mean; the trajectory's
+"""Claims: the target minus what similar questions share, or minus a running mean; the trajectory's
 next-token distributions as a teacher."""
 
 import copy
