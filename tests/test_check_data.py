@@ -11,26 +11,22 @@ import train
 from analysis import check_data
 from support.records import FILE
 
-COLOURS = dict(red=(220, 30, 30), blue=(30, 60, 220), green=(20, 160, 60))
+COLOURS = ["red", "blue", "green"]
 LONG = "blue one two " * 900
 
 
 def folder_of(folder, count=12, form="Answer: {}", **changes):
-    """Records on squares, each with a crop: two thirds train, the rest validation and test.
-
-    changes: "row3": fields of that record, or its whole line.
-    """
+    """Records with a tool image: two thirds train, the rest validation and test. changes: "row3":
+    fields of that record, or its whole line."""
     lines = []
     for n in range(count):
-        answer = list(COLOURS)[n % 3]
-        image = Image.new("RGB", (64, 64), (n, 60, 90))
-        image.paste(COLOURS[answer], (16, 16, 48, 48))
-        image.save(folder / f"{n}.png")
-        image.crop((16, 16, 48, 48)).save(folder / f"{n}-c.png")
-        row = dict(id=str(n), image=f"{n}.png", question="Which?", options=list(COLOURS),
+        for name, size in ((f"{n}.png", 64), (f"{n}-c.png", 32)):
+            Image.new("RGB", (size, size), (n, 60, 90)).save(folder / name)
+        row = dict(id=str(n), image=f"{n}.png", question="Which?", options=COLOURS,
                    split="train" if n < count * 2 // 3 else "test" if n % 2 else "validation",
-                   answer=answer, trajectory=[{"text": "Look."}, {"image": f"{n}-c.png"},
-                                              {"text": f"It is. {form.format(answer)}"}])
+                   answer=COLOURS[n % 3], trajectory=[
+                       {"text": "Look."}, {"image": f"{n}-c.png"},
+                       {"text": f"It is. {form.format(COLOURS[n % 3])}"}])
         change = changes.get(f"row{n}", {})
         lines.append(change if isinstance(change, str) else json.dumps(row | change))
     (folder / FILE).write_text("\n".join(lines), encoding="utf-8")

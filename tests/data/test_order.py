@@ -1,7 +1,6 @@
 """Claims: a step's rows depend on the seed alone, every row comes once an epoch, and a resumed run
-goes on with the rows of its step; passes hold views of similar length and only their own pixels; a
-record is read when it is used; workers prepare the same batches; a faulty record is one sentence.
-"""
+goes on with the rows of its step; passes hold views of similar length; a record is read when it is
+used; workers prepare the same batches; a faulty record is one sentence."""
 
 from itertools import islice
 
@@ -33,21 +32,12 @@ def dataset(chat):
     return data.Trajectories(RECORDS, "train", views, chat)
 
 
-class Folder:
-    """Records that are read from disk, as those of a data folder are; it notes which."""
-
-    def __init__(self, folder, sizes):
-        self.folder, self.sizes, self.read = folder, sizes, []
-        for n, size in enumerate(sizes):
-            Image.new("RGB", size, (40 * n, 0, 0)).save(folder / f"{n}.png")
-
-    def __len__(self):
-        return len(self.sizes)
-
-    def __getitem__(self, n):
-        self.read.append(n)
-        return Example(f"r{n}", "zoom", self.folder / f"{n}.png", "Which?", ["a", "b"], "a",
-                       ["Look. " * n + "Answer: a"])
+def on_disk(folder, sizes):
+    """Records that are no list, so that nothing made of them is kept, with pictures on disk."""
+    for n, size in enumerate(sizes):
+        Image.new("RGB", size, (n, 0, 0)).save(folder / f"{n}.png")
+    return tuple(Example(f"r{n}", "zoom", folder / f"{n}.png", "Which?", ["a", "b"], "a",
+                         ["Look. " * n + "Answer: a"]) for n in range(len(sizes)))
 
 
 def test_every_row_comes_once_an_epoch_in_an_order_of_the_seed():
@@ -57,8 +47,7 @@ def test_every_row_comes_once_an_epoch_in_an_order_of_the_seed():
     # a step may end one epoch and begin the next
     assert all(len(step) == 4 for step in steps)
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs) and epochs[0] != epochs[1]
-    generator = torch.Generator().manual_seed(1)
-    assert epochs[0] == torch.randperm(10, generator=generator).tolist()
+    assert epochs[0] == torch.randperm(10, generator=torch.Generator().manual_seed(1)).tolist()
     assert steps != list(islice(data.StepRows(10, 4, seed=2), 10))
     # more rows in a step than there are records
     assert sorted(next(iter(data.StepRows(3, 6, seed=0)))) == [0, 0, 1, 1, 2, 2]
@@ -68,19 +57,16 @@ def test_every_row_comes_once_an_epoch_in_an_order_of_the_seed():
 
 
 def test_passes_hold_views_of_similar_length(dataset):
-    def lengths(passes):
-        return [[len(example.views.full.ids) for example in part] for part in passes]
+    def rows(passes):
+        return [[example.index[1] for example in part] for part in passes]
 
     order = [3, 0, 5, 1, 2]
-    passes = dataset.passes(order, 2)
-    ranked = sorted(sum(lengths(passes), []))
-    assert lengths(passes) == [ranked[:2], ranked[2:4], ranked[4:]]
-    assert sorted(example.index[1] for part in passes for example in part) == sorted(order)
+    ranked = sorted(order, key=lambda row: len(dataset[row].views.full.ids))
+    assert rows(dataset.passes(order, 2)) == [ranked[:2], ranked[2:4], ranked[4:]]
     # one pass alone keeps the order of its rows, and each process has every second pass
-    (one,) = dataset.passes(order, 5)
-    assert [example.index for example in one] == [("train", row) for row in order]
-    for rank in (0, 1):
-        assert lengths(dataset.passes(order, 2, rank, 2)) == lengths(passes)[rank::2]
+    assert rows(dataset.passes(order, 5)) == [order]
+    assert rows(dataset.passes(order, 2, 0, 2)) == [ranked[:2], ranked[4:]]
+    assert rows(dataset.passes(order, 2, 1, 2)) == [ranked[2:4]]
 
 
 def test_a_training_example_holds_what_a_step_needs(dataset):
@@ -97,19 +83,25 @@ def test_a_training_example_holds_what_a_step_needs(dataset):
 
 
 def test_a_record_is_read_when_it_is_used(chat, tmp_path, monkeypatch):
-    records, opened, real = Folder(tmp_path, [(64, 64)] * 5), [], features.opened
+    opened, real = [], features.opened
     monkeypatch.setattr(features, "opened", lambda file: opened.append(file.name) or real(file))
-    dataset = data.Trajectories(records, "train", views, chat)
+    dataset = data.Trajectories(on_disk(tmp_path, [(64, 64)] * 5), "train", views, chat)
     # the first record shows whether the tokenizer is read as its own processor reads it
-    assert records.read == [0] and opened == ["0.png"]
+    assert opened == ["0.png"]
     for _ in range(2):
         dataset.passes([3, 1], 2)
-    assert records.read == [0, 3, 1, 3, 1] and opened[1:] == ["3.png", "1.png"] * 2
+    assert opened[1:] == ["3.png", "1.png"] * 2
     # an image whose features are kept needs no pixels
     dataset.cache = {str(tmp_path / "3.png")}
     ((three, one),) = dataset.passes([3, 1], 2)
     assert three.images[0].pixels is None and one.images[0].pixels is not None
     assert three.images[0].picture is None is one.images[0].picture
+
+
+def content(passes):
+    """What can be compared with ==."""
+    return [(*ex[:5], [(*image[:4], image.pixels["pixel_values"].tolist()) for image in ex.images])
+            for part in passes for ex in part]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -120,21 +112,15 @@ def test_workers_prepare_the_same_batches(dataset, workers):
     # dropout must draw the same numbers with and without workers
     assert torch.equal(state, torch.get_rng_state())
     for step, passes in zip(rows, found, strict=True):
-        for one, other in zip(passes, dataset.passes(step, 2), strict=True):
-            assert [ex[:5] for ex in one] == [ex[:5] for ex in other]
-            for a, b in zip((i for ex in one for i in ex.images),
-                            (i for ex in other for i in ex.images), strict=True):
-                assert a[:4] == b[:4]
-                assert torch.equal(a.pixels["pixel_values"], b.pixels["pixel_values"])
+        assert content(passes) == content(dataset.passes(step, 2))
     (share,) = load(dataset, rows[:1], 2, workers, 1, 2)
-    assert [[ex.index for ex in part] for part in share] == [
-        [ex.index for ex in dataset.passes(rows[0], 2)[1]]]
+    assert [ex.index for ex in share[0]] == [ex.index for ex in found[0][1]] and len(share) == 1
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_faulty_record_is_one_sentence(chat, tmp_path, workers):
-    folder = Folder(tmp_path, [(64, 64), (2000, 4), (64, 64)])
-    dataset = data.Trajectories(folder, "train", views, chat)
+    records = on_disk(tmp_path, [(64, 64), (2000, 4), (64, 64)])
+    dataset = data.Trajectories(records, "train", views, chat)
     (tmp_path / "2.png").unlink()
     for row, kind, message in (
             (1, ValueError, r"example r1: image 0 \(2000 x 4 px\) is rejected .*; crop or drop it"),
@@ -146,8 +132,8 @@ def test_a_faulty_record_is_one_sentence(chat, tmp_path, workers):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_faulty_record_can_be_left_out_but_no_more_than_one_in_a_hundred(chat, tmp_path,
                                                                            workers):
-    folder = Folder(tmp_path, [(64, 64)] * 3 + [(2000, 4)] + [(64, 64)] * 96)
-    dataset = data.Trajectories(folder, "train", views, chat, skip=True)
+    records = on_disk(tmp_path, [(64, 64)] * 3 + [(2000, 4)] + [(64, 64)] * 96)
+    dataset = data.Trajectories(records, "train", views, chat, skip=True)
     # the next record takes its place
     ((one, *others),), _ = load(dataset, [[3, 0], [1, 3]], 2, workers)
     assert one.index == ("train", 4) and others[0].index == ("train", 0)

@@ -12,6 +12,7 @@ from support.features import load_images
 from world import loader
 
 RECORD = loader.examples("single", "train", 1)[0]
+NO_TURN = "does not write an assistant's turn as generation prompt, text, end of turn"
 
 
 @pytest.fixture
@@ -33,12 +34,17 @@ def supervised(family, view):
     return family.tokenizer.decode([label for label in view.labels if label != -100])
 
 
+def change(family, old, new):
+    assert old in family.processor.chat_template
+    family.processor.chat_template = family.processor.chat_template.replace(old, new)
+
+
 def test_a_blank_before_the_words_is_the_models_to_write(family):
     """The generation prompt ends before it. Behind the words it belongs to them too."""
-    template = family.processor.chat_template.replace("'\\n' -}}", "':' -}}", 1)
-    family.processor.chat_template = template.replace(
-        "{{- part['text']", "{{- (' ' if message['role'] == 'assistant' else '') + part['text']"
-    ).replace("{{- '<|im_end|>", "{{- ' <|im_end|>").replace("assistant\\n", "assistant:")
+    change(family, "['role'] + '\\n'", "['role'] + ':'")
+    change(family, "assistant\\n", "assistant:")
+    change(family, "part['text']", "(' ' if message['role'] == 'assistant' else '') + part['text']")
+    change(family, "'<|im_end|>", "' <|im_end|>")
     full, prompt, target = views_of(family)
     expected = "".join(f" {text} <|im_end|>" for text in RECORD.texts)
     assert supervised(family, full) == supervised(family, target) == expected
@@ -48,27 +54,23 @@ def test_a_blank_before_the_words_is_the_models_to_write(family):
 
 def test_a_blank_in_the_generation_prompt_that_turns_lack(family):
     """The generation prompt ends in a blank, a turn has none: the words are found from the end."""
-    family.processor.chat_template = family.processor.chat_template.replace(
-        "assistant\\n' -}}{%- endif", "assistant\\n  ' -}}{%- endif")
+    change(family, "assistant\\n'", "assistant\\n  '")
     full = views_of(family).full
     assert supervised(family, full) == "".join(f"{text}<|im_end|>" for text in RECORD.texts)
 
 
 @pytest.mark.parametrize("old, new, message", [
     # a turn opens with other words than the generation prompt
-    ("'<|im_start|>assistant\\n' -}}{%- endif", "'<|im_start|>robot\\n' -}}{%- endif",
-     "does not write an assistant's turn as generation prompt, text, end of turn"),
+    ("assistant\\n'", "robot\\n'", NO_TURN),
     # words are lost, or changed
-    ("{{- part['text']", "{{- part['text'][:3] and 'x'",
-     "does not write an assistant's turn as generation prompt"),
-    ("{{- part['text']", "{{- part['text'] | replace('digit', 'sign')", "changes the assistant's"),
+    ("part['text']", "part['text'][:3] and 'x'", NO_TURN),
+    ("part['text']", "part['text'] | replace('digit', 'sign')", "changes the assistant's"),
     # nothing ends a turn
-    ("{{- '<|im_end|>\\n' -}}", "", "does not write an assistant's turn as generation prompt"),
+    ("{{- '<|im_end|>\\n' -}}", "", NO_TURN),
     # earlier turns depend on later ones
     ("{%- for message", "{{- messages | length }}{%- for message", "rewrites earlier turns")])
 def test_a_template_that_cannot_be_followed_is_refused(family, old, new, message):
-    assert old in family.processor.chat_template
-    family.processor.chat_template = family.processor.chat_template.replace(old, new)
+    change(family, old, new)
     with pytest.raises(ValueError, match=f"{message}.*chat_template.jinja"):
         views_of(family)
 
@@ -111,9 +113,9 @@ def test_batches_are_padded_on_the_right_or_on_the_left():
     assert batch.shared is None and batch.branch == 0
     left = data.collate([long, short], pad_id=9, left=True)
     assert left.ids.tolist() == [[1, 2, 3, 4], [9, 9, 5, 6]]
-    assert left.labels.tolist()[1] == [-100, -100, -100, 6]
-    assert left.mask.tolist()[1] == [False, False, True, True]
-    assert left.inject_at.tolist()[1] == [False, False, False, True]
+    for name in ("labels", "mask", "inject_at"):
+        one, other = getattr(left, name).tolist(), getattr(batch, name).tolist()
+        assert one == [other[0], other[1][2:] + other[1][:2]]
     assert left.embed_at.tolist() == [3, 3]
     moved = batch.to("meta")
     assert moved.ids.device == moved.embed_at.device == torch.device("meta")

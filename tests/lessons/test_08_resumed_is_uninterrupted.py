@@ -105,6 +105,9 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(tmp_path, monkeypatch, as_pr
     train.train(whole)
     train_until(parts, 2)
     assert log_of(parts.out)[-1]["step"] == 2
+    # the log forgets what came after the state
+    with (tmp_path / "2" / "log.jsonl").open("a", encoding="utf-8") as log:
+        log.write('{"step": 3}\n{"st')
     as_program(train.__file__, "--resume", parts.out)
     assert log_of(parts.out) == log_of(whole.out)
     torch.testing.assert_close(weights_of(parts), weights_of(whole), rtol=0, atol=0)
