@@ -15,6 +15,8 @@ import transformers as hf
 from tokenizers import (AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers,
                         processors, trainers)
 
+from support.files import read_json
+
 HEADS = dict(num_hidden_layers=2, num_attention_heads=2, hidden_size=32, intermediate_size=48)
 TEXT = HEADS | dict(num_key_value_heads=1, head_dim=16, max_position_embeddings=4096)
 VISION = HEADS | dict(patch_size=8)
@@ -22,7 +24,6 @@ VISION = HEADS | dict(patch_size=8)
 SENTENCES = ["Which digit is on the red disc? Zoom in on the red disc. The digit is seven. five",
              "Which dotted bar is the tallest? The second one. Answer: blue", "model answer: two\n",
              "USER: Which colour is the square? ASSISTANT: It is red. Answer: red", "user\n\n"]
-LETTERS = [chr(c) for c in range(33, 127)]
 # name -> template, its lines joined
 TEMPLATES = {name: "".join(line.strip() for line in text.splitlines()) for name, text in re.findall(
     r"\{# ([A-Z_0-9]+): .*#\}\n((?:.+\n)+)", Path(__file__).with_name("templates.jinja").read_text(
@@ -34,10 +35,10 @@ TEMPLATES["INTERNVL"] = TEMPLATES["QWEN_3"].replace(
 # ---- tokenizers ----
 
 
-def trained(model, pre_tokenizer, trainer, **options) -> Tokenizer:
+def trained(model, pre_tokenizer, **options) -> Tokenizer:
     raw = Tokenizer(model)
     raw.pre_tokenizer = pre_tokenizer
-    raw.train_from_iterator(SENTENCES * 3, trainer(show_progress=False, **options))
+    raw.train_from_iterator(SENTENCES * 3, trainers.BpeTrainer(show_progress=False, **options))
     return raw
 
 
@@ -52,9 +53,9 @@ def opening(raw: Tokenizer, bos: str) -> Tokenizer:
 def sentencepiece(bos: str = "<s>", **parts) -> Tokenizer:
     """<unk>, <s>, </s>, 256 bytes for what no word covers, words."""
     raw = trained(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True),
-                  pre_tokenizers.Metaspace(), trainers.BpeTrainer, vocab_size=516,
+                  pre_tokenizers.Metaspace(), vocab_size=516,
                   special_tokens=["<unk>", "<s>", "</s>", *(f"<0x{n:02X}>" for n in range(256))],
-                  initial_alphabet=["▁", *LETTERS])
+                  initial_alphabet=["▁", *(chr(c) for c in range(33, 127))])
     # afterwards the bytes are ordinary tokens
     plain = dict(added_tokens=[], pre_tokenizer=None)
     raw = Tokenizer.from_str(json.dumps(json.loads(raw.to_str()) | plain))
@@ -87,19 +88,9 @@ def gemma() -> Tokenizer:
     return raw
 
 
-def unigram() -> Tokenizer:
-    """As T5's and XLM-R's."""
-    raw = trained(models.Unigram(), pre_tokenizers.Metaspace(), trainers.UnigramTrainer,
-                  vocab_size=200, special_tokens=["<unk>", "<s>", "</s>"], unk_token="<unk>",
-                  initial_alphabet=["\n", *LETTERS])
-    raw.decoder = decoders.Metaspace()
-    return raw
-
-
 def byte_level() -> Tokenizer:
     """As Qwen's, Llama 3's, SmolLM's and the newer ones of Mistral."""
-    raw = trained(models.BPE(), pre_tokenizers.ByteLevel(add_prefix_space=False),
-                  trainers.BpeTrainer, vocab_size=340,
+    raw = trained(models.BPE(), pre_tokenizers.ByteLevel(add_prefix_space=False), vocab_size=340,
                   initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
     raw.normalizer, raw.decoder = normalizers.NFC(), decoders.ByteLevel()
     return raw
@@ -124,13 +115,10 @@ IMAGES, BOTH = "preprocessor_config.json", "processor_config.json"
 TOKENS = "tokenizer_config.json"
 
 
-def read(file: Path) -> dict:
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-
-
 def write(file: Path, **fields) -> None:
     """Sets fields of a JSON file; None takes one away."""
-    fields = {key: value for key, value in (read(file) | fields).items() if value is not None}
+    fields = (read_json(file) if file.is_file() else {}) | fields
+    fields = {key: value for key, value in fields.items() if value is not None}
     file.write_text(json.dumps(fields, indent=2), encoding="utf-8")
 
 
@@ -150,12 +138,12 @@ def checkpoint(folder: Path, stem: str, processor, template: str, layout: str, t
           top_k=64, repetition_penalty=1.05)
     if kind:
         write(folder / TOKENS, tokenizer_class=kind)
-    settings = read(folder / BOTH) | dict(settings)
+    write(folder / BOTH, **dict(settings))
     if layout == NEW:
-        write(folder / BOTH, **settings)
         (folder / NEW).write_text(TEMPLATES[template], encoding="utf-8")
         return
-    (folder / BOTH).unlink(missing_ok=True)
+    settings = read_json(folder / BOTH)
+    (folder / BOTH).unlink()
     parts = dict(image_processor=IMAGES, video_processor=f"video_{IMAGES}")
     for name, value in settings.items():
         write(folder / parts.get(name, BOTH), **value if name in parts else {name: value})
@@ -171,7 +159,9 @@ SQUARE = dict(height=32, width=32)
 
 def qwen(stem: str, layout: str, preprocessor: dict, tokenizers_template, folder, patch: int = 8):
     """preprocessor: its file, but for the sizes of patches."""
-    tokenizer = chatml("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+    roles = dict(image_token="<|image_pad|>", video_token="<|video_pad|>",
+                 vision_start_token="<|vision_start|>", vision_end_token="<|vision_end|>")
+    tokenizer = chatml(*roles.values())
     vision = dict(patch_size=patch, spatial_merge_size=2, temporal_patch_size=2, num_heads=2,
                   depth=2, out_hidden_size=32, intermediate_size=32)
     vision |= dict(Qwen2VL=dict(embed_dim=32, mlp_ratio=2),
@@ -188,8 +178,7 @@ def qwen(stem: str, layout: str, preprocessor: dict, tokenizers_template, folder
             "Qwen3VLVideoProcessor" if third else "Qwen2VLVideoProcessor")))
     checkpoint(folder, stem, tokenizer, "QWEN_3" if third else "QWEN_2", layout,
                dict(num_hidden_layers=3, rope_parameters=rope), vision, settings=settings,
-               image_token_id="<|image_pad|>", video_token_id="<|video_pad|>",
-               vision_start_token_id="<|vision_start|>", vision_end_token_id="<|vision_end|>")
+               **{f"{key}_id": role for key, role in roles.items()})
     if layout == OLD:
         write(folder / TOKENS, chat_template=TEMPLATES[tokenizers_template],
               tokenizer_class="Qwen2Tokenizer")
@@ -225,9 +214,8 @@ def llava_like(stem, make, template, folder, layout=OLD, text="llama", kind=None
                image_token_id="<image>", **pins)
 
 
-def llama(make, *special: str, eos: str = "</s>"):
-    marks = ["<unk>", "<s>", "</s>", "<image>", *special]
-    return finished(make(), marks, eos, bos_token="<s>", unk_token="<unk>")
+def llama(make):
+    return finished(make(), ["<unk>", "<s>", "<image>"], "</s>", bos_token="<s>", unk_token="<unk>")
 
 
 def llama3():
@@ -314,10 +302,8 @@ PROCESSOR = dict(
     llava=partial(llava_like, "Llava", partial(llama, prepend), "VICUNA", kind="LlamaTokenizer"),
     llava_template_in_processor_config=partial(
         llava_like, "Llava", partial(llama, partial(metaspace, "first")), "VICUNA", layout=BOTH),
-    # no published family has its kind of tokenizer
     llava_template_in_tokenizer_config=partial(
-        llava_like, "Llava", partial(llama, unigram, "<|im_start|>", eos="<|im_end|>"),
-        "INTERLEAVE", layout=TOKENS),
+        llava_like, "Llava", partial(chatml, "<image>"), "INTERLEAVE", layout=TOKENS),
     llava_interleave=partial(llava_like, "Llava", partial(chatml, "<image>"), "INTERLEAVE",
                              layout=NEW, text="qwen2"),
     # LLaVA 1.6: Mistral, Vicuna, Llama 3, 34B

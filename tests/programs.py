@@ -27,10 +27,9 @@ class Program:
     """`python train.py ARGS`, begun at once; its output is in the file `log`. watched: check that
     each process holds half of what --shard shares."""
 
-    def __init__(self, *args, log: Path, env: dict[str, str] | None = None, watched: bool = False):
-        self.log = log
-        self.process = CONTEXT.Process(target=_run, args=([*map(str, args)], str(log), env or {},
-                                                          watched))
+    def __init__(self, *args, log: Path, env=(), watched: bool = False):
+        self.log, args = log, [*map(str, args)]
+        self.process = CONTEXT.Process(target=_run, args=(args, str(log), dict(env), watched))
         self.process.start()
 
     def said(self) -> str:
@@ -50,7 +49,7 @@ class Program:
             os.kill(self.process.pid, number)
 
     def status(self) -> int:
-        """Waits; 0 or the exit status, or minus the signal that ended it."""
+        """Waits; the exit status, or minus the signal that ended it."""
         self.process.join()
         return self.process.exitcode
 

@@ -13,11 +13,12 @@ from safetensors.torch import load, load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import train
-from checkpoints import build, read, write
+from checkpoints import build, write
 from conftest import TINY, merged_weights, refused
-from model import VLM, lora_layers
+from model import VLM
 from support.adapters import Adapter, merge, resolve, save_merged
 from support.families import load_checkpoint, load_family
+from support.files import read_json
 
 ADAPTER, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
@@ -41,10 +42,10 @@ def trained(folder, base, dtype=torch.float32, std=0.1, vision=False, rank=4):
 
 
 def run_of(folder, base):
-    """A run folder as training leaves it, and the trained model."""
+    """The trained model of a run folder as training leaves it."""
     vlm = trained(folder / "checkpoint-20", base, torch.float64)
-    write(folder / "config.json", model=str(base), method="pearl", dtype="float32")
-    write(folder / "best.json", checkpoint="checkpoint-20", step=20)
+    write(folder / "config.json", model=str(base))
+    write(folder / "best.json", checkpoint="checkpoint-20")
     return vlm
 
 
@@ -79,13 +80,9 @@ def test_an_adapter_by_the_names_of_an_older_transformers(folders, tmp_path, nam
 
 @pytest.mark.parametrize("rank", [4, 0])
 def test_what_is_saved_is_loaded_from_anywhere(base, tmp_path, monkeypatch, rank):
-    """Merged as --model, beside the weights as an adapter; LoRA and full fine-tuning."""
+    """LoRA and full fine-tuning, merged as --model."""
     monkeypatch.chdir(base.parent)
     vlm = trained(tmp_path, base.name, torch.float64, rank=rank)
-    again = VLM(base.name, torch.float64)
-    again.load_adapter(tmp_path)
-    assert lora_layers(again.lm).keys() == lora_layers(vlm.lm).keys()
-    assert torch.equal(logits(again.lm), logits(vlm.lm))
     monkeypatch.chdir(tmp_path)
     # PEFT also writes patterns there: the tensors say which layers are meant
     for names in (["q_proj"], r".*language_model.*\.q_proj", "all-linear"):
@@ -194,14 +191,12 @@ def test_small_changes_beside_bfloat16_weights(tmp_path):
     again.load_adapter(tmp_path)
     exact = logits(vlm.lm.float())
     assert torch.equal(logits(again.lm.float()), exact)
-    lost, shares = {}, {}
-    for dtype in (torch.bfloat16, torch.float32):
+    for dtype, least, most in ((torch.bfloat16, 0, 0.3), (torch.float32, 0.999, 1)):
         out = tmp_path / str(dtype)
-        shares[dtype] = save_merged(VLM(TINY, torch.bfloat16), tmp_path, out, dtype)
+        assert least <= save_merged(VLM(TINY, torch.bfloat16), tmp_path, out, dtype) <= most
         lm = AutoModelForImageTextToText.from_pretrained(out)
-        lost[dtype] = (logits(lm.float()) - exact).norm() / (exact - start).norm()
-    assert shares[torch.bfloat16] < 0.3 and shares[torch.float32] > 0.999
-    assert lost[torch.bfloat16] > 0.3 and lost[torch.float32] < 0.01
+        lost = (logits(lm.float()) - exact).norm() / (exact - start).norm()
+        assert lost < 0.01 if dtype == torch.float32 else lost > 0.3
 
 
 @pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl_new", "llava", "gemma3", "idefics3"])
@@ -209,7 +204,7 @@ def test_a_merged_checkpoint_is_the_bases_files_and_other_weights(tmp_path, name
     """Its config.json too, by the names that transformers 4 and servers read."""
     base, out = build(name, tmp_path / "base"), tmp_path / "merged"
     if name.startswith("qwen"):
-        text = read(base / "config.json")["text_config"]
+        text = read_json(base / "config.json")["text_config"]
         rope = text.pop("rope_parameters")
         text |= dict(rope_theta=rope.pop("rope_theta"), rope_scaling=dict(rope, type="mrope"))
         write(base / "config.json", text_config=text)

@@ -82,16 +82,6 @@ def test_ids_are_those_of_the_familys_own_processor(family, tool_images, image_f
             processor_kwargs=dict(images=example.images))
 
 
-def test_special_tokens(family):
-    """What no text may contain: marks of images and ends of turns, but not every added word."""
-    image_token = family.tokenizer.convert_ids_to_tokens(family.lm.config.image_token_id)
-    assert {family.placeholder, image_token, family.end_token} <= family.reserved
-    assert all(token.strip() for token in family.reserved)
-    if "gemma3" in family.path:
-        assert {"<start_of_image>", "<image_soft_token>", "<bos>"} <= family.reserved
-        assert not {"▁▁", "<table>", "</table>"} & family.reserved
-
-
 @pytest.mark.parametrize("name, token", [
     ("llava", "<image>"), ("qwen2_5_vl", "<|vision_end|>"), ("pixtral", "[IMG_BREAK]")])
 def test_marks_of_images_are_reserved_special_or_not(copied, name, token):
@@ -103,7 +93,11 @@ def test_marks_of_images_are_reserved_special_or_not(copied, name, token):
 
 
 def test_labels_are_what_the_assistant_says(family):
-    """The same for a model without its weights."""
+    """The same for a model without its weights. What no text may contain are marks of images and
+    ends of turns, but not every added word."""
+    image_token = family.tokenizer.convert_ids_to_tokens(family.lm.config.image_token_id)
+    assert {family.placeholder, image_token, family.end_token} <= family.reserved
+    assert not {"▁▁", "<table>", "</table>", "\n"} & family.reserved
     for example in map(record, range(1 if family.single_image_only else 3)):
         for reader in (family, load_family(family.path)):
             chat, images = Chat(reader, 4096), load_images(example, reader)
@@ -144,7 +138,7 @@ def test_which_template_counts(copied):
 # ---- images ----
 
 
-def test_sizes_of_images(folders, tmp_path):
+def test_sizes_of_images(folders):
     """By old and new names; --min_pixels and --max_pixels set them."""
     new = loaded(folders("qwen2_5_vl_new"))
     for name in ("qwen2_vl", "qwen2_vl_saved_again", "qwen2_5_vl", "qwen2_5_vl_old_size"):
@@ -155,21 +149,24 @@ def test_sizes_of_images(folders, tmp_path):
             assert grid.tolist() == [list(old.image_text(*size)[1])]
     with pytest.raises(ValueError, match="aspect ratio"):
         new.image_text(3000, 2)
-    # published values; a token has 28 x 28 px in Qwen2.5-VL and 32 x 32 px in Qwen3-VL
-    for stem, patch, published, counts in (
-            ("Qwen2_5_VL", 14, dict(min_pixels=3136, max_pixels=12845056), [15301, 1230, 4, 256]),
-            ("Qwen3VL", 16, dict(size=dict(shortest_edge=65536, longest_edge=16777216)),
-             [11750, 972, 64, 196])):
-        qwen(stem, OLD, published, "QWEN_3", tmp_path / stem, patch)
-        families = [load_family(str(tmp_path / stem), *pixels)
-                    for pixels in ((), (256 * 28 ** 2, 1280 * 28 ** 2))]
-        assert counts == [family.image_text(*size)[0].count("<|image_pad|>")
-                          for size in ((4000, 3000), (32, 32)) for family in families]
     for name, pixels, message in (("qwen3_vl", (5000, None), "from 5000 to 4096 pixels"),
                                   ("qwen3_vl", (9, 4), "from 9 to 4 pixels"),
                                   ("llava", (None, 4096), "models have no --min_pixels and --max")):
         with pytest.raises(ValueError, match=message):
             load_family(str(folders(name)), *pixels)
+
+
+@pytest.mark.parametrize("stem, patch, published, counts", [
+    ("Qwen2_5_VL", 14, dict(min_pixels=3136, max_pixels=12845056), [15301, 1230, 4, 256]),
+    ("Qwen3VL", 16, dict(size=dict(shortest_edge=65536, longest_edge=16777216)),
+     [11750, 972, 64, 196])])
+def test_tokens_of_images_with_published_settings(tmp_path, stem, patch, published, counts):
+    """A token has 28 x 28 px in Qwen2.5-VL and 32 x 32 px in Qwen3-VL."""
+    qwen(stem, OLD, published, "QWEN_3", tmp_path, patch)
+    families = [load_family(str(tmp_path), *pixels)
+                for pixels in ((), (256 * 28 ** 2, 1280 * 28 ** 2))]
+    assert counts == [family.image_text(*size)[0].count("<|image_pad|>")
+                      for size in ((4000, 3000), (32, 32)) for family in families]
 
 
 @pytest.mark.parametrize("name, file, change, message", [
@@ -215,8 +212,8 @@ def test_foreign_tokenizers_and_models(folders, copied, monkeypatch):
 
 @pytest.mark.parametrize("name", ["qwen2_5_vl", "llava", "tiny"])
 def test_weights_that_are_not_whole_are_refused_by_name(copied, name):
-    folder, layer = copied(name), "self_attn.q_proj.weight"
-    file, whole = folder / "model.safetensors", load_file(folder / "model.safetensors")
+    file, layer = copied(name) / "model.safetensors", "self_attn.q_proj.weight"
+    whole = load_file(file)
     keys = [key for key in whole if key.endswith(layer) and "vis" not in key]
     # older versions saved these two, which are computed
     derived = ("model.layers.0.self_attn.rotary_emb.inv_freq", "model.embeddings.position_ids")
@@ -228,7 +225,7 @@ def test_weights_that_are_not_whole_are_refused_by_name(copied, name):
             (whole | {"model.strange.weight": torch.zeros(2)}, "no place for: .*strange.weight"),
             (whole | {key: torch.zeros(2) for key in derived}, None)):
         save_file(tensors, file, dict(format="pt"))
-        refused(folder, message) if message else loaded(folder)
+        refused(file.parent, message) if message else loaded(file.parent)
 
 
 def test_damaged_weights_and_code_in_a_checkpoint_never_run(copied, tmp_path):
@@ -272,29 +269,23 @@ def own_inputs(family, ids, images):
 
 @torch.no_grad()
 def test_states_and_answers_are_those_of_transformers(vlm, family):
-    example, encode = record(0 if family.single_image_only else 1), ImageEncoder(family)
-    images = load_images(example, family)
-    full, prompt, _ = make_views(Chat(family, 4096), example, images, 0)
-    images = with_pixels(images, family)
+    """Padding, and a second view in the same pass, change no state."""
+    example, chat = record(0 if family.single_image_only else 1), Chat(family, 4096)
+    images, encode = with_pixels(load_images(example, family), family), ImageEncoder(family)
+    full, prompt, _ = make_views(chat, example, images, 0)
+    features, rows = encode(images), torch.randn(3, vlm.dim, dtype=torch.float64)
+    states = vlm(collate([full], vlm.pad_id), features).states
     torch.testing.assert_close(
-        vlm(collate([full], vlm.pad_id), encode(images)).states,
-        vlm.lm.model(**own_inputs(family, full.ids, example.images)).last_hidden_state)
+        states, vlm.lm.model(**own_inputs(family, full.ids, example.images)).last_hidden_state)
     answer = vlm.lm.generate(**own_inputs(family, prompt.ids, example.images[:1]),
                              max_new_tokens=6)
     assert vlm.generate([prompt], images[:1], encode, 6) == [answer[0, len(prompt.ids):].tolist()]
-
-
-@torch.no_grad()
-def test_padding_and_a_second_view_in_the_same_pass_change_no_state(vlm, family):
-    images, rows = load_images(record(0), family), torch.randn(3, vlm.dim, dtype=torch.float64)
-    full, prompt, _ = make_views(Chat(family, 4096), record(0), images, len(rows))
-    features = ImageEncoder(family)(with_pixels(images, family))
     longer = full._replace(ids=full.ids + full.ids[-4:-1], labels=full.labels + [-100] * 3)
-    plain = vlm(collate([full], vlm.pad_id), features).states
     padded = vlm(collate([full, longer], vlm.pad_id), features).states
-    torch.testing.assert_close(padded[:1, :len(full.ids)], plain)
+    torch.testing.assert_close(padded[:1, :len(full.ids)], states)
     if family.packs:
+        prompt = make_views(chat, example, images, len(rows)).input
         both, prediction = encode_two_views(vlm, [full], [prompt], features, rows, collate)
-        torch.testing.assert_close(both.states, plain)
+        torch.testing.assert_close(both.states, states)
         alone = vlm(collate([prompt], vlm.pad_id), features, rows)
         torch.testing.assert_close(prediction, alone.embedding)

@@ -44,19 +44,14 @@ def records_of(folder):
     return [json.loads(line) for line in (folder / "trajectories.jsonl").open(encoding="utf-8")]
 
 
-def projects_step(folder, vlm, page):
-    """The project's step on the four training records, with the page's weights: the loss terms,
-    those of the log and the total with its graph, and the module that computed them."""
-    method = train.Pearl(vlm, train.Config(device="cpu", lora_rank=0)).double()
-    method.predictor.pred_tokens.data.copy_(page.pred.data)
-    method.predictor.latent.mlp.load_state_dict(page.latent.state_dict())
-    examples = train.dataset(method, read_folder(folder).split("train"), "train")
-    result = method(examples.passes(list(range(4)), batch=4)[0])
-    return dict(result.parts, total=result.total), method
-
-
 def test_losses_and_gradients_are_those_of_the_projects_step(page, folder, vlm64):
-    expected, step = projects_step(folder, vlm64, page)
+    # the project's step on the four training records, with the page's weights
+    step = train.Pearl(vlm64, train.Config(device="cpu", lora_rank=0)).double()
+    step.predictor.pred_tokens.data.copy_(page.pred.data)
+    step.predictor.latent.mlp.load_state_dict(page.latent.state_dict())
+    examples = train.dataset(step, read_folder(folder).split("train"), "train")
+    result = step(examples.passes(list(range(4)), batch=4)[0])
+    expected = dict(result.parts, total=result.total)
     batch = [page.views(record) for record in records_of(folder) if record["split"] == "train"]
     h_R = torch.cat([page.encode([record["target"]])[-1].detach() for record in batch])
     losses = page.losses(batch, h_R)

@@ -3,7 +3,6 @@ Eq. 1 and of Eq. 2 is one line each; without the line test_01 and this lesson fa
 
 import pytest
 import torch
-
 from conftest import assert_close, build, gradients, images_of, pair_of, terms_of
 
 

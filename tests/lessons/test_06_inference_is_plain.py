@@ -12,7 +12,6 @@ from plain import inputs, run, tokens, turns_of
 import evaluate
 from model import VLM
 from world import loader
-
 from conftest import TINY, assert_close, build, merged_weights, moved
 
 # of several tokens, and some where one option begins another

@@ -10,7 +10,6 @@ from plain import eq1, nll, smooth_l1, target_state
 import data
 from data import View
 from support import packing
-
 from conftest import assert_close, assert_same, build, embed, gradients, images_of, terms_of
 
 
@@ -60,34 +59,22 @@ def test_the_step_equals_one_record_at_a_time(loaded64, mixed, options):
         assert_same(terms[name], value, method)
 
 
-def pad(views):
-    return data.collate(views, 0)
-
-
-@pytest.mark.parametrize("full, ids, inject_at, shared", [
-    ([1, 2, 3, 4], [1, 2, 9], (), 2), ([1, 2, 3, 4], [1, 2, 3], (), 3),
-    ([1, 2, 2, 2], [1, 2, 2, 2], (2, 3), 2), ([1, 2, 7], [1, 2, 5], (2,), 2)])
-def test_two_views_share_all_up_to_the_first_difference_or_injected_token(full, ids, inject_at,
-                                                                          shared):
-    views = [View(full, full, [], 2)], [View(ids, ids, [], len(ids) - 1, inject_at)]
-    assert packing.add_branches(*views, pad).shared.tolist() == [shared]
-
-
 def test_the_branch_sees_what_is_shared_and_itself():
-    """Worked example: two rows; the first shares 2 of 4 tokens and has 2 more, the second shares
-    all 3 of its input view's tokens, so its branch is padding."""
-    full = [View([1, 2, 3, 4], [-100, -100, 3, 4], [], 3),
-            View([5, 6, 7], [-100, -100, -100], [], 2)]
-    inputs = [View([1, 2, 8, 9], [-100] * 4, [], 3, (2,)), View([5, 6, 7], [-100] * 3, [], 2)]
-    batch = packing.add_branches(full, inputs, pad)
-    assert batch.ids.tolist() == [[1, 2, 3, 4, 8, 9], [5, 6, 7, 0, 0, 0]]
-    assert batch.inject_at.int().tolist() == [[0, 0, 0, 0, 1, 0], [0] * 6]
-    assert batch.shared.tolist() == [2, 3] and batch.branch == 2
-    # the state of token 9, and of the last shared token
-    assert batch.embed_at.tolist() == [5, 2]
-    positions = torch.tensor([[[0, 1, 2, 3], [0, 1, 2, 0]]])
+    """Worked example of three rows. The first shares 2 of 4 tokens and has 2 more; the second
+    shares all 3 of its input view's tokens, so its branch is padding; the third shares 2, because
+    an injected token is never shared."""
+    short = View([5, 6, 7], [-100] * 3, [], 2)
+    full = [View([1, 2, 3, 4], [-100, -100, 3, 4], [], 3), short, short]
+    inputs = [View([1, 2, 8, 9], [-100] * 4, [], 3, (2,)), short, short._replace(inject_at=(2,))]
+    batch = packing.add_branches(full, inputs, lambda views: data.collate(views, 0))
+    assert batch.ids.tolist() == [[1, 2, 3, 4, 8, 9], [5, 6, 7, 0, 0, 0], [5, 6, 7, 0, 7, 0]]
+    assert batch.inject_at.int().tolist() == [[0, 0, 0, 0, 1, 0], [0] * 6, [0, 0, 0, 0, 1, 0]]
+    assert batch.shared.tolist() == [2, 3, 2] and batch.branch == 2
+    # the state of token 9, of the last shared token, of the injected token
+    assert batch.embed_at.tolist() == [5, 2, 4]
+    positions = torch.tensor([[[0, 1, 2, 3], [0, 1, 2, 0], [0, 1, 2, 0]]])
     positions, mask = packing.branch_inputs(batch, positions, torch.float64)
-    assert positions[0].tolist() == [[0, 1, 2, 3, 2, 3], [0, 1, 2, 0, 3, 4]]
+    assert positions[0].tolist() == [[0, 1, 2, 3, 2, 3], [0, 1, 2, 0, 3, 4], [0, 1, 2, 0, 2, 3]]
     sees = [[int(value == 0) for value in row] for row in mask[0, 0]]
     assert sees == [[1, 0, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0], [1, 1, 1, 0, 0, 0],
                     [1, 1, 1, 1, 0, 0], [1, 1, 0, 0, 1, 0], [1, 1, 0, 0, 1, 1]]

@@ -16,7 +16,6 @@ from model import VLM
 from support import run
 from support.files import read_json
 from world import loader
-
 from conftest import TINY, build, log_of, train_until
 
 

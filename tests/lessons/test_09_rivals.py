@@ -9,7 +9,6 @@ from plain import affine, cosine, eq1, gelu, layer_norm, rand, same
 
 import train
 from baselines import anti_collapse
-
 from conftest import assert_same, build, pair_of, terms_of
 
 GROUPS = [("zoom", "two"), ("zoom", "six"), ("zoom", "two"), ("path", "two"), ("zoom", "two")]

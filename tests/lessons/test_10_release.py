@@ -14,7 +14,6 @@ from torch import nn
 
 import train
 from world import loader
-
 from conftest import assert_same, build, embed, images_of, pair_of, terms_of
 
 # the highest number first

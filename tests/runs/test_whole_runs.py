@@ -20,7 +20,6 @@ import train
 from support import run
 from support.files import read_json
 from world import scenes
-
 from conftest import log_of, train_until
 from programs import Program, together
 

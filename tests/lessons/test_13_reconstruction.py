@@ -9,7 +9,6 @@ import evaluate
 from baselines import reconstruction
 from data import View
 from world import loader
-
 from conftest import assert_same, build, embed, images_of, terms_of
 
 # one, two and three tool images

@@ -9,7 +9,6 @@ from plain import cosine, eq1, run, target_state, tokens, turns_of
 
 import train
 from world import loader
-
 from conftest import assert_same, build, embed, images_of, moved, pair_of, terms_of
 
 RECORDS = loader.examples("multi", "train", 6)

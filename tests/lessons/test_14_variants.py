@@ -12,7 +12,6 @@ import baselines
 import train
 from baselines.training_records import Both, Direct, WithAnswers
 from world import loader
-
 from conftest import build, moved, pair_of
 
 RECORDS = loader.examples("multi", "train", 4)
