@@ -1,8 +1,5 @@
-"""What all tests share: the shipped model, a few records, and a method built on both.
-
-Models are float64, so that two ways to the same number agree in all digits that count. The norms
-of transformers compute in float32, so states agree to about seven digits.
-"""
+"""What all tests share: the shipped model, a few records, and a method built on both. Models are
+float64; the norms of transformers compute in float32, so states agree to about seven digits."""
 
 import copy
 import itertools
@@ -37,21 +34,21 @@ TINY = train.Config().model
 
 
 @pytest.fixture(scope="session")
+def shipped():
+    """The shipped model as it comes; not to be changed."""
+    return VLM(TINY).eval()
+
+
+@pytest.fixture(scope="session")
 def loaded64():
     return VLM(TINY, torch.float64).eval()
 
 
 @pytest.fixture
 def vlm64(loaded64):
-    """The shipped model in float64, fresh for each test: a copy takes less time than loading."""
+    """The same in float64, fresh for each test: a copy takes less time than loading."""
     torch.manual_seed(0)
     return copy.deepcopy(loaded64)
-
-
-@pytest.fixture(scope="session")
-def shipped():
-    """The shipped model as it comes, for tests that change nothing of it."""
-    return VLM(TINY).eval()
 
 
 @pytest.fixture(scope="session")

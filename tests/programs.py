@@ -44,12 +44,10 @@ class Program:
             assert time.time() < until, self.said()
             time.sleep(0.002)
 
-    def send(self, number: int) -> None:
-        if self.process.is_alive():
+    def status(self, number: int = 0) -> int:
+        """Sends a signal, and waits; the exit status, or minus the signal that ended it."""
+        if number and self.process.is_alive():
             os.kill(self.process.pid, number)
-
-    def status(self) -> int:
-        """Waits; the exit status, or minus the signal that ended it."""
         self.process.join()
         return self.process.exitcode
 

@@ -1,7 +1,5 @@
-"""Claims: what --model may name (a checkpoint, a run, an adapter as we or PEFT write it) is loaded
-or refused in one sentence; an adapter changes the layers that its tensors name, as PEFT does; small
-changes beside bfloat16 weights are kept, or their loss is reported; a merged checkpoint is the
-base's own files, to the byte, beside other weights, and loads with transformers alone."""
+"""Claims: what --model may name is loaded or refused in one sentence; an adapter changes what PEFT
+would change; a merged checkpoint is the base's own files beside other weights."""
 
 import shutil
 from pathlib import Path

@@ -1,6 +1,5 @@
-r"""Claims: a text says an option where nothing but punctuation around it, case, width or blanks
-tell them apart; signs and units do tell them apart. A number may be spelled in several ways, and a
-letter names its option. In doubt no option is said. An answer form is exactly the data's own."""
+"""Claims: a text says an option where only punctuation, case or spelling of numbers tell them
+apart; in doubt no option is said. An answer form is exactly the data's own."""
 
 import time
 from unicodedata import normalize

@@ -1,5 +1,5 @@
-"""Claims: check_data lists all faults of a folder at once, each with its line, and exits with 1,
-from one process or several; what it passes trains, and what stops train.py it refuses."""
+"""Claims: check_data lists all faults of a folder at once, from one process or several; what it
+passes trains, and what stops train.py it refuses."""
 
 import json
 import re

@@ -1,7 +1,5 @@
-"""Claims: a checkpoint is read as its family's own processor reads it, in each layout in which it
-is published; our states and answers are those of transformers' own forward pass and `generate` on
-pixels; padding, and a second view in the same pass, change no state; what is damaged or cannot be
-served is refused in one sentence, and nothing of it runs."""
+"""Claims: a checkpoint is read as its family's own processor reads it, and answers as transformers
+does; what is damaged or cannot be served is refused in one sentence, and nothing of it runs."""
 
 import shutil
 import struct

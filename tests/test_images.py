@@ -1,6 +1,5 @@
-"""Claims: a picture is shown to the model upright, as RGB of 8 bits, 16 bits divided by 257,
-transparency on white, in every format and for every orientation that a file may name, valid or not;
-bytes that are no picture are refused; a picture that uses few of its values is noticed."""
+"""Claims: the model sees a picture as a person does, in every format and orientation; bytes that
+are no picture are refused; a picture that uses few of its values is noticed."""
 
 import io
 import struct

@@ -1,5 +1,5 @@
-"""Claims: docs/one_page.py, which imports nothing of ours, has the losses and the gradients of the
-project's own step, gives the answers of its evaluation, runs to its end, and says what it needs."""
+"""Claims: docs/one_page.py, which imports nothing of ours, has the losses, gradients and answers of
+the project."""
 
 import importlib.util
 import json

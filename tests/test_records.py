@@ -1,6 +1,5 @@
-"""Claims: a folder's lines are each parsed once at the start and its pictures not opened; a record
-is read when it is used. A bad record is refused with file, line and fix, or listed with all others;
-an unusual one is counted. One picture is in one split, whatever its files are called."""
+"""Claims about data folders: a record is read when it is used; a bad one is refused with file, line
+and fix, an unusual one counted; one picture is in one split, whatever its files are called."""
 
 import json
 import os
@@ -40,24 +39,23 @@ def numbered(*rows):
 
 
 def read(tmp_path, *rows, **options):
-    notes = []
-    return read_folder(folder_of(tmp_path, *rows), notes=notes, **options), notes
+    """The records, and what is said of them."""
+    return read_folder(folder_of(tmp_path, *rows), notes=(notes := []), **options), notes
 
 
 @pytest.fixture
 def work(monkeypatch):
     """Returns how many lines were parsed, and how many pictures opened, since it was last asked."""
-    done = []
+    spies = Mock(wraps=record_checks._parse), Mock(wraps=images._decoded)
+    monkeypatch.setattr(record_checks, "_parse", spies[0])
+    monkeypatch.setattr(images, "_decoded", spies[1])
 
     def counts():
-        found = done.count("_parse"), done.count("_decoded")
-        done.clear()
+        found = tuple(spy.call_count for spy in spies)
+        for spy in spies:
+            spy.reset_mock()
         return found
 
-    for module, name in ((record_checks, "_parse"), (images, "_decoded")):
-        function = getattr(module, name)
-        monkeypatch.setattr(module, name, lambda content, name=name, function=function:
-                            done.append(name) or function(content))
     return counts
 
 
@@ -94,8 +92,7 @@ def test_one_row_is_read_alone(tmp_path, work):
     folder = folder_of(tmp_path, b"{", b"", dict(NO_SPLIT, image="b.png"), dict(RECORD, id="2"))
     assert [read_record(folder, 1).split, read_record(folder, 2).id] == ["", "2"]
     assert work() == (2, 0)
-    for row, message in ((3, "no row 3: it has 3"), (-1, "no row -1"),
-                         (0, "line 1: not valid JSON")):
+    for row, message in ((3, "no row 3: it has 3"), (-1, "no row -1"), (0, "line 1: not valid")):
         with pytest.raises(ValueError, match=message):
             read_record(folder, row)
 
@@ -160,10 +157,10 @@ def test_shares_of_the_splits_and_the_cache_of_what_was_read(tmp_path, work):
     (tmp_path / "8.png").write_bytes(picture)
     assert work()[1] == 2 and len(read(tmp_path, *rows, cache=cache)[0]) == 600
     assert work()[1] == 1  # what was read before the error is not read again
-    cache.write_text("something else", encoding="utf-8")
+    cache.write_bytes(b"something else")
     with pytest.raises(ValueError, match="cache.npy is not a cache of pictures' hashes; delete it"):
         read(tmp_path, *rows, cache=cache)
-    assert cache.read_text(encoding="utf-8") == "something else"
+    assert cache.read_bytes() == b"something else"
 
 
 def test_pictures_in_two_splits_are_counted(tmp_path):

@@ -1,5 +1,5 @@
 """Claims: views follow templates and tokenizers that differ from the shipped one, or say why they
-cannot; views of several records become one batch, padded on the right or on the left."""
+cannot; views of several records become one batch."""
 
 import copy
 

@@ -87,6 +87,11 @@ def nll(logits, token):
     return torch.logsumexp(logits, 0) - logits[token]
 
 
+def eq3_terms(logits, labels):
+    """-log p of each supervised token, from the logits before it."""
+    return [nll(logits[t - 1], label) for t, label in enumerate(labels) if label != -100]
+
+
 def gelu(x):
     return x * (1 + torch.erf(x / 2 ** 0.5)) / 2
 

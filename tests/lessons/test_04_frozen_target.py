@@ -1,6 +1,5 @@
-"""Claims: h_R is the starting model's, whatever trains and however late a row is first used; it is
-made once, and an image is encoded once while the vision tower is frozen; what does not fit into
-memory is made again."""
+"""Claims: h_R is the starting model's, whatever trains and however late a row is first used;
+targets and features of images are made once and kept, or made again if they do not fit."""
 
 import pytest
 import torch

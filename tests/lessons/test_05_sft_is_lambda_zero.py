@@ -1,5 +1,5 @@
-"""Claims: SFT is the loss that transformers computes itself, and Pearl with lambda 0 is SFT, in
-loss and gradient; SFT adds nothing to the VLM. LoRA, or all weights, are what trains."""
+"""Claims: SFT is the loss that transformers computes itself, and Pearl with lambda 0 is SFT. LoRA,
+or all weights, are what trains."""
 
 import copy
 

@@ -1,6 +1,5 @@
-"""Claims: a question is answered by the plain VLM. `direct` is the option with the largest
-log-probability, tokenised as training on it would; `free` and `tool` are transformers' own
-generate; a saved adapter is the trained model to the bit, or a share of the way to it."""
+"""Claims: a question is answered by the plain VLM: `direct` is the option with the largest
+log-probability, `free` and `tool` are transformers' own generate."""
 
 import copy
 from dataclasses import replace
@@ -22,12 +21,14 @@ QUESTIONS = [replace(question, options=options, answer=options[-1]) for question
 
 
 @torch.no_grad()
-def naive_log_prob(vlm, example, option, prefix="Answer:", closing=""):
-    """log p(option and closing | <I0, Q>, prefix), by a forward pass of its own."""
-    start, whole = (tokens(vlm, turns_of(example)[:1], prefix + words)
-                    for words in ("", f" {option}{closing}"))
-    log_p = run(vlm, whole.ids, whole.images)[1].double().log_softmax(dim=-1)
-    return sum(float(log_p[t - 1, whole.ids[t]]) for t in range(len(start.ids), len(whole.ids)))
+def naive_log_probs(vlm, example, prefix="Answer:", closing=""):
+    """log p(option and closing | <I0, Q>, prefix) of each option, by a forward pass of its own."""
+    start, scores = len(tokens(vlm, turns_of(example)[:1], prefix).ids), []
+    for option in example.options:
+        whole = tokens(vlm, turns_of(example)[:1], f"{prefix} {option}{closing}")
+        log_p = run(vlm, whole.ids, whole.images)[1].log_softmax(dim=-1)
+        scores.append(sum(float(log_p[t - 1, whole.ids[t]]) for t in range(start, len(whole.ids))))
+    return scores
 
 
 def test_direct_is_the_option_with_the_largest_log_probability(loaded64):
@@ -35,8 +36,7 @@ def test_direct_is_the_option_with_the_largest_log_probability(loaded64):
     for example, answer in zip(QUESTIONS, answers, strict=True):
         # the end of the turn counts only where one option begins another
         begins = any(a != b and b.startswith(a) for a in example.options for b in example.options)
-        naive = [naive_log_prob(loaded64, example, option, closing="<|im_end|>" * begins)
-                 for option in example.options]
+        naive = naive_log_probs(loaded64, example, closing="<|im_end|>" * begins)
         assert answer["log_probs"] == pytest.approx(naive, rel=1e-5)
         assert answer["option"] == naive.index(max(naive))
         assert answer["text"] == example.options[answer["option"]]
@@ -56,9 +56,8 @@ def test_an_answer_is_asked_for_as_the_last_text_writes_it(loaded64):
         count = len(question.prompt.ids)
         assert question.started.ids[:count] == question.prompt.ids
         assert loaded64.tokenizer.decode(question.started.ids[count:]) == prefix
-        naive = [naive_log_prob(loaded64, example, option, prefix, closing)
-                 for option in example.options]
-        assert evaluator.direct()[n]["log_probs"] == pytest.approx(naive, rel=1e-5)
+        assert evaluator.direct()[n]["log_probs"] == pytest.approx(
+            naive_log_probs(loaded64, example, prefix, closing), rel=1e-5)
 
 
 def test_a_model_that_has_broken_down_chooses_nothing(vlm64):

@@ -5,7 +5,7 @@ import copy
 
 import pytest
 import torch
-from plain import eq1, nll, smooth_l1, target_state
+from plain import eq1, eq3_terms, smooth_l1, target_state
 
 import data
 from data import View
@@ -38,14 +38,12 @@ def test_the_step_equals_one_record_at_a_time(loaded64, mixed, options):
     vlm, images, horizon = method.vlm, images_of(method, batch), method.config.horizon
     words, pairs, nextlat = [], [], [[] for _ in range(horizon)]
     for record, example in zip(mixed, batch):
-        encoded = embed(vlm, example.views.full, images)
-        states, inputs, labels = encoded.states[0], encoded.inputs[0], encoded.batch.labels[0]
-        for t in range(len(labels) - 1):
-            if labels[t + 1] != -100:
-                words.append(nll(vlm.lm.lm_head(states[t]), labels[t + 1]))
-            forecast = states[t]
+        encoded, labels = embed(vlm, example.views.full, images), example.views.full.labels
+        states, inputs = encoded.states[0], encoded.inputs[0]
+        words += eq3_terms(vlm.lm.lm_head(states), labels)
+        for t, forecast in enumerate(states):
             for i, terms in enumerate(nextlat, start=1):
-                if t + i < len(labels) and (labels[t + 1:t + i + 1] != -100).all():
+                if t + i < len(labels) and -100 not in labels[t + 1:t + i + 1]:
                     forecast = method.predictor.latent(forecast, inputs[t + i].detach())
                     terms.append(smooth_l1(forecast, states[t + i].detach()))
         prediction = embed(vlm, example.views.input, images,

@@ -1,7 +1,5 @@
 """Claims: what is kept of an answer, and what it cost; a question that cannot be asked stops the
-program before any is asked; one question about one picture. The model's own calls are run and their
-images appended; an answer that holds brackets is an answer; a call that cannot be run ends the
-attempt, as does one call too many, or a conversation that has outgrown the model's positions."""
+program before any is asked; the model's own calls are run, and their images appended."""
 
 from dataclasses import replace
 

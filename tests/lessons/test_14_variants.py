@@ -1,5 +1,4 @@
-"""Claims: each variant and control changes what its name says and nothing else: whose h_R, which
-state of R, what stands in its place, which records are learned; classes compose."""
+"""Claims: each variant and control changes what its name says and nothing else."""
 
 import copy
 import dataclasses

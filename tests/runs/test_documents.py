@@ -1,5 +1,4 @@
-"""Claims: the commands of README, docs and room READMEs are understood, and their options exist;
-links lead to files."""
+"""Claims: the documents' commands are understood, and their links lead to files."""
 
 import re
 import shlex

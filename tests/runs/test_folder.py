@@ -1,6 +1,5 @@
-"""Claims about a run's folder: nothing is overwritten, one process has it, a failed start leaves
-nothing; half-written files go, whole ones stay; what a run began with is compared when it is
-resumed; a state is read without executing anything; a signal ends a program as signals do."""
+"""Claims about a run's folder: nothing is overwritten, one process has it, half-written files go; a
+state is read without executing anything; a signal ends a program as signals do."""
 
 import os
 import signal

@@ -1,5 +1,4 @@
-"""Claim: a fork of the six files, support/ and tiny-vlm/ alone trains Pearl and SFT, answers and
-merges; what it misses is said in one sentence. The README's Python lines run as they stand."""
+"""Claims: the six files, support/ and tiny-vlm/ alone are enough; the README's Python lines run."""
 
 import os
 import re

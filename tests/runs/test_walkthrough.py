@@ -1,5 +1,5 @@
-"""Claims: on docs/walkthrough.md every line of code stands in the file that its block names, in the
-order of the page; the record, the view and every number are what the shipped model gives."""
+"""Claims: the code of docs/walkthrough.md stands in its files; the record, the view and every
+number are what the shipped model gives."""
 
 import json
 import math
