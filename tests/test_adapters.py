@@ -1,6 +1,7 @@
 """Claims: what --model may name is loaded or refused in one sentence; an adapter changes what PEFT
 would change; a merged checkpoint is the base's own files beside other weights."""
 
+import re
 import shutil
 from pathlib import Path
 
@@ -77,8 +78,7 @@ def test_an_adapter_by_the_names_of_an_older_transformers(folders, tmp_path, nam
 
 
 @pytest.mark.parametrize("rank", [4, 0])
-def test_what_is_saved_is_loaded_from_anywhere(base, tmp_path, monkeypatch, rank):
-    """LoRA and full fine-tuning, merged as --model."""
+def test_what_is_saved_is_merged_from_anywhere(base, tmp_path, monkeypatch, rank):
     monkeypatch.chdir(base.parent)
     vlm = trained(tmp_path, base.name, torch.float64, rank=rank)
     monkeypatch.chdir(tmp_path)
@@ -147,12 +147,12 @@ def test_what_model_may_name(base, tmp_path, monkeypatch):
         assert (size.shortest_edge, size.longest_edge) == area
 
 
-SEEN = "seen from HERE, cannot be loaded"
+SEEN = "seen from .*, cannot be loaded"
 
 
 @pytest.mark.parametrize("named, file, fields, message", [
-    *[(name, "", {}, f"^{name}, {SEEN}") for name in ("./nothing", "/nothing/there", "Some/Model")],
-    ("a b//c?", "", {}, SEEN),
+    *[(name, "", {}, f"^{re.escape(name)}, {SEEN}")
+      for name in ("./nothing", "/nothing/there", "Some/Model", "a b//c?")],
     ("empty", "notes.json", {}, "in its config.json"),
     ("outside", "best.json", dict(checkpoint="../a/checkpoint-2"), "^outside/checkpoint-2 .the ba"),
     ("typeless", "config.json", dict(hidden_size=3), "Unrecognized model"),
@@ -167,7 +167,7 @@ def test_what_model_may_not_name(tmp_path, monkeypatch, named, file, fields, mes
     if file:
         (tmp_path / named).mkdir()
         write(tmp_path / named / file, **fields)
-    refused(named, message.replace("HERE", str(tmp_path)))
+    refused(named, message)
 
 
 # ---- merging ----

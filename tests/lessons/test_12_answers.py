@@ -2,6 +2,7 @@
 program before any is asked; the model's own calls are run, and their images appended."""
 
 from dataclasses import replace
+from unittest.mock import Mock
 
 import pytest
 from PIL import Image
@@ -33,13 +34,12 @@ def test_a_record_has_each_way_with_its_answer_and_cost():
 
 
 def test_every_question_is_answered_in_every_way_without_dropout(vlm64):
-    evaluator, modes = evaluate.Evaluator(vlm64, QUESTIONS), []
-    echo = {"echo": lambda e: modes.append(e.vlm.training) or [dict(text=ex.answer)
-                                                               for ex in e.examples]}
-    for training in (True, False):
-        vlm64.train(training)
-        records = evaluate.answer_questions(evaluator, 2, echo)
-    assert modes == [False, False]
+    def echo(evaluator):
+        assert not vlm64.training
+        return [dict(text=example.answer) for example in evaluator.examples]
+
+    evaluator = evaluate.Evaluator(vlm64.train(), QUESTIONS)
+    records = evaluate.answer_questions(evaluator, 2, dict(echo=echo))
     for example, record, free in zip(QUESTIONS, records, evaluator.free(2), strict=True):
         assert record["id"] == example.id and record["echo_right"] and record["direct"]
         assert record["free"] == free["text"] and record["cost"]["free"]["tokens"] <= 2
@@ -83,11 +83,10 @@ def test_stored_answers_serve_until_an_option_changes_the_question(tmp_path, mon
                                                                    words, asks):
     record = dict(task="crop", options=["a", "b"], direct_right=True)
     write_json(tmp_path / "results.json", dict(answers=[record]))
-    calls = []
-    monkeypatch.setattr(evaluate, "ask", lambda *call: calls.append(call) or [])
+    monkeypatch.setattr(evaluate, "ask", ask := Mock(return_value=[]))
     monkeypatch.setattr("sys.argv", ["evaluate.py", str(tmp_path), *words.format(tmp_path).split()])
     evaluate.main()
-    assert len(calls) == asks and ("100.0" in capsys.readouterr().out) != asks
+    assert ask.called == asks and ("100.0" in capsys.readouterr().out) != asks
 
 
 def test_the_questions_of_a_checkpoint(monkeypatch):

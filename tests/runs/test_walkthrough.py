@@ -61,14 +61,20 @@ def numbers():
     torch.manual_seed(CONFIG.seed)
     method = train.Pearl(vlm, CONFIG).train()
     ((record,),) = train.dataset(method, [EXAMPLE], "train").passes([0], 1)
-    trained = [p for p in method.parameters() if p.requires_grad]
-    lora, added = (sum(p.numel() for p in part.parameters() if p.requires_grad)
-                   for part in (vlm, method.predictor))
+    found = of_the_inputs(vlm, method, record) | of_the_losses(vlm, method, record, base)
+    # the step has been taken: the model's answer now
+    vlm.eval()
+    (after,), prompt, started = evaluator.direct(), question.prompt.ids, question.started.ids
+    assert prompt == started[:len(prompt)] == record.views.full.ids[:len(prompt)]
+    assert before["text"] == after["text"] == EXAMPLE.answer
+    return found | {"From question to answer": [
+        len(prompt), len(started) - len(prompt), len(question.options), len(question.options[0]),
+        before["passes"], len(started), *before["log_probs"], after["log_probs"][0]]}
 
-    # the inputs
+
+def of_the_inputs(vlm, method, record):
     (full, prompt, target), rows = record.views, method.predictor.pred_tokens
-    images, started = method.encode_images(record.images), question.started.ids
-    assert question.prompt.ids == started[:len(question.prompt.ids)]
+    images = method.encode_images(record.images)
     batch = packing.add_branches([full], [prompt], lambda views: train.collate(views, vlm.pad_id))
     inputs, encoded = vlm.embed(batch, images, rows), vlm(batch, images, rows)
     shared, pred = int(batch.shared[0]), len(rows)
@@ -78,23 +84,6 @@ def numbers():
     patch, merge = [processor.patch_size] * 2, [processor.merge_size] * 2
     pixels, crop_pixels = (image.pixels["pixel_values"].shape for image in record.images)
     tokens, crop_tokens = (images[image.key].features[0].shape for image in record.images)
-
-    # the losses, and the step of the page
-    optimizer = torch.optim.AdamW(trained, lr=CONFIG.lr, weight_decay=method.weight_decay)
-    seen, _ = method.encode_views([record], images)
-    at = seen.batch.labels != -100
-    n, vocabulary = vlm.lm.lm_head(seen.states[:, :-1][at[:, 1:]]).shape
-    ((forecast, _),) = method.predictor.latent.forecasts(seen.states, seen.inputs, at, 1)
-    result = method([record])
-    result.total.backward()
-    norm = torch.nn.utils.clip_grad_norm_(trained, method.clip)
-    optimizer.step()
-    warmup = math.ceil(method.warmup * CONFIG.steps)
-    (first_lr,) = get_cosine_schedule_with_warmup(optimizer, warmup, CONFIG.steps).get_last_lr()
-    total, vlm_loss, jepa, nextlat = result.parts.values()
-    (total_after, *after_step), (predicted, h_R) = method([record]).parts.values(), result.pair
-    (after,) = Evaluator(vlm.eval(), [EXAMPLE]).direct()
-    assert before["text"] == after["text"] == EXAMPLE.answer
     return {
         "One step, with its numbers": [CONFIG.seed, CONFIG.batch, 1],
         "The record": [side for image in EXAMPLE.images for side in image.size],
@@ -102,18 +91,35 @@ def numbers():
         "Images, once": [*patch, 3, *pixels, *merge, *tokens, *crop_pixels, *crop_tokens],
         "One forward pass": [
             shared, *batch.ids.shape, pred, image_tokens, pred, *positions[[-pred, -1]],
-            *inputs["attention_mask"].shape, *encoded.states.shape, *encoded.embedding.shape],
+            *inputs["attention_mask"].shape, *encoded.states.shape, *encoded.embedding.shape]}
+
+
+def of_the_losses(vlm, method, record, base):
+    """Takes the step of the page."""
+    trained = [p for p in method.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=CONFIG.lr, weight_decay=method.weight_decay)
+    full, _ = method.encode_views([record], method.encode_images(record.images))
+    at = full.batch.labels != -100
+    n, vocabulary = vlm.lm.lm_head(full.states[:, :-1][at[:, 1:]]).shape
+    ((forecast, _),) = method.predictor.latent.forecasts(full.states, full.inputs, at, 1)
+    result = method([record])
+    result.total.backward()
+    norm = torch.nn.utils.clip_grad_norm_(trained, method.clip)
+    optimizer.step()
+    total, vlm_loss, jepa, nextlat = result.parts.values()
+    (total_after, *after), (predicted, h_R) = method([record]).parts.values(), result.pair
+    lora, added = (sum(p.numel() for p in part.parameters() if p.requires_grad)
+                   for part in (vlm, method.predictor))
+    warmup = math.ceil(method.warmup * CONFIG.steps)
+    (first_lr,) = get_cosine_schedule_with_warmup(optimizer, warmup, CONFIG.steps).get_last_lr()
+    return {
         "Eq. 3: the expert's words": [n, n, vocabulary, vlm_loss, vocabulary, math.log(vocabulary)],
-        "Eq. 1: the embedding of the trajectory": [
-            1, len(target.ids), *h_R.shape, torch.cosine_similarity(predicted, h_R), jepa],
+        "Eq. 1: the embedding of the trajectory": [1, len(record.views.target.ids), *h_R.shape,
+                                                   torch.cosine_similarity(predicted, h_R), jepa],
         "Eq. 2: the next state": [n, *forecast.shape, nextlat],
         "Eq. 4 and the optimiser": [
             vlm_loss, CONFIG.lambda_latent, jepa, nextlat, total, norm, method.clip, lora, added,
-            base, CONFIG.lr, *after_step, total_after, CONFIG.lr, warmup, CONFIG.steps, first_lr],
-        "From question to answer": [
-            len(question.prompt.ids), len(started) - len(question.prompt.ids),
-            len(question.options), len(question.options[0]), before["passes"], len(started),
-            *before["log_probs"], after["log_probs"][0]]}
+            base, CONFIG.lr, *after, total_after, CONFIG.lr, warmup, CONFIG.steps, first_lr]}
 
 
 @pytest.mark.parametrize("section", list(SECTIONS))

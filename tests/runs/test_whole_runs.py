@@ -139,13 +139,6 @@ def test_a_run_interrupted_in_every_way_ends_as_the_uninterrupted_one(finished, 
 SHARED_RUN = [*TINY_RUN, "--accumulate", "4", "--steps", "3", "--method", "shuffled"]
 
 
-def assert_same_weights(*outs):
-    one, two = (run.read_state(out / "state.safetensors")["weights"] for out in outs)
-    for name in one:
-        torch.testing.assert_close(one[name], two[name], rtol=1e-3, atol=2e-5,
-                                   msg=lambda text, name=name: f"{name}: {text}")
-
-
 @pytest.fixture(scope="module")
 def alone_trained(tmp_path_factory):
     """One process makes all four passes of a step; beside it a copy of its folder after two."""
@@ -164,28 +157,21 @@ def test_sharding_wants_several_processes_and_frozen_weights(config, monkeypatch
         train.train(dataclasses.replace(config, shard=True, lora_rank=0))
 
 
-def test_two_processes_train_as_one(alone_trained, tmp_path):
-    """Two gloo processes against one process: the same passes, so the same weights."""
-    together(*SHARED_RUN, "--out", tmp_path / "two", log=tmp_path / "said")
-    assert_same_weights(alone_trained[0], tmp_path / "two")
-    one, two = (log_of(out)[-1] for out in (alone_trained[0], tmp_path / "two"))
+@pytest.mark.parametrize("way", ["begun by two", "sharded", "begun by one"])
+def test_two_processes_train_as_one(alone_trained, tmp_path, way):
+    """The same passes, so the same weights. With --shard each process holds half of every frozen
+    weight of the layers; a run that one process began is continued by two."""
+    alone, half = alone_trained
+    out = half if way == "begun by one" else tmp_path / "run"
+    begin = ["--resume", half] if way == "begun by one" else [*SHARED_RUN, "--out", out]
+    shard = ["--shard", "--gradient_checkpointing"] * (way == "sharded")
+    together(*begin, *shard, log=tmp_path / "said", watched=bool(shard))
+    one, two = (run.read_state(folder / "state.safetensors")["weights"] for folder in (alone, out))
+    torch.testing.assert_close(one, two, rtol=1e-3, atol=2e-5)
+    one, two = (log_of(folder)[-1] for folder in (alone, out))
     assert two["kind"] == "valid" and two["loss"] == pytest.approx(one["loss"], rel=1e-3)
-
-
-def test_processes_that_share_frozen_weights_train_as_one(alone_trained, tmp_path):
-    """With --shard each process holds half of every frozen weight of the layers."""
-    together(*SHARED_RUN, "--shard", "--gradient_checkpointing", "--out", tmp_path / "shards",
-             log=tmp_path / "said", watched=True)
-    for rank in range(2):
-        said = (tmp_path / f"said.{rank}").read_text(encoding="utf-8")
-        assert "each process holds its share" in said
-    assert_same_weights(alone_trained[0], tmp_path / "shards")
-    vlm, _, _ = evaluate.load_model(tmp_path / "shards", "cpu")
-    assert evaluate.Evaluator(vlm, scenes.make_world("mixed", "test", 1)).direct()
-
-
-def test_a_run_continues_with_another_number_of_processes(alone_trained, tmp_path):
-    """Begun as one process, ended by two: the weights of one uninterrupted process."""
-    out, half = alone_trained
-    together("--resume", half, log=tmp_path / "said")
-    assert_same_weights(out, half)
+    if shard:
+        said = (tmp_path / f"said.{rank}" for rank in range(2))
+        assert all("each process holds its share" in file.read_text("utf-8") for file in said)
+        vlm, _, _ = evaluate.load_model(out, "cpu")
+        assert evaluate.Evaluator(vlm, scenes.make_world("mixed", "test", 1)).direct()
