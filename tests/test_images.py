@@ -116,6 +116,6 @@ def test_pictures_that_use_few_of_their_values_are_noticed(tmp_path):
     for few, values in (("0 to 15", 4095 * ramp), ("123 to 139", 31744 + 4096 * ramp),
                         ("0 to 20", 20 * ramp), ("", 65535 * ramp), ("", 255 * ramp),
                         ("", 200 + 0 * ramp), ("", 100 + 20 * ramp), ("", 40_000 + 0 * ramp)):
-        kind = np.uint16 if values.max() > 255 else np.uint8
-        Image.fromarray(values.astype(kind)).save(file := tmp_path / "a.png")
+        values = values.astype(np.uint16 if values.max() > 255 else np.uint8)
+        Image.fromarray(values).save(file := tmp_path / "a.png")
         assert few_values(file, open_image(file, "here")) == few, few

@@ -32,7 +32,7 @@ def test_which_positions_each_loss_can_change(vlm64, mixed, monkeypatch):
 
     def embed(*args):
         inputs.append(real(*args))
-        inputs[-1]["inputs_embeds"].requires_grad_().retain_grad()
+        inputs[-1]["inputs_embeds"].requires_grad_()
         return inputs[-1]
 
     monkeypatch.setattr(vlm64, "embed", embed)

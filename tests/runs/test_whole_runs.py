@@ -7,7 +7,6 @@ import random
 import shutil
 import signal
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -27,10 +26,7 @@ TINY_RUN = ["--device", "cpu", "--steps", "12", "--batch", "2", "--train_example
             "--method", "dropout+pearl"]
 
 
-@pytest.fixture
-def config(tmp_path):
-    return train.Config(device="cpu", steps=4, batch=4, out=str(tmp_path / "run"), eval_every=2,
-                        train_examples=20, test_per_task=1, lora_rank=4)
+SHARED_RUN = [*TINY_RUN, "--accumulate", "4", "--steps", "3", "--method", "shuffled"]
 
 
 def contents(out):
@@ -91,7 +87,7 @@ def test_the_merged_folder_answers_in_plain_transformers_as_the_run_does(finishe
         assert answer["text"] == text
 
 
-def test_steps_without_a_finite_gradient_are_skipped_then_stop(config, monkeypatch, capsys):
+def test_steps_without_a_finite_gradient_are_skipped_then_stop(tmp_path, monkeypatch, capsys):
     factors, forward = itertools.chain([1.0], itertools.repeat(float("nan"))), train.SFT.forward
 
     def broken(*args):
@@ -100,11 +96,11 @@ def test_steps_without_a_finite_gradient_are_skipped_then_stop(config, monkeypat
         return result._replace(total=result.total * factor)
 
     monkeypatch.setattr(train.SFT, "forward", broken)
-    config = dataclasses.replace(config, steps=9, batch=2, eval_every=1, method="sft")
+    config = train.parse_config([*TINY_RUN, "--method", "sft", "--out", str(tmp_path / "run")])
     with pytest.raises(ValueError, match="five steps in a row"):
         train.train(config)
     assert capsys.readouterr().out.count("step skipped") == 5
-    state = run.read_state(Path(config.out) / "state.safetensors")
+    state = run.read_state(tmp_path / "run" / "state.safetensors")
     assert all(torch.isfinite(t).all() for t in state["weights"].values())
 
 
@@ -136,9 +132,6 @@ def test_a_run_interrupted_in_every_way_ends_as_the_uninterrupted_one(finished, 
         assert ended[key] == value, (key, moments)
 
 
-SHARED_RUN = [*TINY_RUN, "--accumulate", "4", "--steps", "3", "--method", "shuffled"]
-
-
 @pytest.fixture(scope="module")
 def alone_trained(tmp_path_factory):
     """One process makes all four passes of a step; beside it a copy of its folder after two."""
@@ -149,12 +142,12 @@ def alone_trained(tmp_path_factory):
     return out, half
 
 
-def test_sharding_wants_several_processes_and_frozen_weights(config, monkeypatch):
+def test_sharding_wants_several_processes_and_frozen_weights(monkeypatch):
     with pytest.raises(ValueError, match="with torchrun and two or more"):
-        train.train(dataclasses.replace(config, shard=True))
+        train.train(train.Config(device="cpu", shard=True))
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="with --lora_rank"):
-        train.train(dataclasses.replace(config, shard=True, lora_rank=0))
+        train.train(train.Config(device="cpu", shard=True, lora_rank=0))
 
 
 @pytest.mark.parametrize("way", ["begun by two", "sharded", "begun by one"])
