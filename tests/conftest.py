@@ -187,8 +187,7 @@ def as_program(monkeypatch):
         monkeypatch.setattr(sys, "argv", [str(file), *map(str, args)])
         runpy.run_path(str(file), run_name="__main__")
 
-    handlers = {number: signal.getsignal(number) for number in (
-        signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield run
     for number, handler in handlers.items():
         signal.signal(number, handler)

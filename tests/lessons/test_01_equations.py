@@ -44,6 +44,9 @@ def test_eq1_and_the_rivals_loss_are_means_of_distances(name):
     by_name = dict(cosine=losses.jepa_loss, mse=losses.reconstruction_loss)
     if name in by_name:
         torch.testing.assert_close(by_name[name](prediction, target), naive)
+    # of one vector as of many
+    same(losses.distance(prediction[0], target[0], name),
+         DISTANCES[name](prediction[0], target[0]), prediction, target)
     with pytest.raises(ValueError, match="'euclid': choose cosine, smoothl1, mse or l2"):
         losses.distance(prediction, target, "euclid")
 
