@@ -1,0 +1,61 @@
+"""How many of our own functions does a reader meet on the way, and in how many files?
+
+    python tests/counts.py
+
+The folder is checked already, images and targets are known. A lambda or a comprehension belongs to
+the function that holds it.
+"""
+
+import sys
+import tempfile
+from collections import defaultdict
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import evaluate  # noqa: E402
+import train  # noqa: E402
+from model import VLM  # noqa: E402
+from support import records, splits  # noqa: E402
+from world import loader  # noqa: E402
+
+
+def report(title: str, work) -> None:
+    """Print the functions of this repository that run in work(), by file."""
+    found = defaultdict(set)
+
+    def note(frame, event, argument):
+        file, name = Path(frame.f_code.co_filename), frame.f_code.co_qualname
+        name = name.partition(".<locals>.<")[0]
+        if event == "call" and file.is_relative_to(ROOT) and file != Path(__file__):
+            found[file.relative_to(ROOT)].add(name)
+
+    sys.setprofile(note)
+    work()
+    sys.setprofile(None)
+    print(f"{title}: {sum(map(len, found.values()))} functions in {len(found)} files")
+    for file, names in sorted(found.items()):
+        print(f"    {file}: {', '.join(sorted(names))}")
+
+
+if __name__ == "__main__":
+    folder = Path(tempfile.mkdtemp()) / "data"
+    records.write_folder(folder, [record for split in ("train", "validation", "test")
+                                  for record in loader.examples("single", split, 2)])
+    config, questions = train.Config(data=str(folder), device="cpu"), loader.questions("single", 1)
+    evaluator = evaluate.Evaluator(VLM(config.model), questions)
+    method = train.Pearl(VLM(config.model), config)
+    examples = splits.read_splits(config)["train"]
+
+    def line():
+        (batch,) = train.dataset(method, examples, "train").passes([0, 1], 2)
+        return batch, method(batch)
+
+    evaluator.direct()
+    batch, _ = line()
+    report("a training step (at most 26 in 9)", lambda: method(batch))
+    report("a line to its loss (60 in 11)", line)
+    report("a question to its answer (25 in 7)", lambda: evaluate.Evaluator(
+        evaluator.vlm, questions).direct())
+    report("the same, once it is tokens", evaluator.direct)
