@@ -170,7 +170,7 @@ def report(out: Path, config, tests: Sequence[Example], before: list, seconds: f
     # `tool` shows trajectories as training did
     tests = [method_of(config).adapt(example, config) for example in tests]
     after = answer_questions(Evaluator(vlm, tests, config.answer_prefix), ways=ways)
-    best = run.best_checkpoint(out)
+    best = read_json(out / "best.json")
     results = dict(best=best, train_seconds=seconds, answers=after, before=before)
     write_json(out / "results.json", results)
     print(f"\ntest accuracy in %, before and after {config.steps} steps ({seconds / 60:.1f} "

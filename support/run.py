@@ -16,7 +16,6 @@ import json
 import math
 import os
 import platform
-import re
 import shutil
 import subprocess
 import sys
@@ -32,11 +31,14 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers.utils import cached_file
 
 from support import processes
-from support.files import read_json, read_tensors, write_json, write_tensors, write_text
+from support.files import (new_folder, read_json, read_tensors, write_json, write_tensors,
+                           write_text)
 from support.records import digest
 
 LOCK = "lock"
-LEFTOVER = re.compile(r"(checkpoint-\d+|[\w-]+\.(json|jsonl|safetensors))\.partial")
+# what the screen shows of a line of the log
+SHOWN = ("loss", "vlm", "jepa", "nextlat", "recon", "r2", "retrieval", "effective_rank",
+         "mean_cosine", "lr", "grad_norm", "ms")
 STOPPED = ("stopped; if the run folder holds config.json, python train.py --resume RUN continues "
            "from its last state")
 
@@ -55,13 +57,13 @@ class Run:
         self.writes = self.rank == 0
         self.answers = self.writes and not config.shard
         self.step, self.best, self.bad, self.seconds = 0, math.inf, 0, 0.0
-        self.faults: set[str] = set()
+        self.stopping, self.faults = False, set()
 
     def __enter__(self) -> "Run":
         if self.writes:
-            if not self.resume:
-                refuse_used_folder(self.out)
-            self.missing = [path for path in (self.out, *self.out.parents) if not path.exists()]
+            if not self.resume and any(file.name != LOCK for file in self.out.glob("*")):
+                raise FileExistsError(f"{self.out} already holds files, perhaps a run: choose "
+                                      "another --out, nothing is overwritten")
             self.out.mkdir(parents=True, exist_ok=True)
             self.lock = FileLock(self.out / LOCK)
             try:
@@ -69,8 +71,6 @@ class Run:
             except Timeout:
                 raise ValueError(f"{self.out} is in use by another process: wait for it or stop "
                                  "it") from None
-            if self.resume:
-                remove_leftovers(self.out)
         return self
 
     def __exit__(self, *_) -> None:
@@ -79,8 +79,7 @@ class Run:
             self.lock.release()
             # a run that failed before its first step leaves no empty folder behind
             with suppress(OSError):
-                for folder in self.missing:
-                    folder.rmdir()
+                self.out.rmdir()
 
     # ---- before the first step ----
 
@@ -129,10 +128,10 @@ class Run:
     def steps(self, ready: Iterator[list]) -> Iterator[tuple[int, list]]:
         """(number, passes of this process) of each step that is left, until a signal comes."""
         config, start = self.config, time.time()
-        self.waited, self.clock, self.clock_step, stop = 0.0, start, self.step, False
+        self.restart_clock(self.step)
         # from here on a signal ends the loop after its step, and not in the middle
         with processes.finishing_steps():
-            while self.step < config.steps and not stop:
+            while self.step < config.steps and not self.stopping:
                 waits = time.perf_counter()
                 try:
                     passes = next(ready)
@@ -143,7 +142,6 @@ class Run:
                 self.waited += time.perf_counter() - waits
                 self.step += 1
                 yield self.step, passes
-                stop = self.stopping
         self.seconds = time.time() - start
         if self.step < config.steps and self.writes:
             print(f"stopped after step {self.step}; python train.py --resume {self.out} continues "
@@ -176,16 +174,13 @@ class Run:
     def log_step(self, step: int, metrics: dict[str, float], norm: Tensor, lr: float) -> None:
         """A line of the log and of the screen."""
         seconds, count = time.time() - self.clock, max(1, step - self.clock_step)
-        timing = dict(ms=1000 * seconds / count, waited=self.waited / max(1e-9, seconds))
+        ms, waited = 1000 * seconds / count, self.waited / max(1e-9, seconds)
+        metrics = metrics | dict(grad_norm=float(norm), lr=lr, ms=ms, waited=waited)
+        log(self.out, "train", dict(step=step, **metrics))
+        left = int((self.config.steps - step) * ms / 1000)
+        print(f"{step:5d}/{self.config.steps} {shown(metrics)}, {left // 60}:{left % 60:02d} left",
+              flush=True)
         self.restart_clock(step)
-        log(self.out, "train", dict(step=step, **metrics, grad_norm=float(norm), lr=lr, **timing))
-        terms = " ".join(f"{name} {metrics[name]:.4f}" for name in ("loss", "vlm", "jepa",
-                         "nextlat", "recon") if name in metrics)
-        gauges = (" | r2 {r2:.2f} retrieval {retrieval:.2f} rank {effective_rank:.1f}"
-                 .format(**metrics) if "r2" in metrics else "")
-        left = int((self.config.steps - step) * timing["ms"] / 1000)
-        print(f"{step:5d}/{self.config.steps} {terms}{gauges} | lr {lr:.1e} grad {float(norm):.2f} "
-              f"{timing['ms']:.0f} ms/step, {left // 60}:{left % 60:02d} left", flush=True)
 
     def restart_clock(self, step: int) -> None:
         self.clock, self.clock_step, self.waited = time.time(), step, 0.0
@@ -200,9 +195,7 @@ class Run:
         if not self.writes:
             return
         log(self.out, "valid", dict(step=step, **metrics))
-        names = ("loss", "r2", "effective_rank", "mean_cosine")
-        text = " ".join(f"{name} {metrics[name]:.3f}" for name in names if name in metrics)
-        print(f"      validation: {text}", flush=True)
+        print(f"      validation: {shown(metrics)}", flush=True)
         if hint := collapse_hint(metrics, len(method.targets) > 0):
             print(f"      {hint}", flush=True)
         if metrics["loss"] < self.best:
@@ -227,41 +220,40 @@ class Run:
         self.log_faults(*datasets)
         if not (step % self.config.eval_every == 0 or step == self.config.steps or self.stopping):
             return
-        own = dict(cpu=torch.get_rng_state(), targets=self.method.targets.state())
+        # of each process its own: random numbers, and the h_R that it made
+        state = dict(cpu=torch.get_rng_state(), targets=self.method.targets.state())
         if torch.cuda.is_available():
-            own["cuda"] = torch.cuda.get_rng_state()
-        write_state(self.own_state(), own)
+            state["cuda"] = torch.cuda.get_rng_state()
         if self.writes:
-            write_state(self.out / "state.safetensors", dict(
-                step=step, best=self.best, weights=trained_tensors(self.method),
-                optimizer=self.optimizer.state_dict(), schedule=self.schedule.state_dict()))
+            state |= dict(step=step, best=self.best, weights=trained_tensors(self.method),
+                          optimizer=self.optimizer.state_dict(),
+                          schedule=self.schedule.state_dict())
+        write_state(self.state_file(), state)
 
-    def own_state(self) -> Path:
-        """What differs between processes: random numbers, and the h_R that it made."""
-        return self.out / f"state-{self.rank}.safetensors"
+    def state_file(self) -> Path:
+        return self.out / (f"state-{self.rank}.safetensors" if self.rank else "state.safetensors")
 
     def load_state(self) -> tuple[int, float]:
         """Undo `save`; (step, best validation loss). A run without a state starts anew."""
         file = self.out / "state.safetensors"
         if not file.is_file():
             return 0, math.inf
-        state = read_state(file)
+        state, tensors = read_state(file), trained_tensors(self.method)
+        shapes, saved = ({name: tensor.shape for name, tensor in part.items()}
+                         for part in (tensors, state["weights"]))
+        if shapes != saved:
+            raise ValueError(f"{file} does not fit this run: was config.json changed?")
         with torch.no_grad():
-            for name, tensor in trained_tensors(self.method).items():
-                saved = state["weights"].get(name)
-                if saved is None or saved.shape != tensor.shape:
-                    raise ValueError(f"{file} does not fit this run: {name} is missing or has "
-                                     "another shape; was config.json changed?")
-                tensor.copy_(saved)
+            for name, tensor in tensors.items():
+                tensor.copy_(state["weights"][name])
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
-        # there is none for a process that the run did not have before
-        if self.own_state().is_file():
-            own = read_state(self.own_state())
-            torch.set_rng_state(own["cpu"])
-            if "cuda" in own and torch.cuda.is_available():
-                torch.cuda.set_rng_state(own["cuda"])
-            self.method.targets.load(own["targets"])
+        # a process that the run did not have before has none of its own
+        own = read_state(self.state_file()) if self.rank and self.state_file().is_file() else state
+        torch.set_rng_state(own["cpu"])
+        if "cuda" in own and torch.cuda.is_available():
+            torch.cuda.set_rng_state(own["cuda"])
+        self.method.targets.load(own["targets"])
         return state["step"], state["best"]
 
 
@@ -275,51 +267,44 @@ def write_state(file: Path, state: dict) -> None:
     """A nested dict with tensors as one safetensors file: nothing that is read is executed."""
     tensors: dict[str, Tensor] = {}
 
-    def split(value):
-        if isinstance(value, Tensor):
-            tensors[str(len(tensors))] = value.detach().cpu()
-            return dict(tensor=str(len(tensors) - 1))
-        if isinstance(value, dict):  # as pairs: JSON has no whole numbers as keys
-            return dict(items=[[key, split(part)] for key, part in value.items()])
-        return [split(part) for part in value] if isinstance(value, (list, tuple)) else value
+    def put(tensor: Tensor) -> dict:
+        tensors[name := str(len(tensors))] = tensor.detach().cpu()
+        return dict(tensor=name)
 
-    tree = json.dumps(split(state))
-    write_tensors(tensors, file, dict(tree=tree))
+    # JSON for all but the tensors, of which it holds the names
+    rest = json.dumps(state, default=put)
+    write_tensors(tensors, file, dict(state=rest))
 
 
 def read_state(file: Path) -> dict:
     """Undo write_state."""
     tensors, metadata = read_tensors(file)
 
-    def join(value):
-        if isinstance(value, dict):
-            if "tensor" in value:
-                return tensors[value["tensor"]]
-            return {key: join(part) for key, part in value["items"]}
-        return [join(part) for part in value] if isinstance(value, list) else value
+    def join(value: dict):
+        if value.keys() == {"tensor"}:
+            return tensors[value["tensor"]]
+        # JSON has texts as keys, an optimiser numbers
+        return {int(key) if key.isdigit() else key: part for key, part in value.items()}
 
-    if "tree" not in metadata:
-        raise ValueError(f"{file} was written by another version of this program: resume it with "
-                         "that version")
-    return join(json.loads(metadata["tree"]))
+    if "state" not in metadata:
+        raise ValueError(f"{file} was written by another version: resume it with that one")
+    return json.loads(metadata["state"], object_hook=join)
 
 
 def save_best(out: Path, method, step: int, metrics: dict[str, float]) -> None:
-    """checkpoint-STEP/ under a temporary name, then renamed; best.json names it; the checkpoint
-    before goes."""
-    folder, partial = out / f"checkpoint-{step}", out / f"checkpoint-{step}.partial"
-    partial.mkdir(exist_ok=True)
-    method.vlm.save_adapter(partial)
-    if method.predictor is not None:
-        write_tensors(method.predictor.state_dict(), partial / method.predictor.file_name)
-    folder.mkdir(exist_ok=True)  # there if the run was interrupted right here
-    for file in sorted(partial.iterdir()):
-        os.replace(file, folder / file.name)
-    partial.rmdir()
-    before = best_checkpoint(out)["checkpoint"] if (out / "best.json").exists() else None
+    """checkpoint-STEP/ under a temporary name, then renamed; best.json names it; others go."""
+    folder = out / f"checkpoint-{step}"
+    # there if the run was interrupted right here
+    for left in (folder, out / f"{folder.name}.partial"):
+        shutil.rmtree(left, ignore_errors=True)
+    with new_folder(folder) as partial:
+        method.vlm.save_adapter(partial)
+        if method.predictor is not None:
+            write_tensors(method.predictor.state_dict(), partial / method.predictor.file_name)
     write_json(out / "best.json", dict(checkpoint=folder.name, step=step, valid=metrics))
-    if before and before != folder.name:
-        shutil.rmtree(out / before, ignore_errors=True)  # a resumed run removes what is left of it
+    for other in out.glob("checkpoint-[0-9]*"):
+        if other != folder:
+            shutil.rmtree(other)
 
 
 def autocast(config) -> torch.autocast:
@@ -342,12 +327,11 @@ def workers(config) -> int:
 def absolute_paths(config):
     """The config with absolute paths, so that it means the same from any folder. The name of a
     model on the hub stays."""
-    def absolute(path: str) -> str:
-        return str(Path(path).expanduser().absolute()) if path else path
-
-    model = absolute(config.model) if Path(config.model).expanduser().exists() else config.model
-    return dataclasses.replace(config, model=model, data=absolute(config.data),
-                               out=absolute(config.out))
+    paths = {name: Path(path).expanduser() for name in ("model", "data", "out")
+             if (path := getattr(config, name))}
+    return dataclasses.replace(config, **{
+        name: str(path.absolute()) for name, path in paths.items()
+        if name != "model" or path.exists()})
 
 
 def read_config(config_class: Callable, argv: list[str]):
@@ -368,43 +352,15 @@ def read_config(config_class: Callable, argv: list[str]):
     return absolute_paths(kind(**saved | dict(out=argv[0])))
 
 
-def refuse_used_folder(out: Path) -> None:
-    if out.exists() and (not out.is_dir() or any(file.name != LOCK for file in out.iterdir())):
-        raise FileExistsError(f"{out} is a file or already holds files, perhaps a run: choose "
-                              "another --out, nothing is overwritten")
-
-
-def remove_leftovers(out: Path) -> None:
-    """Half-written files, and checkpoints that are not the best one."""
-    left = [path for path in out.iterdir() if LEFTOVER.fullmatch(path.name)]
-    if (out / "best.json").is_file():
-        best = best_checkpoint(out)["checkpoint"]
-        left += [path for path in out.iterdir()
-                 if re.fullmatch(r"checkpoint-\d+", path.name) and path.name != best]
-    for path in left:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
-def best_checkpoint(run: Path) -> dict:
-    """best.json: checkpoint (a folder of the run), step, validation metrics."""
-    best = read_json(run / "best.json")
-    if not re.fullmatch(r"checkpoint-\d+", str(best.get("checkpoint"))):
-        raise ValueError(f"{run / 'best.json'} names no checkpoint of this run: "
-                         f"{best.get('checkpoint')!r}")
-    return best
-
-
 def finished(run: Path) -> tuple[dict, Path]:
     """Config and best checkpoint of a run. Raises FileNotFoundError naming what is missing."""
     for name in ("config.json", "best.json"):
         if not (run / name).is_file():
             raise FileNotFoundError(f"{run / name} not found: {run} is not a finished run of "
                                     "train.py")
-    config = read_json(run / "config.json")
-    if missing := {"model", "dtype", "method"} - config.keys():
-        raise ValueError(f"{run / 'config.json'} has no {sorted(missing)[0]!r}: it was not written "
-                         "by train.py")
-    return config, run / best_checkpoint(run)["checkpoint"]
+    # only the last part of the name, so that it cannot lead out of the run
+    name = Path(read_json(run / "best.json")["checkpoint"]).name
+    return read_json(run / "config.json"), run / name
 
 
 def log(out: Path, kind: str, record: dict) -> None:
@@ -414,23 +370,25 @@ def log(out: Path, kind: str, record: dict) -> None:
 
 def truncate_log(file: Path, step: int) -> None:
     """Drop the lines after the step that the run continues from."""
-    if file.is_file():
-        lines = file.read_text(encoding="utf-8").splitlines()
-        whole = [line for line in lines if line.endswith("}")]  # the last may be half a line
-        write_text(file, "".join(line + "\n" for line in whole
-                                 if json.loads(line)["step"] <= step))
+    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    # the last may be half a line
+    write_text(file, "".join(f"{line}\n" for line in lines
+                             if line.endswith("}") and json.loads(line)["step"] <= step))
+
+
+def shown(metrics: dict[str, float]) -> str:
+    return " ".join(f"{name} {metrics[name]:.4g}" for name in SHOWN if name in metrics)
 
 
 def collapse_hint(metrics: dict[str, float], frozen: bool) -> str:
     """One sentence if the h_R are nearly all alike, so that a low L_JEPA means nothing; else ""."""
     # fewer than ten examples have a small rank by themselves
-    if metrics.get("retrieval_chance", 1) > 0.1 or (
-            metrics["effective_rank"] >= 3 and metrics["mean_cosine"] <= 0.97):
+    few = metrics.get("retrieval_chance", 1) > 0.1
+    if few or (metrics["effective_rank"] >= 3 and metrics["mean_cosine"] <= 0.97):
         return ""
     # targets that never move cannot have collapsed in training
-    why = ("the starting model does not tell these trajectories apart; check that they differ, or "
-           "try another --model" if frozen else
-           "they have collapsed; try the frozen target (--method pearl), or a smaller --lr")
+    why = ("the starting model does not tell these trajectories apart; try another --model"
+           if frozen else "they have collapsed; try the frozen target (--method pearl)")
     return f"the targets h_R are nearly all alike, and a low L_JEPA means nothing: {why}"
 
 
@@ -440,15 +398,13 @@ def collapse_hint(metrics: dict[str, float], frozen: bool) -> str:
 def base_digests(path: str) -> dict[str, str]:
     """A digest per file of a checkpoint folder; for a model on the hub its revision."""
     if not Path(path).is_dir():
-        if Path(path).is_absolute():
-            raise FileNotFoundError(f"{path} not found: the run began with this model; restore it")
         return {"revision of the model": Path(cached_file(path, "config.json")).parent.name}
     kinds = (".json", ".jinja", ".safetensors", ".model", ".txt")
-    return {f"{file.name} of the model": _file_digest(file) for file in sorted(Path(path).iterdir())
+    return {f"{file.name} of the model": file_digest(file) for file in sorted(Path(path).iterdir())
             if file.suffix in kinds and file.is_file()}
 
 
-def _file_digest(file: Path, pieces: int = 64, piece: int = 1 << 20) -> str:
+def file_digest(file: Path, pieces: int = 64, piece: int = 1 << 20) -> str:
     """Of the whole file, or above 64 MB of its size and 64 pieces of 1 MB spread over it: weights
     that were trained further differ everywhere."""
     size = file.stat().st_size

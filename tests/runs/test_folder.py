@@ -1,5 +1,6 @@
-"""Claims about a run's folder: nothing is overwritten, one process has it, half-written files go; a
-state is read without executing anything; a signal ends a program as signals do."""
+"""Claims about a run's folder: nothing is overwritten, one process has it, a failed start leaves
+nothing; half-written checkpoints go, whole files stay; what a run began with is compared when it is
+resumed; a state is read without executing anything; a signal ends a program as signals do."""
 
 import os
 import signal
@@ -35,16 +36,11 @@ def test_a_failed_start_leaves_nothing_and_a_used_folder_is_left_alone(config, o
         with run.Run(config, resume=False):
             assert out.is_dir()
             raise ValueError("bad data")
-    assert not out.parent.exists()
-    out.mkdir(parents=True)  # an empty folder of the user's is used, and stays
-    with run.Run(config, resume=False):
-        pass
-    assert out.is_dir() and not any(out.iterdir())
+    assert not out.exists()
+    out.mkdir()
     (out / "notes.txt").write_text("mine", encoding="utf-8")
     with pytest.raises(FileExistsError, match="already holds files.*choose another --out"):
         run.Run(config, resume=False).__enter__()
-    with pytest.raises(FileExistsError, match="is a file or already.*choose another --out"):
-        run.refuse_used_folder(out / "notes.txt")
     assert [path.name for path in out.iterdir()] == ["notes.txt"]
 
 
@@ -62,16 +58,20 @@ def test_one_process_at_a_time_has_the_folder(config, out):
         pass
 
 
-def test_a_resumed_run_removes_half_files_and_old_checkpoints_and_nothing_else(config, out):
-    for name in ("checkpoint-3", "checkpoint-6", "checkpoint-9.partial", "checkpoint-mine"):
-        (out / name).mkdir(parents=True)
-    for name in ("state.safetensors.partial", "log.jsonl.partial", "my notes.partial", "a.txt"):
-        (out / name).touch()
-    write_json(out / "best.json", dict(checkpoint="checkpoint-6"))
-    with run.Run(config, resume=True):
-        pass
-    assert sorted(path.name for path in out.iterdir()) == [
-        "a.txt", "best.json", "checkpoint-6", "checkpoint-mine", "my notes.partial"]
+def test_a_checkpoint_replaces_what_an_interruption_left_and_older_ones(tmp_path):
+    for name in ("checkpoint-3", "checkpoint-9", "checkpoint-9.partial", "checkpoint-mine"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "half").touch()
+    vlm = SimpleNamespace(save_adapter=lambda folder: (folder / "whole").touch())
+    run.save_best(tmp_path, SimpleNamespace(vlm=vlm, predictor=None), 9, dict(loss=1.0))
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == [
+        "best.json", "checkpoint-9", "checkpoint-9/whole", "checkpoint-mine",
+        "checkpoint-mine/half"]
+    write_json(tmp_path / "config.json", {})
+    assert run.finished(tmp_path) == ({}, tmp_path / "checkpoint-9")
+    # a name cannot lead out of the run
+    write_json(tmp_path / "best.json", dict(checkpoint="../checkpoint-9"))
+    assert run.finished(tmp_path)[1] == tmp_path / "checkpoint-9"
 
 
 def test_the_log_names_each_record_that_was_left_out_once(config, out):

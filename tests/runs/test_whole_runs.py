@@ -51,8 +51,7 @@ def test_the_run_folder_holds_what_the_docs_say(finished):
     best = read_json(out / "best.json")
     assert {path.name for path in out.iterdir()} == {
         "config.json", "inputs.json", "environment.json", "before.json", "log.jsonl",
-        "state.safetensors", "state-0.safetensors", "best.json", "results.json",
-        best["checkpoint"]}
+        "state.safetensors", "best.json", "results.json", best["checkpoint"]}
     assert {path.name for path in (out / best["checkpoint"]).iterdir()} == {
         "adapter_model.safetensors", "adapter_config.json", "predictor.safetensors"}
     assert read_json(out / "config.json") == dataclasses.asdict(config)
