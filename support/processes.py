@@ -6,8 +6,8 @@ import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from datetime import timedelta
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -105,13 +105,8 @@ def progress(items: Iterable, what: str, total: int | None = None) -> Iterable:
 # ---- signals ----
 
 
-@dataclass
-class Signals:
-    number: int = 0  # the signal that ends the program; 0: none came
-    in_loop: bool = False  # a step is lost if the program ends now
-
-
-SIGNALS = Signals()
+# the signal that ends the program, 0: none came; in_loop: a step would be lost now
+SIGNALS = SimpleNamespace(number=0, in_loop=False)
 
 
 def on_signal(number: int, frame) -> None:

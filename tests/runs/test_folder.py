@@ -192,5 +192,14 @@ def test_a_signal_ends_the_program_as_signals_do(tmp_path, number, where):
     _, status = os.waitpid(child, 0)
     text = said.read_text(encoding="utf-8")
     assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == number, text
-    assert ("saved" in text) == saves and "Traceback" not in text
-    assert ("--resume continues" in text) != saves
+    assert ("saved" in text) == (where == "loop") and "Traceback" not in text
+    assert ("--resume continues" in text) == (where != "loop")
+
+
+def test_with_several_processes_a_second_signal_does_not_undo_the_first(monkeypatch):
+    """torchrun sends its own after the terminal's."""
+    monkeypatch.setattr(processes, "SIGNALS", SimpleNamespace(number=0, in_loop=True))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for number in (signal.SIGINT, signal.SIGTERM):
+        processes.on_signal(number, None)
+    assert processes.SIGNALS.number == signal.SIGINT
