@@ -89,7 +89,7 @@ def check_data(config: train.Config) -> None:
     family = load_family(config.model, config.min_pixels, config.max_pixels)
     chat = Chat(family, family.lm.config.text_config.max_position_embeddings)
     examples = list(chain(*splits.load_splits(config))) if not config.data else read_folder(
-        config.data, config.answer_prefix, notes=notes, problems=faults, by_pixels=True)
+        config.data, config.answer_prefix, problems=faults, by_pixels=True)
     processes = min(os.cpu_count(), len(examples) // PER_PROCESS)
     # the results come in the order of the rows, whichever process has them
     loader = DataLoader(Checks(examples, chat, config), 16, collate_fn=list, num_workers=processes,
@@ -104,6 +104,7 @@ def check_data(config: train.Config) -> None:
         notes.append(f"{len(few)} images use few of their values, so that the model sees little in "
                      f"them; stretch the values to the range: {', '.join(few)}")
     if config.data:
+        notes = examples.notes + notes
         usable = examples.subset([row for row, (*_, own) in enumerate(checked)
                                   if not any(fault for fault, _ in own.values())])
         try:

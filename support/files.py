@@ -41,7 +41,7 @@ def check_finite(tensors: dict[str, Tensor], where: str) -> None:
 
 
 def write_tensors(tensors: dict, file: Path, metadata: dict[str, str] | None = None) -> None:
-    with _whole(file) as partial:
+    with whole(file) as partial:
         save_file({n: t.detach().contiguous() for n, t in tensors.items()}, partial, metadata)
         # on the disk before it is renamed: a power failure must not leave an empty file
         with open(partial, "rb") as written:
@@ -49,7 +49,7 @@ def write_tensors(tensors: dict, file: Path, metadata: dict[str, str] | None = N
 
 
 def write_text(file: Path, text: str) -> None:
-    with _whole(file) as partial:
+    with whole(file) as partial:
         # half characters, of a path that is not UTF-8, become \udc80 as in JSON
         partial.write_text(text, encoding="utf-8", errors="backslashreplace")
 
@@ -59,7 +59,7 @@ def write_json(file: Path, value) -> None:
 
 
 @contextmanager
-def _whole(file: Path):
+def whole(file: Path):
     """The rename is one step, so that a reader sees the old file or the new one and never a half.
     Raises OSError naming the file, for instance on a full disk."""
     partial = file.with_name(file.name + ".partial")

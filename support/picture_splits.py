@@ -8,13 +8,13 @@ compressed otherwise or under another name, stays on its side.
 import hashlib
 import itertools
 import os
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
-from support.images import Picture, file_version, open_image, picture_digest
+from support.files import whole
+from support.images import file_version, open_image, picture_digest
 from support.processes import progress
 
 SPLITS = ("train", "validation", "test")
@@ -64,7 +64,8 @@ def pixel_hashes(records, cache: Path | None, problems: list[str] | None) -> np.
             file = records[row].image
             version = short_hash(repr(file_version(file)).encode())
             if version not in known:
-                known[version] = pixel_hash(open_image(file, records.where(row)))
+                pixels = picture_digest(open_image(file, records.where(row)))
+                known[version] = int(pixels[:16], 16)
             return known[version]
         except (ValueError, OSError) as error:
             if problems is None:
@@ -73,34 +74,21 @@ def pixel_hashes(records, cache: Path | None, problems: list[str] | None) -> np.
             return 0
 
     before = len(known)
-    # one row for each name, in the order of the file
+    # one row for each name
     _, first, name_of = np.unique(records.table["picture"], return_index=True, return_inverse=True)
-    order = np.argsort(first)
     hashes = np.zeros(len(first), np.uint64)
+    # in the order of the file, and not all at once: a waiting call takes more memory than a result
+    parts = np.array_split(np.argsort(first), len(first) // 100 + 1)
     try:
-        values = progress(_in_threads(hash_of, first[order].tolist()), "reading images", len(first))
-        for place, pixels in zip(order, values):
-            hashes[place] = pixels
+        # threads are enough: Pillow decodes, and hashlib hashes, without Python's lock
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            for part in progress(parts, "reading images, by the hundred"):
+                hashes[part] = np.fromiter(pool.map(hash_of, first[part].tolist()), np.uint64)
     finally:
         if cache and len(known) > before:
-            partial = cache.with_name(cache.name + ".partial")
-            with open(partial, "wb") as file:
+            with whole(cache) as partial, open(partial, "wb") as file:
                 np.save(file, np.array(list(known.items()), np.uint64))
-            os.replace(partial, cache)
     return hashes[name_of]
-
-
-def _in_threads(function: Callable, items: list) -> Iterator:
-    """The results in order. Threads are enough: Pillow decodes, and hashlib hashes, without
-    Python's lock."""
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        # not all at once: a waiting call takes more memory than its result
-        for start in range(0, len(items), 1000):
-            yield from pool.map(function, items[start:start + 1000])
-
-
-def pixel_hash(picture: Picture) -> int:
-    return int(picture_digest(picture)[:16], 16)
 
 
 def short_hash(content: bytes) -> int:

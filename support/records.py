@@ -9,8 +9,6 @@ the record is used.
 import json
 import os
 import re
-import stat
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,7 +21,7 @@ from support.images import Picture, file_version, opened, picture_digest
 from support.picture_splits import (SPLITS, give_splits, pixel_hashes, shared_pictures,
                                     short_hash)
 from support.processes import progress
-from support.record_checks import TWICE, SameOptionTwice, checked_record
+from support.record_checks import TWICE, checked_record
 
 FILE = "trajectories.jsonl"
 
@@ -134,6 +132,8 @@ class Records(Sequence):
     version: tuple[str, int, int]
     table: np.ndarray  # (N,) of ROW
     task_names: list[str]
+    # a sentence, with a count, for each kind of unusual record in the folder
+    notes: list[str]
 
     def __len__(self) -> int:
         return len(self.table)
@@ -186,34 +186,27 @@ def digest(records: Sequence[Example]) -> str:
 
 
 def read_folder(folder: str | Path, answer_prefix: str = "Answer:",
-                cache: str | Path | None = None, notes: list[str] | None = None,
-                problems: list[str] | None = None, by_pixels: bool = False) -> Records:
+                cache: str | Path | None = None, problems: list[str] | None = None,
+                by_pixels: bool = False) -> Records:
     """Check every line of a folder in the format above, in one pass.
 
     Pictures must exist. They are opened, those of all questions, only if a record names no split
     (support/picture_splits.py) or with by_pixels, to find the same picture in two splits whatever
     its files are called. cache: a file that keeps what was read of them.
-    notes: gets one sentence, with a count, for each kind of unusual record; None: warns instead.
     problems: gets every error, and those records are left out; None: the first one is raised, as
     ValueError or FileNotFoundError naming file, line and fix.
     """
-    records, comments = scan(Path(folder), answer_prefix, problems)
+    records = scan(Path(folder), answer_prefix, problems)
     table = records.table
     if by_pixels or (table["split"] < 0).any():
         table["picture"] = pixel_hashes(records, cache and Path(cache), problems)
         table["split"] = give_splits(table["split"], table["picture"])
-    comments += shared_pictures(records.folder / FILE, table["split"], table["picture"])
-    if notes is not None:
-        notes += comments
-    else:
-        for comment in comments:
-            warnings.warn(comment, stacklevel=2)
+    records.notes += shared_pictures(records.folder / FILE, table["split"], table["picture"])
     return records
 
 
-def scan(folder: Path, answer_prefix: str,
-         problems: list[str] | None) -> tuple[Records, list[str]]:
-    """The records of all lines, and a sentence for each kind of unusual ones."""
+def scan(folder: Path, answer_prefix: str, problems: list[str] | None) -> Records:
+    """The records of all lines that can be used, with the splits that they name."""
     path, total = folder / FILE, sum(1 for _ in read_lines(folder / FILE))
     version, table, used = file_version(path), np.zeros(total, ROW), 0
     # hash of an id -> its line; task -> its code; kind of unusual record -> its lines
@@ -223,31 +216,30 @@ def scan(folder: Path, answer_prefix: str,
     for line, number, start in progress(read_lines(path), "reading records", total):
         try:
             record, kind = checked_record(line, answer_prefix)
+            if kind:
+                unusual.setdefault(kind, []).append(number)
+            if kind == TWICE:
+                continue
             if (first := ids.setdefault(hash(record["id"]), number)) != number:
                 raise ValueError(f"id {record['id']!r} was used on line {first}; ids must be "
                                  "unique")
             stamps = [stamp(folder, name) for name in record["images"]]
-            split, task = record.get("split"), record["task"]
-            table[used] = (start, number, SPLITS.index(split) if split else -1,
-                           tasks.setdefault(task, len(tasks)),
-                           short_hash(line.strip() + repr(stamps).encode()),
-                           short_hash(record["image"].encode()))
-            used += 1
-        except SameOptionTwice:
-            kind = TWICE
         except (ValueError, OSError) as error:
             error = type(error)(f"{path}, line {number}: {error}")
             if problems is None:
                 raise error from None
             problems.append(str(error))
             continue
-        if kind:
-            unusual.setdefault(kind, []).append(number)
-    comments = [f"{path}: {len(lines)} of {total} records (line {lines[0]} is the first) "
-                f"{kind.format(prefix=answer_prefix)}" for kind, lines in unusual.items()]
+        split, task = record.get("split"), tasks.setdefault(record["task"], len(tasks))
+        table[used] = (start, number, SPLITS.index(split) if split else -1, task,
+                       short_hash(line.strip() + repr(stamps).encode()),
+                       short_hash(record["image"].encode()))
+        used += 1
+    notes = [f"{path}: {len(lines)} of {total} records (line {lines[0]} is the first) "
+             f"{kind.format(prefix=answer_prefix)}" for kind, lines in unusual.items()]
     if not used and not problems:
-        raise ValueError("; ".join([f"{path} holds no record that can be used", *comments]))
-    return Records(folder, answer_prefix, version, table[:used], list(tasks)), comments
+        raise ValueError("; ".join([f"{path} holds no record that can be used", *notes]))
+    return Records(folder, answer_prefix, version, table[:used], list(tasks), notes)
 
 
 def read_lines(path: Path) -> Iterator[tuple[bytes, int, int]]:
@@ -265,26 +257,21 @@ def read_lines(path: Path) -> Iterator[tuple[bytes, int, int]]:
 
 
 def stamp(folder: Path, name: str) -> int:
-    """A hash of a picture's size and time. Raises FileNotFoundError if it is no file."""
+    """A hash of a picture's time and size, the same in all processes."""
     file = os.path.join(folder, on_disk(name))
-    try:
-        status = os.stat(file)
-    except (OSError, ValueError):  # no name that a file can have raises ValueError
-        status = None
-    if not status or not stat.S_ISREG(status.st_mode):
+    if not os.path.isfile(file):
         raise FileNotFoundError(f"image {file} not found; paths are relative to the data folder")
-    # the hash of numbers is the same in all processes
-    return hash((status.st_mtime_ns, status.st_size))
+    return hash(file_version(file)[1:])
 
 
 def read_record(folder: str | Path, row: int, answer_prefix: str = "Answer:") -> Example:
     """The record in this row, from 0; no other line is parsed. Its split is "" if it names none.
     Raises ValueError also if there is no such row."""
-    folder, path, count = Path(folder), Path(folder) / FILE, 0
-    for count, (line, number, _) in enumerate(read_lines(path), start=1):
-        if count == row + 1:
+    folder, path = Path(folder), Path(folder) / FILE
+    for count, (line, number, _) in enumerate(read_lines(path)):
+        if count == row:
             return _example(line, folder, answer_prefix, f"{path}, line {number}")
-    raise ValueError(f"{path} has no row {row}: it has {count}, counted from 0")
+    raise ValueError(f"{path} has no row {row}; they are counted from 0")
 
 
 def _example(line: bytes, folder: Path, answer_prefix: str, where: str) -> Example:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from support.options import room
+from support.picture_splits import SPLITS
 from support.processes import first_process_first
 from support.records import Example, read_folder
 
@@ -23,41 +24,40 @@ def load_splits(config) -> tuple[Sequence[Example], ...]:
 
 def limit(splits: dict[str, Sequence[Example]], config) -> tuple[Sequence[Example], ...]:
     """All training records of a folder, and as many others as the world would give."""
-    for (split, records), least in zip(splits.items(), (2, 2, 1)):
-        if len(records) < least:
-            raise ValueError(f"{config.data} has {len(records)} records in the {split} split, "
-                             f"{least} or more are needed: set \"split\": \"{split}\" in some "
-                             "records, or add records")
+    train, valid, tests = (at_least(least, split, splits[split], config)
+                           for split, least in zip(SPLITS, (2, 2, 1)))
     rng = random.Random(0)
-    valid, tests = splits["validation"], splits["test"]
     valid = at_most(valid, max(2, config.train_examples // 10), rng, [""] * len(valid))
-    return splits["train"], valid, at_most(tests, config.test_per_task, rng, tests.tasks)
+    return train, valid, at_most(tests, config.test_per_task, rng, tests.tasks)
 
 
 def test_questions(config, per_task_count: int, split: str = "test") -> Sequence[Example]:
     """Questions of one split: of config.data, or of config.regime and the held-out task;
     regime "": every task of the world."""
     if config.data:
-        records = read_splits(config)[split]
-        if not len(records):
-            raise ValueError(f"{config.data} has no record in the {split} split; give some records "
-                             f"\"split\": \"{split}\"")
-        return records
+        return at_least(1, split, read_splits(config)[split], config)
     world = room("world.loader", "asking without --data")
     return world.questions(config.regime, per_task_count, split)
 
 
 def read_splits(config) -> dict[str, Sequence[Example]]:
-    notes: list[str] = []
     # what is read of pictures to give them splits serves all runs that lie beside this one
     cache = Path(config.out).parent / "pictures.npy" if getattr(config, "out", "") else None
     with first_process_first():
-        records = read_folder(config.data, config.answer_prefix, cache=cache, notes=notes)
+        records = read_folder(config.data, config.answer_prefix, cache)
     # of several processes, which all read the folder, one prints
     if os.environ.get("RANK", "0") == "0":
-        for note in notes:
+        for note in records.notes:
             print(f"note: {note}")
-    return {split: records.split(split) for split in ("train", "validation", "test")}
+    return {split: records.split(split) for split in SPLITS}
+
+
+def at_least(count: int, split: str, records: Sequence[Example], config) -> Sequence[Example]:
+    if len(records) < count:
+        raise ValueError(f"{config.data} has {len(records)} records in the {split} split, {count} "
+                         f"or more are needed: set \"split\": \"{split}\" in some records, or add "
+                         "records")
+    return records
 
 
 def at_most(records, count: int, rng: random.Random, groups: Sequence) -> Sequence[Example]:

@@ -39,8 +39,8 @@ def numbered(*rows):
 
 
 def read(tmp_path, *rows, **options):
-    """The records, and what is said of them."""
-    return read_folder(folder_of(tmp_path, *rows), notes=(notes := []), **options), notes
+    found = read_folder(folder_of(tmp_path, *rows), **options)
+    return found, found.notes
 
 
 @pytest.fixture
@@ -92,7 +92,8 @@ def test_one_row_is_read_alone(tmp_path, work):
     folder = folder_of(tmp_path, b"{", b"", dict(NO_SPLIT, image="b.png"), dict(RECORD, id="2"))
     assert [read_record(folder, 1).split, read_record(folder, 2).id] == ["", "2"]
     assert work() == (2, 0)
-    for row, message in ((3, "no row 3: it has 3"), (-1, "no row -1"), (0, "line 1: not valid")):
+    for row, message in ((3, "no row 3; they are counted from 0"), (-1, "no row -1"),
+                         (0, "line 1: not valid JSON")):
         with pytest.raises(ValueError, match=message):
             read_record(folder, row)
 
@@ -193,8 +194,7 @@ def test_the_last_text_must_say_the_answer(tmp_path, options, answer, text, pref
         found, notes = read(tmp_path, row, answer_prefix=prefix)
         assert found[0].answer == right and not notes
     else:
-        with pytest.raises(ValueError, match="line 1: the last text (says .* but the field 'answer'"
-                                             "|of the trajectory does not contain the answer)"):
+        with pytest.raises(ValueError, match="line 1: the last text says .* but the field"):
             read(tmp_path, row, answer_prefix=prefix)
 
 
@@ -205,24 +205,22 @@ def test_unusual_records_are_counted(tmp_path):
     rows = numbered(*[dict(RECORD, trajectory=[{"text": text}]) for text in texts], *twice)
     found, notes = read(tmp_path, *rows)
     assert [ex.id for ex in found] == ["0", "1", "2", "3", "4", "5"]
-    no_prefix, other_words, same_option = notes
-    assert "4 of 8 records (line 2 is the first) have no 'Answer:' in the last" in no_prefix
-    assert "1 of 8 records (line 4 is the first) give the answer in other words" in other_words
-    assert "2 of 8 records (line 7 is the first) have one option twice" in same_option
-    with pytest.warns(UserWarning) as warned:
-        read_folder(tmp_path)
-    assert [str(warning.message) for warning in warned] == notes
+    for count, note in zip(("4 of 8 records (line 2 is the first) have no 'Answer:' in the last",
+                            "1 of 8 records (line 4 is the first) give the answer in other words",
+                            "2 of 8 records (line 7 is the first) have one option twice"), notes,
+                           strict=True):
+        assert count in note
     with pytest.raises(ValueError, match="no record that can be used; .*have one option twice"):
         read(tmp_path, *twice)
 
 
 BAD = [
-    ({"question": None}, "field 'question' must be a str"), ({"id": 7}, "must be a str; found 7"),
+    ({"question": None}, "'question' must be a non-empty"), ({"id": 7}, "string; found 7"),
     ({"answer": "z"}, "'z' is not among the options"), ({"options": []}, "'x' is not among the"),
-    ({"options": ["x", 3]}, "every option must be .*; found 3"), ({"id": " "}, "id must be a non"),
-    ({"question": "\ud800"}, "question is not valid Unicode"), ({"split": "dev"}, "is none of"),
-    ({"image": "\ud800.png"}, "image is not valid Unicode"), ({"image": "c.png"}, "c.png not foun"),
-    ({"task": 3}, "task must be a non-empty"), ({"family": 3}, "task must be a non-empty"),
+    ({"options": ["x", 3]}, "every option must be .*; found 3"), ({"id": " "}, "'id' must be"),
+    ({"question": "\ud800"}, "'question' .* not valid Unicode"), ({"split": "dev"}, "is none of"),
+    ({"image": "\ud800.png"}, "'image' .* not valid U"), ({"image": "c.png"}, "c.png not foun"),
+    ({"task": 3}, "'task' must be a non-empty"), ({"family": 3}, "'task' must be"),
     *[({"image": name}, "not found") for name in ("a\0b.png", ".", "n" * 999)],
     ({"image": "/a.png"}, "/a.png not found"), ({"trajectory": []}, "must end in"),
     ({"trajectory": [{"image": "../b.png"}, {"text": "x"}]}, "b.png not found"),
@@ -230,8 +228,7 @@ BAD = [
     ({"trajectory": [{"text": " "}]}, "step 0: text must be"), (b"[]", "expected a JSON object"),
     ({"trajectory": [{"sound": "a"}]}, "step 0 must be"), (b"NaN", "expected a JSON object"),
     (b"{", "not valid JSON"), (b'{"id": "1"} {"id": "2"}', "not valid JSON .*one object a line"),
-    (b"[" * 100_000, "nested too deeply|not valid JSON"), (b'{"id": "\xff"}', "save .* as UTF-8"),
-    (b'{"a": {"b": 1, "b": 2}}', "field 'b' is there twice; keep one")]
+    (b'{"id": "\xff"}', "not valid JSON in UTF-8"), ({"options": "x"}, "'options' must be a list")]
 
 
 def test_bad_records_are_refused_with_line_and_fix_one_by_one_or_all_at_once(tmp_path):
