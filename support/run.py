@@ -39,8 +39,7 @@ LOCK = "lock"
 # what the screen shows of a line of the log
 SHOWN = ("loss", "vlm", "jepa", "nextlat", "recon", "r2", "retrieval", "effective_rank",
          "mean_cosine", "lr", "grad_norm", "ms")
-STOPPED = ("stopped; if the run folder holds config.json, python train.py --resume RUN continues "
-           "from its last state")
+STOPPED = "stopped; python train.py --resume RUN continues from the last state, if there is one"
 
 
 class Run:
@@ -56,6 +55,8 @@ class Run:
         # one process writes; a sharded model answers no questions, because all processes must run
         self.writes = self.rank == 0
         self.answers = self.writes and not config.shard
+        own = f"-{self.rank}" if self.rank else ""
+        self.state_file = self.out / f"state{own}.safetensors"
         self.step, self.best, self.bad, self.seconds = 0, math.inf, 0, 0.0
         self.stopping, self.faults = False, set()
 
@@ -128,24 +129,22 @@ class Run:
     def steps(self, ready: Iterator[list]) -> Iterator[tuple[int, list]]:
         """(number, passes of this process) of each step that is left, until a signal comes."""
         config, start = self.config, time.time()
-        self.restart_clock(self.step)
         # from here on a signal ends the loop after its step, and not in the middle
         with processes.finishing_steps():
             while self.step < config.steps and not self.stopping:
-                waits = time.perf_counter()
+                self.step_began = time.time()
                 try:
                     passes = next(ready)
                 except (ValueError, OSError):  # a faulty record: fix it, and --resume continues
                     self.stopping = True
                     self.save(self.step)
                     raise
-                self.waited += time.perf_counter() - waits
+                self.waited = time.time() - self.step_began
                 self.step += 1
                 yield self.step, passes
         self.seconds = time.time() - start
         if self.step < config.steps and self.writes:
-            print(f"stopped after step {self.step}; python train.py --resume {self.out} continues "
-                  "from there")
+            print(f"stopped after step {self.step}; python train.py --resume {self.out} continues")
 
     def exchange(self, module: torch.nn.Module, last: bool):
         """For one pass: with several processes, gradients are averaged after the last alone."""
@@ -173,17 +172,13 @@ class Run:
 
     def log_step(self, step: int, metrics: dict[str, float], norm: Tensor, lr: float) -> None:
         """A line of the log and of the screen."""
-        seconds, count = time.time() - self.clock, max(1, step - self.clock_step)
-        ms, waited = 1000 * seconds / count, self.waited / max(1e-9, seconds)
-        metrics = metrics | dict(grad_norm=float(norm), lr=lr, ms=ms, waited=waited)
+        grad_norm, seconds = float(norm), time.time() - self.step_began
+        metrics = metrics | dict(grad_norm=grad_norm, lr=lr, ms=1000 * seconds,
+                                 waited=self.waited / max(1e-9, seconds))
         log(self.out, "train", dict(step=step, **metrics))
-        left = int((self.config.steps - step) * ms / 1000)
+        left = int((self.config.steps - step) * seconds)
         print(f"{step:5d}/{self.config.steps} {shown(metrics)}, {left // 60}:{left % 60:02d} left",
               flush=True)
-        self.restart_clock(step)
-
-    def restart_clock(self, step: int) -> None:
-        self.clock, self.clock_step, self.waited = time.time(), step, 0.0
 
     def validates(self, step: int) -> bool:
         """Whether this process validates now. Of a sharded model all processes run their share."""
@@ -201,13 +196,12 @@ class Run:
         if metrics["loss"] < self.best:
             self.best = metrics["loss"]
             save_best(self.out, method, step, metrics)
-        self.restart_clock(step)
 
     def log_faults(self, *datasets) -> None:
         """A line of the log for each record that was left out (--skip_bad) and has none yet."""
-        for dataset in datasets:
+        for dataset in datasets if self.writes else ():
             for fault in dataset.faults.values():
-                if self.writes and fault not in self.faults:
+                if fault not in self.faults:
                     self.faults.add(fault)
                     log(self.out, "left out", dict(step=self.step, fault=fault))
                     print(f"      left out: {fault}", flush=True)
@@ -228,28 +222,23 @@ class Run:
             state |= dict(step=step, best=self.best, weights=trained_tensors(self.method),
                           optimizer=self.optimizer.state_dict(),
                           schedule=self.schedule.state_dict())
-        write_state(self.state_file(), state)
-
-    def state_file(self) -> Path:
-        return self.out / (f"state-{self.rank}.safetensors" if self.rank else "state.safetensors")
+        write_state(self.state_file, state)
 
     def load_state(self) -> tuple[int, float]:
         """Undo `save`; (step, best validation loss). A run without a state starts anew."""
         file = self.out / "state.safetensors"
         if not file.is_file():
             return 0, math.inf
-        state, tensors = read_state(file), trained_tensors(self.method)
-        shapes, saved = ({name: tensor.shape for name, tensor in part.items()}
-                         for part in (tensors, state["weights"]))
-        if shapes != saved:
-            raise ValueError(f"{file} does not fit this run: was config.json changed?")
-        with torch.no_grad():
-            for name, tensor in tensors.items():
-                tensor.copy_(state["weights"][name])
+        state = read_state(file)
+        for name, tensor in trained_tensors(self.method).items():
+            saved = state["weights"].get(name)
+            if saved is None or saved.shape != tensor.shape:
+                raise ValueError(f"{file} has no such {name}: was config.json changed?")
+            tensor.data.copy_(saved)
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         # a process that the run did not have before has none of its own
-        own = read_state(self.state_file()) if self.rank and self.state_file().is_file() else state
+        own = read_state(self.state_file) if self.rank and self.state_file.is_file() else state
         torch.set_rng_state(own["cpu"])
         if "cuda" in own and torch.cuda.is_available():
             torch.cuda.set_rng_state(own["cuda"])
@@ -337,8 +326,7 @@ def absolute_paths(config):
 def read_config(config_class: Callable, argv: list[str]):
     """The config of a run to resume. config_class: from a method's name to its options."""
     if len(argv) != 1:
-        raise ValueError("--resume takes the run folder and nothing else: the run continues with "
-                         "its own config.json")
+        raise ValueError("--resume takes the run folder alone: its config.json has the options")
     file = Path(argv[0]) / "config.json"
     if not file.is_file():
         raise FileNotFoundError(f"{file} not found: {argv[0]} is not a run folder")
@@ -404,15 +392,14 @@ def base_digests(path: str) -> dict[str, str]:
             if file.suffix in kinds and file.is_file()}
 
 
-def file_digest(file: Path, pieces: int = 64, piece: int = 1 << 20) -> str:
-    """Of the whole file, or above 64 MB of its size and 64 pieces of 1 MB spread over it: weights
+def file_digest(file: Path) -> str:
+    """Of the file's size, and of pieces of 1 MB: all, or about 64 that are spread over it. Weights
     that were trained further differ everywhere."""
-    size = file.stat().st_size
+    size, piece = file.stat().st_size, 1 << 20
     digest = hashlib.sha256(str(size).encode())
     with open(file, "rb") as content:
-        for n in range(pieces):
-            if size > pieces * piece:
-                content.seek(n * (size - piece) // (pieces - 1))
+        for start in range(0, size, max(piece, size // 64)):
+            content.seek(start)
             digest.update(content.read(piece))
     return digest.hexdigest()[:16]
 
