@@ -9,7 +9,6 @@ from support.answers import contains, has_prefix, normalise, option_index, state
 from support.picture_splits import SPLITS
 
 # kinds of unusual records, and what is said of them
-TWICE = "have one option twice, or in two forms that count as one, and are left out"
 NO_PREFIX = ("have no {prefix!r} in the last text, with which questions are asked and replies "
              "read: give --answer_prefix as these texts have it")
 OTHER_WORDS = ("give the answer in other words than the option's; a reply in such words counts as "
@@ -18,14 +17,12 @@ OTHER_WORDS = ("give the answer in other words than the option's; a reply in suc
 
 def checked_record(line: bytes, prefix: str) -> tuple[dict, str]:
     """(fields, kind of unusual record or ""): texts are stripped, steps are (kind, value), and
-    `images` are the names of the pictures, the question's first. Who reads a folder leaves records
-    of the kind TWICE out.
+    `images` are the names of the pictures, the question's first.
 
     prefix: what last texts put before the answer. Raises ValueError.
     """
     record = _parse(line)
-    # "family" is an older name of the field
-    record.setdefault("task", record.get("family", "questions"))
+    record.setdefault("task", "questions")
     for key in ("id", "task", "image", "question", "answer"):
         record[key] = _text(record.get(key), f"field {key!r}")
     for key in ("options", "trajectory"):
@@ -37,15 +34,15 @@ def checked_record(line: bytes, prefix: str) -> tuple[dict, str]:
     if not steps or steps[-1][0] != "text":
         raise ValueError("the trajectory must end in a text that gives the answer")
     answer, options = record["answer"], [_text(text, "every option") for text in record["options"]]
-    record.update(trajectory=steps, options=options, images=[
-        record["image"], *(value for kind, value in steps if kind == "image")])
     if len(set(map(normalise, options))) < len(options):
-        return record, TWICE
+        raise ValueError("an option is there twice, or in two forms that count as one; keep one: "
+                         f"{options!r:.200}")
     # most answers are an option to the letter, which takes no comparison of forms
     right = options.index(answer) if answer in options else option_index(answer, options)
     if right is None:
         raise ValueError(f"answer {answer!r:.80} is not among the options {options!r:.200}")
-    record["answer"] = options[right]
+    images = [record["image"], *(value for kind, value in steps if kind == "image")]
+    record.update(trajectory=steps, options=options, answer=options[right], images=images)
     return record, _check_last_text(steps[-1][1], options, options[right], prefix)
 
 

@@ -21,7 +21,7 @@ from support.images import Picture, file_version, opened, picture_digest
 from support.picture_splits import (SPLITS, give_splits, pixel_hashes, shared_pictures,
                                     short_hash)
 from support.processes import progress
-from support.record_checks import TWICE, checked_record
+from support.record_checks import checked_record
 
 FILE = "trajectories.jsonl"
 
@@ -216,10 +216,6 @@ def scan(folder: Path, answer_prefix: str, problems: list[str] | None) -> Record
     for line, number, start in progress(read_lines(path), "reading records", total):
         try:
             record, kind = checked_record(line, answer_prefix)
-            if kind:
-                unusual.setdefault(kind, []).append(number)
-            if kind == TWICE:
-                continue
             if (first := ids.setdefault(hash(record["id"]), number)) != number:
                 raise ValueError(f"id {record['id']!r} was used on line {first}; ids must be "
                                  "unique")
@@ -235,10 +231,12 @@ def scan(folder: Path, answer_prefix: str, problems: list[str] | None) -> Record
                        short_hash(line.strip() + repr(stamps).encode()),
                        short_hash(record["image"].encode()))
         used += 1
+        if kind:
+            unusual.setdefault(kind, []).append(number)
     notes = [f"{path}: {len(lines)} of {total} records (line {lines[0]} is the first) "
              f"{kind.format(prefix=answer_prefix)}" for kind, lines in unusual.items()]
     if not used and not problems:
-        raise ValueError("; ".join([f"{path} holds no record that can be used", *notes]))
+        raise ValueError(f"{path} holds no record")
     return Records(folder, answer_prefix, version, table[:used], list(tasks), notes)
 
 

@@ -70,8 +70,7 @@ class Run:
             try:
                 self.lock.acquire(timeout=0)
             except Timeout:
-                raise ValueError(f"{self.out} is in use by another process: wait for it or stop "
-                                 "it") from None
+                raise ValueError(f"{self.out} is in use by another process: stop it") from None
         return self
 
     def __exit__(self, *_) -> None:
@@ -261,8 +260,8 @@ def write_state(file: Path, state: dict) -> None:
         return dict(tensor=name)
 
     # JSON for all but the tensors, of which it holds the names
-    rest = json.dumps(state, default=put)
-    write_tensors(tensors, file, dict(state=rest))
+    text = json.dumps(state, default=put)
+    write_tensors(tensors, file, dict(state=text))
 
 
 def read_state(file: Path) -> dict:
@@ -335,8 +334,7 @@ def read_config(config_class: Callable, argv: list[str]):
     saved = read_json(file)
     kind = config_class(saved.get("method"))
     if unknown := saved.keys() - {field.name for field in dataclasses.fields(kind)}:
-        raise ValueError(f"{file} has the unknown field {sorted(unknown)[0]!r}: it was written by "
-                         "another version of this program")
+        raise ValueError(f"{file} has the unknown field {min(unknown)!r}: of another version?")
     return absolute_paths(kind(**saved | dict(out=argv[0])))
 
 
@@ -344,8 +342,7 @@ def finished(run: Path) -> tuple[dict, Path]:
     """Config and best checkpoint of a run. Raises FileNotFoundError naming what is missing."""
     for name in ("config.json", "best.json"):
         if not (run / name).is_file():
-            raise FileNotFoundError(f"{run / name} not found: {run} is not a finished run of "
-                                    "train.py")
+            raise FileNotFoundError(f"{run / name} not found: {run} is not a finished run")
     # only the last part of the name, so that it cannot lead out of the run
     name = Path(read_json(run / "best.json")["checkpoint"]).name
     return read_json(run / "config.json"), run / name

@@ -55,8 +55,7 @@ def read_splits(config) -> dict[str, Sequence[Example]]:
 def at_least(count: int, split: str, records: Sequence[Example], config) -> Sequence[Example]:
     if len(records) < count:
         raise ValueError(f"{config.data} has {len(records)} records in the {split} split, {count} "
-                         f"or more are needed: set \"split\": \"{split}\" in some records, or add "
-                         "records")
+                         f"or more are needed: add some, or set \"split\": \"{split}\" in others")
     return records
 
 
