@@ -133,7 +133,7 @@ def finishing_steps() -> Iterator[None]:
 def asked_to_stop(world_size: int, device: str) -> bool:
     """Whether a signal came to any of the processes, so that all end after the same step."""
     if world_size > 1:
-        number = torch.tensor(int(SIGNALS.number), device=device)
+        number = torch.tensor(SIGNALS.number, device=device)
         dist.all_reduce(number, dist.ReduceOp.MAX)
         SIGNALS.number = int(number)
     return bool(SIGNALS.number)

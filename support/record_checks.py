@@ -48,8 +48,8 @@ def checked_record(line: bytes, prefix: str) -> tuple[dict, str]:
 
 def _parse(line: bytes) -> dict:
     try:
-        # json drops a byte order mark
-        record = json.loads(line.strip())
+        # without a byte order mark
+        record = json.loads(line.strip().decode("utf-8-sig"))
     except ValueError as error:
         reason = str(error).replace("line 1 ", "")
         raise ValueError(f"not valid JSON in UTF-8 ({reason}); write one object a line") from None

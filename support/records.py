@@ -257,9 +257,11 @@ def read_lines(path: Path) -> Iterator[tuple[bytes, int, int]]:
 def stamp(folder: Path, name: str) -> int:
     """A hash of a picture's time and size, the same in all processes."""
     file = os.path.join(folder, on_disk(name))
-    if not os.path.isfile(file):
-        raise FileNotFoundError(f"image {file} not found; paths are relative to the data folder")
-    return hash(file_version(file)[1:])
+    try:
+        return hash(file_version(file)[1:])
+    except (OSError, ValueError):  # ValueError: no file can have this name
+        raise FileNotFoundError(f"image {file} not found; paths are relative to the data "
+                                "folder") from None
 
 
 def read_record(folder: str | Path, row: int, answer_prefix: str = "Answer:") -> Example:
