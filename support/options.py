@@ -1,13 +1,12 @@
-"""The command line of a run: a dataclass of options."""
+"""The command line of a run: a dataclass of options, read by transformers' HfArgumentParser."""
 
 import argparse
 import dataclasses
 import importlib
-from functools import partial
-from typing import get_args
+import sys
 
 import torch
-from transformers.hf_argparser import string_to_bool
+from transformers import HfArgumentParser
 
 # the least values of numbers; of all others it is 0
 LEAST = dict.fromkeys(("steps", "batch", "accumulate", "horizon", "eval_every", "test_per_task"),
@@ -19,21 +18,31 @@ def option(default, help: str):
     return dataclasses.field(default=default, metadata=dict(help=help))
 
 
+class ShortHelp(argparse.RawDescriptionHelpFormatter):
+    """One line per option: one spelling, its meaning, its default."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=34, width=120)
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        # a switch is off and a text is empty unless it is given
+        empty = action.default in (None, "", False, argparse.SUPPRESS)
+        return action.help if empty else f"{action.help} (%(default)s)"
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        # HfArgumentParser takes --lora-rank as well as --lora_rank; one of them is enough here
+        name, *_ = action.option_strings or [action.dest]
+        if action.nargs == 0 or isinstance(action.const, bool):
+            return name
+        values = "|".join(map(str, action.choices)) if action.choices else ""
+        return f"{name} {values or getattr(action.type, '__name__', 'text').upper()}"
+
+
 def parse(config_class: type, argv: list[str] | None, description: str):
-    """An instance of config_class from the command line; --help has a line for each option."""
-    formatter = partial(argparse.RawDescriptionHelpFormatter, max_help_position=34, width=120)
-    parser = argparse.ArgumentParser(description=description, formatter_class=formatter,
-                                     usage="%(prog)s [--OPTION VALUE ...]", allow_abbrev=False)
-    for field in dataclasses.fields(config_class):
-        choices, help = get_args(field.type), field.metadata["help"].replace("%", "%%")
-        # a switch is off, a number 0 and a text empty unless it is given
-        help += f" ({field.default})" if field.default else ""
-        kind = dict(choices=choices, metavar="|".join(choices)) if choices else dict(
-            type=field.type, metavar=field.type.__name__.upper())
-        if field.type is bool:
-            kind |= dict(type=string_to_bool, nargs="?", const=True)
-        parser.add_argument(f"--{field.name}", default=field.default, help=help, **kind)
-    config = config_class(**vars(parser.parse_args(argv)))
+    """An instance of config_class from the command line."""
+    parser = HfArgumentParser(config_class, description=description, allow_abbrev=False,
+                              formatter_class=ShortHelp, usage="%(prog)s [--OPTION VALUE ...]")
+    config, = parser.parse_args_into_dataclasses(sys.argv[1:] if argv is None else argv)
     for field in dataclasses.fields(config):
         value, least = getattr(config, field.name), LEAST.get(field.name, 0)
         if isinstance(value, (int, float)) and value < least:

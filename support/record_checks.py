@@ -9,6 +9,7 @@ from support.answers import contains, has_prefix, normalise, option_index, state
 from support.picture_splits import SPLITS
 
 # kinds of unusual records, and what is said of them
+TWICE = "have one option twice, or in two forms that count as one, and are left out"
 NO_PREFIX = ("have no {prefix!r} in the last text, with which questions are asked and replies "
              "read: give --answer_prefix as these texts have it")
 OTHER_WORDS = ("give the answer in other words than the option's; a reply in such words counts as "
@@ -17,7 +18,8 @@ OTHER_WORDS = ("give the answer in other words than the option's; a reply in suc
 
 def checked_record(line: bytes, prefix: str) -> tuple[dict, str]:
     """(fields, kind of unusual record or ""): texts are stripped, steps are (kind, value), and
-    `images` are the names of the pictures, the question's first.
+    `images` are the names of the pictures, the question's first. A record of the kind TWICE cannot
+    be used, and not all of it is checked.
 
     prefix: what last texts put before the answer. Raises ValueError.
     """
@@ -35,8 +37,7 @@ def checked_record(line: bytes, prefix: str) -> tuple[dict, str]:
         raise ValueError("the trajectory must end in a text that gives the answer")
     answer, options = record["answer"], [_text(text, "every option") for text in record["options"]]
     if len(set(map(normalise, options))) < len(options):
-        raise ValueError("an option is there twice, or in two forms that count as one; keep one: "
-                         f"{options!r:.200}")
+        return record, TWICE
     # most answers are an option to the letter, which takes no comparison of forms
     right = options.index(answer) if answer in options else option_index(answer, options)
     if right is None:
@@ -50,7 +51,7 @@ def _parse(line: bytes) -> dict:
     try:
         # without a byte order mark
         record = json.loads(line.strip().decode("utf-8-sig"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         reason = str(error).replace("line 1 ", "")
         raise ValueError(f"not valid JSON in UTF-8 ({reason}); write one object a line") from None
     if not isinstance(record, dict):

@@ -21,7 +21,7 @@ from support.images import Picture, file_version, opened, picture_digest
 from support.picture_splits import (SPLITS, give_splits, pixel_hashes, shared_pictures,
                                     short_hash)
 from support.processes import progress
-from support.record_checks import checked_record
+from support.record_checks import TWICE, checked_record
 
 FILE = "trajectories.jsonl"
 
@@ -216,6 +216,9 @@ def scan(folder: Path, answer_prefix: str, problems: list[str] | None) -> Record
     for line, number, start in progress(read_lines(path), "reading records", total):
         try:
             record, kind = checked_record(line, answer_prefix)
+            if kind == TWICE:
+                unusual.setdefault(kind, []).append(number)
+                continue
             if (first := ids.setdefault(hash(record["id"]), number)) != number:
                 raise ValueError(f"id {record['id']!r} was used on line {first}; ids must be "
                                  "unique")
@@ -236,7 +239,7 @@ def scan(folder: Path, answer_prefix: str, problems: list[str] | None) -> Record
     notes = [f"{path}: {len(lines)} of {total} records (line {lines[0]} is the first) "
              f"{kind.format(prefix=answer_prefix)}" for kind, lines in unusual.items()]
     if not used and not problems:
-        raise ValueError(f"{path} holds no record")
+        raise ValueError("; ".join([f"{path} holds no record that can be used", *notes]))
     return Records(folder, answer_prefix, version, table[:used], list(tasks), notes)
 
 
@@ -276,9 +279,11 @@ def read_record(folder: str | Path, row: int, answer_prefix: str = "Answer:") ->
 
 def _example(line: bytes, folder: Path, answer_prefix: str, where: str) -> Example:
     try:
-        record, _ = checked_record(line, answer_prefix)
+        record, kind = checked_record(line, answer_prefix)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
+    if kind == TWICE:
+        raise ValueError(f"{where}: an option is there twice, or in two forms that count as one")
     steps = [value if kind == "text" else folder / on_disk(value)
              for kind, value in record["trajectory"]]
     return Example(record["id"], record["task"], folder / on_disk(record["image"]),

@@ -65,6 +65,7 @@ class Run:
             if not self.resume and any(file.name != LOCK for file in self.out.glob("*")):
                 raise FileExistsError(f"{self.out} already holds files, perhaps a run: choose "
                                       "another --out, nothing is overwritten")
+            self.made = not self.out.exists()
             self.out.mkdir(parents=True, exist_ok=True)
             self.lock = FileLock(self.out / LOCK)
             try:
@@ -77,9 +78,10 @@ class Run:
         if self.writes:
             (self.out / LOCK).unlink(missing_ok=True)
             self.lock.release()
-            # a run that failed before its first step leaves no empty folder behind
+            # a run that failed before its first step leaves no empty folder of its own behind
             with suppress(OSError):
-                self.out.rmdir()
+                if self.made:
+                    self.out.rmdir()
 
     # ---- before the first step ----
 

@@ -63,8 +63,10 @@ def conclusion(before: dict, after: dict) -> str:
     """The last table in words. before, after: see `summarise`."""
     total = overall(after)
     was, now = (100 * table[total]["direct"][0] for table in (before, after))
-    text = f"In words: direct, {was:.1f}% were right before and {now:.1f}% are now."
+    text = (f"In words: from image and question alone (direct) {was:.1f}% were right before and "
+            f"{now:.1f}% are now.")
     if "tool" in after[total]:
         skill = 100 * after[total]["tool"][0]
-        text += f" With the expert's tool {skill:.1f}%: how well trajectories were learned."
+        text += (f"\nWith the expert's tool (tool) {skill:.1f}%: how well the trajectories were "
+                 "learned. \"free\" is low where the model begins with its plan.")
     return text

@@ -201,15 +201,19 @@ def test_the_last_text_must_say_the_answer(tmp_path, options, answer, text, pref
 def test_unusual_records_are_counted(tmp_path):
     texts = ("Answer: x", "It is x, not y", "<answer>x</answer>", "Answer: the x", "X",
              "NoAnswer: x")
-    rows = numbered(*[dict(RECORD, trajectory=[{"text": text}]) for text in texts])
+    twice = [dict(RECORD, options=options) for options in (["x", "x"], ["x", "y", "y."])]
+    rows = numbered(*[dict(RECORD, trajectory=[{"text": text}]) for text in texts], *twice)
     found, notes = read(tmp_path, *rows)
     assert [ex.id for ex in found] == ["0", "1", "2", "3", "4", "5"]
-    for count, note in zip(("4 of 6 records (line 2 is the first) have no 'Answer:' in the last",
-                            "1 of 6 records (line 4 is the first) give the answer in other words"),
+    for count, note in zip(("4 of 8 records (line 2 is the first) have no 'Answer:' in the last",
+                            "1 of 8 records (line 4 is the first) give the answer in other words",
+                            "2 of 8 records (line 7 is the first) have one option twice"),
                            notes, strict=True):
         assert count in note
-    with pytest.raises(ValueError, match="holds no record"):
-        read(tmp_path)
+    with pytest.raises(ValueError, match="no record that can be used; .*have one option twice"):
+        read(tmp_path, *twice)
+    with pytest.raises(ValueError, match="line 1: an option is there twice"):
+        read_record(tmp_path, 0)
 
 
 BAD = [
@@ -218,8 +222,7 @@ BAD = [
     ({"options": ["x", 3]}, "every option must be .*; found 3"), ({"id": " "}, "'id' must be"),
     ({"question": "\ud800"}, "'question' .* not valid Unicode"), ({"split": "dev"}, "is none of"),
     ({"image": "\ud800.png"}, "'image' .* not valid U"), ({"image": "c.png"}, "c.png not foun"),
-    ({"task": 3}, "'task' must be a non-empty"), ({"options": ["x", "x"]}, "there twice.*keep"),
-    ({"options": ["x", "y", "y."]}, "in two forms that count as one"),
+    ({"task": 3}, "'task' must be a non-empty"), (b"[" * 100_000, "not valid JSON"),
     *[({"image": name}, "not found") for name in ("a\0b.png", "n" * 999)],
     ({"image": "/a.png"}, "/a.png not found"), ({"trajectory": []}, "must end in"),
     ({"trajectory": [{"image": "../b.png"}, {"text": "x"}]}, "b.png not found"),

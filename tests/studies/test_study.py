@@ -48,7 +48,7 @@ def call(monkeypatch, main, *options):
     main()
 
 
-def test_an_arm_is_what_follows_method_and_has_a_folder_of_its_own(tmp_path, capsys):
+def test_an_arm_is_what_follows_method_and_has_a_folder_of_its_own(tmp_path):
     args = study.parse_args(["--out", str(tmp_path), "--seeds", "0", "1", "--", "--batch", "3"])
     assert sorted(args.regimes) == sorted(REGIMES)
     args.arms = [*study.SYSTEMS, "target_state+sft --target_layer -1", "pearl --lambda_latent 0.2"]
@@ -61,9 +61,8 @@ def test_an_arm_is_what_follows_method_and_has_a_folder_of_its_own(tmp_path, cap
         assert job.folder.parent.name == regime and arm_of(job.folder.name) == arm
         assert bool(job.ask) == (arm == "sft")
     for args.arms in (["best"], ["sft --best 1"]):
-        with pytest.raises((ValueError, SystemExit)) as error:
+        with pytest.raises(ValueError, match="best"):
             study.plan(args)
-        assert "best" in str(error.value) + capsys.readouterr().err
 
 
 def test_a_study_keeps_what_was_interrupted_and_repeats_nothing(programs, tmp_path, monkeypatch,
