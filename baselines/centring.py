@@ -46,10 +46,9 @@ class Centred(Pearl):
         generator = torch.Generator().manual_seed(self.config.seed)
         rows = torch.randperm(len(datasets[0]), generator=generator)[:self.config.sample]
         keys, targets = [], []
-        for batch in read_all(datasets[0], rows, self.config.batch, "neighbours"):
-            if batch := [example for example in batch if not example.bare]:
-                with self.vlm.starting_model() as start:
-                    images = self.encode_images([image for ex in batch for image in ex.images])
+        with self.vlm.starting_model() as start:
+            for batch, images in read_all(self, datasets[0], rows):
+                if batch := [example for example in batch if not example.bare]:
                     keys.append(self.key(start, batch, images))
                     targets.append(super().encode_target(start, batch, images).embedding)
         keys = torch.cat(keys)
@@ -74,11 +73,8 @@ class Centred(Pearl):
 
 
 class RunningMean(Current):
-    """The current model's h_R minus a running mean of it: DINO's centring (2104.14294)."""
-
-    @dataclass
-    class Options:
-        mean_momentum: float = option(0.9, "the running mean's share of itself in each pass")
+    """The current model's h_R minus a running mean of it, which keeps 0.9 of itself in each pass:
+    DINO's centring (2104.14294)."""
 
     def build_modules(self) -> None:
         super().build_modules()
@@ -89,5 +85,5 @@ class RunningMean(Current):
         now = target.detach().mean(dim=0).to(self.mean)
         mean = self.mean.clone() if self.mean.any() else now
         if self.training:
-            self.mean.copy_(mean.lerp(now, 1 - self.config.mean_momentum))
+            self.mean.copy_(mean.lerp(now, 0.1))
         return super().jepa(prediction, target - mean.to(target), batch)

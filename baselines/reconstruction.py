@@ -46,7 +46,7 @@ class Recon(Pearl):
         if missing := {LATENT_START, LATENT_END} - vocabulary.keys():
             raise ValueError(f"--method recon marks its latents with {sorted(missing)[0]}, which "
                              "this model's vocabulary lacks: use a Qwen-VL model")
-        self.predictor = LatentScale(torch.zeros(2, self.vlm.dim), torch.ones(self.vlm.dim))
+        self.predictor = None  # until `prepare`
 
     @classmethod
     def views(cls, config: Config, chat: Chat, example: Example,
@@ -60,19 +60,20 @@ class Recon(Pearl):
     def prepare(self, datasets: list[Trajectories]) -> None:
         """The scale of the training set's tool images."""
         rows = torch.arange(len(datasets[0]))
-        embeddings = torch.cat([
-            self.embeddings(batch, self.encode_images([i for ex in batch for i in ex.images[1:]]))
-            for batch in read_all(datasets[0], rows, 64, "tool images")])
+        embeddings = torch.cat([self.embeddings(*read)
+                                for read in read_all(self, datasets[0], rows)]).float()
         if not len(embeddings):
             raise ValueError("no trajectory has a tool image: there is nothing for --method recon "
                              "to reconstruct")
-        self.predictor = LatentScale(embeddings, self.vlm.lm.get_decoder().norm.weight)
+        gain = self.vlm.lm.get_decoder().norm.weight.float()
+        self.predictor = LatentScale(embeddings.mean(dim=0), embeddings.std(dim=0).clamp_min(1e-6),
+                                     gain.square().mean().sqrt())
 
     def embeddings(self, batch: Examples, images: Images) -> Tensor:
         """What the latents of a batch stand for, (n, D)."""
         parts = [latent_targets(images[image.key].features[0], self.config.latents)
                  for example in batch for image in example.images[1:]]
-        return torch.cat([self.predictor.mean.new_zeros(0, self.vlm.dim), *parts])
+        return torch.cat([torch.zeros(0, self.vlm.dim, device=self.vlm.device), *parts])
 
     def forward(self, batch: Examples) -> losses.Losses:
         images = self.encode_images([image for example in batch for image in example.images])
@@ -141,13 +142,11 @@ class LatentScale(nn.Module):
 
     file_name = "latents.safetensors"
 
-    def __init__(self, embeddings: Tensor, norm_weight: Tensor):
-        """embeddings (n, D): visual embeddings of tool images; norm_weight (D)."""
+    def __init__(self, mean: Tensor, std: Tensor, size: Tensor):
+        """mean, std (D); size ()."""
         super().__init__()
-        embeddings = embeddings.float()
-        self.register_buffer("mean", embeddings.mean(dim=0))
-        self.register_buffer("std", embeddings.std(dim=0).clamp_min(1e-6))
-        self.register_buffer("size", norm_weight.detach().float().square().mean().sqrt())
+        for name, value in dict(mean=mean, std=std, size=size).items():
+            self.register_buffer(name, value)
 
     def target(self, embedding: Tensor) -> Tensor:
         return (embedding - self.mean) / self.std
@@ -160,9 +159,7 @@ class LatentScale(nn.Module):
 
 
 def load_scale(checkpoint: Path, vlm: VLM) -> LatentScale:
-    scale = LatentScale(torch.zeros(2, vlm.dim), torch.ones(vlm.dim))
-    scale.load_state_dict(read_tensors(checkpoint / LatentScale.file_name)[0])
-    return scale.to(vlm.device)
+    return LatentScale(**read_tensors(checkpoint / LatentScale.file_name, vlm.device)[0])
 
 
 # ---- decoding -----------------------------------------------------------------------------------

@@ -9,14 +9,14 @@ at a time.
 Letters: B batch, T sequence, D hidden size, K predictor tokens, n selected positions.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch.nn.functional as F
 from torch import Tensor
 
 import losses
-from baselines.variants import Current, NextLatOnR
+from baselines.variants import Current
 from data import Views
 from model import Encoded
 from support.chat import Chat, View
@@ -27,7 +27,7 @@ from support.records import Example
 from train import Config
 
 
-class Paper(NextLatOnR):
+class Paper(Current):
     """The paper's text. Its SmoothL1 did not make the reported numbers; the cosine did."""
 
     @dataclass
@@ -35,7 +35,13 @@ class Paper(NextLatOnR):
         lambda_latent: float = option(0.2, "lambda of Eq. 4")
         distance: Literal["cosine", "smoothl1", "mse", "l2"] = option("smoothl1", "D of Eq. 1")
 
-    sees_next = False
+    sees_next, target_needs_grad = False, True
+
+    def nextlat(self, full: Encoded, target: Encoded) -> Tensor:
+        # Eq. 2 along R read alone, where any token may be predicted
+        labels = target.batch.ids.masked_fill(~target.batch.mask, -100)
+        batch = replace(target.batch, labels=labels)
+        return super().nextlat(target._replace(batch=batch), target)
 
 
 class Release(Current):
@@ -84,14 +90,15 @@ class Release(Current):
     def views(cls, config: Config, chat: Chat, example: Example,
               images: list[LoadedImage]) -> Views:
         full, prompt, target = super().views(config, chat, example, images)
+        example = cls.adapt(example, config)
         if config.target_image:
-            target = target_with_image(chat, cls.adapt(example, config), images)
+            target = target_with_image(chat, example, images)
         if config.supervise_turns == "last":
             full = last_turn_only(full, chat.end_id)
         if config.supervise_layout:
             full = with_layout(chat, full)
         if config.pred_in_user_turn:
-            prompt = in_user_turn(chat, prompt)
+            prompt = in_user_turn(chat, example, images, config.pred_tokens)
         for view in (full, target):
             chat.check_length(len(view.ids), example)
         return Views(full, prompt, target)
@@ -120,11 +127,6 @@ def target_with_image(chat: Chat, example: Example, images: list[LoadedImage]) -
     return View(whole.ids, whole.labels, [image.key for image in images], len(whole.ids) - 1)
 
 
-def after_last(ids: list[int], end: int) -> list[int]:
-    """The tokens behind the last `end`; all if there is none."""
-    return ids[len(ids) - ids[::-1].index(end):] if end in ids else ids
-
-
 def last_turn_only(view: View, end: int) -> View:
     """Supervised: the assistant's last turn alone, so what follows the last but one `end`."""
     # no text may hold the end token, so a label equal to it is the end of a turn
@@ -147,19 +149,17 @@ def with_layout(chat: Chat, view: View) -> View:
     return view._replace(ids=ids, labels=labels)
 
 
-def in_user_turn(chat: Chat, view: View) -> View:
+def in_user_turn(chat: Chat, example: Example, images: list[LoadedImage], count: int) -> View:
     """The input view with [PRED] as the last words of the user's turn, embedded at its end."""
-    count, end = len(view.inject_at), chat.end_id
-    prompt = view.ids[:len(view.ids) - count]
-    # the tokens behind the end of the user's turn, up to where the model would speak
-    opening = after_last(chat.conversation([("user", ["Q"])], [], prompt=True).ids, end)
-    if end not in prompt or after_last(prompt, end) != opening:
+    # end tokens behind the question are placeholders for the K [PRED] rows
+    question, end = example.question + chat.family.end_token * count, chat.end_id
+    prompt = chat.prompt([("user", [example.image, question])], images[:1])
+    last = max((n for n, token in enumerate(prompt.ids) if token == end), default=0)
+    if prompt.ids[:last + 1][-count - 1:] != [end] * (count + 1):
         raise ValueError("this model's chat template does not end the user's turn with the token "
                          "that ends the assistant's: use --pred_in_user_turn false")
-    words = prompt[:len(prompt) - len(opening) - 1]
-    ids = words + [end] * (count + 1)  # K placeholders for the [PRED] rows, then the end itself
-    inject_at = tuple(range(len(words), len(words) + count))
-    return View(ids, [-100] * len(ids), view.images, len(ids) - 1, inject_at)
+    return prompt._replace(ids=prompt.ids[:last + 1], labels=prompt.labels[:last + 1],
+                           embed_at=last, inject_at=tuple(range(last - count, last)))
 
 
 # ---- Eq. 2 --------------------------------------------------------------------------------------
@@ -172,9 +172,8 @@ def mean_of_means(states: Tensor, forecast: Tensor, where: Tensor) -> Tensor:
     as zero.
     """
     gaps = losses.distance(forecast, states[where].detach(), "smoothl1")  # (n)
-    row = where.nonzero()[:, 0]  # (n) the example of each
-    total = gaps.new_zeros(len(states)).index_add(0, row, gaps)  # (B)
-    return (total / where.sum(dim=1).clamp_min(1)).mean()
+    gaps = gaps.new_zeros(where.shape).masked_scatter(where, gaps)  # (B, T)
+    return (gaps.sum(dim=1) / where.sum(dim=1).clamp_min(1)).mean()
 
 
 def token_loss(forecast: Tensor, where: Tensor, labels: Tensor, head: Tensor, which: str) -> Tensor:
@@ -186,9 +185,6 @@ def token_loss(forecast: Tensor, where: Tensor, labels: Tensor, head: Tensor, wh
     """
     if which == "next":
         labels = F.pad(labels[:, 1:], (0, 1), value=-100)  # (B, T)
-    token_ids, head = labels[where], head.detach()
-    supervised = token_ids != -100
-    if not supervised.any():
-        return forecast.new_zeros(())
-    logits = losses.at_least_float32(F.linear(forecast[supervised], head.to(forecast.dtype)))
-    return F.cross_entropy(logits, token_ids[supervised])
+    logits = losses.at_least_float32(F.linear(forecast, head.detach().to(forecast.dtype)))
+    total = F.cross_entropy(logits, labels[where], reduction="sum")
+    return total / (labels[where] != -100).sum().clamp_min(1)

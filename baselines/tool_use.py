@@ -1,11 +1,12 @@
 """Explicit tool use: the model writes its own calls, each is executed, its image is appended."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
-from support.features import LoadedImage, load_image, with_pixels
-from support.images import opened
+from support.features import load_images, with_pixels
 from support.questions import in_batches
+from support.records import Example
 from world.tools import CALL, TOOLS, call_tool
 
 # An answer may hold brackets too, [3, 4] or [Path A]: only a tool's name with a number behind it is
@@ -33,7 +34,7 @@ def converse(evaluator, limit: int) -> list["Talk"]:
             images = [image for n in numbers for image in with_pixels(active[n].images, family)]
             return evaluator.vlm.generate(views, images, evaluator.encode_images, TURN_TOKENS)
 
-        replies = in_batches([talk.view() for talk in active], turns, evaluator.batch)
+        replies = in_batches([talk.view for talk in active], turns, evaluator.batch)
         for talk, token_ids in zip(active, replies):
             talk.read(token_ids, limit)
     return talks
@@ -41,37 +42,34 @@ def converse(evaluator, limit: int) -> list["Talk"]:
 
 def show(evaluator, limit: int, stem: str) -> None:
     """Print one conversation, and save each tool's picture as STEM-tool-N.png, N the next free."""
-    (talk,) = converse(evaluator, limit)
-    pictures, number = iter(talk.pictures[1:]), 0
-    for role, (part, *_) in talk.turns[1:]:
-        if role == "user":
+    (talk,), number = converse(evaluator, limit), 0
+    for step in talk.example.trajectory:
+        if not isinstance(step, str):
             while (file := Path(f"{stem}-tool-{number}.png")).exists():
                 number += 1
-            next(pictures).save(file)
-        print(part if role == "assistant" else f"-> {file}")
+            step.save(file)
+        print(step if isinstance(step, str) else f"-> {file}")
     print(talk.result["text"] or f"({talk.result['failed']})")
 
 
 class Talk:
-    """One example's conversation so far. result: its cost, and at last its text or `failed`."""
+    """One example's conversation so far, as an example whose trajectory is the model's own. result:
+    its cost, and at last its text or `failed`."""
 
-    def __init__(self, evaluator, example):
-        self.chat, self.decode, self.example = evaluator.chat, evaluator.decode, example
-        self.turns, self.pictures = self.chat.turns(example)[:1], [opened(example.image)]
-        self.images: list[LoadedImage] = [self.load(self.pictures[0])]
+    def __init__(self, evaluator, example: Example):
+        self.chat, self.decode = evaluator.chat, evaluator.decode
         self.result = dict(calls=0, tokens=0, images=0, passes=0)
+        # another id, because the keys of images hold it, and the expert's images are others
+        self.take(replace(example, id=f"{example.id}, own calls", trajectory=[]))
 
-    def load(self, picture) -> LoadedImage:
-        number = len(self.pictures)
-        return load_image(picture, f"{self.example.id}, call {number - 1}", self.chat.family,
-                          f"example {self.example.id}: the image of call {number - 1}")
-
-    def view(self):
-        return self.chat.prompt(self.turns, self.images)
+    def take(self, example: Example) -> None:
+        self.images = load_images(example, self.chat.family)
+        self.view = self.chat.prompt(self.chat.turns(example), self.images)
+        self.example = example
 
     def has_room(self) -> bool:
         """Whether it has no answer yet, and the model has positions left for a turn."""
-        room = self.chat.max_tokens - len(self.view().ids)
+        room = self.chat.max_tokens - len(self.view.ids)
         if "text" not in self.result and room < TURN_TOKENS:
             self.fail(f"{room} tokens left, a turn may need {TURN_TOKENS}")
         return "text" not in self.result
@@ -91,9 +89,9 @@ class Talk:
             self.fail("one call too many")
         else:
             try:
-                self.pictures.append(call_tool(text, *self.pictures))
-                self.images.append(self.load(self.pictures[-1]))
-                self.turns += [("assistant", [text[:call.end()]]), ("user", self.pictures[-1:])]
+                picture = call_tool(text, *(image.picture for image in self.images))
+                self.take(replace(self.example, trajectory=[
+                    *self.example.trajectory, text[:call.end()], picture]))
                 self.result["calls"] += 1
             except ValueError as error:
                 self.fail(str(error))

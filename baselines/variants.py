@@ -107,8 +107,8 @@ class TargetState(Pearl):
         with states_entering(vlm, self.config.target_layer) as states:
             encoded = super().encode_target(vlm, batch, images)
         where = positions(encoded.batch, vlm, position)
-        for example, has_tokens in zip(batch, where.any(dim=1).tolist()):
-            if position == "image" and not has_tokens:
+        for example, tokens in zip(batch, where.sum(dim=1).tolist()):
+            if not tokens:
                 split, number = example.index
                 raise ValueError(f"record {number} of the {split} split has no tool image for "
                                  "--target_position image: choose another, or drop the record")
@@ -178,10 +178,13 @@ class RandomTarget(Pearl):
         return super().jepa(prediction, target.norm(dim=1, keepdim=True) * noise, batch)
 
 
-def read_all(dataset: Trajectories, rows: Tensor, size: int, label: str) -> Iterator[Examples]:
-    """These rows of a data set, in batches of `size`, with a progress bar."""
-    for part in progress(rows.split(size), label):
-        yield dataset.passes(part.tolist(), size)[0]
+def read_all(method: Pearl, dataset: Trajectories, rows: Tensor
+             ) -> Iterator[tuple[Examples, Images]]:
+    """These rows of a data set in batches, with their images, and a progress bar."""
+    size = method.config.batch
+    for part in progress(rows.split(size), f"reading {dataset.split}"):
+        batch = dataset.passes(part.tolist(), size)[0]
+        yield batch, method.encode_images([image for ex in batch for image in ex.images])
 
 
 class TaskMean(Pearl):
@@ -198,9 +201,8 @@ class TaskMean(Pearl):
         super().prepare(datasets)
         for dataset in datasets:
             groups = defaultdict(list)
-            for batch in read_all(dataset, torch.arange(len(dataset)), self.config.batch,
-                                  f"targets of {dataset.split}"):
-                self.target(batch, self.encode_images([i for ex in batch for i in ex.images]))
+            for batch, images in read_all(self, dataset, torch.arange(len(dataset))):
+                self.target(batch, images)
                 if any(example.index not in self.targets.cache for example in batch):
                     raise ValueError("--method task_mean and answer_mean need every frozen h_R in "
                                      "memory: fewer records, and no --shard")
@@ -245,21 +247,6 @@ class NextLatFactor(Pearl):
 
     def nextlat(self, full: Encoded, target: Encoded) -> Tensor:
         return self.config.nextlat_factor * super().nextlat(full, target)
-
-
-class NextLatOnR(Current):
-    """Eq. 2 along the target view, over all its positions (the paper's text)."""
-
-    target_needs_grad = True
-
-    def nextlat(self, full: Encoded, target: Encoded) -> Tensor:
-        return super().nextlat(target._replace(batch=every_position(target.batch)), target)
-
-
-def every_position(batch: Batch) -> Batch:
-    """The batch with every token supervised, which is where Eq. 2 may then predict."""
-    labels = torch.where(batch.mask, batch.ids, torch.full_like(batch.ids, -100))
-    return type(batch)(**vars(batch) | dict(labels=labels))
 
 
 class TwoPasses(Pearl):

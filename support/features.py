@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from support.images import Picture, opened
+from support.images import opened
 from support.records import Example
 
 Grid = tuple[int, int, int] | None  # patches (t, h, w), in families whose positions need them
@@ -35,19 +35,17 @@ class EncodedImage(NamedTuple):
 
 def load_images(example: Example, family) -> list[LoadedImage]:
     """The images of an example, I0 first, each opened once."""
-    return [load_image(image, str(image) if isinstance(image, Path) else f"{example.id}#{n}",
-                       family, f"example {example.id}: image {n}")
-            for n, image in enumerate(example.images)]
-
-
-def load_image(image: Picture, key: str, family, where: str) -> LoadedImage:
-    picture = opened(image)
-    try:
-        text, grid = family.image_text(*picture.size)
-    except ValueError as error:
-        raise ValueError(f"{where} ({picture.width} x {picture.height} px) is rejected by the "
-                         f"image processor: {error}; crop or drop it") from None
-    return LoadedImage(key, text, grid, picture)
+    loaded = []
+    for n, image in enumerate(example.images):
+        key, picture = str(image) if isinstance(image, Path) else f"{example.id}#{n}", opened(image)
+        try:
+            text, grid = family.image_text(*picture.size)
+        except ValueError as error:
+            raise ValueError(
+                f"example {example.id}: image {n} ({picture.width} x {picture.height} px) is "
+                f"rejected by the image processor: {error}; crop or drop it") from None
+        loaded.append(LoadedImage(key, text, grid, picture))
+    return loaded
 
 
 def with_pixels(images: list[LoadedImage], family, skip=()) -> list[LoadedImage]:

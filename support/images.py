@@ -3,19 +3,14 @@
 import hashlib
 import os
 import warnings
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import ExifTags, Image
-from PIL.Image import Transpose
+from PIL import Image, ImageOps
 
 Picture = Image.Image | Path  # an image in memory, or its file, read when it is needed
-# by EXIF orientation, so that the first pixel is top left
-TURNS = {2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.ROTATE_180, 4: Transpose.FLIP_TOP_BOTTOM,
-         5: Transpose.TRANSPOSE, 6: Transpose.ROTATE_270, 7: Transpose.TRANSVERSE,
-         8: Transpose.ROTATE_90}
 # Pillow only warns of a picture that would fill the memory; _decoded refuses it
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
@@ -56,7 +51,12 @@ def _decoded(content: BinaryIO) -> Image.Image:
     with Image.open(content) as image:
         if image.width * image.height > Image.MAX_IMAGE_PIXELS:
             raise ValueError(f"{image.width} x {image.height} px are too many")
-        return as_rgb(upright(image))
+        image.load()  # some metadata stand behind the pixels; TIFF files are turned here already
+        # Foreign metadata cannot be read, and the picture stays as it is stored; or Pillow cannot
+        # write them again, which it tries after it has turned the picture.
+        with suppress(Exception):
+            ImageOps.exif_transpose(image, in_place=True)
+        return as_rgb(image)
 
 
 def few_values(file: Path, image: Image.Image) -> str:
@@ -68,16 +68,6 @@ def few_values(file: Path, image: Image.Image) -> str:
     low, high = min(lows), max(highs)
     # nothing above a quarter of white, or 16-bit values within some quarter of their range
     return f"{low} to {high}" if high < 64 or (deep and 0 < high - low < 64) else ""
-
-
-def upright(image: Image.Image) -> Image.Image:
-    """Turned as its metadata say; not turned if they cannot be read or hold no known value."""
-    image.load()  # some metadata stand behind the pixels, and TIFF files are turned here already
-    try:  # Pillow's exif_transpose also rewrites the metadata, and fails where it cannot
-        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
-    except Exception:  # foreign bytes: viewers show such a picture as it is stored
-        turn = None
-    return image if turn is None else image.transpose(turn)
 
 
 def as_rgb(image: Image.Image) -> Image.Image:

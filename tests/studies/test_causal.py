@@ -30,8 +30,8 @@ def ask(vlm64, monkeypatch):
     each question the inputs behind its prompt (n, D), and the latents that the model made."""
     subject = causal.Subject(vlm64, scenes.make_world("single", "test", 3), "Answer:")
     evaluator, inputs = Evaluator(vlm64, subject.examples, batch=1), []
-    scale = reconstruction.LatentScale(3 + 5 * torch.randn(20, vlm64.dim),
-                                       torch.full((vlm64.dim,), 0.1)).double()
+    mean, std = 3 + torch.randn(vlm64.dim), 4 + 2 * torch.rand(vlm64.dim)
+    scale = reconstruction.LatentScale(mean, std, torch.tensor(0.1)).double()
     start, end = vlm64.tokenizer.convert_tokens_to_ids(["<|vision_start|>", "<|im_end|>"])
     # what is written in the place of latents, and of the marker behind them, does not count
     words = itertools.cycle(2 * [start, *[9] * (LATENTS + 2)] + [end])
