@@ -4,14 +4,14 @@ A name of --method finds its class here, and several names joined by + make one 
 mlp_head+vicreg is `class Method(MLPHead, VICReg)`. Each class calls super() for the rest.
 """
 
-from baselines.anti_collapse import BiasHead, InfoNCE, MLPHead, SIGReg, VICReg
-from baselines.centring import Centred, RunningMean
+from baselines.anti_collapse import (BiasHead, InfoNCE, MLPHead, RunningMean, SIGReg,
+                                     VICReg)
 from baselines.release import Paper, Release
 from baselines.reconstruction import Recon
 from baselines.self_distillation import SelfDistill
 from baselines.training_records import Both, Direct, ImageFirst, StripCalls, WithAnswers
-from baselines.variants import (EMA, AnswerMean, Current, Dropout, NextLatFactor, NoJEPA, NoNextLat,
-                                RandomTarget, Shuffled, TargetState, TaskMean, TwoPasses)
+from baselines.variants import (EMA, AnswerMean, Centred, Current, Dropout, NextLatFactor, NoJEPA,
+                                NoNextLat, RandomTarget, Shuffled, TargetState, TaskMean, TwoPasses)
 from train import SFT, Pearl
 
 # in the order in which they are combined: what chooses records comes before what reads them, and

@@ -5,6 +5,7 @@ What other methods use against that:
 
     bias_head, mlp_head   a predictor between the two ends            SimSiam, BYOL, I-JEPA
     ema                   a teacher that follows slowly (variants.py) BYOL, I-JEPA, data2vec
+    running_mean          the targets minus a running mean of them    DINO
     infonce               one's own target against the others         CPC, SimCLR, LLM-JEPA
     vicreg                every dimension spread, none twice          VICReg
     sigreg                a Gaussian along random directions          LeJEPA
@@ -13,7 +14,6 @@ tests/lessons has every formula a second time. Letters: B batch (one forward pas
 D hidden size, P width of a projection, S slices.
 """
 
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -29,9 +29,6 @@ from train import Pearl
 TEMPERATURE = 0.07  # of InfoNCE: CLIP's first value, and LLM-JEPA's
 # of SIGReg: directions, values of t, the largest t, and P
 SLICES, KNOTS, LARGEST, PROJECTED = 256, 17, 3.0, 64
-
-
-# ---- a predictor between the two ends ------------------------------------------------------------
 
 
 class MLPHead(Pearl):
@@ -70,13 +67,26 @@ class BiasHead(Pearl):
         return full, prediction + self.bias.to(prediction.dtype)
 
 
-# ---- contrast -----------------------------------------------------------------------------------
+class RunningMean(Current):
+    """The current model's h_R minus a running mean of it, which keeps 0.9 of itself in each pass:
+    DINO's centring (2104.14294)."""
+
+    def build_modules(self) -> None:
+        super().build_modules()
+        # saved in the run's state, and in no checkpoint
+        self.register_buffer("mean", torch.zeros(self.vlm.dim), persistent=False)
+
+    def jepa(self, prediction: Tensor, target: Tensor, batch: Examples) -> Tensor:
+        now = target.detach().mean(dim=0).to(self.mean)
+        mean = self.mean.clone() if self.mean.any() else now
+        if self.training:
+            self.mean.copy_(mean.lerp(now, 0.1))
+        return super().jepa(prediction, target - mean.to(target), batch)
 
 
 class InfoNCE(Pearl):
     """Eq. 1 with InfoNCE as D: one's own target against the others of the pass."""
 
-    @dataclass
     class Options:
         infonce_masked: bool = option(True, "no negatives with the same task and answer")
 
@@ -105,13 +115,9 @@ def infonce(prediction: Tensor, target: Tensor, groups: list) -> Tensor:
     return F.cross_entropy(scores, rows, reduction="none")
 
 
-# ---- terms that keep targets apart ---------------------------------------------------------------
-
-
 class VICReg(Current):
     """VICReg's variance and covariance terms on h_R, beside L_JEPA and inside its lambda."""
 
-    @dataclass
     class Options:
         vicreg: float = option(1.0, "weight of VICReg's terms beside L_JEPA")
         vicreg_terms: Literal["both", "std"] = option("both", "variance and covariance; variance")
@@ -155,7 +161,6 @@ class SIGReg(Current):
     the final norm fixes h_R's scale; it can also spread what h_R hardly tells apart.
     """
 
-    @dataclass
     class Options:
         sigreg: float = option(0.05, "weight of SIGReg beside L_JEPA")
 

@@ -11,7 +11,6 @@ marker is written for the model once the run is over, so it is not supervised.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -36,7 +35,6 @@ LATENT_START, LATENT_END = "<|vision_start|>", "<|vision_end|>"
 class Recon(Pearl):
     """L_VLM + lambda * L_latent, teacher-forced."""
 
-    @dataclass
     class Options:
         latents: int = option(0, "per tool image: 0 one per image token (LVR); k chunk means")
         decode_latents: int = option(8, "latents decoded at inference")
@@ -96,9 +94,6 @@ class Recon(Pearl):
         return dict(latent=lambda evaluator: answer(evaluator, scale, config.decode_latents))
 
 
-# ---- view and targets ---------------------------------------------------------------------------
-
-
 def latent_view(chat: Chat, example: Example, images: list[LoadedImage], latents: int) -> View:
     """The assistant's part as one turn, with latents in place of tool images.
 
@@ -126,9 +121,6 @@ def latent_targets(features: Tensor, latents: int) -> Tensor:
         return features
     edges = [n * len(features) // latents for n in range(latents + 1)]
     return torch.stack([features[a:max(b, a + 1)].mean(dim=0) for a, b in zip(edges, edges[1:])])
-
-
-# ---- the scale of latents -----------------------------------------------------------------------
 
 
 class LatentScale(nn.Module):
@@ -160,9 +152,6 @@ class LatentScale(nn.Module):
 
 def load_scale(checkpoint: Path, vlm: VLM) -> LatentScale:
     return LatentScale(**read_tensors(checkpoint / LatentScale.file_name, vlm.device)[0])
-
-
-# ---- decoding -----------------------------------------------------------------------------------
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ at a time.
 Letters: B batch, T sequence, D hidden size, K predictor tokens, n selected positions.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Literal
 
 import torch.nn.functional as F
@@ -30,7 +30,6 @@ from train import Config
 class Paper(Current):
     """The paper's text. Its SmoothL1 did not make the reported numbers; the cosine did."""
 
-    @dataclass
     class Options:
         lambda_latent: float = option(0.2, "lambda of Eq. 4")
         distance: Literal["cosine", "smoothl1", "mse", "l2"] = option("smoothl1", "D of Eq. 1")
@@ -47,7 +46,6 @@ class Paper(Current):
 class Release(Current):
     """The authors' code. Deviation from it: docs/differences.md, last section."""
 
-    @dataclass
     class Options:
         lambda_latent: float = option(0.2, "lambda of Eq. 4")
         lr: float = option(1e-5, "peak learning rate, for billions of parameters")
@@ -117,9 +115,6 @@ class Release(Current):
         return term
 
 
-# ---- views --------------------------------------------------------------------------------------
-
-
 def target_with_image(chat: Chat, example: Example, images: list[LoadedImage]) -> View:
     """R behind a user turn with I0 alone: the conversation without the question's text."""
     turns = [("user", [example.image]), *chat.turns(example)[1:]]
@@ -160,9 +155,6 @@ def in_user_turn(chat: Chat, example: Example, images: list[LoadedImage], count:
                          "that ends the assistant's: use --pred_in_user_turn false")
     return prompt._replace(ids=prompt.ids[:last + 1], labels=prompt.labels[:last + 1],
                            embed_at=last, inject_at=tuple(range(last - count, last)))
-
-
-# ---- Eq. 2 --------------------------------------------------------------------------------------
 
 
 def mean_of_means(states: Tensor, forecast: Tensor, where: Tensor) -> Tensor:

@@ -5,7 +5,6 @@ Sources: TRL's SDFTTrainer, S2VOPD (2608.14144); there the student writes the an
 reads the expert's. Letters: D hidden size, V vocabulary, n tokens of a batch's answers.
 """
 
-from dataclasses import dataclass
 from itertools import takewhile
 from typing import Literal
 
@@ -32,7 +31,6 @@ class SelfDistill(SFT):
     Gradient: flows to the student, stops at the teacher.
     """
 
-    @dataclass
     class Options:
         teacher: Literal["current", "start"] = option("current", "model now, or before training")
 

@@ -56,7 +56,6 @@ class WithAnswers(Pearl):
     bare answer has no trajectory to predict, so L_JEPA leaves its row out.
     """
 
-    @dataclass
     class Options:
         share: float = option(0.1, "share of the questions that are learned as bare answers too")
 

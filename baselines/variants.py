@@ -1,14 +1,15 @@
 """Variants of Pearl's target and terms, and the controls that show what a term does.
 
 Whose h_R: the current model's (Current, the paper's text) or a moving average's (EMA); which state
-of R (TargetState); something else in its place (Shuffled, RandomTarget, TaskMean, AnswerMean).
-Letters: B batch, T sequence, D hidden size.
+of R (TargetState); without what similar trajectories share (Centred); something else in its place
+(Shuffled, RandomTarget, TaskMean, AnswerMean).
+Letters: B batch, T sequence, D hidden size, N sample.
 """
 
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from operator import attrgetter
 from typing import Literal
 
 import torch
@@ -16,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from data import Batch, Trajectories, TrainingExample
+from data import Batch, Trajectories, TrainingExample, collate
+from losses import at_least_float32
 from model import VLM, Encoded
 from support.features import EncodedImage
 from support.options import option
@@ -25,6 +27,15 @@ from train import Pearl
 
 Examples = list[TrainingExample]
 Images = dict[str, EncodedImage]
+
+
+def read_all(method: Pearl, dataset: Trajectories, rows: Tensor
+             ) -> Iterator[tuple[Examples, Images]]:
+    """These rows of a data set in batches, with their images, and a progress bar."""
+    size = method.config.batch
+    for part in progress(rows.split(size), f"reading {dataset.split}"):
+        batch = dataset.passes(part.tolist(), size)[0]
+        yield batch, method.encode_images([image for ex in batch for image in ex.images])
 
 
 class Current(Pearl):
@@ -47,15 +58,12 @@ class EMA(Pearl):
     factors A and B are averaged, not their product; the current tower encodes the images.
     """
 
-    @dataclass
     class Options:
         ema: float = option(0.996, "m: the teacher keeps this share of its weights in each step")
         ema_rises: bool = option(False, "m rises to 1 at the last step in a straight line (I-JEPA)")
 
     def build_modules(self) -> None:
         super().build_modules()
-        if self.config.ema > 1:
-            raise ValueError(f"--ema is at most 1, not {self.config.ema}")
         self.names = {name.replace(".", "/"): name for name, p in self.vlm.named_parameters()
                       if p.requires_grad}
         # the averages of all weights that train; buffers, because the run's state has those too
@@ -89,44 +97,34 @@ class EMA(Pearl):
 class TargetState(Pearl):
     """h_R is another state of R, or a mean of states (analysis/targets.py compares them)."""
 
-    @dataclass
     class Options:
         target_layer: int = option(-1, "h_R is a state that enters this layer; -1: behind the norm")
         target_position: Literal["end", "word", "words", "image"] = option(
             "end", "R's last token, its last word, the mean of its words, or of its image tokens")
 
-    def build_modules(self) -> None:
-        super().build_modules()
-        layer, count = self.config.target_layer, len(self.vlm.lm.get_decoder().layers)
-        if layer > count:
-            raise ValueError(f"--target_layer {layer}: {self.vlm.path} has {count} layers; -1 is "
-                             "the last one's state, behind the norm")
-
     def encode_target(self, vlm: VLM, batch: Examples, images: Images) -> Encoded:
-        position = self.config.target_position
-        with states_entering(vlm, self.config.target_layer) as states:
+        layer = self.config.target_layer
+        with states_entering(vlm, layer) as states:
             encoded = super().encode_target(vlm, batch, images)
-        where = positions(encoded.batch, vlm, position)
+        where = positions(encoded.batch, vlm, self.config.target_position)
         for example, tokens in zip(batch, where.sum(dim=1).tolist()):
             if not tokens:
                 split, number = example.index
                 raise ValueError(f"record {number} of the {split} split has no tool image for "
                                  "--target_position image: choose another, or drop the record")
-        return encoded._replace(embedding=mean_at((states or [encoded.states])[0], where))
+        states = encoded.states if layer == -1 else states[0]
+        return encoded._replace(embedding=mean_at(states, where))
 
 
 @contextmanager
 def states_entering(vlm: VLM, layer: int) -> Iterator[list[Tensor]]:
-    """A list that holds the states (B, T, D) that enter a layer, once it has run; an empty one for
-    the last states, behind the norm (-1, or as many as there are layers)."""
-    layers, states = vlm.lm.get_decoder().layers, []
+    """A list that holds the states (B, T, D) that enter a layer, once it has run."""
+    states = []
 
     def keep(module: nn.Module, inputs: tuple, keywords: dict) -> None:
         states.append(inputs[0] if inputs else keywords["hidden_states"])
 
-    last = layer in (-1, len(layers))
-    with (nullcontext() if last else
-          layers[layer].register_forward_pre_hook(keep, with_kwargs=True)):
+    with vlm.lm.get_decoder().layers[layer].register_forward_pre_hook(keep, with_kwargs=True):
         yield states
 
 
@@ -154,6 +152,60 @@ def positions(batch: Batch, vlm: VLM, name: str) -> Tensor:
     return words & (remaining == 1)
 
 
+class Centred(Pearl):
+    """The target is h_R minus the mean h_R of the k training questions most like this one, so
+    L_JEPA asks for what is particular to this trajectory. About two fifths of the squared length of
+    a frozen h_R are the same for all, and their mean alone gets most of the cosine.
+
+    Questions are alike by the cosine of their h^_R before training, minus the mean of all h^_R.
+    The question itself is among its neighbours, if it is in the sample. No labels, no negatives.
+    Before the first step every question of the sample is encoded, and its R.
+    """
+
+    class Options:
+        neighbours: int = option(64, "k of the mean that is subtracted from h_R; 0: all sampled")
+        sample: int = option(2000, "training questions in which neighbours are searched, at most")
+
+    def build_modules(self) -> None:
+        super().build_modules()
+        if isinstance(self, (Current, EMA)):
+            raise ValueError("--method centred needs the frozen target; for the current model's "
+                             "there is running_mean")
+        # [PRED] rows before training
+        self.first_rows = self.predictor.pred_tokens.detach().clone()
+
+    @torch.no_grad()
+    def prepare(self, datasets: list[Trajectories]) -> None:
+        super().prepare(datasets)
+        generator = torch.Generator().manual_seed(self.config.seed)
+        rows = torch.randperm(len(datasets[0]), generator=generator)[:self.config.sample]
+        keys, targets = [], []
+        with self.vlm.starting_model() as start:
+            for batch, images in read_all(self, datasets[0], rows):
+                if batch := [example for example in batch if not example.bare]:
+                    keys.append(self.key(start, batch, images))
+                    targets.append(super().encode_target(start, batch, images).embedding)
+        keys = torch.cat(keys)
+        self.mean_key = keys.mean(dim=0)
+        self.keys = F.normalize(keys - self.mean_key, dim=1)  # (N, D)
+        self.sampled = at_least_float32(torch.cat(targets))  # (N, D)
+
+    def key(self, start: VLM, batch: Examples, images: Images) -> Tensor:
+        """h^_R before training, (B, D)."""
+        views = collate([example.views.input for example in batch], start.pad_id)
+        return at_least_float32(start(views, images, self.first_rows).embedding)
+
+    def encode_target(self, vlm: VLM, batch: Examples, images: Images) -> Encoded:
+        encoded = super().encode_target(vlm, batch, images)
+        keys = F.normalize(self.key(vlm, batch, images) - self.mean_key, dim=1)  # (B, D)
+        count = min(self.config.neighbours or len(self.keys), len(self.keys))
+        # bfloat16 would not tell cosines as close as these apart
+        with torch.autocast(keys.device.type, enabled=False):
+            nearest = (keys @ self.keys.T).topk(count).indices  # (B, k)
+        mean = torch.stack([self.sampled[row].mean(dim=0) for row in nearest])  # (B, D)
+        return encoded._replace(embedding=encoded.embedding - mean.to(encoded.embedding.dtype))
+
+
 # ---- controls -----------------------------------------------------------------------------------
 
 
@@ -178,23 +230,13 @@ class RandomTarget(Pearl):
         return super().jepa(prediction, target.norm(dim=1, keepdim=True) * noise, batch)
 
 
-def read_all(method: Pearl, dataset: Trajectories, rows: Tensor
-             ) -> Iterator[tuple[Examples, Images]]:
-    """These rows of a data set in batches, with their images, and a progress bar."""
-    size = method.config.batch
-    for part in progress(rows.split(size), f"reading {dataset.split}"):
-        batch = dataset.passes(part.tolist(), size)[0]
-        yield batch, method.encode_images([image for ex in batch for image in ex.images])
-
-
 class TaskMean(Pearl):
     """The control: the mean h_R of all records of the task, so the trajectory's own part is gone.
 
     It reads the whole training set once before the first step.
     """
 
-    def group(self, example: TrainingExample) -> tuple[str, ...]:
-        return (example.task,)
+    group = attrgetter("task")
 
     @torch.no_grad()
     def prepare(self, datasets: list[Trajectories]) -> None:
@@ -217,8 +259,7 @@ class TaskMean(Pearl):
 class AnswerMean(TaskMean):
     """The control: the mean h_R of all records of the task with the same answer."""
 
-    def group(self, example: TrainingExample) -> tuple[str, ...]:
-        return example.task, example.answer
+    group = attrgetter("task", "answer")
 
 
 # ---- ablations ----------------------------------------------------------------------------------
@@ -241,7 +282,6 @@ class NoNextLat(Pearl):
 class NextLatFactor(Pearl):
     """Eq. 4 has one lambda for two terms; this gives L_NextLat a factor of its own."""
 
-    @dataclass
     class Options:
         nextlat_factor: float = option(1.0, "L = L_VLM + lambda (L_JEPA + factor * L_NextLat)")
 
@@ -258,7 +298,6 @@ class TwoPasses(Pearl):
 class Dropout(Pearl):
     """Dropout in LoRA."""
 
-    @dataclass
     class Options:
         lora_dropout: float = option(0.1, "dropout of what enters the low-rank product")
 

@@ -62,10 +62,12 @@ def value_of(name: str, argv: list[str] | None, default: str) -> str:
 
 
 def with_options(config_class: type, methods: list[type]) -> type:
-    """config_class with the options of these methods. A method's `Options` is a dataclass: a field
-    that config_class has too gets the method's default."""
+    """config_class with the options of these methods. A method's `Options` has the fields of a
+    dataclass; one that config_class has too gets the method's default."""
+    own = [cls.Options for cls in methods if "Options" in vars(cls)]
+    # each becomes a dataclass at its first use, because a second time would lose the help
+    bases = [cls if dataclasses.is_dataclass(cls) else dataclasses.dataclass(cls) for cls in own]
     # dataclasses collect the fields from the last base to the first
-    bases = dict.fromkeys(cls.Options for cls in methods if "Options" in vars(cls))
     return dataclasses.make_dataclass("Config", [], bases=(*bases, config_class))
 
 
