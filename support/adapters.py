@@ -76,9 +76,8 @@ def read_adapter(folder: Path, lm: nn.Module, path: str) -> Adapter:
     file = folder / "model.safetensors"
     if file.is_file():
         weights, _ = read_tensors(file, lm.device)
-        for name, weight in weights.items():
-            if shapes.get(name) != weight.shape:
-                raise ValueError(f"{file} belongs to another model: {path} has no such {name}")
+        if foreign := [name for name in weights if shapes.get(name) != weights[name].shape]:
+            raise ValueError(f"{file} belongs to another model: {path} has no such {foreign[0]}")
         return Adapter(1.0, {}, weights)
     file = folder / "adapter_config.json"
     config = read_json(file)
@@ -86,9 +85,6 @@ def read_adapter(folder: Path, lm: nn.Module, path: str) -> Adapter:
         if config.get(field) and config[field] not in plain:
             raise ValueError(f"{file} sets {field} to {config[field]}, which is not supported: "
                              "merge that adapter with PEFT's merge_and_unload")
-    alpha, rank = config.get("lora_alpha"), config.get("r")
-    if not isinstance(alpha, int | float) or not isinstance(rank, int) or rank < 1:
-        raise ValueError(f"{file} describes no LoRA of PEFT (lora_alpha {alpha!r}, r {rank!r})")
     file, state, pairs = folder / "adapter_model.safetensors", lm.state_dict(), {}
     # an adapter may have the names of an older transformers, which renames them in checkpoints too
     renamings = [r for r in get_model_conversion_mapping(lm) if isinstance(r, WeightRenaming)]
@@ -103,12 +99,13 @@ def read_adapter(folder: Path, lm: nn.Module, path: str) -> Adapter:
         pairs.setdefault(name, {})[match[2]] = tensor
     for name, pair in pairs.items():
         sizes = {part: tuple(tensor.shape) for part, tensor in pair.items()}
-        out, width = shapes.get(name, (0, 0))
+        rank, (out, width) = config.get("r"), shapes.get(name, (0, 0))
         if sizes != dict(A=(rank, width), B=(out, rank)):
             raise ValueError(f"{file} has {sizes} for {name}, of r = {rank} in adapter_config.json "
                              f"and ({out}, {width}) in {path}: it is for another model")
-    return Adapter(alpha / rank, {name.removesuffix(".weight"): (pair["A"], pair["B"])
-                                  for name, pair in pairs.items()}, {})
+    return Adapter(config["lora_alpha"] / config["r"],
+                   {name.removesuffix(".weight"): (pair["A"], pair["B"])
+                    for name, pair in pairs.items()}, {})
 
 
 def load_adapter(lm: nn.Module, path: str, folder: Path, alpha: float) -> None:

@@ -84,25 +84,22 @@ class StoredTargets:
     are 3.2 GB. Beyond `limit` bytes a row is not kept, and is computed at each use."""
 
     def __init__(self, limit: float):
-        self.limit, self.size = limit, 0
-        self.cache: dict[tuple[str, int], Tensor] = {}
-
-    def __len__(self) -> int:
-        return len(self.cache)
+        self.limit, self.cache = limit, dict[tuple[str, int], Tensor]()
 
     def look_up(self, rows: list[tuple[str, int]], new: dict[tuple[str, int], Tensor]) -> Tensor:
         """h_R (B, D) of these rows. new: those just computed, on the model's device."""
         device = next(iter(new.values())).device if new else None
         for row, h in new.items():
-            if self.size + h.nbytes <= self.limit:
-                self.cache[row], self.size = h.cpu(), self.size + h.nbytes
+            # all have one size
+            if (len(self.cache) + 1) * h.nbytes <= self.limit:
+                self.cache[row] = h.cpu()
         return torch.stack([new[row] if row in new else self.cache[row].to(device) for row in rows])
 
     def state(self) -> dict:
         """For a resumed run: in other batches, h_R would differ in the last digits."""
         values = list(self.cache.values())
-        return dict(rows=list(self.cache), values=torch.stack(values) if values else None)
+        return dict(rows=list(self.cache), values=torch.stack(values) if values else [])
 
     def load(self, state: dict) -> None:
-        for (split, row), h in zip(state["rows"], state["values"] if state["rows"] else ()):
-            self.cache[split, row], self.size = h, self.size + h.nbytes
+        for (split, row), h in zip(state["rows"], state["values"]):
+            self.cache[split, row] = h

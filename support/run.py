@@ -192,7 +192,7 @@ class Run:
             return
         log(self.out, "valid", dict(step=step, **metrics))
         print(f"      validation: {shown(metrics)}", flush=True)
-        if hint := collapse_hint(metrics, len(method.targets) > 0):
+        if hint := collapse_hint(metrics, bool(method.targets.cache)):
             print(f"      {hint}", flush=True)
         if metrics["loss"] < self.best:
             self.best = metrics["loss"]

@@ -110,7 +110,7 @@ X = "base_model.model.x.lora_{}.weight".format
     (dict(alpha_pattern={"q": 2}), {}, "alpha_pattern"), (dict(peft_type="IA3"), {}, "to IA3"),
     (dict(modules_to_save=["lm_head"]), {}, "sets modules_to_save"),
     (dict(init_lora_weights="pissa"), {}, "sets init_lora_weights to pissa"),
-    (dict(r=0), {}, "describes no LoRA"), (dict(lora_alpha="x"), {}, "lora_alpha 'x', r 4"),
+    (dict(r=0), {}, "of r = 0 in adapter_config"),
     (dict(r=8), {}, "'A': .4, 48., .* of r = 8 in adapter_config.json and .32, 48. in .*: it is f"),
     ({}, {"base_model.model.x.lora_magnitude_vector": torch.ones(32)}, "which is no low-rank pair"),
     ({}, {X("A"): torch.ones(4, 32)}, "has {'A': .4, 32.} for x"),
