@@ -8,8 +8,8 @@ from baselines.anti_collapse import (BiasHead, InfoNCE, MLPHead, RunningMean, SI
                                      VICReg)
 from baselines.release import Paper, Release
 from baselines.reconstruction import Recon
-from baselines.self_distillation import SelfDistill
-from baselines.training_records import Both, Direct, ImageFirst, StripCalls, WithAnswers
+from baselines.training_records import (Both, Direct, ImageFirst, SelfDistill, StripCalls,
+                                        WithAnswers)
 from baselines.variants import (EMA, AnswerMean, Centred, Current, Dropout, NextLatFactor, NoJEPA,
                                 NoNextLat, RandomTarget, Shuffled, TargetState, TaskMean, TwoPasses)
 from train import SFT, Pearl

@@ -2,8 +2,6 @@
 
 Between two markers the model feeds its own last state back in place of words, as often as the run
 has latents; training regresses each latent to a visual embedding of the tool image it stands for.
-In reading order: view, targets, scale, loss, decoding.
-
 Letters: B batch, T sequence, D hidden size, P image tokens, n latents of a batch.
 Deviation: the paper draws <lat> and </lat>. The markers here are in every Qwen-VL vocabulary and
 already mean "what comes next was seen", so no row has to be added under a frozen embedding. The end
@@ -27,7 +25,7 @@ from support.files import read_tensors
 from support.options import option
 from support.questions import in_batches
 from support.records import Example
-from train import Config, Pearl
+from train import Pearl
 
 LATENT_START, LATENT_END = "<|vision_start|>", "<|vision_end|>"
 
@@ -47,8 +45,7 @@ class Recon(Pearl):
         self.predictor = None  # until `prepare`
 
     @classmethod
-    def views(cls, config: Config, chat: Chat, example: Example,
-              images: list[LoadedImage]) -> Views:
+    def views(cls, config, chat: Chat, example: Example, images: list[LoadedImage]) -> Views:
         # the full view holds latents; the others stay, though this method does not read them
         views = super().views(config, chat, example, images)
         return views._replace(full=latent_view(chat, cls.adapt(example, config), images,

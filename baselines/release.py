@@ -3,9 +3,7 @@
     --method paper      SmoothL1, the current model's h_R, Eq. 2 along R, lambda 0.2
     --method release    the authors' code: other views, means and modules
 
-Each rule of the release is one function here. docs/differences.md lists them all, and what no
-option takes over; tests/lessons/test_10_release.py tells the same rules a second time, one position
-at a time.
+docs/differences.md lists all rules of the release, and what no option takes over.
 Letters: B batch, T sequence, D hidden size, K predictor tokens, n selected positions.
 """
 
@@ -24,7 +22,6 @@ from support.features import LoadedImage
 from support.lora import add_lora
 from support.options import option
 from support.records import Example
-from train import Config
 
 
 class Paper(Current):
@@ -85,14 +82,19 @@ class Release(Current):
             add_lora(latent, rank, 2.0 * rank, self.lora_dropout)
 
     @classmethod
-    def views(cls, config: Config, chat: Chat, example: Example,
-              images: list[LoadedImage]) -> Views:
+    def views(cls, config, chat: Chat, example: Example, images: list[LoadedImage]) -> Views:
         full, prompt, target = super().views(config, chat, example, images)
         example = cls.adapt(example, config)
         if config.target_image:
-            target = target_with_image(chat, example, images)
+            # the conversation without the question's text: R behind a user turn with I0 alone
+            turns = [("user", [example.image]), *chat.turns(example)[1:]]
+            whole = chat.conversation(turns, images).without_layout()
+            target = View(whole.ids, whole.labels, full.images, len(whole.ids) - 1)
         if config.supervise_turns == "last":
-            full = last_turn_only(full, chat.end_id)
+            # what follows the last but one end of a turn; no text may hold that token
+            ends = [n + 1 for n, label in enumerate(full.labels) if label == chat.end_id]
+            first = [0, *ends][-2]
+            full = full._replace(labels=[-100] * first + full.labels[first:])
         if config.supervise_layout:
             full = with_layout(chat, full)
         if config.pred_in_user_turn:
@@ -113,21 +115,6 @@ class Release(Current):
             parts = [token_loss(*one, labels, head, config.nextlat_token) for one in forecasts]
             term = term + sum(parts) / len(parts)
         return term
-
-
-def target_with_image(chat: Chat, example: Example, images: list[LoadedImage]) -> View:
-    """R behind a user turn with I0 alone: the conversation without the question's text."""
-    turns = [("user", [example.image]), *chat.turns(example)[1:]]
-    whole = chat.conversation(turns, images).without_layout()
-    return View(whole.ids, whole.labels, [image.key for image in images], len(whole.ids) - 1)
-
-
-def last_turn_only(view: View, end: int) -> View:
-    """Supervised: the assistant's last turn alone, so what follows the last but one `end`."""
-    # no text may hold the end token, so a label equal to it is the end of a turn
-    ends = [n for n, label in enumerate(view.labels) if label == end]
-    first = ends[-2] + 1 if len(ends) > 1 else 0
-    return view._replace(labels=[-100] * first + view.labels[first:])
 
 
 def with_layout(chat: Chat, view: View) -> View:

@@ -55,7 +55,6 @@ def save_adapter(lm: nn.Module, layers: dict[str, nn.Module], path: str, folder:
     base = Path(path).expanduser()
     config = dict(base_model_name_or_path=str(base.resolve()) if base.is_dir() else path)
     if layers:
-        file = "adapter_model.safetensors"
         tensors = {f"base_model.model.{name}.lora_{part}.weight": getattr(layer, f"lora_{part}")
                    for name, layer in layers.items() for part in "AB"}
         first = next(iter(layers.values()))
@@ -64,9 +63,9 @@ def save_adapter(lm: nn.Module, layers: dict[str, nn.Module], path: str, folder:
                        lora_alpha=first.scaling * rank, lora_dropout=first.dropout.p,
                        target_modules=sorted(layers), inference_mode=True)
     else:
-        file = "model.safetensors"
         tensors = {name: p for name, p in lm.named_parameters() if p.requires_grad}
-    write_tensors(tensors, folder / file, dict(format="pt"))
+    file = folder / ("adapter_model.safetensors" if layers else "model.safetensors")
+    write_tensors(tensors, file, dict(format="pt"))
     write_json(folder / "adapter_config.json", config)
 
 

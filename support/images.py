@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 Picture = Image.Image | Path  # an image in memory, or its file, read when it is needed
-# Pillow only warns of a picture that would fill the memory; _decoded refuses it
+# Pillow only warns of a picture that would fill the memory; open_image refuses it
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
@@ -37,26 +37,22 @@ def open_image(file: Path | BinaryIO, where: str) -> Image.Image:
     FileNotFoundError, which name `where`, the file and the fix."""
     try:
         # not by its name: Pillow then maps uncompressed TIFF files with their sides swapped
-        with open(file, "rb") if isinstance(file, Path) else nullcontext(file) as content:
-            return _decoded(content)
+        with (open(file, "rb") if isinstance(file, Path) else nullcontext(file) as content,
+              Image.open(content) as image):
+            if image.width * image.height > Image.MAX_IMAGE_PIXELS:
+                raise ValueError(f"{image.width} x {image.height} px are too many")
+            image.load()  # some metadata stand behind the pixels; TIFF files are turned here
+            # Foreign metadata cannot be read, and the picture stays as it is stored; or Pillow
+            # cannot write them again, which it tries after it has turned the picture.
+            with suppress(Exception):
+                ImageOps.exif_transpose(image, in_place=True)
+            return as_rgb(image)
     except FileNotFoundError:
         raise FileNotFoundError(f"{where}: image {file} not found; paths are relative to the "
                                 "data folder") from None
     except Exception as error:  # a decoder may fail in any way on foreign bytes
         raise ValueError(f"{where}: image {file} cannot be read ({error}); replace it or drop the "
                          "record") from None
-
-
-def _decoded(content: BinaryIO) -> Image.Image:
-    with Image.open(content) as image:
-        if image.width * image.height > Image.MAX_IMAGE_PIXELS:
-            raise ValueError(f"{image.width} x {image.height} px are too many")
-        image.load()  # some metadata stand behind the pixels; TIFF files are turned here already
-        # Foreign metadata cannot be read, and the picture stays as it is stored; or Pillow cannot
-        # write them again, which it tries after it has turned the picture.
-        with suppress(Exception):
-            ImageOps.exif_transpose(image, in_place=True)
-        return as_rgb(image)
 
 
 def few_values(file: Path, image: Image.Image) -> str:
