@@ -80,8 +80,9 @@ class Recon(Pearl):
         recon = vlm.new_zeros(())
         # a pass without tool images has nothing to regress, and the mean of nothing is NaN
         if len(latents):
-            recon = losses.reconstruction_loss(self.predictor.predicted(full.states[before]),
-                                               self.predictor.target(latents))
+            scale = self.predictor
+            recon = losses.reconstruction_loss(full.states[before] / scale.size,
+                                               (latents - scale.mean) / scale.std)
         total = vlm + self.config.lambda_latent * recon
         return losses.Losses.of(total, None, vlm=vlm, recon=recon)
 
@@ -124,9 +125,9 @@ class LatentScale(nn.Module):
     """Visual embeddings and final-layer states brought to one scale.
 
     Raw visual embeddings have another size in each dimension than any state behind the final norm.
-    A latent is therefore regressed in standard units: target(v) = (v - mean) / std over the
-    training set's tool images, predicted(h) = h / size with `size` the RMS of the final norm's
-    gain. At inference a state h becomes the next input by input(h), their inverse.
+    A latent is therefore regressed in standard units: h / size, with `size` the RMS of the final
+    norm's gain, to (v - mean) / std over the training set's tool images v. At inference a state h
+    becomes the next input by the inverse, h / size * std + mean.
     """
 
     file_name = "latents.safetensors"
@@ -137,15 +138,6 @@ class LatentScale(nn.Module):
         for name, value in dict(mean=mean, std=std, size=size).items():
             self.register_buffer(name, value)
 
-    def target(self, embedding: Tensor) -> Tensor:
-        return (embedding - self.mean) / self.std
-
-    def predicted(self, state: Tensor) -> Tensor:
-        return state / self.size
-
-    def input(self, state: Tensor) -> Tensor:
-        return self.predicted(state) * self.std + self.mean
-
 
 def load_scale(checkpoint: Path, vlm: VLM) -> LatentScale:
     return LatentScale(**read_tensors(checkpoint / LatentScale.file_name, vlm.device)[0])
@@ -153,8 +145,8 @@ def load_scale(checkpoint: Path, vlm: VLM) -> LatentScale:
 
 @torch.no_grad()
 def generate_latent(vlm: VLM, views: list[View], images: dict, scale: LatentScale, latents: int,
-                    end_id: int, max_new_tokens: int,
-                    instead: Callable | None = None) -> list[tuple[list[int], int]]:
+                    max_new_tokens: int, instead: Callable | None = None
+                    ) -> list[tuple[list[int], int]]:
     """Greedy words, and after each start marker `latents` latents; (words, latents fed) of each.
 
     A latent is the last state, brought to the scale of an input and fed back in place of a word;
@@ -163,7 +155,7 @@ def generate_latent(vlm: VLM, views: list[View], images: dict, scale: LatentScal
     latent, latent (D)) -> (D): what a control feeds (analysis/causal.py).
     """
     start_marker, end_marker = vlm.tokenizer.convert_tokens_to_ids([LATENT_START, LATENT_END])
-    inputs = vlm.embed(collate(views, vlm.pad_id, left=True), images)
+    end_id, inputs = vlm.family.end_id, vlm.embed(collate(views, vlm.pad_id, left=True), images)
     position, mask = inputs["position_ids"].amax(dim=(0, 2)) + 1, inputs["attention_mask"]
     cache, words, fed = DynamicCache(), [[] for _ in views], [0] * len(views)
     # positions up to the model's next word: latents, and last the end marker
@@ -185,7 +177,7 @@ def generate_latent(vlm: VLM, views: list[View], images: dict, scale: LatentScal
         if not any(due) and all(row[-1] == end_id or len(row) == max_new_tokens for row in words):
             return list(zip(words, fed))
         embeds = vlm.lm.get_input_embeddings()(torch.tensor(token_ids, device=vlm.device))
-        latent_inputs = scale.input(state)  # (B, D)
+        latent_inputs = state / scale.size * scale.std + scale.mean  # (B, D)
         for row in latent.nonzero()[:, 0].tolist() if instead else ():
             latent_inputs[row] = instead(row, fed[row] - 1, latent_inputs[row])
         embeds = torch.where(latent[:, None], latent_inputs.to(embeds.dtype), embeds)
@@ -206,8 +198,7 @@ def answer(evaluator, scale: LatentScale, latents: int, instead: Callable | None
     def decode(views: list[View], numbers: list[int]) -> list[dict]:
         images = evaluator.encode_images(evaluator.images(numbers, evaluator.encode_images.cache))
         control = instead and (lambda row, *latent: instead(numbers[row], *latent))
-        rows = generate_latent(vlm, views, images, scale, latents, evaluator.chat.end_id, tokens,
-                               control)
+        rows = generate_latent(vlm, views, images, scale, latents, tokens, control)
         return [dict(text=evaluator.decode(ids), tokens=len(ids), latents=fed, images=1,
                      passes=len(ids) + fed + ids.count(start)) for ids, fed in rows]
 

@@ -123,11 +123,9 @@ def with_layout(chat: Chat, view: View) -> View:
     layout = turn.ids[len(turn.without_layout().ids):]
     # the view was cut behind its last end of turn: that turn's layout is put back
     ids, labels = view.ids + layout, view.labels + [-100] * len(layout)
-    for n in (n for n, label in enumerate(view.labels, start=1) if label == chat.end_id):
-        if ids[n:n + len(layout)] != layout:
-            raise ValueError("this model's tokenizer joins what stands between two turns with the "
-                             "next one: use --supervise_layout false")
-        labels[n:n + len(layout)] = layout
+    for n, label in enumerate(view.labels, start=1):
+        if label == chat.end_id:
+            labels[n:n + len(layout)] = ids[n:n + len(layout)]
     return view._replace(ids=ids, labels=labels)
 
 

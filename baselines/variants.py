@@ -91,9 +91,6 @@ class EMA(Pearl):
             self.teacher.get_buffer(buffer).lerp_(self.vlm.get_parameter(name), 1 - momentum)
 
 
-# ---- which state of R ---------------------------------------------------------------------------
-
-
 class TargetState(Pearl):
     """h_R is another state of R, or a mean of states (analysis/targets.py compares them)."""
 
@@ -206,9 +203,6 @@ class Centred(Pearl):
         return encoded._replace(embedding=encoded.embedding - mean.to(encoded.embedding.dtype))
 
 
-# ---- controls -----------------------------------------------------------------------------------
-
-
 class Shuffled(Pearl):
     """The control: each row gets the h_R of the next row of the batch, so that nothing about its
     own trajectory can be learned. What Pearl still gains is regularisation, not prediction."""
@@ -260,9 +254,6 @@ class AnswerMean(TaskMean):
     """The control: the mean h_R of all records of the task with the same answer."""
 
     group = attrgetter("task", "answer")
-
-
-# ---- ablations ----------------------------------------------------------------------------------
 
 
 class NoJEPA(Pearl):
