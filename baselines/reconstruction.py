@@ -46,10 +46,26 @@ class Recon(Pearl):
 
     @classmethod
     def views(cls, config, chat: Chat, example: Example, images: list[LoadedImage]) -> Views:
-        # the full view holds latents; the others stay, though this method does not read them
-        views = super().views(config, chat, example, images)
-        return views._replace(full=latent_view(chat, cls.adapt(example, config), images,
-                                               config.latents))
+        """The full view has the assistant's part as one turn, with latents in place of tool images:
+        one for each token of the image (LVR), or --latents (Mirage)."""
+        # the other views stay, though this method does not read them
+        views, example = super().views(config, chat, example, images), cls.adapt(example, config)
+        counts = iter(config.latents or image.text.count(chat.family.placeholder)
+                      for image in images[1:])
+        # a latent replaces the embedding of any token, here of one more end marker
+        words = "".join(step if isinstance(step, str)
+                        else LATENT_START + LATENT_END * (next(counts) + 1)
+                        for step in example.trajectory)
+        turns = [*chat.turns(example)[:1], ("assistant", [words])]
+        whole = chat.conversation(turns, images[:1]).without_layout()
+        chat.check_length(len(whole.ids), example)
+        # the markers of the question's image are not supervised
+        end = chat.tokenizer.convert_tokens_to_ids(LATENT_END)
+        is_marker = [label == end for label in whole.labels]
+        inject_at = tuple(n for n, pair in enumerate(zip(is_marker, is_marker[1:])) if all(pair))
+        labels = [-100 if label == end else label for label in whole.labels]
+        return views._replace(full=View(whole.ids, labels, [images[0].key], len(labels) - 1,
+                                        inject_at))
 
     @torch.no_grad()
     def prepare(self, datasets: list[Trajectories]) -> None:
@@ -90,27 +106,6 @@ class Recon(Pearl):
     def ways(cls, config, vlm: VLM, checkpoint: Path) -> dict[str, Callable]:
         scale = load_scale(checkpoint, vlm)
         return dict(latent=lambda evaluator: answer(evaluator, scale, config.decode_latents))
-
-
-def latent_view(chat: Chat, example: Example, images: list[LoadedImage], latents: int) -> View:
-    """The assistant's part as one turn, with latents in place of tool images.
-
-    A tool image with P tokens has P latents (LVR), or `latents` if > 0 (Mirage).
-    """
-    counts = iter(latents or image.text.count(chat.family.placeholder) for image in images[1:])
-    # a latent replaces the embedding of any token, here of one more end marker
-    words = "".join(step if isinstance(step, str)
-                    else LATENT_START + LATENT_END * (next(counts) + 1)
-                    for step in example.trajectory)
-    turns = [*chat.turns(example)[:1], ("assistant", [words])]
-    whole = chat.conversation(turns, images[:1]).without_layout()
-    # the markers of the question's image are not supervised
-    end = chat.tokenizer.convert_tokens_to_ids(LATENT_END)
-    is_marker = [label == end for label in whole.labels]
-    inject_at = tuple(n for n, pair in enumerate(zip(is_marker, is_marker[1:])) if all(pair))
-    labels = [-100 if label == end else label for label in whole.labels]
-    chat.check_length(len(whole.ids), example)
-    return View(whole.ids, labels, [image.key for image in images[:1]], len(labels) - 1, inject_at)
 
 
 def latent_targets(features: Tensor, latents: int) -> Tensor:

@@ -309,7 +309,7 @@ def load_checkpoint(path: str, dtype: torch.dtype, min_pixels: int | None = None
             raise ValueError(f"the weights in {base} {fault} {', '.join(sorted(names)[:3])} "
                              f"({len(names)} in all); restore the checkpoint's files")
     check_finite(dict(lm.named_parameters()), base)
-    family = family_of(path, base, lm, min_pixels, max_pixels)
+    family = load_family(path, min_pixels, max_pixels, lm)
     # Greedy answers up to the end of a turn. Of generation_config.json only the eos ids count:
     # sampling, penalties and minimum lengths would change answers without a word.
     ends = lm.generation_config.eos_token_id or []
@@ -321,19 +321,17 @@ def load_checkpoint(path: str, dtype: torch.dtype, min_pixels: int | None = None
     return lm, family
 
 
-def load_family(path: str, min_pixels: int | None = None, max_pixels: int | None = None) -> Family:
-    """The family alone, for tokens and positions: its model has shapes and no weights."""
+def load_family(path: str, min_pixels: int | None = None, max_pixels: int | None = None,
+                lm: PreTrainedModel | None = None) -> Family:
+    """The family alone. lm: its model; None: one with shapes and no weights, which is enough for
+    tokens and positions."""
     base, _ = resolve(path)
-    with one_sentence(f"{base} cannot be loaded"), torch.device("meta"):
-        config = AutoConfig.from_pretrained(base, trust_remote_code=False)
-        lm = AutoModelForImageTextToText.from_config(config)
-    return family_of(path, base, lm, min_pixels, max_pixels)
-
-
-def family_of(path: str, base: str, lm: PreTrainedModel, min_pixels: int | None,
-              max_pixels: int | None) -> Family:
+    if lm is None:
+        with one_sentence(f"{base} cannot be loaded"), torch.device("meta"):
+            config = AutoConfig.from_pretrained(base, trust_remote_code=False)
+            lm = AutoModelForImageTextToText.from_config(config)
     # a run brings the size of images that it was trained with
     if (Path(path) / "best.json").is_file() and not (min_pixels or max_pixels):
-        config = read_json(Path(path) / "config.json")
-        min_pixels, max_pixels = config.get("min_pixels"), config.get("max_pixels")
+        settings = read_json(Path(path) / "config.json")
+        min_pixels, max_pixels = settings.get("min_pixels"), settings.get("max_pixels")
     return FAMILIES.get(lm.config.model_type, Family)(base, lm, min_pixels, max_pixels)
