@@ -98,18 +98,21 @@ class Family:
     def own_ids(self, turns: list[Turn], images: list[Image.Image],
                 add_generation_prompt: bool = False) -> list[int]:
         """What the family's own processor makes of a conversation and its images."""
+        text = self.render(turns, add_generation_prompt)
         with one_sentence(f"the processor of {self.path} refuses the conversation"):
-            ids = self.processor.apply_chat_template(
-                self.messages(turns), add_generation_prompt=add_generation_prompt, tokenize=True,
-                processor_kwargs=dict(images=images or None))
-        return list(ids[0])
+            out = self.processor(text=[text], images=[images] if images else None,
+                                 add_special_tokens=self._adds_bos(text))
+        return list(out["input_ids"][0])
+
+    def _adds_bos(self, text: str) -> bool:
+        # as apply_chat_template decides: no second bos where the template writes one
+        bos = self.tokenizer.bos_token
+        return not (bos and text.startswith(bos))
 
     def encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Token ids of a whole conversation, with its images expanded, and their spans in
         characters; a token that the tokenizer adds has the span (0, 0)."""
-        # as apply_chat_template decides: no second bos where the template writes one
-        bos = self.tokenizer.bos_token
-        out = self.tokenizer(text, add_special_tokens=not (bos and text.startswith(bos)),
+        out = self.tokenizer(text, add_special_tokens=self._adds_bos(text),
                              return_offsets_mapping=True)
         return out["input_ids"], out["offset_mapping"]
 
