@@ -116,12 +116,15 @@ class TargetState(Pearl):
 @contextmanager
 def states_entering(vlm: VLM, layer: int) -> Iterator[list[Tensor]]:
     """A list that holds the states (B, T, D) that enter a layer, once it has run."""
-    states = []
+    layers, states = vlm.lm.get_decoder().layers, []
+    if layer >= len(layers):
+        raise ValueError(f"--target_layer {layer}: the last layer is {len(layers) - 1}, and -1 the "
+                         "state behind the norm")
 
     def keep(module: nn.Module, inputs: tuple, keywords: dict) -> None:
         states.append(inputs[0] if inputs else keywords["hidden_states"])
 
-    with vlm.lm.get_decoder().layers[layer].register_forward_pre_hook(keep, with_kwargs=True):
+    with layers[layer].register_forward_pre_hook(keep, with_kwargs=True):
         yield states
 
 
