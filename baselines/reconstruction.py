@@ -42,7 +42,8 @@ class Recon(Pearl):
         if missing := {LATENT_START, LATENT_END} - vocabulary.keys():
             raise ValueError(f"--method recon marks its latents with {sorted(missing)[0]}, which "
                              "this model's vocabulary lacks: use a Qwen-VL model")
-        self.predictor = None  # until `prepare`
+        mean, std = torch.zeros(self.vlm.dim), torch.ones(self.vlm.dim)
+        self.predictor = LatentScale(mean, std, torch.ones(()))  # until `prepare`
 
     @classmethod
     def views(cls, config, chat: Chat, example: Example, images: list[LoadedImage]) -> Views:

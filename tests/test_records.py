@@ -46,9 +46,9 @@ def read(tmp_path, *rows, **options):
 @pytest.fixture
 def work(monkeypatch):
     """Returns how many lines were parsed, and how many pictures opened, since it was last asked."""
-    spies = Mock(wraps=record_checks._parse), Mock(wraps=images._decoded)
+    spies = Mock(wraps=record_checks._parse), Mock(wraps=images.Image.open)
     monkeypatch.setattr(record_checks, "_parse", spies[0])
-    monkeypatch.setattr(images, "_decoded", spies[1])
+    monkeypatch.setattr(images.Image, "open", spies[1])
 
     def counts():
         found = tuple(spy.call_count for spy in spies)

@@ -32,7 +32,7 @@ def test_sft_is_transformers_own_loss(vlm64, mixed, checkpointing):
     assert_same(result.total, loss.double(), method, atol=0, digits=5)
     assert result.parts["loss"] == result.parts["vlm"] == result.total and result.pair is None
     # it adds nothing to the VLM
-    assert method.predictor is None and "start" not in vars(vlm64) and not len(method.targets)
+    assert method.predictor is None and "start" not in vars(vlm64) and not method.targets.cache
     assert all(name.startswith("vlm.") for name, _ in method.named_parameters())
 
 
