@@ -84,6 +84,8 @@ def read_adapter(folder: Path, lm: nn.Module, path: str) -> Adapter:
         if config.get(field) and config[field] not in plain:
             raise ValueError(f"{file} sets {field} to {config[field]}, which is not supported: "
                              "merge that adapter with PEFT's merge_and_unload")
+    if not isinstance(config.get("lora_alpha"), int | float):
+        raise ValueError(f"{file} describes no LoRA of PEFT: it has no lora_alpha")
     file, state, pairs = folder / "adapter_model.safetensors", lm.state_dict(), {}
     # an adapter may have the names of an older transformers, which renames them in checkpoints too
     renamings = [r for r in get_model_conversion_mapping(lm) if isinstance(r, WeightRenaming)]

@@ -135,6 +135,9 @@ class Family:
         # LLaVA 1.5 and 1.6 Mistral write no token there, but were trained with the tokenizer's eos
         self.closing = "" if end else self.tokenizer.eos_token or ""
         self.end_token: str = end[0] if end else self.closing
+        if not self.end_token:
+            raise ValueError(f"the chat template of {self.path} ends a turn with no token, and the "
+                             "tokenizer has no eos token: no answer would stop")
         self.end_id: int = self.tokenizer.convert_tokens_to_ids(self.end_token)
 
     def _reserved_tokens(self) -> set[str]:
@@ -238,6 +241,10 @@ class QwenFamily(Family):
     """Qwen2-VL, Qwen2.5-VL, Qwen3-VL: three rows of positions, images of any number of patches."""
 
     markup = "<|vision_start|><|image_pad|><|vision_end|>"
+
+    def inputs(self, image: Image.Image) -> dict[str, Tensor]:
+        # without the text's part of the processor this takes half the time
+        return dict(self.processor.image_processor(images=[image], return_tensors="pt"))
 
     def _processor(self, min_pixels: int | None, max_pixels: int | None):
         processor = QwenProcessor.from_pretrained(self.path)

@@ -84,7 +84,8 @@ class StoredTargets:
     are 3.2 GB. Beyond `limit` bytes a row is not kept, and is computed at each use."""
 
     def __init__(self, limit: float):
-        self.limit, self.cache = limit, dict[tuple[str, int], Tensor]()
+        self.limit = limit
+        self.cache: dict[tuple[str, int], Tensor] = {}
 
     def look_up(self, rows: list[tuple[str, int]], new: dict[tuple[str, int], Tensor]) -> Tensor:
         """h_R (B, D) of these rows. new: those just computed, on the model's device."""
