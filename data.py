@@ -143,18 +143,18 @@ class Trajectories(Dataset):
             self.ready[row] = ready
         return ready
 
-    def passes(self, rows: list[int], batch: int, rank: int = 0,
+    def micro_batches(self, rows: list[int], batch: int, rank: int = 0,
                world_size: int = 1) -> list[list[TrainingExample]]:
         """A step's micro-batches of `batch` examples; with several processes, the share of this
         process."""
         examples = [self[row] for row in rows]
-        # passes of views of similar length need little padding
+        # micro-batches of views of similar length need little padding
         if len(rows) > batch:
             examples.sort(key=lambda example: len(example.views.full.ids))
-        passes = [examples[start:start + batch] for start in range(0, len(rows), batch)]
-        # the pixels take the most work, so each process prepares its own passes only
+        parts = [examples[start:start + batch] for start in range(0, len(rows), batch)]
+        # the pixels take the most work, so each process prepares its own micro-batches only
         return [[example._replace(images=with_pixels(example.images, self.chat.family, self.cache))
-                 for example in part] for part in passes[rank::world_size]]
+                 for example in part] for part in parts[rank::world_size]]
 
 
 class StepRows(Sampler):

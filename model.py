@@ -82,7 +82,7 @@ class VLM(nn.Module):
                              self.lm.gradient_checkpointing_enable)
             enable(dict(use_reentrant=False))
 
-    def keep_start(self) -> None:
+    def keep_starting_model(self) -> None:
         """Remember the weights of now for `starting_model`: a second copy, if there is no LoRA."""
         # not self.start = ...: nn.Module would register the copy, and train and save it
         self.__dict__["start"] = self if lora_layers(self.lm) else copy.deepcopy(self)

@@ -102,7 +102,7 @@ class Pearl(Method):
         """What Pearl adds to the VLM while it trains."""
         end = self.vlm.lm.get_input_embeddings().weight[self.vlm.family.end_id]
         self.predictor = Predictor(self.vlm.dim, self.config.pred_tokens, end, self.sees_next)
-        self.vlm.keep_start()
+        self.vlm.keep_starting_model()
 
     def forward(self, batch: list[TrainingExample]) -> Losses:
         """The training step of section 3."""
@@ -223,12 +223,12 @@ def fit(config: Config, this_run: run.Run) -> tuple | None:
     ready = load(train_set, rows, config.batch, run.workers(config), this_run.rank,
                  this_run.world_size)
     # the loop ends at config.steps, or after the step in which a signal came
-    for step, passes in this_run.steps(ready):
+    for step, micro_batches in this_run.steps(ready):
         optimizer.zero_grad(set_to_none=True)
         results = []
-        for batch in passes:
+        for batch in micro_batches:
             # several processes exchange their gradients once a step, after the last pass
-            with this_run.exchange(module, last=batch is passes[-1]):
+            with this_run.exchange(module, last=batch is micro_batches[-1]):
                 with run.autocast(config):
                     result = module(batch)
                 # every micro-batch weighs the same; DDP takes the mean over processes

@@ -78,7 +78,7 @@ def steps(config: train.Config) -> dict[str, float]:
         rows, turn = next(order), step % len(names)
         # each round begins with another variant
         for name in names[turn:] + names[:turn]:
-            method, (batch,) = methods[name], sets[name].passes(rows, config.batch)
+            method, (batch,) = methods[name], sets[name].micro_batches(rows, config.batch)
             # pictures and cached targets cost nothing after the first epoch
             images = method.encode_images([image for example in batch for image in example.images])
             if name == "cached":
@@ -151,9 +151,9 @@ class TimedRun(run.Run):
         return False
 
     def steps(self, ready: Iterator[list]) -> Iterator[tuple[int, list]]:
-        for step, passes in super().steps(ready):
+        for step, micro_batches in super().steps(ready):
             self.began = self.began if step > 1 else time.perf_counter()
-            yield step, passes
+            yield step, micro_batches
 
 
 def data(config: DataConfig) -> dict[str, float]:

@@ -31,7 +31,7 @@ from torch import Tensor
 import evaluate
 import losses
 import train
-from analysis.targets import config_of, passes, targets_of
+from analysis.targets import batches_of, config_of, targets_of
 from baselines import reconstruction
 from baselines.variants import EMA, Current
 from data import collate
@@ -201,7 +201,7 @@ def embeddings(folder: Path | None, config: train.Config,
         rows = read_tensors(file, config.device)[0]["pred_tokens"] if file.is_file() else None
     config = replace(config, pred_tokens=0 if rows is None else len(rows))  # rows (K, D)
     method, predictions = kind(vlm, config), []
-    for batch, images in passes(method, examples):
+    for batch, images in batches_of(method, examples):
         views = collate([example.views.input for example in batch], vlm.pad_id)
         predictions.append(vlm(views, images, rows).embedding.float().cpu())
     frozen = rows is not None and not issubclass(kind, (Current, EMA))

@@ -64,7 +64,7 @@ def config_of(run: Path, device: str) -> train.Config:
     return kind(**known | dict(device=device, shard=False, gradient_checkpointing=False))
 
 
-def passes(method: train.Pearl, records: Sequence[Example]
+def batches_of(method: train.Pearl, records: Sequence[Example]
            ) -> Iterator[tuple[list[TrainingExample], dict[str, EncodedImage]]]:
     """The records in batches, in their order, with the features of their images."""
     method.eval()
@@ -73,7 +73,7 @@ def passes(method: train.Pearl, records: Sequence[Example]
     chat = Chat(method.vlm.family, method.vlm.max_positions)
     dataset = Trajectories(records, "", views, chat, method.encode_images.cache)
     for rows in torch.arange(len(dataset)).split(method.config.batch):
-        (batch,) = dataset.passes(rows.tolist(), len(rows))
+        (batch,) = dataset.micro_batches(rows.tolist(), len(rows))
         yield batch, method.encode_images([image for ex in batch for image in ex.images])
 
 
@@ -81,7 +81,7 @@ def passes(method: train.Pearl, records: Sequence[Example]
 def targets_of(method: train.Pearl, records: Sequence[Example]) -> Tensor:
     """h_R (n, D) by the method's own model, as the method defines it."""
     return torch.cat([method.encode_target(method.vlm, batch, images).embedding.float().cpu()
-                      for batch, images in passes(method, records)])
+                      for batch, images in batches_of(method, records)])
 
 
 @torch.no_grad()
@@ -89,7 +89,7 @@ def states_of(method: train.Pearl, records: Sequence[Example]) -> dict[Place, Te
     """(n, D) for each layer and position. Layer 0 is what enters the first layer, the highest
     number the state behind the final norm. "image" is left out if a record has no tool image."""
     vlm, parts = method.vlm, defaultdict(list)
-    for batch, images in passes(method, records):
+    for batch, images in batches_of(method, records):
         with ExitStack() as stack:
             entering = [stack.enter_context(states_entering(vlm, layer))
                         for layer in range(len(vlm.lm.get_decoder().layers))]

@@ -128,7 +128,7 @@ class SelfDistill(SFT):
     def build_modules(self) -> None:
         super().build_modules()
         if self.config.teacher == "start":
-            self.vlm.keep_start()
+            self.vlm.keep_starting_model()
 
     @classmethod
     def views(cls, config, chat: Chat, example: Example, images: list[LoadedImage]) -> Views:

@@ -34,7 +34,7 @@ def read_all(method: Pearl, dataset: Trajectories, rows: Tensor
     """These rows of a data set in batches, with their images, and a progress bar."""
     size = method.config.batch
     for part in progress(rows.split(size), f"reading {dataset.split}"):
-        batch = dataset.passes(part.tolist(), size)[0]
+        batch = dataset.micro_batches(part.tolist(), size)[0]
         yield batch, method.encode_images([image for ex in batch for image in ex.images])
 
 

@@ -15,21 +15,21 @@ def load(dataset, steps, batch: int, workers: int, rank: int = 0,
     """
     def collate_step(rows: list[int]):
         try:
-            passes = dataset.passes(rows, batch, rank, world_size)
+            result = dataset.micro_batches(rows, batch, rank, world_size)
         except (ValueError, OSError) as error:  # a faulty record: its sentence, and no traceback
-            passes = error
-        return passes, dataset.faults
+            result = error
+        return result, dataset.faults
 
     # the generator is the loader's own: it must not draw from the one that dropout uses
     loader = DataLoader(range(len(dataset)), batch_sampler=steps, collate_fn=collate_step,
                         num_workers=workers, pin_memory=torch.cuda.is_available(),
                         generator=torch.Generator(),
                         multiprocessing_context="fork" if workers else None)
-    for passes, faults in loader:
+    for result, faults in loader:
         dataset.faults |= faults  # each worker has its own
-        if isinstance(passes, Exception):
-            raise passes
+        if isinstance(result, Exception):
+            raise result
         if len(dataset.faults) > len(dataset) / 100:
             raise ValueError(f"{len(dataset.faults)} of {len(dataset)} records are faulty, and "
                              f"--skip_bad leaves out 1%, the last one: {[*faults.values()][-1]}")
-        yield passes
+        yield result

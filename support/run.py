@@ -128,21 +128,21 @@ class Run:
     # ---- the steps ----
 
     def steps(self, ready: Iterator[list]) -> Iterator[tuple[int, list]]:
-        """(number, passes of this process) of each step that is left, until a signal comes."""
+        """(number, micro-batches of this process) of each step left, until a signal comes."""
         config, start = self.config, time.time()
         # from here on a signal ends the loop after its step, and not in the middle
         with processes.finishing_steps():
             while self.step < config.steps and not self.stopping:
                 self.step_began = time.time()
                 try:
-                    passes = next(ready)
+                    micro_batches = next(ready)
                 except (ValueError, OSError):  # a faulty record: fix it, and --resume continues
                     self.stopping = True
                     self.save(self.step)
                     raise
                 self.waited = time.time() - self.step_began
                 self.step += 1
-                yield self.step, passes
+                yield self.step, micro_batches
         self.seconds = time.time() - start
         if self.step < config.steps and self.writes:
             print(f"stopped after step {self.step}; python train.py --resume {self.out} continues")

@@ -79,7 +79,7 @@ def build(vlm, name, examples, **options):
     method = stirred(train.find_method(name)(vlm, config).double())
     dataset = train.dataset(method, examples, "train")
     method.prepare([dataset])
-    return method, dataset.passes(list(range(len(dataset))), len(dataset))[0]
+    return method, dataset.micro_batches(list(range(len(dataset))), len(dataset))[0]
 
 
 def images_of(method, batch):

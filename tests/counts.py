@@ -49,7 +49,7 @@ if __name__ == "__main__":
     examples = splits.read_splits(config)["train"]
 
     def line():
-        (batch,) = train.dataset(method, examples, "train").passes([0, 1], 2)
+        (batch,) = train.dataset(method, examples, "train").micro_batches([0, 1], 2)
         return batch, method(batch)
 
     evaluator.direct()

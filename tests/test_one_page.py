@@ -50,7 +50,7 @@ def test_losses_and_gradients_are_those_of_the_projects_step(page, folder, vlm64
     step.predictor.pred_tokens.data.copy_(page.pred.data)
     step.predictor.latent.mlp.load_state_dict(page.latent.state_dict())
     examples = train.dataset(step, read_folder(folder).split("train"), "train")
-    result = step(examples.passes(list(range(4)), batch=4)[0])
+    result = step(examples.micro_batches(list(range(4)), batch=4)[0])
     expected = dict(result.parts, total=result.total)
     batch = [page.views(record) for record in records_of(folder) if record["split"] == "train"]
     h_R = torch.cat([page.encode([record["target"]])[-1].detach() for record in batch])

@@ -57,11 +57,11 @@ def test_passes_hold_views_of_similar_length(dataset):
 
     order = [3, 0, 5, 1, 2]
     ranked = sorted(order, key=lambda row: len(dataset[row].views.full.ids))
-    assert rows(dataset.passes(order, 2)) == [ranked[:2], ranked[2:4], ranked[4:]]
+    assert rows(dataset.micro_batches(order, 2)) == [ranked[:2], ranked[2:4], ranked[4:]]
     # one pass alone keeps the order of its rows, and each process has every second pass
-    assert rows(dataset.passes(order, 5)) == [order]
-    assert rows(dataset.passes(order, 2, 0, 2)) == [ranked[:2], ranked[4:]]
-    assert rows(dataset.passes(order, 2, 1, 2)) == [ranked[2:4]]
+    assert rows(dataset.micro_batches(order, 5)) == [order]
+    assert rows(dataset.micro_batches(order, 2, 0, 2)) == [ranked[:2], ranked[4:]]
+    assert rows(dataset.micro_batches(order, 2, 1, 2)) == [ranked[2:4]]
 
 
 def test_a_record_is_read_when_it_is_used(dataset, chat, tmp_path, monkeypatch):
@@ -73,11 +73,11 @@ def test_a_record_is_read_when_it_is_used(dataset, chat, tmp_path, monkeypatch):
     # the first record shows whether the tokenizer is read as its own processor reads it
     assert opened == ["0.png"]
     for _ in range(2):
-        dataset.passes([3, 1], 2)
+        dataset.micro_batches([3, 1], 2)
     assert opened[1:] == ["3.png", "1.png"] * 2
     # an image whose features are kept needs no pixels
     dataset.cache = {str(tmp_path / "3.png")}
-    ((three, one),) = dataset.passes([3, 1], 2)
+    ((three, one),) = dataset.micro_batches([3, 1], 2)
     assert three.images[0].pixels is None and one.images[0].pixels is not None
     assert three.images[0].picture is None is one.images[0].picture
 
@@ -96,7 +96,7 @@ def test_workers_prepare_the_same_batches(dataset, workers):
     # dropout must draw the same numbers with and without workers
     assert torch.equal(state, torch.get_rng_state())
     for step, passes in zip(rows, found, strict=True):
-        assert content(passes) == content(dataset.passes(step, 2))
+        assert content(passes) == content(dataset.micro_batches(step, 2))
     (share,) = load(dataset, rows[:1], 2, workers, 1, 2)
     assert [ex.index for ex in share[0]] == [ex.index for ex in found[0][1]] and len(share) == 1
 

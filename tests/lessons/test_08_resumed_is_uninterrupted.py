@@ -43,7 +43,7 @@ def trained_like(config):
         rows, order = order[:size], order[size:]
         rows.sort(key=lambda row: len(dataset[row].views.full.ids))
         passes = [rows[n:n + config.batch] for n in range(0, size, config.batch)]
-        loss = sum(method(dataset.passes(part, 9)[0]).total for part in passes) / len(passes)
+        loss = sum(method(dataset.micro_batches(part, 9)[0]).total for part in passes) / len(passes)
         grads = dict(zip(weights, torch.autograd.grad(loss, weights.values())))
         norm = math.sqrt(sum(float(g.square().sum()) for g in grads.values()))
         # the first twentieth of the steps rises, then half a cosine falls to zero
@@ -118,7 +118,7 @@ def test_validation_weighs_each_record_alike(vlm64):
     dataset = train.dataset(method.train(), records, "validation")
     metrics = train.validate(method, dataset)
     assert method.training and not method.eval().training
-    results = [method(dataset.passes(rows, 2)[0]) for rows in ([0, 1], [2, 3], [4])]
+    results = [method(dataset.micro_batches(rows, 2)[0]) for rows in ([0, 1], [2, 3], [4])]
     assert metrics == pytest.approx(train.losses.average(results, [2, 2, 1]), rel=1e-6)
 
 

@@ -100,7 +100,7 @@ def test_no_rule_is_idle(vlm64):
             ({"nextlat"}, dict(nextlat_mean="tokens")), ({"nextlat"}, dict(nextlat_token="next")),
             ({"nextlat"}, dict(nextlat_token="none"))]:
         method.config = dataclasses.replace(config, **option)
-        (batch,) = train.dataset(method, RECORDS, "train").passes([0, 1], 2)
+        (batch,) = train.dataset(method, RECORDS, "train").micro_batches([0, 1], 2)
         parts = method(batch).parts
         assert {name for name in plain if abs(plain[name] - parts[name]) > 1e-5} == {
             "loss", *changed}

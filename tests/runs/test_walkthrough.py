@@ -60,7 +60,7 @@ def numbers():
     (before,), (question,) = evaluator.direct(), evaluator.questions
     torch.manual_seed(CONFIG.seed)
     method = train.Pearl(vlm, CONFIG).train()
-    ((record,),) = train.dataset(method, [EXAMPLE], "train").passes([0], 1)
+    ((record,),) = train.dataset(method, [EXAMPLE], "train").micro_batches([0], 1)
     found = of_the_inputs(vlm, method, record) | of_the_losses(vlm, method, record, base)
     # the step has been taken: the model's answer now
     vlm.eval()

@@ -57,7 +57,7 @@ def test_the_states_of_the_table_are_those_that_training_would_predict():
     assert set(h_of) == {(n, p) for n in range(last + 1) for p in targets.POSITIONS}
     end, image = vlm.tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|image_pad|>"])
     for row, example in enumerate(world):
-        [(batch, images)] = targets.passes(method, [example])
+        [(batch, images)] = targets.batches_of(method, [example])
         view = batch[0].views.target
         inputs = vlm.embed(train.collate([view], vlm.pad_id), images)
         hidden = vlm.family.states(**inputs, output_hidden_states=True).hidden_states
