@@ -104,17 +104,16 @@ class TrainingExample(NamedTuple):
 
 
 class Trajectories(Dataset):
-    """The records of one split. A record is read, viewed and its images opened when it is used.
-
-    views: (chat, example, images) -> Views, the method's own. cache: keys of images whose features
-    the model has kept, so that they need no pixels. skip: a faulty record is replaced by the next
-    one, and its fault goes to `faults`, by row; else it is raised.
-    """
+    """The records of one split. A record is read, viewed and its images opened when it is used."""
 
     def __init__(self, records: Sequence[Example], split: str, views: Callable, chat: Chat,
                  cache=(), skip: bool = False):
+        # cache: keys of images whose features the model has kept, so that they need no pixels
         self.records, self.split, self.chat, self.cache = records, split, chat, cache
+        # views: the method's own, (chat, example, images) -> Views
+        # skip: the next record takes the place of a faulty one; else a fault is raised
         self.make_views, self.skip = views, skip
+        # by row
         self.faults: dict[int, str] = {}
         self.ready: dict[int, TrainingExample] = {}
         # our token ids must be those of the model's own processor: one record is compared

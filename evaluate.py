@@ -118,11 +118,11 @@ class Evaluator:
 
 def answer_questions(evaluator: Evaluator, free_tokens: int = 0,
                      ways: dict[str, Callable] | None = None) -> list[dict]:
-    """One record per example: for each way to answer the text, whether it is right, its cost.
-    ways: more ways, each from an Evaluator to one dict per example."""
+    """One record per example: for each way to answer the text, whether it is right, its cost."""
     evaluator.vlm.eval()
     results = dict(direct=evaluator.direct(), free=evaluator.free(free_tokens),
                    tool=evaluator.tool())
+    # more ways, each from an Evaluator to one dict per example
     results |= {name: way(evaluator) for name, way in (ways or {}).items()}
     return [answer_record(example, {way: rows[n] for way, rows in results.items() if rows[n]},
                           evaluator.prefix) for n, example in enumerate(evaluator.examples)]
@@ -136,10 +136,9 @@ def load_model(path: str | Path, device: str, min_pixels: int = 0, max_pixels: i
         if alpha != 1:
             raise ValueError(f"--alpha is for a run, and {path} has no best.json")
         vlm = VLM(path, min_pixels=min_pixels, max_pixels=max_pixels).to(device)
-        defaults = dict(data="", regime="", answer_prefix="Answer:")
-        return vlm.eval(), SimpleNamespace(**defaults), {}
+        return vlm.eval(), SimpleNamespace(data="", regime="", answer_prefix="Answer:"), {}
+    # a run says by its config what it was trained with and how it is asked
     config, checkpoint = run.finished(Path(path))
-    config = SimpleNamespace(**config)
     vlm = VLM(config.model, getattr(torch, config.dtype), config.min_pixels, config.max_pixels)
     # what answers is a plain VLM: the file of [PRED] and latent predictor is not even opened
     vlm.to(device).load_adapter(checkpoint, alpha)
@@ -147,7 +146,8 @@ def load_model(path: str | Path, device: str, min_pixels: int = 0, max_pixels: i
 
 
 def method_of(config) -> type[Method]:
-    """The class of a method. Pearl and SFT add nothing here, so their base class will do."""
+    """The class of a run's method."""
+    # Pearl and SFT add nothing to evaluation, so their base class will do
     if config.method in ("pearl", "sft"):
         return Method
     return room("baselines", f"--method {config.method}").find(config.method)
@@ -158,14 +158,14 @@ def merge(*arguments: str) -> None:
     if len(arguments) not in (2, 3):
         raise ValueError("write python train.py --merge RUN DIR, or ... DIR float32")
     config, checkpoint = run.finished(Path(arguments[0]))
-    vlm = VLM(config["model"], getattr(torch, config["dtype"]), config["min_pixels"],
-              config["max_pixels"])
+    vlm = VLM(config.model, getattr(torch, config.dtype), config.min_pixels, config.max_pixels)
     dtypes = [getattr(torch, name) for name in arguments[2:]]
     adapters.save_merged(vlm, checkpoint, Path(arguments[1]), *dtypes)
 
 
 def report(out: Path, config, tests: Sequence[Example], before: list, seconds: float) -> None:
-    """Load the best checkpoint as a user would, answer the test questions, print and keep them."""
+    """Ask the best checkpoint the test questions; print and keep its answers."""
+    # loaded as a user would load it
     vlm, config, ways = load_model(out, config.device)
     # `tool` shows trajectories as training did
     tests = [method_of(config).adapt(example, config) for example in tests]

@@ -61,14 +61,14 @@ class VLM(nn.Module):
 
     def set_trainable(self, config, dropout: float = 0.0, world_size: int = 1) -> None:
         """Make the language model's decoder trainable: LoRA, or with config.lora_rank 0 all its
-        weights; the vision tower too with config.train_vision. LoRA's alpha is twice the rank, as
-        in the paper (64, 128)."""
+        weights; the vision tower too with config.train_vision."""
         # everything is frozen first
         self.lm.requires_grad_(False)
         parts = [self.lm.get_decoder()]
         if config.train_vision:
             parts.append(self.lm.get_encoder("image"))
         for part in parts:
+            # alpha is twice the rank, as in the paper (64, 128)
             if config.lora_rank:
                 add_lora(part, config.lora_rank, 2.0 * config.lora_rank, dropout)
             else:

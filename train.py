@@ -40,15 +40,13 @@ from support.method import Method
 from support.options import option, parse, room, value_of, with_options
 from support.records import Example
 
-ROOT = Path(__file__).resolve().parent
-
 
 @dataclass
 class Config:
     """One run: the defaults are the run that the README reports."""
 
     method: str = option("pearl", "pearl, sft, or classes of baselines/ joined by +")
-    model: str = option(str(ROOT / "tiny-vlm"), "checkpoint folder or hub id")
+    model: str = option(str(Path(__file__).resolve().parent / "tiny-vlm"), "folder or hub id")
     data: str = option("", "data folder (docs/data.md); empty: scenes drawn by world/")
     regime: str = option("single", "which tools the world's trajectories use (world/README.md)")
     answer_prefix: str = option("Answer:", "what the last text puts before the answer")
@@ -80,11 +78,11 @@ class Config:
 
 
 class Pearl(Method):
-    """One training step of Pearl. The base class Method (support/method.py) has the constants of
-    the optimiser and hooks that do nothing here; every other method is a subclass of Pearl that
-    overrides some parts (baselines/)."""
+    """One training step of Pearl. Every other method is a subclass (baselines/)."""
 
-    # the latent predictor reads the next token's embedding; two views share a forward pass
+    # Method (support/method.py) has the optimiser's constants, and hooks that do nothing here.
+    # sees_next: the latent predictor reads the next token's embedding.
+    # one_pass: two views share a forward pass.
     sees_next, one_pass = True, True
 
     def __init__(self, vlm: VLM, config: Config, world_size: int = 1):
@@ -233,9 +231,11 @@ def fit(config: Config, this_run: run.Run) -> tuple | None:
                     result = module(batch)
                 # every micro-batch weighs the same; DDP takes the mean over processes
                 (result.total * (this_run.world_size / config.accumulate)).backward()
-            results.append(result._replace(total=None))  # frees the graph
+            # without the total, which holds the graph in memory
+            results.append(result._replace(total=None))
         norm = torch.nn.utils.clip_grad_norm_(parameters, method.clip)
-        if this_run.is_finite(norm, step):  # one bad batch must not ruin the weights
+        # one bad batch must not ruin the weights
+        if this_run.is_finite(norm, step):
             optimizer.step()
             method.after_step(step)
         if this_run.logs(step):
@@ -249,14 +249,15 @@ def fit(config: Config, this_run: run.Run) -> tuple | None:
 
 @torch.no_grad()
 def validate(method: Pearl, dataset: Trajectories) -> dict[str, float]:
-    """Mean loss parts over the validation examples, and the gauges on all of them together."""
+    """Mean loss parts, and the gauges, over the validation examples."""
     method.eval()
     config, results, sizes = method.config, [], []
     rows = [part.tolist() for part in torch.arange(len(dataset)).split(config.batch)]
     for (batch,) in load(dataset, rows, config.batch, run.workers(config)):
         with run.autocast(config):
             results.append(method(batch))
-        sizes.append(len(batch))  # the last one may be smaller
+        # the last one may be smaller
+        sizes.append(len(batch))
     method.train()
     return losses.average(results, sizes)
 

@@ -302,7 +302,7 @@ def tests_of(vlm: VLM, config, questions: Questions, before: Results, checkpoint
 
 def measure_all(args) -> tuple[dict[str, list[Results]], dict[str, int]]:
     """All systems, the model before training first; and the distances of untrained tasks."""
-    configs = {path: SimpleNamespace(**run.finished(path)[0]) for path in args.runs}
+    configs = {path: run.finished(path)[0] for path in args.runs}
     if len({(Path(c.model).name, c.data or c.regime) for c in configs.values()}) > 1:
         raise ValueError(f"{', '.join(map(str, args.runs))} differ in base, data or regime: name "
                          "runs of one setting")

@@ -57,7 +57,7 @@ Place = tuple[int, str]  # a layer and a position
 
 def config_of(run: Path, device: str) -> train.Config:
     """The options that a run was trained with, for one process on this device."""
-    saved, _ = finished(run)
+    saved = vars(finished(run)[0])
     kind = train.config_class(saved["method"])
     # options of an older version are left out
     known = {field.name: saved[field.name] for field in fields(kind) if field.name in saved}

@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext, suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from filelock import FileLock, Timeout
@@ -340,14 +341,14 @@ def read_config(config_class: Callable, argv: list[str]):
     return absolute_paths(kind(**saved | dict(out=argv[0])))
 
 
-def finished(run: Path) -> tuple[dict, Path]:
+def finished(run: Path) -> tuple[SimpleNamespace, Path]:
     """Config and best checkpoint of a run. Raises FileNotFoundError naming what is missing."""
     for name in ("config.json", "best.json"):
         if not (run / name).is_file():
             raise FileNotFoundError(f"{run / name} not found: {run} is not a finished run")
     # only the last part of the name, so that it cannot lead out of the run
     name = Path(read_json(run / "best.json")["checkpoint"]).name
-    return read_json(run / "config.json"), run / name
+    return SimpleNamespace(**read_json(run / "config.json")), run / name
 
 
 def log(out: Path, kind: str, record: dict) -> None:

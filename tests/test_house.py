@@ -54,9 +54,9 @@ def test_lines_and_functions_are_short_and_imports_are_at_the_top():
 def test_the_house_is_small():
     for file in CORE:
         assert len(LINES[file]) <= BUDGETS[file.stem], file
-    # comments on a line of their own, in the six files: one for about nine lines
+    # comments on a line of their own, in the six files: one for eight lines
     text = [line.strip() for file in CORE for line in LINES[file] if line.strip()]
-    assert 9.5 * sum(line.startswith("#") for line in text) >= len(text)
+    assert 8 * sum(line.startswith("#") for line in text) >= len(text)
     core, source, tests = (sum(len(LINES[f]) for f in files) for files in (CORE, SOURCE, TESTS))
-    assert core <= 1220 and source <= 9150 and tests <= 6350, (core, source, tests)
+    assert core <= 1220 and source <= 8820 and tests <= 6260, (core, source, tests)
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150

@@ -71,7 +71,7 @@ def test_a_checkpoint_replaces_what_an_interruption_left_and_older_ones(tmp_path
         "best.json", "checkpoint-9", "checkpoint-9/whole", "checkpoint-mine",
         "checkpoint-mine/half"]
     write_json(tmp_path / "config.json", {})
-    assert run.finished(tmp_path) == ({}, tmp_path / "checkpoint-9")
+    assert run.finished(tmp_path) == (SimpleNamespace(), tmp_path / "checkpoint-9")
     # a name cannot lead out of the run
     write_json(tmp_path / "best.json", dict(checkpoint="../checkpoint-9"))
     assert run.finished(tmp_path)[1] == tmp_path / "checkpoint-9"
