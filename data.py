@@ -40,7 +40,7 @@ def make_views(chat: Chat, example: Example, images: list[LoadedImage], pred_tok
     """The three views of an example; images: its own, I0 first.
 
     Worked example: the shipped model, K = 2, I0 with 16 image tokens, a crop with 4.
-    - not supervised, s supervised.
+    Marks: "-" not supervised, "s" supervised.
 
         full view (L_VLM, Eq. 3, and L_NextLat, Eq. 2)
           - <|im_start|>user\\n<|vision_start|>(16 x <|image_pad|>)<|vision_end|>
@@ -61,9 +61,9 @@ def make_views(chat: Chat, example: Example, images: list[LoadedImage], pred_tok
         raise ValueError(f"example {example.id} has a trajectory without text: nothing to learn")
     chat.check_text(example)
     turns, keys = chat.turns(example), [image.key for image in images]
-    # Deviation: the paper's h_R is the state of R's last token. Ours is that of the end-of-turn
-    # token after R's words, as in the release: its state can summarise all words. What the
-    # template writes behind that token (a newline) is dropped.
+    # Deviation: the paper's h_R is the state of R's last token. Ours is that of the last
+    # end-of-turn token, as in the release: the same token in every R, so its state is not that of
+    # one word. What the template writes behind that token (a newline) is dropped.
     whole = chat.conversation(turns, images).without_layout()
     full = View(whole.ids, whole.labels, keys, len(whole.ids) - 1)
 
@@ -97,14 +97,14 @@ class TrainingExample(NamedTuple):
     index: tuple[str, int]
     task: str
     answer: str
-    # True: the trajectory is the bare answer, so there is no R to predict (WithAnswers)
+    # True: the trajectory is the bare answer, so there is no R to predict (--method with_answers)
     bare: bool
     views: Views
     images: list[LoadedImage]
 
 
 class Trajectories(Dataset):
-    """The records of one split. A record is read, viewed and its images opened when it is used."""
+    """The records of one split. A record is read, and its views are made, when it is used."""
 
     def __init__(self, records: Sequence[Example], split: str, views: Callable, chat: Chat,
                  cache=(), skip: bool = False):
@@ -157,7 +157,7 @@ class Trajectories(Dataset):
 
 
 class StepRows(Sampler):
-    """The record indices of each optimiser step, endless, from step `start` on."""
+    """The record indices of each optimiser step, endless, without the first `start` steps."""
 
     def __init__(self, count: int, size: int, seed: int, start: int = 0):
         self.count, self.size, self.seed, self.start = count, size, seed, start

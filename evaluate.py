@@ -1,7 +1,7 @@
 """Evaluation: answer from <I0, Q> alone with the plain VLM (section 3.8 of arXiv:2604.08065).
 
     python evaluate.py RUN                          # the table of a finished run
-    python evaluate.py RUN --again --call_limit 3   # ask every question again, with tools too
+    python evaluate.py RUN --again --call_limit 3   # ask anew, 200 a task, with tools too
     python evaluate.py tiny-vlm                     # a checkpoint that was not fine-tuned
     python evaluate.py RUN --image FILE --question TEXT --options A,B,C    # ask one question;
                                     # --call_limit 3 in place of --options: it calls its tools
@@ -13,7 +13,7 @@ The ways to answer, each with a 95% interval (Wilson) per task:
   call    explicit tool use: the program executes the model's own calls (baselines/tool_use.py)
   latent  as LVR and Mirage answer: latents, no tool images (baselines/reconstruction.py)
 `direct` and `free` are Pearl's inference: no tool, no [PRED], no latent predictor. A model that has
-learned to call tools begins `free` with a call. `tool` measures how well it learned R.
+learned to call tools begins `free` with a call. `tool` tests the end of R, not its own calls.
 """
 
 import math
@@ -32,7 +32,7 @@ from support.chat import Chat, View
 from support.features import ImageEncoder, LoadedImage, load_images, with_pixels
 from support.files import read_json, write_json
 from support.method import Method
-from support.options import option, parse, room
+from support.options import option, optional_folder, parse
 from support.processes import run_program
 from support.questions import answer_record, in_batches, make_question
 from support.records import Example
@@ -78,6 +78,7 @@ class Evaluator:
 
     def free(self, tokens: int = 0) -> list[dict]:
         """tokens 0: as many as the longest answer needs, but at least the paper's four."""
+        # + 1: a full stop or the end of the turn
         needed = [len(q.started.ids) + max(map(len, q.options)) + 1 - len(q.prompt.ids)
                   for q in self.questions]
         if cut := sum(count > tokens > 0 for count in needed):
@@ -137,7 +138,6 @@ def load_model(path: str | Path, device: str, min_pixels: int = 0, max_pixels: i
             raise ValueError(f"--alpha is for a run, and {path} has no best.json")
         vlm = VLM(path, min_pixels=min_pixels, max_pixels=max_pixels).to(device)
         return vlm.eval(), SimpleNamespace(data="", regime="", answer_prefix="Answer:"), {}
-    # a run says by its config what it was trained with and how it is asked
     config, checkpoint = run.finished(Path(path))
     vlm = VLM(config.model, getattr(torch, config.dtype), config.min_pixels, config.max_pixels)
     # what answers is a plain VLM: the file of [PRED] and latent predictor is not even opened
@@ -147,10 +147,10 @@ def load_model(path: str | Path, device: str, min_pixels: int = 0, max_pixels: i
 
 def method_of(config) -> type[Method]:
     """The class of a run's method."""
-    # Pearl and SFT add nothing to evaluation, so their base class will do
+    # train.py imports this file, not the reverse; Pearl and SFT answer as their base class does
     if config.method in ("pearl", "sft"):
         return Method
-    return room("baselines", f"--method {config.method}").find(config.method)
+    return optional_folder("baselines", f"--method {config.method}").find(config.method)
 
 
 def merge(*arguments: str) -> None:
@@ -180,15 +180,12 @@ def report(out: Path, config, tests: Sequence[Example], before: list, seconds: f
     print(f"everything is in {out}")
 
 
-# ---- the program --------------------------------------------------------------------------------
-
-
 @dataclass
 class Options:
     image: str = option("", "ask one question about this picture")
     question: str = option("", "with --image: the question")
     options: str = option("", "with --image: possible answers, parted by commas")
-    again: bool = option(False, "ask the test questions again, not from results.json")
+    again: bool = option(False, "ask --per_task questions anew, not from results.json")
     data: str = option("", "a data folder; default: the run's own, or the world")
     answer_prefix: str = option("", "what starts an answer; default: the run's own, or Answer:")
     alpha: float = option(1.0, "shrink a run's change: W0 + alpha (W - W0)")
@@ -210,11 +207,12 @@ def ask(path: str, options: Options) -> list[dict]:
     prefix = options.answer_prefix or config.answer_prefix
     # explicit tool use is a rival, so it lives in baselines/
     if options.call_limit:
-        tool_use = room("baselines.tool_use", "--call_limit")
+        tool_use = optional_folder("baselines.tool_use", "--call_limit")
         ways["call"] = partial(tool_use.answer, limit=options.call_limit)
     if not options.image:
         questions = test_questions(config, options.per_task, options.split)
         return answer_questions(Evaluator(vlm, questions, prefix), options.free_tokens, ways)
+    # the right answer is unknown: the first choice fills its place and is not used
     choices = [choice.strip() for choice in options.options.split(",")]
     example = Example("the question", "question", Path(options.image), options.question, choices,
                       choices[0])

@@ -7,8 +7,8 @@
 
 The order is that of a training step (train.py, Pearl.forward).
 
-Letters: B batch, T sequence, D hidden size, V vocabulary, n rows that a mask selects from B x T,
-d horizon. h is a final-layer state, h^ a prediction of one, sg the stop-gradient.
+Letters: B batch, T sequence, D hidden size (D(., .) a distance), V vocabulary, n rows that a mask
+selects from B x T, d horizon. h is a final state, h^ a prediction of one, sg the stop-gradient.
 Left out on purpose: where states come from (model.py), which token is which (data.py).
 """
 
@@ -40,8 +40,8 @@ def at_least_float32(logits: Tensor) -> Tensor:
 
 
 def distance(prediction: Tensor, target: Tensor, name: str) -> Tensor:
-    """D(prediction, target) over the last dimension: (..., D), (..., D) -> (...)."""
-    # blind to length, so shrinking the target does not lower it
+    """The distance of prediction and target: (..., D), (..., D) -> (...)."""
+    # ignores the norms, so shrinking the target does not lower the loss
     if name == "cosine":
         return 1 - F.cosine_similarity(prediction, target, dim=-1)
     # the Huber function with delta 1; a mean over D, so the value does not grow with the model
@@ -59,7 +59,7 @@ def jepa_loss(prediction: Tensor, target: Tensor, name: str = "cosine") -> Tenso
     """Eq. 1: L_JEPA = mean over the batch of D(h^_R, sg[h_R]).
 
     prediction (B, D): h^_R, the state of the last [PRED] token behind <I0, Q>. target (B, D): h_R,
-    the state of the trajectory's end-of-turn token.
+    the state of the trajectory's last end-of-turn token.
     Gradient: flows to `prediction`, stops at `target`.
     """
     # Deviation: the paper's text has D = SmoothL1 (--distance smoothl1). The authors' release has
@@ -158,7 +158,7 @@ def collapse_gauges(prediction: Tensor, target: Tensor) -> dict[str, float]:
     gauges = dict(
         # 1: perfect; 0: no better than always predicting the mean of all h_R
         r2=1 - (true - pred).square().sum() / total_spread,
-        # near 0: the prediction ignores its input; all trajectories look alike, a collapse
+        # near 0: the predictions are all alike; the targets are (a collapse)
         spread_pred=spread[0], spread_target=spread[1],
         # exp(entropy): how many directions the targets use, from 1 to min(B - 1, D)
         effective_rank=torch.exp(-(share * share.clamp_min(1e-12).log()).sum()),

@@ -2,7 +2,7 @@
 
 Enc(view) of sections 3.2 to 3.4 of arXiv:2604.08065 is the VLM's own forward pass, and a view's
 embedding is the final-layer state (after the last norm) at one known position. Inference (3.8) is
-the model's own `generate`: no [PRED], no latent predictor, no tool.
+the plain VLM (`log_probs`, `generate`): no [PRED], no latent predictor, no tool.
 
 Letters: B batch, T sequence, D hidden size, V vocabulary, P image tokens, A rows of positions (3
 for Qwen: time, height, width; else 1), S levels of image features (Qwen3-VL: several; else 1).
@@ -121,7 +121,7 @@ class VLM(nn.Module):
 
         # images and [PRED] get the embedding of some token here, which is replaced below
         embeds = self.lm.get_input_embeddings()(batch.ids)  # (B, T, D)
-        levels = embeds[:0, 0]  # (0, D): only Qwen3-VL has more levels, for its first layers
+        levels = embeds[:0, 0]  # (0, D) none; Qwen3-VL adds such features to its first layers
         if batch.images:
             # (S, all P, D)
             features = torch.cat([images[i].features for i in batch.images], dim=1).to(embeds.dtype)

@@ -57,14 +57,14 @@ class LatentPredictor(nn.Module):
 
 
 class Predictor(nn.Module):
-    """[PRED] rows `pred_tokens` (K, D) and the latent predictor `latent`, one checkpoint file.
+    """[PRED] embeddings `pred_tokens` (K, D) and the latent predictor `latent`, in one file.
     count: K. start (D): the embedding of the end-of-turn token."""
 
     file_name = "predictor.safetensors"
 
     def __init__(self, dim: int, count: int, start: Tensor, sees_next: bool = True):
         super().__init__()
-        # Own parameters: under LoRA new rows of the vocabulary stay frozen (as the release's do).
+        # Own parameters: rows added to the vocabulary would stay frozen under LoRA (the release).
         # They start as the end-of-turn embedding, plus noise. They are float32, because bfloat16
         # would lose small updates.
         start = start.detach().float()

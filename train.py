@@ -3,7 +3,7 @@
     python train.py                         # Pearl on tiny-vlm: about a minute on two cores
     python train.py --method sft            # the same text without the latent terms
     python train.py --method release        # the authors' code; --method paper: the paper's text
-    python train.py --model Qwen/Qwen2.5-VL-3B-Instruct --data DIR --dtype bfloat16 --lr 1e-5
+    python train.py --method release --model Qwen/Qwen2.5-VL-3B-Instruct --data DIR --dtype bfloat16
     python train.py --resume RUN            # continues an interrupted run, to the same end
     python train.py --merge RUN DIR         # the result as an ordinary transformers checkpoint
     torchrun --nproc-per-node=2 train.py --accumulate 2    # processes share the passes of a step
@@ -37,7 +37,7 @@ from support.chat import Chat
 from support.features import EncodedImage, ImageEncoder, LoadedImage, StoredTargets
 from support.loading import load
 from support.method import Method
-from support.options import option, parse, room, value_of, with_options
+from support.options import option, optional_folder, parse, value_of, with_options
 from support.records import Example
 
 
@@ -74,7 +74,7 @@ class Config:
     max_pixels: int = option(0, "greatest size of an image; 0: its processor's own")
     train_examples: int = option(1500, "of the world; a tenth as many for validation")
     test_per_task: int = option(120, "test questions of each task, at most")
-    eval_every: int = option(50, "steps between validations; the best checkpoint is kept")
+    eval_every: int = option(50, "steps between validations; the lowest loss is kept")
 
 
 class Pearl(Method):
@@ -91,7 +91,7 @@ class Pearl(Method):
         vlm.set_trainable(config, self.lora_dropout, world_size)
         # every image is encoded once in a step, and while the tower is frozen, once in a run
         self.encode_images = ImageEncoder(vlm.family, frozen=not config.train_vision)
-        # limit: bytes. With --shard no h_R is stored: all processes must run the same layers
+        # limit: bytes. --shard stores none: all processes must run the target pass together
         self.targets = StoredTargets(limit=0 if config.shard else 8e9)
         self.build_modules()
         self.to(config.device)
@@ -119,7 +119,7 @@ class Pearl(Method):
     def encode_views(self, batch: list[TrainingExample],
                      images: dict[str, EncodedImage]) -> tuple[Encoded, Tensor]:
         """1. the full view, 2. h^_R of the input view."""
-        full, inputs = ([example.views[n] for example in batch] for n in range(2))
+        full, inputs, _ = map(list, zip(*(example.views for example in batch)))
         pred_tokens, pad_id = self.predictor.pred_tokens, self.vlm.pad_id
         # the same result with both views in one forward pass, where the model's attention allows it
         if self.one_pass and self.vlm.family.packs:
@@ -138,15 +138,15 @@ class Pearl(Method):
         """h_R by the frozen starting model: computed at a record's first use, then looked up."""
         # Deviation: the paper encodes R with the current model, and its targets collapse here
         # (losses.jepa_loss says why; --method current). Fixed targets cannot collapse, and are
-        # computed once: the "cached trajectory embeddings" that the paper names as a saving.
+        # computed once: only such targets can be the paper's "cached trajectory embeddings".
         not_stored = [example for example in batch if example.index not in self.targets.cache]
         computed = {}
         if not_stored:
             with self.vlm.starting_model() as start:
-                # a trained vision tower has changed the features, so encode with the first one
+                # a trained vision tower has changed the features: encode with the starting one
                 if self.config.train_vision:
-                    their_images = [image for example in not_stored for image in example.images]
-                    images = ImageEncoder(start.family, frozen=False)(their_images)
+                    new_images = [image for example in not_stored for image in example.images]
+                    images = ImageEncoder(start.family, frozen=False)(new_images)
                 h_R = self.encode_target(start, not_stored, images).embedding
                 computed = {example.index: h for example, h in zip(not_stored, h_R)}
         h_R = self.targets.look_up([example.index for example in batch], computed)  # (B, D)
@@ -186,7 +186,7 @@ class SFT(Pearl):
 def find_method(name: str) -> type[Pearl]:
     """The class for --method. Raises ValueError naming the methods that there are."""
     core = dict(pearl=Pearl, sft=SFT)
-    return core[name] if name in core else room("baselines", f"--method {name}").find(name)
+    return core.get(name) or optional_folder("baselines", f"--method {name}").find(name)
 
 
 def dataset(method: Pearl, examples: Sequence[Example], split: str) -> Trajectories:
@@ -265,7 +265,7 @@ def validate(method: Pearl, dataset: Trajectories) -> dict[str, float]:
 def train(config: Config, resume: bool = False) -> Path:
     """The whole run. resume: continue from the last state in config.out, to the same end."""
     with run.Run(config, resume) as this_run:
-        # a function of its own: its model is gone when the checkpoint is loaded for the report
+        # `fit` is a function so that its model is freed before the report loads one
         trained = fit(this_run.config, this_run)
         if trained and this_run.answers:
             evaluate.report(this_run.out, this_run.config, *trained)

@@ -28,7 +28,7 @@ from data import View, collate
 from support.chat import Chat
 from support.families import load_family
 from support.features import load_images
-from support.options import option, parse, room, value_of
+from support.options import option, optional_folder, parse, value_of
 from support.processes import run_program
 from support.records import Example, read_record
 from train import SFT, Pearl, config_class, find_method
@@ -115,7 +115,7 @@ def main() -> None:
     if config.data:
         example = read_record(config.data, config.row, config.answer_prefix)
     else:
-        world = room("world.loader", "a record without --data")
+        world = optional_folder("world.loader", "a record without --data")
         example = world.examples(config.regime, "train", config.row + 1)[-1]
     print(f"{example.id}: {example.question!r} {example.answer!r}")
     # a method may learn from a record in two ways, or only from its answer

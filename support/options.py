@@ -71,7 +71,7 @@ def with_options(config_class: type, methods: list[type]) -> type:
     return dataclasses.make_dataclass("Config", [], bases=(*bases, config_class))
 
 
-def room(name: str, needed_for: str):
+def optional_folder(name: str, needed_for: str):
     """A module of a folder that a fork may have deleted (baselines, world)."""
     try:
         return importlib.import_module(name)

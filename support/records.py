@@ -30,7 +30,7 @@ FILE = "trajectories.jsonl"
 class Example:
     """One question with its expert trajectory.
 
-    `trajectory` is R = (T1, I1, ..., IN, TN): a list of str (assistant text) and pictures (tool
+    `trajectory` is R = (T1, I1, ..., IN, TN+1): a list of str (assistant text) and pictures (tool
     output), in order. Its first text holds the plan and the call, its last text the answer. It may
     be empty where nothing is trained (the held-out task). `options` are the candidate answers,
     `answer` is one of them; open-ended data have one option.

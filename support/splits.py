@@ -5,7 +5,7 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 
-from support.options import room
+from support.options import optional_folder
 from support.picture_splits import SPLITS
 from support.processes import first_process_first
 from support.records import Example, read_folder
@@ -15,7 +15,7 @@ def load_splits(config) -> tuple[Sequence[Example], ...]:
     """Training, validation and test records. Raises ValueError for a split with too few."""
     count, tests = config.train_examples, config.test_per_task
     if not config.data:
-        world = room("world.loader", "a run without --data")
+        world = optional_folder("world.loader", "a run without --data")
         return (world.examples(config.regime, "train", count),
                 world.examples(config.regime, "validation", max(2, count // 10)),
                 world.questions(config.regime, tests))
@@ -36,7 +36,7 @@ def test_questions(config, per_task_count: int, split: str = "test") -> Sequence
     regime "": every task of the world."""
     if config.data:
         return at_least(1, split, read_splits(config)[split], config)
-    world = room("world.loader", "asking without --data")
+    world = optional_folder("world.loader", "asking without --data")
     return world.questions(config.regime, per_task_count, split)
 
 
