@@ -9,8 +9,6 @@ This file writes it as token ids three times, with the model's own chat template
 <I0, Q, R>, the input view <I0, Q> with [PRED], and the target view R. Views of several records make
 a batch; the steps of a run read their records in an order that depends on the seed alone.
 
-    python analysis/show.py [--data DIR] [--model MODEL]    # prints the views, token by token
-
 Letters: B batch, T sequence (text and image tokens), K predictor tokens.
 Left out on purpose: the chat template (support/chat.py), reading files (support/records.py,
 images.py), processes that prepare data (support/loading.py), the small world (world/).

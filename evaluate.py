@@ -20,14 +20,13 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 
 from model import VLM
-from support import adapters, answers, run, tables
+from support import answers, run, tables
 from support.chat import Chat, View
 from support.features import ImageEncoder, LoadedImage, load_images, with_pixels
 from support.files import read_json, write_json
@@ -129,14 +128,13 @@ def answer_questions(evaluator: Evaluator, free_tokens: int = 0,
                           evaluator.prefix) for n, example in enumerate(evaluator.examples)]
 
 
-def load_model(path: str | Path, device: str, min_pixels: int = 0, max_pixels: int = 0,
-               alpha: float = 1.0) -> tuple:
+def load_model(path: str | Path, device: str, max_pixels: int = 0, alpha: float = 1.0) -> tuple:
     """(VLM, config, its method's ways to answer) of a run, or of any other checkpoint. alpha: the
     share of the run's change of the weights (VLM.load_adapter)."""
     if not (Path(path) / "best.json").is_file():
         if alpha != 1:
             raise ValueError(f"--alpha is for a run, and {path} has no best.json")
-        vlm = VLM(path, min_pixels=min_pixels, max_pixels=max_pixels).to(device)
+        vlm = VLM(path, max_pixels=max_pixels).to(device)
         return vlm.eval(), SimpleNamespace(data="", regime="", answer_prefix="Answer:"), {}
     config, checkpoint = run.finished(Path(path))
     vlm = VLM(config.model, getattr(torch, config.dtype), config.min_pixels, config.max_pixels)
@@ -153,16 +151,6 @@ def method_of(config) -> type[Method]:
     return optional_folder("baselines", f"--method {config.method}").find(config.method)
 
 
-def merge(*arguments: str) -> None:
-    """RUN DIR [DTYPE]: the run's best checkpoint as an ordinary folder without our code."""
-    if len(arguments) not in (2, 3):
-        raise ValueError("write python train.py --merge RUN DIR, or ... DIR float32")
-    config, checkpoint = run.finished(Path(arguments[0]))
-    vlm = VLM(config.model, getattr(torch, config.dtype), config.min_pixels, config.max_pixels)
-    dtypes = [getattr(torch, name) for name in arguments[2:]]
-    adapters.save_merged(vlm, checkpoint, Path(arguments[1]), *dtypes)
-
-
 def report(out: Path, config, tests: Sequence[Example], before: list, seconds: float) -> None:
     """Ask the best checkpoint the test questions; print and keep its answers."""
     # loaded as a user would load it
@@ -173,11 +161,10 @@ def report(out: Path, config, tests: Sequence[Example], before: list, seconds: f
     best = read_json(out / "best.json")
     results = dict(best=best, train_seconds=seconds, answers=after, before=before)
     write_json(out / "results.json", results)
-    print(f"\ntest accuracy in %, before and after {config.steps} steps ({seconds / 60:.1f} "
-          f"minutes); best checkpoint: step {best['step']}")
     columns = dict(before=tables.summarise(before), after=tables.summarise(after))
-    print(f"{tables.format_table(columns)}\n{tables.conclusion(**columns)}")
-    print(f"everything is in {out}")
+    print(f"\ntest accuracy in %, before and after {config.steps} steps ({seconds / 60:.1f} "
+          f"minutes); best checkpoint: step {best['step']}\n{tables.format_table(columns)}\n"
+          f"{tables.conclusion(**columns)}\neverything is in {out}")
 
 
 @dataclass
@@ -193,22 +180,20 @@ class Options:
     per_task: int = option(200, "test questions of each task of the world")
     free_tokens: int = option(0, "tokens of a free answer; 0: what the longest option needs")
     call_limit: int = option(0, "explicit tool use too, with at most so many calls")
-    min_pixels: int = option(0, "least size of a checkpoint's images; 0: its processor's own")
-    max_pixels: int = option(0, "greatest size of a checkpoint's images")
+    max_pixels: int = option(0, "greatest size of a checkpoint's images; 0: its processor's own")
     json: str = option("", "write the table and every answer to this file")
     device: str = option("cuda" if torch.cuda.is_available() else "cpu", "any PyTorch device")
 
 
 def ask(path: str, options: Options) -> list[dict]:
     """The test questions of a run, or one question about one picture."""
-    vlm, config, ways = load_model(path, options.device, options.min_pixels,
-                                   options.max_pixels, options.alpha)
+    vlm, config, ways = load_model(path, options.device, options.max_pixels, options.alpha)
     config.data = options.data or config.data
     prefix = options.answer_prefix or config.answer_prefix
     # explicit tool use is a rival, so it lives in baselines/
     if options.call_limit:
         tool_use = optional_folder("baselines.tool_use", "--call_limit")
-        ways["call"] = partial(tool_use.answer, limit=options.call_limit)
+        ways["call"] = lambda evaluator: tool_use.answer(evaluator, options.call_limit)
     if not options.image:
         questions = test_questions(config, options.per_task, options.split)
         return answer_questions(Evaluator(vlm, questions, prefix), options.free_tokens, ways)

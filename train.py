@@ -285,7 +285,7 @@ def parse_config(argv: list[str] | None = None) -> Config:
 
 def main() -> None:
     if sys.argv[1:2] == ["--merge"]:
-        evaluate.merge(*sys.argv[2:])
+        run.merge(VLM, *sys.argv[2:])
     elif sys.argv[1:2] == ["--resume"]:
         train(run.read_config(config_class, sys.argv[2:]), resume=True)
     else:

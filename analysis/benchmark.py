@@ -107,8 +107,7 @@ def steps(config: train.Config) -> dict[str, float]:
 
 def answers(path: str, options: evaluate.Options) -> dict[str, float]:
     """Median milliseconds of an answer, for each way to answer."""
-    vlm, config, ways = evaluate.load_model(path, options.device, options.min_pixels,
-                                            options.max_pixels)
+    vlm, config, ways = evaluate.load_model(path, options.device, options.max_pixels)
     config.data = options.data or config.data
     ways = {way: getattr(evaluate.Evaluator, way) for way in ("direct", "free", "tool")} | ways
     times: dict[str, list[float]] = {way: [] for way in ways}

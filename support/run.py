@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers.utils import cached_file
 
-from support import processes
+from support import adapters, processes
 from support.files import (new_folder, read_json, read_tensors, write_json, write_tensors,
                            write_text)
 from support.records import digest
@@ -349,6 +349,17 @@ def finished(run: Path) -> tuple[SimpleNamespace, Path]:
     # only the last part of the name, so that it cannot lead out of the run
     name = Path(read_json(run / "best.json")["checkpoint"]).name
     return SimpleNamespace(**read_json(run / "config.json")), run / name
+
+
+def merge(model_class: Callable, *arguments: str) -> None:
+    """RUN DIR [DTYPE]: the run's best checkpoint as an ordinary folder without our code."""
+    if len(arguments) not in (2, 3):
+        raise ValueError("write python train.py --merge RUN DIR, or ... DIR float32")
+    config, checkpoint = finished(Path(arguments[0]))
+    vlm = model_class(config.model, getattr(torch, config.dtype), config.min_pixels,
+                      config.max_pixels)
+    dtypes = [getattr(torch, name) for name in arguments[2:]]
+    adapters.save_merged(vlm, checkpoint, Path(arguments[1]), *dtypes)
 
 
 def log(out: Path, kind: str, record: dict) -> None:

@@ -85,11 +85,11 @@ def test_a_run_equals_plain_loops(tmp_path, monkeypatch, as_program, capsys):
         answers = read_json(tmp_path / "a.json")["answers"]
         assert all(f"-{split}-" in answer["id"] for answer in answers)
     merged = []
-    monkeypatch.setattr(evaluate.adapters, "save_merged", lambda _, *rest: merged.append(rest))
+    monkeypatch.setattr(run.adapters, "save_merged", lambda _, *rest: merged.append(rest))
     as_program(train.__file__, "--merge", out, "DIR")
     assert merged == [(out / best["checkpoint"], Path("DIR"))]
     with pytest.raises(ValueError, match="--merge RUN DIR"):
-        evaluate.merge(str(out))
+        run.merge(train.VLM, str(out))
 
 
 @pytest.mark.parametrize("method", ["dropout+running_mean", "ema"])

@@ -95,7 +95,7 @@ def test_the_questions_of_a_checkpoint(monkeypatch):
     assert vars(options) == dict(
         image="", question="", options="", again=False, data="",
         answer_prefix="", alpha=1.0, split="test", per_task=200, free_tokens=0, call_limit=0,
-        min_pixels=0, max_pixels=0, json="", device="cpu")
+        max_pixels=0, json="", device="cpu")
     monkeypatch.setattr(evaluate, "test_questions", lambda config, *rest: calls.append(
         (vars(config).copy(), *rest)) or QUESTIONS[:1])
     for more in (dict(), dict(data="DIR", per_task=7, split="validation")):

@@ -70,7 +70,7 @@ def test_the_run_folder_holds_what_the_docs_say(finished):
 
 def test_the_merged_folder_answers_in_plain_transformers_as_the_run_does(finished, tmp_path):
     out, merged = finished[0], tmp_path / "merged"
-    evaluate.merge(out, merged)
+    run.merge(train.VLM, out, merged)
     plain, tokenizer, processor = (kind.from_pretrained(merged) for kind in (
         AutoModelForImageTextToText, AutoTokenizer, AutoImageProcessor))
     vlm, _, _ = evaluate.load_model(out, "cpu")
