@@ -20,6 +20,7 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -152,8 +153,7 @@ def method_of(config) -> type[Method]:
 
 
 def report(out: Path, config, tests: Sequence[Example], before: list, seconds: float) -> None:
-    """Ask the best checkpoint the test questions; print and keep its answers."""
-    # loaded as a user would load it
+    """Ask the best checkpoint, loaded as a user would; print and keep its answers."""
     vlm, config, ways = load_model(out, config.device)
     # `tool` shows trajectories as training did
     tests = [method_of(config).adapt(example, config) for example in tests]
@@ -193,7 +193,7 @@ def ask(path: str, options: Options) -> list[dict]:
     # explicit tool use is a rival, so it lives in baselines/
     if options.call_limit:
         tool_use = optional_folder("baselines.tool_use", "--call_limit")
-        ways["call"] = lambda evaluator: tool_use.answer(evaluator, options.call_limit)
+        ways["call"] = partial(tool_use.answer, limit=options.call_limit)
     if not options.image:
         questions = test_questions(config, options.per_task, options.split)
         return answer_questions(Evaluator(vlm, questions, prefix), options.free_tokens, ways)

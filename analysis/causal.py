@@ -115,14 +115,14 @@ def partners(examples: list[Example], place: int, fits: Callable = lambda one, o
 
     Drawn with a fixed seed; as far as they fit, no question twice before all were used.
     """
-    pixels, found = {ex.id: picture_digest(ex.images[place]) for ex in examples}, {}
+    pixels, pairs = {ex.id: picture_digest(ex.images[place]) for ex in examples}, {}
     for task in dict.fromkeys(ex.task for ex in examples):
         rows = [ex for ex in examples if ex.task == task]
         random.Random(0).shuffle(rows)
         for n, one in enumerate(rows):
-            found[one.id] = next((other for other in rows[n + 1:] + rows[:n] if fits(one, other)
-                                  and pixels[one.id] != pixels[other.id]), None)
-    return [(ex, found[ex.id]) for ex in examples if found[ex.id]]
+            pairs[one.id] = next((other for other in rows[n + 1:] + rows[:n] if fits(one, other)
+                               and pixels[one.id] != pixels[other.id]), None)
+    return [(ex, pairs[ex.id]) for ex in examples if pairs[ex.id]]
 
 
 def fits(one: Example, other: Example, same: bool) -> bool:

@@ -51,15 +51,15 @@ class Checks(Dataset):
         """(task, split, tokens of the longest text that the run makes of it, what was found)"""
         example, tokens = self.examples[row], 0
         where = self.examples.where(row) if self.config.data else f"record {example.id}"
-        found = {str(image): self.look(image, where) for image in example.images
+        results = {str(image): self.look(image, where) for image in example.images
                  if isinstance(image, Path)}
         # the code of a run would stop at a faulty image, which is listed already
-        if not any(fault for fault, _ in found.values()):
+        if not any(fault for fault, _ in results.values()):
             try:
                 tokens = token_count(example, self.chat, self.config, self.common)
             except ValueError as error:
-                found[where] = f"{where}: {error}", ""
-        return example.task, example.split, tokens, found
+                results[where] = f"{where}: {error}", ""
+        return example.task, example.split, tokens, results
 
     def look(self, file: Path, where: str) -> tuple[str, str]:
         # many records may name an image; a process opens it once
@@ -95,12 +95,12 @@ def check_data(config: train.Config) -> None:
     loader = DataLoader(Checks(examples, chat, config), 16, collate_fn=list, num_workers=processes,
                         multiprocessing_context="fork" if processes else None)
     checked = list(progress(chain.from_iterable(loader), "checking records", len(examples)))
-    found: Found = {}
+    results: Found = {}
     for *_, own in checked:
         # the first record that names an image counts
-        found |= {name: result for name, result in own.items() if name not in found}
-    faults += [fault for fault, _ in found.values() if fault]
-    if few := [f"{file} ({values})" for file, (_, values) in found.items() if values]:
+        results |= {name: result for name, result in own.items() if name not in results}
+    faults += [fault for fault, _ in results.values() if fault]
+    if few := [f"{file} ({values})" for file, (_, values) in results.items() if values]:
         notes.append(f"{len(few)} images use few of their values, so that the model sees little in "
                      f"them; stretch the values to the range: {', '.join(few)}")
     if config.data:

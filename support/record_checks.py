@@ -87,19 +87,19 @@ def _check_last_text(text: str, options: list[str], answer: str, prefix: str) ->
     other option's.
     """
     # most texts end in the prefix and the very answer, which takes no comparison of forms
-    head, found, end = text.rpartition(prefix.strip() or "\0")
-    if found and not head[-1:].isalnum() and end.strip(" .") == answer:
+    head, mark, end = text.rpartition(prefix.strip() or "\0")
+    if mark and not head[-1:].isalnum() and end.strip(" .") == answer:
         return ""
     stated = stated_answer(text, prefix)
-    given = text if stated is None else stated
-    said = option_index(given, options)
-    right = said is not None and options[said] == answer
-    if said is None:
+    words = text if stated is None else stated
+    option = option_index(words, options)
+    right = option is not None and options[option] == answer
+    if option is None:
         others = [o for o in options if stated is not None and not contains(answer, o)]
-        right = contains(given, answer) and not any(contains(given, o) for o in others)
+        right = contains(words, answer) and not any(contains(words, o) for o in others)
     if not right:
-        raise ValueError(f"the last text says {given!r:.80} but the field 'answer' is "
+        raise ValueError(f"the last text says {words!r:.80} but the field 'answer' is "
                          f"{answer!r:.80}; correct one of them")
     if not has_prefix(text, prefix):
         return NO_PREFIX
-    return OTHER_WORDS if said is None else ""
+    return OTHER_WORDS if option is None else ""

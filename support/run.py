@@ -38,7 +38,7 @@ from support.records import digest
 
 LOCK = "lock"
 # what the screen shows of a line of the log
-SHOWN = ("loss", "vlm", "jepa", "nextlat", "recon", "r2", "retrieval", "effective_rank",
+SCREEN = ("loss", "vlm", "jepa", "nextlat", "recon", "r2", "retrieval", "effective_rank",
          "mean_cosine", "lr", "grad_norm", "ms")
 STOPPED = "stopped; python train.py --resume RUN continues from the last state, if there is one"
 
@@ -66,7 +66,7 @@ class Run:
             if not self.resume and any(file.name != LOCK for file in self.out.glob("*")):
                 raise FileExistsError(f"{self.out} already holds files, perhaps a run: choose "
                                       "another --out, nothing is overwritten")
-            self.made = not self.out.exists()
+            self.is_new = not self.out.exists()
             self.out.mkdir(parents=True, exist_ok=True)
             self.lock = FileLock(self.out / LOCK)
             try:
@@ -81,7 +81,7 @@ class Run:
             self.lock.release()
             # a run that failed before its first step leaves no empty folder of its own behind
             with suppress(OSError):
-                if self.made:
+                if self.is_new:
                     self.out.rmdir()
 
     # ---- before the first step ----
@@ -179,7 +179,7 @@ class Run:
                                  waited=self.waited / max(1e-9, seconds))
         log(self.out, "train", dict(step=step, **metrics))
         left = int((self.config.steps - step) * seconds)
-        print(f"{step:5d}/{self.config.steps} {shown(metrics)}, {left // 60}:{left % 60:02d} left",
+        print(f"{step:5d}/{self.config.steps} {screen(metrics)}, {left // 60}:{left % 60:02d} left",
               flush=True)
 
     def validates(self, step: int) -> bool:
@@ -192,7 +192,7 @@ class Run:
         if not self.writes:
             return
         log(self.out, "valid", dict(step=step, **metrics))
-        print(f"      validation: {shown(metrics)}", flush=True)
+        print(f"      validation: {screen(metrics)}", flush=True)
         if hint := collapse_hint(metrics, bool(method.targets.cache)):
             print(f"      {hint}", flush=True)
         if metrics["loss"] < self.best:
@@ -375,8 +375,8 @@ def truncate_log(file: Path, step: int) -> None:
                              if line.endswith("}") and json.loads(line)["step"] <= step))
 
 
-def shown(metrics: dict[str, float]) -> str:
-    return " ".join(f"{name} {metrics[name]:.4g}" for name in SHOWN if name in metrics)
+def screen(metrics: dict[str, float]) -> str:
+    return " ".join(f"{name} {metrics[name]:.4g}" for name in SCREEN if name in metrics)
 
 
 def collapse_hint(metrics: dict[str, float], frozen: bool) -> str:

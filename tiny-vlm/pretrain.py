@@ -414,8 +414,8 @@ class Talker:
         for _ in range(rng.choice((1, 2, 2, 3))):
             picture = rng.choice(pool)
             wordless = [row for row in picture.questions if not row[0]]
-            asked = [row for row in picture.questions if row[0]]
-            chosen = rng.choices(asked, k=rng.choice((1, 2, 3)))
+            with_words = [row for row in picture.questions if row[0]]
+            chosen = rng.choices(with_words, k=rng.choice((1, 2, 3)))
             if rng.random() < 0.3:
                 chosen[0] = rng.choice(wordless)
             # two sentences: a description, then an answer
