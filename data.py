@@ -15,6 +15,7 @@ images.py), processes that prepare data (support/loading.py), the small world (w
 """
 
 import dataclasses
+from bisect import bisect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -24,7 +25,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset, Sampler
 
 from support.chat import Chat, View
-from support.features import LoadedImage, load_images, with_pixels
+from support.images import LoadedImage, load_images, with_pixels
 from support.records import Example
 
 
@@ -57,12 +58,11 @@ def make_views(chat: Chat, example: Example, images: list[LoadedImage], pred_tok
     """
     if not example.texts:
         raise ValueError(f"example {example.id} has a trajectory without text: nothing to learn")
-    chat.check_text(example)
     turns, keys = chat.turns(example), [image.key for image in images]
     # Deviation: the paper's h_R is the state of R's last token. Ours is that of the last
     # end-of-turn token, as in the release: the same token in every R, so its state is not that of
-    # one word. What the template writes behind that token (a newline) is dropped.
-    whole = chat.conversation(turns, images).without_layout()
+    # one word. The conversation ends there, without the template's newline.
+    whole = chat.conversation(turns, images)
     full = View(whole.ids, whole.labels, keys, len(whole.ids) - 1)
 
     # Deviation: the paper appends [PRED] to <I0, Q>. Here they stand behind the generation prompt,
@@ -74,8 +74,8 @@ def make_views(chat: Chat, example: Example, images: list[LoadedImage], pred_tok
                       tuple(range(len(prompt.ids), len(ids))))
 
     # The target view has the same tokens from the first turn of R on: I0 and Q must not leak in.
-    # turn_starts counts characters; first_after finds the token
-    first, bos = whole.first_after(whole.turn_starts[1]), chat.tokenizer.bos_token_id
+    # turn_starts counts characters: the first token that ends behind that place
+    first, bos = bisect(whole.ends, whole.turn_starts[1]), chat.tokenizer.bos_token_id
     # where the tokenizer opens every text with BOS, the target view has one too, unsupervised
     opening = [bos] if whole.ids[0] == bos and whole.ids[first] != bos else []
     ids, labels = opening + whole.ids[first:], [-100] * len(opening) + whole.labels[first:]
@@ -187,7 +187,7 @@ class Batch:
     embed_at: torch.Tensor
     # keys in order of appearance, row after row
     images: list[str]
-    # for two views in one pass (support/packing.py): how many first tokens both share, (B,), and
+    # for two views in one pass (support/step.py): how many first tokens both share, (B,), and
     # how many last positions belong to the second
     shared: torch.Tensor | None = None
     branch: int = 0

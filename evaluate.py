@@ -18,7 +18,7 @@ learned to call tools begins `free` with a call. `tool` tests the end of R, not 
 
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -28,15 +28,16 @@ import torch
 
 from model import VLM
 from support import answers, run, tables
-from support.chat import Chat, View
-from support.features import ImageEncoder, LoadedImage, load_images, with_pixels
+from support.chat import View
 from support.files import read_json, write_json
-from support.method import Method
+from support.images import ImageEncoder, load_images, with_pixels
 from support.options import option, optional_folder, parse
-from support.processes import run_program
-from support.questions import answer_record, in_batches, make_question
+from support.processes import progress, run_program
 from support.records import Example
 from support.splits import test_questions
+from support.step import Method
+from support.tables import answer_record
+
 
 
 class Evaluator:
@@ -47,33 +48,39 @@ class Evaluator:
     def __init__(self, vlm: VLM, examples: Sequence[Example], prefix: str = "Answer:",
                  batch: int = 64):
         self.vlm, self.examples, self.prefix, self.batch = vlm, list(examples), prefix, batch
-        self.chat, family = Chat(vlm.family, vlm.max_positions), vlm.family
-        self.encode_images = ImageEncoder(family)
+        self.chat, self.encode_images = vlm.chat, ImageEncoder(vlm.family)
         # the form of an answer, such as "Answer: **x**."; without a trajectory the most common one
-        common = answers.common_form(self.examples, prefix)
-        self.questions = []
-        for example in self.examples:
-            images = [image._replace(picture=None) for image in load_images(example, family)]
-            last = example.texts[-1] if example.texts else ""
-            form = answers.form_of(last, example.answer, prefix) or common
-            self.questions.append(make_question(self.chat, example, images, form))
+        forms = answers.forms(self.examples, prefix)
+        # questions as tokens, and their images, which are opened again where pixels are needed
+        self.questions, self.images = [], []
+        for example, form in zip(self.examples, forms):
+            images = load_images(example, vlm.family)
+            self.questions.append(self.chat.question(example, images, form))
+            self.images.append([image._replace(picture=picture)
+                                for image, picture in zip(images, example.images)])
+
+    def batches(self, views: Sequence[View | None]) -> Iterator[list[int]]:
+        """The numbers of the views that are there, in batches."""
+        # sorted by length, because a short prompt beside a long one is mostly padding
+        order = sorted((n for n, view in enumerate(views) if view), key=lambda n: len(views[n].ids))
+        for start in progress(range(0, len(order), self.batch), "answers"):
+            yield order[start:start + self.batch]
 
     def direct(self) -> list[dict]:
         """The option with the largest log-probability, as lm-evaluation-harness scores them."""
         # q.prompt is <I0, Q> and the generation prompt, q.started the same with "Answer:" behind it
-        return in_batches([q.started for q in self.questions], self.score_options, self.batch)
-
-    def score_options(self, views: list[View], indices: list[int]) -> list[dict]:
-        options = [self.questions[n].options for n in indices]
-        features = self.encode_images(self.images(indices, self.encode_images.cache, tools=False))
-        results = []
-        for n, scores in zip(indices, self.vlm.log_probs(views, options, features)):
-            best = max(range(len(scores)), key=scores.__getitem__)
-            # a model that has broken down (NaN) chooses nothing
-            best = None if any(map(math.isnan, scores)) else best
-            text = "" if best is None else self.examples[n].options[best]
-            results.append(dict(text=text, option=best, log_probs=scores, tokens=0, images=1,
-                                passes=1))
+        views, results = [q.started for q in self.questions], [{}] * len(self.questions)
+        for numbers in self.batches(views):
+            features = self.encode_images([self.images[n][0] for n in numbers])
+            scores = self.vlm.log_probs([views[n] for n in numbers],
+                                        [self.questions[n].options for n in numbers], features)
+            for n, own in zip(numbers, scores):
+                best = max(range(len(own)), key=own.__getitem__)
+                # a model that has broken down (NaN) chooses nothing
+                best = None if any(map(math.isnan, own)) else best
+                text = "" if best is None else self.examples[n].options[best]
+                results[n] = dict(text=text, option=best, log_probs=own, tokens=0, images=1,
+                                  passes=1)
         return results
 
     def free(self, tokens: int = 0) -> list[dict]:
@@ -96,22 +103,18 @@ class Evaluator:
 
     def generate(self, views: list[View | None], tokens: int) -> list[dict | None]:
         """Greedy decoding of each view."""
-        def decode(part: list[View], indices: list[int]) -> list[dict]:
-            # `generate` takes pixels, so here every image needs them
-            images = self.images(indices, tools=any(len(view.images) > 1 for view in part))
-            rows = self.vlm.generate(part, images, self.encode_images, tokens)
-            return [dict(text=self.decode(ids), tokens=len(ids), images=len(view.images),
-                         passes=len(ids)) for ids, view in zip(rows, part)]
-
-        return in_batches(views, decode, self.batch)
-
-    def images(self, indices: list[int], cache=(), tools: bool = True) -> list[LoadedImage]:
-        """The images of these examples, or I0 alone. cache: keys that need no pixels."""
-        family, examples = self.vlm.family, [self.examples[n] for n in indices]
-        if not tools:
-            examples = [replace(example, trajectory=[]) for example in examples]
-        return [image for example in examples
-                for image in with_pixels(load_images(example, family), family, cache)]
+        results: list = [None] * len(views)
+        for numbers in self.batches(views):
+            part = [views[n] for n in numbers]
+            # `generate` takes pixels: those of the images that a view shows
+            images = [image for n, view in zip(numbers, part)
+                      for image in self.images[n][:len(view.images)]]
+            rows = self.vlm.generate(part, with_pixels(images, self.vlm.family),
+                                     self.encode_images, tokens)
+            for n, ids in zip(numbers, rows):
+                results[n] = dict(text=self.decode(ids), tokens=len(ids),
+                                  images=len(views[n].images), passes=len(ids))
+        return results
 
     def decode(self, ids: list[int]) -> str:
         return self.vlm.tokenizer.decode(ids, skip_special_tokens=True)

@@ -20,10 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from data import Batch, collate
-from losses import at_least_float32
-from support import adapters, families, packing, processes
-from support.chat import View
-from support.features import EncodedImage, LoadedImage
+from support import adapters, families, processes, step
+from support.chat import Chat, View
+from support.images import EncodedImage, LoadedImage
 from support.lora import add_lora, lora_layers
 
 
@@ -53,7 +52,8 @@ class VLM(nn.Module):
         self.tokenizer = self.family.tokenizer
         self.pad_id: int = self.lm.generation_config.pad_token_id
         self.dim: int = self.lm.config.text_config.hidden_size
-        self.max_positions: int = self.lm.config.text_config.max_position_embeddings
+        # conversations as tokens
+        self.chat = Chat(self.family, self.lm.config.text_config.max_position_embeddings)
 
     @property
     def device(self) -> torch.device:
@@ -136,7 +136,7 @@ class VLM(nn.Module):
 
         mask = batch.mask.long()
         if batch.shared is not None:
-            positions, mask = packing.branch_inputs(batch, positions, self.lm.dtype)
+            positions, mask = step.branch_inputs(batch, positions, self.lm.dtype)
         return dict(inputs_embeds=embeds, attention_mask=mask, position_ids=positions,
                     is_image=is_image, levels=levels)
 
@@ -168,7 +168,7 @@ class VLM(nn.Module):
             first = len(prompts[n].ids) - 1
             for option in its_options:
                 state = states[rows.index((n, *option[:-1])), first:first + len(option)]
-                log_p = at_least_float32(self.lm.lm_head(state)).log_softmax(dim=-1)  # (tokens, V)
+                log_p = self.lm.lm_head(state).log_softmax(-1, torch.float32)  # (tokens, V)
                 scores[-1].append(float(log_p[range(len(option)), option].sum()))
         return scores
 
@@ -178,7 +178,7 @@ class VLM(nn.Module):
         """Greedy continuation of each view by the model's own `generate`: the new token ids, up to
         the end of the turn.
 
-        images: with pixels. encode: features of images (support/features.py), for families whose
+        images: with pixels. encode: features of images (support/images.py), for families whose
         `generate` takes embeddings.
         """
         # padding on the left, so that the next token of every row stands in the same column

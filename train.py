@@ -32,13 +32,13 @@ from data import StepRows, Trajectories, TrainingExample, Views, collate, make_v
 from losses import Losses
 from model import VLM, Encoded
 from predictor import Predictor
-from support import packing, processes, run, splits
+from support import processes, run, splits
 from support.chat import Chat
-from support.features import EncodedImage, ImageEncoder, LoadedImage, StoredTargets
+from support.images import EncodedImage, ImageEncoder, LoadedImage
 from support.loading import load
-from support.method import Method
 from support.options import option, optional_folder, parse, value_of, with_options
 from support.records import Example
+from support.step import Method, StoredTargets, encode_two_views
 
 
 @dataclass
@@ -80,7 +80,7 @@ class Config:
 class Pearl(Method):
     """One training step of Pearl. Every other method is a subclass (baselines/)."""
 
-    # Method (support/method.py) has the optimiser's constants, and hooks that do nothing here.
+    # Method (support/step.py) has the optimiser's constants, and hooks that do nothing here.
     # sees_next: the latent predictor reads the next token's embedding.
     # one_pass: two views share a forward pass.
     sees_next, one_pass = True, True
@@ -123,7 +123,7 @@ class Pearl(Method):
         pred_tokens, pad_id = self.predictor.pred_tokens, self.vlm.pad_id
         # the same result with both views in one forward pass, where the model's attention allows it
         if self.one_pass and self.vlm.family.packs:
-            return packing.encode_two_views(self.vlm, full, inputs, images, pred_tokens, collate)
+            return encode_two_views(self.vlm, full, inputs, images, pred_tokens, collate)
         # one forward pass for each view
         encoded = self.vlm(collate(full, pad_id), images)
         return encoded, self.vlm(collate(inputs, pad_id), images, pred_tokens).embedding
@@ -193,8 +193,7 @@ def dataset(method: Pearl, examples: Sequence[Example], split: str) -> Trajector
     """A split as the method learns it."""
     kind, config, vlm = type(method), method.config, method.vlm
     return Trajectories(kind.records(examples, config), split, partial(kind.views, config),
-                        Chat(vlm.family, vlm.max_positions), method.encode_images.cache,
-                        config.skip_bad)
+                        vlm.chat, method.encode_images.cache, config.skip_bad)
 
 
 def fit(config: Config, this_run: run.Run) -> tuple | None:

@@ -20,15 +20,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # before any ot
 
 import train
 from support import splits
-from support.answers import common_form, form_of
+from support.answers import forms
 from support.chat import Chat
 from support.families import load_family
-from support.features import load_images
+from support.images import load_images
 from support.images import few_values, open_image
-from support.picture_splits import SPLITS
 from support.processes import progress, run_program
-from support.questions import make_question
-from support.records import Example, Records, read_folder
+from support.records import SPLITS, Example, Records
 
 PER_PROCESS = 200  # records for which a further process pays
 # image, or record if it is faulty -> (its fault, its values if they are few)
@@ -40,8 +38,8 @@ class Checks(Dataset):
 
     def __init__(self, examples: list[Example] | Records, chat: Chat, config: train.Config):
         self.examples, self.chat, self.config = examples, chat, config
-        self.common = common_form([ex for ex in examples if ex.split == "test"],
-                                  config.answer_prefix)
+        tests = [ex for ex in examples if ex.split == "test"]
+        self.forms = {ex.id: form for ex, form in zip(tests, forms(tests, config.answer_prefix))}
         self.seen: dict[Path, tuple[str, str]] = {}
 
     def __len__(self) -> int:
@@ -56,7 +54,7 @@ class Checks(Dataset):
         # the code of a run would stop at a faulty image, which is listed already
         if not any(fault for fault, _ in results.values()):
             try:
-                tokens = token_count(example, self.chat, self.config, self.common)
+                tokens = token_count(example, self.chat, self.config, self.forms)
             except ValueError as error:
                 results[where] = f"{where}: {error}", ""
         return example.task, example.split, tokens, results
@@ -71,14 +69,12 @@ class Checks(Dataset):
         return self.seen[file]
 
 
-def token_count(example: Example, chat: Chat, config: train.Config, common) -> int:
+def token_count(example: Example, chat: Chat, config: train.Config, answer_forms) -> int:
     """The tokens of the longest view that the run makes. Raises ValueError naming an example that
     cannot be trained on, or asked."""
     images = load_images(example, chat.family)
     if example.split == "test":
-        last = example.texts[-1] if example.texts else ""
-        form = form_of(last, example.answer, config.answer_prefix) or common
-        return len(make_question(chat, example, images, form).started.ids)
+        return len(chat.question(example, images, answer_forms[example.id]).started.ids)
     views = train.find_method(config.method).views(config, chat, example, images)
     return max(len(view.ids) for view in views)
 
@@ -88,7 +84,7 @@ def check_data(config: train.Config) -> None:
     start, faults, notes = time.time(), [], []
     family = load_family(config.model, config.min_pixels, config.max_pixels)
     chat = Chat(family, family.lm.config.text_config.max_position_embeddings)
-    examples = list(chain(*splits.load_splits(config))) if not config.data else read_folder(
+    examples = list(chain(*splits.load_splits(config))) if not config.data else splits.read_folder(
         config.data, config.answer_prefix, problems=faults, by_pixels=True)
     processes = min(os.cpu_count(), len(examples) // PER_PROCESS)
     # the results come in the order of the rows, whichever process has them

@@ -38,10 +38,10 @@ from data import collate
 from model import VLM
 from predictor import Predictor
 from support import run
-from support.features import load_images
+from support.images import load_images
 from support.files import new_folder, read_json, read_tensors, write_json
 from support.processes import run_program
-from support.questions import answer_record
+from support.tables import answer_record
 from support.records import Example
 from support.splits import load_splits
 from support.tables import HELD_OUT, overall, summarise

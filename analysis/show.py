@@ -27,7 +27,7 @@ from baselines import Recon, variants
 from data import View, collate
 from support.chat import Chat
 from support.families import load_family
-from support.features import load_images
+from support.images import load_images
 from support.options import option, optional_folder, parse, value_of
 from support.processes import run_program
 from support.records import Example, read_record

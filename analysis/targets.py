@@ -38,8 +38,7 @@ from baselines.variants import mean_at, positions, states_entering
 from data import TrainingExample, Trajectories
 from model import VLM
 from support import options
-from support.chat import Chat
-from support.features import EncodedImage
+from support.images import EncodedImage
 from support.files import read_json
 from support.processes import run_program
 from support.records import Example
@@ -70,8 +69,7 @@ def batches_of(method: train.Pearl, records: Sequence[Example]
     method.eval()
     # not train.dataset: a method that learns bare answers has other records than these
     views = partial(type(method).views, method.config)
-    chat = Chat(method.vlm.family, method.vlm.max_positions)
-    dataset = Trajectories(records, "", views, chat, method.encode_images.cache)
+    dataset = Trajectories(records, "", views, method.vlm.chat, method.encode_images.cache)
     for rows in torch.arange(len(dataset)).split(method.config.batch):
         (batch,) = dataset.micro_batches(rows.tolist(), len(rows))
         yield batch, method.encode_images([image for ex in batch for image in ex.images])

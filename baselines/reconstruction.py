@@ -20,10 +20,9 @@ from baselines.variants import Examples, Images, read_all
 from data import Trajectories, Views, collate
 from model import VLM
 from support.chat import Chat, View
-from support.features import LoadedImage
+from support.images import LoadedImage
 from support.files import read_tensors
 from support.options import option
-from support.questions import in_batches
 from support.records import Example
 from train import Pearl
 
@@ -58,7 +57,7 @@ class Recon(Pearl):
                         else LATENT_START + LATENT_END * (next(counts) + 1)
                         for step in example.trajectory)
         turns = [*chat.turns(example)[:1], ("assistant", [words])]
-        whole = chat.conversation(turns, images[:1]).without_layout()
+        whole = chat.conversation(turns, images[:1])
         chat.check_length(len(whole.ids), example)
         # the markers of the question's image are not supervised
         end = chat.tokenizer.convert_tokens_to_ids(LATENT_END)
@@ -191,11 +190,13 @@ def answer(evaluator, scale: LatentScale, latents: int, instead: Callable | None
     vlm = evaluator.vlm
     start = vlm.tokenizer.convert_tokens_to_ids(LATENT_START)
 
-    def decode(views: list[View], numbers: list[int]) -> list[dict]:
-        images = evaluator.encode_images(evaluator.images(numbers, evaluator.encode_images.cache))
-        control = instead and (lambda row, *latent: instead(numbers[row], *latent))
-        rows = generate_latent(vlm, views, images, scale, latents, tokens, control)
-        return [dict(text=evaluator.decode(ids), tokens=len(ids), latents=fed, images=1,
-                     passes=len(ids) + fed + ids.count(start)) for ids, fed in rows]
-
-    return in_batches([q.prompt for q in evaluator.questions], decode, evaluator.batch)
+    views, results = [q.prompt for q in evaluator.questions], [{}] * len(evaluator.questions)
+    for numbers in evaluator.batches(views):
+        images = evaluator.encode_images([evaluator.images[n][0] for n in numbers])
+        control = instead and (lambda row, *latent, of=numbers: instead(of[row], *latent))
+        rows = generate_latent(vlm, [views[n] for n in numbers], images, scale, latents, tokens,
+                               control)
+        for n, (ids, fed) in zip(numbers, rows):
+            results[n] = dict(text=evaluator.decode(ids), tokens=len(ids), latents=fed, images=1,
+                              passes=len(ids) + fed + ids.count(start))
+    return results

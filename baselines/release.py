@@ -18,7 +18,7 @@ from baselines.variants import Current
 from data import Views
 from model import Encoded
 from support.chat import Chat, View
-from support.features import LoadedImage
+from support.images import LoadedImage
 from support.lora import add_lora
 from support.options import option
 from support.records import Example
@@ -88,7 +88,7 @@ class Release(Current):
         if config.target_image:
             # the conversation without the question's text: R behind a user turn with I0 alone
             turns = [("user", [example.image]), *chat.turns(example)[1:]]
-            whole = chat.conversation(turns, images).without_layout()
+            whole = chat.conversation(turns, images)
             target = View(whole.ids, whole.labels, full.images, len(whole.ids) - 1)
         if config.supervise_turns == "last":
             # what follows the last but one end of a turn; no text may hold that token
@@ -119,8 +119,8 @@ class Release(Current):
 
 def with_layout(chat: Chat, view: View) -> View:
     """Supervised too: what the template writes behind an assistant's turn (Qwen: a line break)."""
-    turn = chat.conversation([("user", ["Q"]), ("assistant", ["Xyz"])], [])
-    layout = turn.ids[len(turn.without_layout().ids):]
+    turns = [("user", ["Q"]), ("assistant", ["Xyz"])]
+    layout = chat.conversation(turns, [], layout=True).ids[len(chat.conversation(turns, []).ids):]
     # the view was cut behind its last end of turn: that turn's layout is put back
     ids, labels = view.ids + layout, view.labels + [-100] * len(layout)
     for n, label in enumerate(view.labels, start=1):

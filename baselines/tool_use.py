@@ -4,8 +4,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-from support.features import load_images, with_pixels
-from support.questions import in_batches
+from support.images import load_images, with_pixels
 from support.records import Example
 from world.tools import CALL, TOOLS, call_tool
 
@@ -29,14 +28,13 @@ def converse(evaluator, limit: int) -> list["Talk"]:
     talks = [Talk(evaluator, example) for example in evaluator.examples]
     for _ in range(limit + 1):
         active = [talk for talk in talks if talk.has_room()]
-
-        def turns(views: list, numbers: list[int], active=active) -> list[list[int]]:
-            images = [image for n in numbers for image in with_pixels(active[n].images, family)]
-            return evaluator.vlm.generate(views, images, evaluator.encode_images, TURN_TOKENS)
-
-        replies = in_batches([talk.view for talk in active], turns, evaluator.batch)
-        for talk, token_ids in zip(active, replies):
-            talk.read(token_ids, limit)
+        for numbers in evaluator.batches([talk.view for talk in active]):
+            part = [active[n] for n in numbers]
+            images = [image for talk in part for image in with_pixels(talk.images, family)]
+            replies = evaluator.vlm.generate([talk.view for talk in part], images,
+                                             evaluator.encode_images, TURN_TOKENS)
+            for talk, token_ids in zip(part, replies):
+                talk.read(token_ids, limit)
     return talks
 
 

@@ -20,7 +20,7 @@ from data import Views, collate, make_views
 from losses import Losses, at_least_float32
 from model import Encoded
 from support.chat import Chat, View
-from support.features import ImageEncoder, LoadedImage
+from support.images import ImageEncoder, LoadedImage
 from support.options import option
 from support.records import Example
 from train import SFT, Pearl

@@ -20,7 +20,7 @@ from torch.func import functional_call
 from data import Batch, Trajectories, TrainingExample, collate
 from losses import at_least_float32
 from model import VLM, Encoded
-from support.features import EncodedImage
+from support.images import EncodedImage
 from support.options import option
 from support.processes import progress
 from train import Pearl

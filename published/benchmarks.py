@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import evaluate  # noqa: E402
 from model import VLM  # noqa: E402
 from published.common import open_boxes, parquet_rows, text_file  # noqa: E402
-from support.features import load_images  # noqa: E402
+from support.images import load_images  # noqa: E402
 from support.files import write_text  # noqa: E402
 from support.images import Picture, open_image  # noqa: E402
 from support.processes import run_program  # noqa: E402
@@ -196,17 +196,17 @@ def scores(kind: str, records: list[dict]) -> dict[str, list[float]]:
 def replies(vlm: VLM, items: list[Item], tokens: int, batch: int) -> list[str]:
     """Greedy answers. Raises ValueError naming the file and the item, before the first is asked."""
     evaluator, prompts = evaluate.Evaluator(vlm, [], batch=batch), []
-    evaluator.examples = [
+    examples = [
         Example(item.source, item.group, item.images[0], item.prompt, list(item.choices),
                 item.label[0], item.images[1:]) for item in items]
-    for example in evaluator.examples:
+    for example in examples:
         # no special token of the model in the texts, and room for the answer
-        evaluator.chat.check_text(example)
-        images = [image._replace(picture=None) for image in load_images(example, vlm.family)]
+        vlm.chat.turns(example)
+        evaluator.images.append(load_images(example, vlm.family))
         # every picture stands before the question, in the same turn
         turn = ("user", [*example.images, example.question])
-        prompts.append(evaluator.chat.prompt([turn], images))
-        evaluator.chat.check_length(len(prompts[-1].ids) + tokens, example)
+        prompts.append(vlm.chat.prompt([turn], evaluator.images[-1]))
+        vlm.chat.check_length(len(prompts[-1].ids) + tokens, example)
     return [answer["text"] for answer in evaluator.generate(prompts, tokens)]
 
 

@@ -42,10 +42,12 @@ def default_form(prefix: str) -> AnswerForm:
     return AnswerForm(prefix.strip(), "" if tight else " ", closing)
 
 
-def common_form(examples: list, prefix: str) -> AnswerForm:
-    """The most frequent form among the examples' last texts, or the default if none has one."""
-    forms = [form_of(ex.texts[-1], ex.answer, prefix) for ex in examples if ex.texts]
-    return mode(filter(None, forms)) if any(forms) else default_form(prefix)
+def forms(examples: list, prefix: str) -> list[AnswerForm]:
+    """How each example's last text writes its answer; the most frequent form for those whose text
+    does not show it, or else the default."""
+    found = [form_of(ex.texts[-1], ex.answer, prefix) if ex.texts else None for ex in examples]
+    common = mode(filter(None, found)) if any(found) else default_form(prefix)
+    return [form or common for form in found]
 
 
 def has_prefix(text: str, prefix: str) -> bool:

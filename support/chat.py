@@ -8,10 +8,12 @@ may be another one: the conversation is rendered with one more turn each time, s
 each turn is known in characters, and the tokenizer says which characters each token covers.
 """
 
+from bisect import bisect
 from typing import NamedTuple
 
+from support.answers import AnswerForm
 from support.families import Turn
-from support.features import LoadedImage
+from support.images import LoadedImage
 from support.records import Example
 
 
@@ -24,6 +26,16 @@ class View(NamedTuple):
     embed_at: int  # the position whose final-layer state is the view's embedding
     # positions whose input embedding comes from outside: [PRED] rows, or the rival's latents
     inject_at: tuple[int, ...] = ()
+
+
+class Question(NamedTuple):
+    """A test question as tokens."""
+
+    prompt: View  # <I0, Q> and the generation prompt
+    started: View  # the same, with the answer started: "Answer:"
+    options: list[list[int]]  # the tokens of each option behind it
+    # the prompt for the last text of the trajectory, tool images given; None: it has no tool image
+    tool: View | None
 
 
 class Speech(NamedTuple):
@@ -40,20 +52,11 @@ class Conversation(NamedTuple):
     text: str
     ids: list[int]
     labels: list[int]  # the token itself where the assistant speaks, else -100
-    # per token: where it ends in the text; per turn: where it begins (both in characters)
+    # per token: where it ends in the text, in rising order; per turn: where it begins. Both are in
+    # characters: bisect(ends, position) is the first token that reaches beyond a position
     ends: list[int]
     turn_starts: list[int]
     speeches: list[Speech]
-
-    def first_after(self, position: int) -> int:
-        """The first token that reaches beyond a position of the text."""
-        return next((n for n, end in enumerate(self.ends) if end > position), len(self.ends))
-
-    def without_layout(self) -> "Conversation":
-        """Without what the template writes after the last end-of-turn token (Qwen: a newline):
-        h_R is the state of the end token."""
-        stop = max(n for n, label in enumerate(self.labels) if label != -100) + 1
-        return self._replace(ids=self.ids[:stop], labels=self.labels[:stop], ends=self.ends[:stop])
 
 
 class Chat:
@@ -77,8 +80,13 @@ class Chat:
                 f"prompt, text, end of turn: {self.header!r} and {turn!r}; give the checkpoint "
                 "another chat_template.jinja")
 
-    @staticmethod
-    def turns(example: Example) -> list[Turn]:
+    def turns(self, example: Example) -> list[Turn]:
+        """Raises ValueError if a text holds what the template uses as its own markup."""
+        text = "\n".join([example.question, *example.options, *example.texts])
+        for token in self.family.reserved:
+            if token in text:
+                raise ValueError(f"example {example.id}: the text contains the model's special "
+                                 f"token {token!r}; remove it")
         steps = [("assistant" if isinstance(step, str) else "user", [step])
                  for step in example.trajectory]
         # the image comes first, as in the families' own examples
@@ -91,9 +99,10 @@ class Chat:
         return View(ids, [-100] * len(ids), [image.key for image in images], len(ids) - 1)
 
     def conversation(self, turns: list[Turn], images: list[LoadedImage],
-                     prompt: bool = False) -> Conversation:
-        """The turns as tokens, followed by the generation prompt if `prompt`. images: those of the
-        turns, in order. Raises ValueError if the template rewrites earlier turns or changes the
+                     prompt: bool = False, layout: bool = False) -> Conversation:
+        """The turns as tokens. images: those of the turns, in order. prompt: the generation prompt
+        follows. layout: with what the template writes after the last end-of-turn token (Qwen: a
+        newline). Raises ValueError if the template rewrites earlier turns or changes the
         assistant's text."""
         # `rendered` has one placeholder per image; in `text` the placeholders are expanded
         rendered, text, starts, speeches, images = "", "", [], [], iter(images)
@@ -118,7 +127,11 @@ class Chat:
         # supervised: from the first word up to and with the end-of-turn token
         labels = [token if any(s.start < end and start <= s.end for s in speeches) else -100
                   for token, (start, end) in zip(ids, spans)]
-        return Conversation(text, ids, labels, [end for _, end in spans], starts, speeches)
+        ends, stop = [end for _, end in spans], len(ids)
+        # h_R is the state of the end-of-turn token, so nothing may follow it
+        while not prompt and not layout and labels[stop - 1] == -100:
+            stop -= 1
+        return Conversation(text, ids[:stop], labels[:stop], ends[:stop], starts, speeches)
 
     def _speech(self, turn: str, words: str, start: int) -> Speech:
         """The place of the words in an assistant's turn that begins at `start`."""
@@ -134,15 +147,35 @@ class Chat:
         first = start + len(opening)
         return Speech(start + len(header), first, first + len(words) + blanks)
 
-    # ---- checks, each a ValueError with one sentence ----
-
-    def check_text(self, example: Example) -> None:
-        """No text may contain what the template uses as its own markup."""
-        text = "\n".join([example.question, *example.options, *example.texts])
-        for token in self.family.reserved:
-            if token in text:
-                raise ValueError(f"example {example.id}: the text contains the model's special "
-                                 f"token {token!r}; remove it")
+    def question(self, example: Example, images: list[LoadedImage], form: AnswerForm) -> Question:
+        """A test question. form: how its answer is written. Raises ValueError naming an example
+        that cannot be asked, because of a special token in its texts or its length."""
+        turns, whole, ends = self.turns(example), [], []
+        # each option is tokenised as training would: inside the whole answer
+        for option in example.options:
+            answer = self.conversation([turns[0], ("assistant", [form.text(option)])], images[:1])
+            whole.append(answer.ids)
+            prefix_end = answer.speeches[0].words + len(form.prefix)
+            # the option's own tokens end here; its full stop and the end of the turn follow
+            ends.append(bisect(answer.ends, prefix_end + len(form.gap) + len(option) - 1) + 1)
+        # the prompt is what all options share, up to the end of the prefix
+        start = bisect(answer.ends, prefix_end)
+        # a tokenizer may join the prefix's last letters with an option's first ones
+        while any(ids[:start] != whole[0][:start] for ids in whole):
+            start -= 1
+        options = [ids[start:end] for ids, end in zip(whole, ends)]
+        # where one option begins another ("top", "top left"), the end of the turn decides
+        if any(a is not b and b[:len(a)] == a for a in options for b in options):
+            options = [ids[start:] for ids in whole]
+        started = View(whole[0][:start], [-100] * start, [images[0].key], start - 1)
+        longest, tool = start + max(map(len, options)), None
+        # a family that shows a single image differently from several can only be asked directly
+        if len(images) > 1 and not self.family.single_image_only:
+            longest = max(longest, len(self.conversation(turns, images).ids))
+            last = max(n for n, (role, _) in enumerate(turns) if role == "user")
+            tool = self.prompt(turns[:last + 1], images)
+        self.check_length(longest, example)
+        return Question(self.prompt(turns[:1], images[:1]), started, options, tool)
 
     def check_length(self, tokens: int, example: Example) -> None:
         # a view that is cut off loses its last token, which carries the embedding
@@ -155,6 +188,6 @@ class Chat:
         """Our ids must be those of the family's own processor."""
         turns = self.turns(example)
         ids = self.family.own_ids(turns, [image.picture for image in images])
-        if self.conversation(turns, images).ids != ids:
+        if self.conversation(turns, images, layout=True).ids != ids:
             raise ValueError(f"example {example.id}: the model's own processor makes other ids of "
                              "this conversation; this family or tokenizer is not supported")

@@ -84,8 +84,3 @@ def new_folder(out: Path):
         partial.rename(out)
     finally:  # after the rename it is gone
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def on_disk(name: str) -> str:
-    # a file's name is UTF-8 on the disk, even where the locale has another encoding
-    return os.fsdecode(name.encode("utf-8"))

@@ -1,18 +1,93 @@
-"""Pictures: how one is read (`open_image` states the rule)."""
+"""Images on their way to the model: a picture, its tokens as text, its pixels, its features.
+
+Letters: P image tokens, D hidden size, S 1 + deepstack levels (Qwen3-VL).
+"""
 
 import hashlib
 import os
 import warnings
 from contextlib import nullcontext, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
+import torch
 from PIL import Image, ImageOps
+from torch import Tensor
 
 Picture = Image.Image | Path  # an image in memory, or its file, read when it is needed
+Grid = tuple[int, int, int] | None  # patches (t, h, w), in families whose positions need them
 # Pillow only warns of a picture that would fill the memory; open_image refuses it
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
+
+class LoadedImage(NamedTuple):
+    """A picture of an example: its tokens as text, and at last the vision tower's inputs."""
+
+    key: str  # the same key means the same picture, in one run
+    text: str  # a run of image tokens
+    grid: Grid
+    picture: Picture | None  # until the pixels are made of it
+    pixels: dict[str, Tensor] | None = None
+
+
+class EncodedImage(NamedTuple):
+    """What replaces the image's tokens."""
+
+    features: Tensor  # (S, P, D); S > 1: further levels for the first layers
+    grid: Grid
+
+
+def load_images(example, family) -> list[LoadedImage]:
+    """The images of an example (support/records.py), I0 first, each opened once."""
+    loaded = []
+    for n, picture in enumerate(example.images):
+        key = f"{example.id}#{n}"
+        if isinstance(picture, Path):
+            key, picture = str(picture), opened(picture)
+        try:
+            text, grid = family.image_text(*picture.size)
+        except ValueError as error:
+            raise ValueError(
+                f"example {example.id}: image {n} ({picture.width} x {picture.height} px) is "
+                f"rejected by the image processor: {error}; crop or drop it") from None
+        loaded.append(LoadedImage(key, text, grid, picture))
+    return loaded
+
+
+def with_pixels(images: list[LoadedImage], family, skip=()) -> list[LoadedImage]:
+    """The same images with their pixels, and without the pictures. skip: keys that need none."""
+    return [image._replace(picture=None, pixels=None if image.key in skip
+                           else family.inputs(opened(image.picture))) for image in images]
+
+
+class ImageEncoder:
+    """The vision tower with a memory of `limit` bytes: while the tower is frozen, each image is
+    encoded once. Of a tower that trains nothing is kept."""
+
+    def __init__(self, family, frozen: bool = True, limit: float = 2e9):
+        self.family, self.frozen, self.limit = family, frozen, limit if frozen else 0
+        self.cache: dict[str, EncodedImage] = {}
+        self.size = 0  # bytes in `cache`
+
+    def __call__(self, images: list[LoadedImage]) -> dict[str, EncodedImage]:
+        """Features by key; the images that have none yet are encoded in one call."""
+        encoded = {image.key: self.cache[image.key] for image in images if image.key in self.cache}
+        new = [*{image.key: image for image in images if image.key not in encoded}.values()]
+        if new:
+            pixels = [image.pixels or self.family.inputs(opened(image.picture)) for image in new]
+            # a frozen tower needs no gradient, so it keeps no activations
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+                features = self.family.features(pixels)
+            for image, tensor in zip(new, features):
+                encoded[image.key] = EncodedImage(tensor, image.grid)
+                if self.size + tensor.nbytes <= self.limit:
+                    self.cache[image.key] = encoded[image.key]
+                    self.size += tensor.nbytes
+        return encoded
+
+
+# ---- pictures -----------------------------------------------------------------------------------
 
 
 def opened(picture: Picture) -> Image.Image:

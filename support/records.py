@@ -1,11 +1,12 @@
 """Records: one question with its expert trajectory (`Example`), and a folder of them (`Records`).
 
 A data folder holds trajectories.jsonl, one record a line, and the images that the records name
-(docs/data.md). `read_folder` checks every line once and keeps only where it starts, so half a
-million records take seconds and a few MB. A line is parsed again, and its pictures are opened, when
-the record is used.
+(docs/data.md). `scan` checks every line once and keeps only where it starts, so half a million
+records take seconds and a few MB. A line is parsed again, and its pictures are opened, when the
+record is used. Every fault is one sentence that names file, line and fix.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -15,15 +16,20 @@ from pathlib import Path
 
 import numpy as np
 
-from support.answers import default_form, form_of
-from support.files import new_folder, on_disk
+from support.answers import (contains, default_form, form_of, has_prefix, normalise, option_index,
+                             stated_answer)
+from support.files import new_folder
 from support.images import Picture, file_version, opened, picture_digest
-from support.picture_splits import (SPLITS, give_splits, pixel_hashes, shared_pictures,
-                                    short_hash)
 from support.processes import progress
-from support.record_checks import TWICE, checked_record
 
 FILE = "trajectories.jsonl"
+SPLITS = ("train", "validation", "test")
+# kinds of unusual records, and what is said of them
+TWICE = "have one option twice, or in two forms that count as one, and are left out"
+NO_PREFIX = ("have no {prefix!r} in the last text, with which questions are asked and replies "
+             "read: give --answer_prefix as these texts have it")
+OTHER_WORDS = ("give the answer in other words than the option's; a reply in such words counts as "
+               "wrong")
 
 
 @dataclass
@@ -47,14 +53,10 @@ class Example:
     # True: the trajectory is the bare answer
     bare: bool = False
 
-    @property
-    def texts(self) -> list[str]:
-        return [step for step in self.trajectory if isinstance(step, str)]
-
-    @property
-    def images(self) -> list[Picture]:
-        """I0 first, then the tool images I1..IN."""
-        return [self.image] + [step for step in self.trajectory if not isinstance(step, str)]
+    def __post_init__(self):
+        # the texts of R; all images, I0 first, then the tool images I1..IN
+        self.texts = [step for step in self.trajectory if isinstance(step, str)]
+        self.images = [self.image] + [step for step in self.trajectory if not isinstance(step, str)]
 
     def image_first(self) -> "Example":
         """The paper's order R = (I1, T1, ..., IN, TN): a tool image before the text calling it."""
@@ -104,6 +106,97 @@ def record_line(ex: Example, names: list[str]) -> str:
     return json.dumps(record, ensure_ascii=False) + "\n"
 
 
+# ---- one line of trajectories.jsonl -------------------------------------------------------------
+
+
+def parse(line: bytes, folder: Path = Path()) -> Example:
+    """The record of a line, its answer as the option has it; split "" if it names none. Nothing
+    that takes a comparison of words is checked (`check`). Raises ValueError."""
+    try:
+        # without a byte order mark
+        record = json.loads(line.strip().decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        reason = str(error).replace("line 1 ", "")
+        raise ValueError(f"not valid JSON in UTF-8 ({reason}); write one object a line") from None
+    if not isinstance(record, dict):
+        raise ValueError(f"expected a JSON object, found {type(record).__name__}")
+    record = dict(task="questions", split=None) | record
+    for key in ("options", "trajectory"):
+        if not isinstance(record.get(key), list):
+            raise ValueError(f"field {key!r} must be a list; found {record.get(key)!r:.80}")
+    if record["split"] not in (None, *SPLITS):
+        raise ValueError(f"split {record['split']!r} is none of {', '.join(SPLITS)}")
+    options, steps = [_text(text, "every option") for text in record["options"]], []
+    for n, step in enumerate(record["trajectory"]):
+        if not isinstance(step, dict) or len(step) != 1 or not step.keys() <= {"text", "image"}:
+            raise ValueError(f"trajectory step {n} must be {{'text': ...}} or {{'image': ...}}; "
+                             f"found {step!r:.80}")
+        [(kind, value)] = step.items()
+        value = _text(value, f"trajectory step {n}: {kind}")
+        steps.append(value if kind == "text" else folder / on_disk(value))
+    name, task, image, question, answer = (_text(record.get(key), f"field {key!r}") for key in (
+        "id", "task", "image", "question", "answer"))
+    # most answers are an option to the letter, which takes no comparison of forms
+    if answer not in options and (right := option_index(answer, options)) is not None:
+        answer = options[right]
+    return Example(name, task, folder / on_disk(image), question, options, answer, steps,
+                   record["split"] or "")
+
+
+def _text(value, name: str) -> str:
+    """The value without blanks at its ends. Raises ValueError unless it is text, and not empty."""
+    text = value.strip() if isinstance(value, str) else ""
+    if not text:
+        raise ValueError(f"{name} must be a non-empty string; found {value!r:.80}")
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # JSON can write what UTF-8 cannot
+        raise ValueError(f"{name} holds half of a character, which is not valid Unicode") from None
+    return text
+
+
+def check(example: Example, prefix: str) -> str:
+    """The kind of unusual record, or "". A record of the kind TWICE cannot be used.
+
+    prefix: what last texts put before the answer. A text that says none of the options literally
+    must contain the answer's words, whole, and no other option's. Raises ValueError.
+    """
+    options, answer = example.options, example.answer
+    if not example.trajectory or not isinstance(text := example.trajectory[-1], str):
+        raise ValueError("the trajectory must end in a text that gives the answer")
+    if len(set(map(normalise, options))) < len(options):
+        return TWICE
+    if answer not in options:
+        raise ValueError(f"answer {answer!r:.80} is not among the options {options!r:.200}")
+    # most texts end in the prefix and the very answer, which takes no comparison of forms
+    head, mark, end = text.rpartition(prefix.strip() or "\0")
+    if mark and not head[-1:].isalnum() and end.strip(" .") == answer:
+        return ""
+    stated = stated_answer(text, prefix)
+    words = text if stated is None else stated
+    option = option_index(words, options)
+    right = option is not None and options[option] == answer
+    if option is None:
+        others = [o for o in options if stated is not None and not contains(answer, o)]
+        right = contains(words, answer) and not any(contains(words, o) for o in others)
+    if not right:
+        raise ValueError(f"the last text says {words!r:.80} but the field 'answer' is "
+                         f"{answer!r:.80}; correct one of them")
+    if not has_prefix(text, prefix):
+        return NO_PREFIX
+    return OTHER_WORDS if option is None else ""
+
+
+def on_disk(name: str) -> str:
+    # a file's name is UTF-8 on the disk, even where the locale has another encoding
+    return os.fsdecode(name.encode("utf-8"))
+
+
+def short_hash(content: bytes) -> int:
+    """64 bits, the same in every process."""
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big")
+
+
 # ---- a folder, read lazily ----------------------------------------------------------------------
 
 # what is kept of a record
@@ -122,12 +215,11 @@ ROW = np.dtype([
 class Records(Sequence):
     """The records of a folder, or some of them: `records[row]` is an Example, a slice is Records.
 
-    A line is parsed and checked when its record is used; no picture is opened. Raises ValueError
-    naming file and line if a line no longer passes, or if the file has changed.
+    A line is parsed when its record is used; no picture is opened. Raises ValueError naming the
+    file if it has changed.
     """
 
     folder: Path
-    answer_prefix: str
     # of the file of records
     version: tuple[str, int, int]
     table: np.ndarray  # (N,) of ROW
@@ -150,8 +242,7 @@ class Records(Sequence):
                                  "data alone while they are in use")
             file.seek(kept["start"])
             line = file.readline()
-        example = _example(line, self.folder, self.answer_prefix, self.where(row))
-        return replace(example, split=(*SPLITS, "")[kept["split"]])
+        return replace(parse(line, self.folder), split=(*SPLITS, "")[kept["split"]])
 
     def subset(self, rows: Iterable[int]) -> "Records":
         """The records of these rows, in this order."""
@@ -185,28 +276,12 @@ def digest(records: Sequence[Example]) -> str:
     return f"{short_hash(content):016x}"
 
 
-def read_folder(folder: str | Path, answer_prefix: str = "Answer:",
-                cache: str | Path | None = None, problems: list[str] | None = None,
-                by_pixels: bool = False) -> Records:
-    """Check every line of a folder in the format above, in one pass.
-
-    Pictures must exist. They are opened, those of all questions, only if a record names no split
-    (support/picture_splits.py) or with by_pixels, to find the same picture in two splits whatever
-    its files are called. cache: a file that keeps what was read of them.
-    problems: gets every error, and those records are left out; None: the first one is raised, as
-    ValueError or FileNotFoundError naming file, line and fix.
-    """
-    records = scan(Path(folder), answer_prefix, problems)
-    table = records.table
-    if by_pixels or (table["split"] < 0).any():
-        table["picture"] = pixel_hashes(records, cache and Path(cache), problems)
-        table["split"] = give_splits(table["split"], table["picture"])
-    records.notes += shared_pictures(records.folder / FILE, table["split"], table["picture"])
-    return records
-
-
 def scan(folder: Path, answer_prefix: str, problems: list[str] | None) -> Records:
-    """The records of all lines that can be used, with the splits that they name."""
+    """The records of all lines that can be used, with the splits that they name.
+
+    Pictures must exist, and are not opened. problems: gets every error, and those records are left
+    out; None: the first one is raised, as ValueError or FileNotFoundError.
+    """
     path, total = folder / FILE, sum(1 for _ in read_lines(folder / FILE))
     version, table, used = file_version(path), np.zeros(total, ROW), 0
     # hash of an id -> its line; task -> its code; kind of unusual record -> its lines
@@ -215,32 +290,31 @@ def scan(folder: Path, answer_prefix: str, problems: list[str] | None) -> Record
     unusual: dict[str, list[int]] = {}
     for line, number, start in progress(read_lines(path), "reading records", total):
         try:
-            record, kind = checked_record(line, answer_prefix)
-            if kind == TWICE:
-                unusual.setdefault(kind, []).append(number)
-                continue
-            if (first := ids.setdefault(hash(record["id"]), number)) != number:
-                raise ValueError(f"id {record['id']!r} was used on line {first}; ids must be "
-                                 "unique")
-            stamps = [stamp(folder, name) for name in record["images"]]
+            example = parse(line, folder)
+            kind = check(example, answer_prefix)
+            if kind != TWICE and (first := ids.setdefault(hash(example.id), number)) != number:
+                raise ValueError(f"id {example.id!r} was used on line {first}; ids must be unique")
+            stamps = [stamp(file) for file in example.images]
         except (ValueError, OSError) as error:
             error = type(error)(f"{path}, line {number}: {error}")
             if problems is None:
                 raise error from None
             problems.append(str(error))
             continue
-        split, task = record.get("split"), tasks.setdefault(record["task"], len(tasks))
-        table[used] = (start, number, SPLITS.index(split) if split else -1, task,
-                       short_hash(line.strip() + repr(stamps).encode()),
-                       short_hash(record["image"].encode()))
-        used += 1
         if kind:
             unusual.setdefault(kind, []).append(number)
+        if kind == TWICE:
+            continue
+        split, task = example.split, tasks.setdefault(example.task, len(tasks))
+        table[used] = (start, number, SPLITS.index(split) if split else -1, task,
+                       short_hash(line.strip() + repr(stamps).encode()),
+                       short_hash(os.fsencode(example.image)))
+        used += 1
     notes = [f"{path}: {len(lines)} of {total} records (line {lines[0]} is the first) "
              f"{kind.format(prefix=answer_prefix)}" for kind, lines in unusual.items()]
     if not used and not problems:
         raise ValueError("; ".join([f"{path} holds no record that can be used", *notes]))
-    return Records(folder, answer_prefix, version, table[:used], list(tasks), notes)
+    return Records(folder, version, table[:used], list(tasks), notes)
 
 
 def read_lines(path: Path) -> Iterator[tuple[bytes, int, int]]:
@@ -257,9 +331,8 @@ def read_lines(path: Path) -> Iterator[tuple[bytes, int, int]]:
             start += len(line)
 
 
-def stamp(folder: Path, name: str) -> int:
+def stamp(file: Path) -> int:
     """A hash of a picture's time and size, the same in all processes."""
-    file = os.path.join(folder, on_disk(name))
     try:
         return hash(file_version(file)[1:])
     except (OSError, ValueError):  # ValueError: no file can have this name
@@ -267,25 +340,14 @@ def stamp(folder: Path, name: str) -> int:
                                 "folder") from None
 
 
-def read_record(folder: str | Path, row: int, answer_prefix: str = "Answer:") -> Example:
-    """The record in this row, from 0; no other line is parsed. Its split is "" if it names none.
-    Raises ValueError also if there is no such row."""
-    folder, path = Path(folder), Path(folder) / FILE
+def read_record(folder: str | Path, row: int) -> Example:
+    """The record in this row, from 0, for a look at it: no other line is parsed, and no answer is
+    checked. Raises ValueError also if there is no such row."""
+    path = Path(folder) / FILE
     for count, (line, number, _) in enumerate(read_lines(path)):
         if count == row:
-            return _example(line, folder, answer_prefix, f"{path}, line {number}")
+            try:
+                return parse(line, Path(folder))
+            except ValueError as error:
+                raise ValueError(f"{path}, line {number}: {error}") from None
     raise ValueError(f"{path} has no row {row}; they are counted from 0")
-
-
-def _example(line: bytes, folder: Path, answer_prefix: str, where: str) -> Example:
-    try:
-        record, kind = checked_record(line, answer_prefix)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
-    if kind == TWICE:
-        raise ValueError(f"{where}: an option is there twice, or in two forms that count as one")
-    steps = [value if kind == "text" else folder / on_disk(value)
-             for kind, value in record["trajectory"]]
-    return Example(record["id"], record["task"], folder / on_disk(record["image"]),
-                   record["question"], record["options"], record["answer"], steps,
-                   record.get("split") or "")

@@ -1,14 +1,25 @@
-"""The records of a run: a user's folder, or the small world where no folder is given."""
+"""Splits: which records train, which validate and which test, so that no picture is in two splits.
 
+The records are those of a user's folder, or the small world's where no folder is given. A record
+without "split" gets the split that other records give its question's picture, else one by the hash
+of the picture's pixels (8 : 1 : 1). The pixels count and not the file: the same picture, compressed
+otherwise or under another name, stays on its side.
+"""
+
+import itertools
 import os
 import random
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
+
+from support.files import whole
+from support.images import file_version, open_image, picture_digest
 from support.options import optional_folder
-from support.picture_splits import SPLITS
-from support.processes import first_process_first
-from support.records import Example, read_folder
+from support.processes import first_process_first, progress
+from support.records import FILE, SPLITS, Example, Records, scan, short_hash
 
 
 def load_splits(config) -> tuple[Sequence[Example], ...]:
@@ -66,3 +77,97 @@ def at_most(records, count: int, rng: random.Random, groups: Sequence) -> Sequen
         own = [row for row, other in enumerate(groups) if other == group]
         rows += own if len(own) <= count else rng.sample(own, count)
     return records.subset(rows)
+
+
+# ---- a folder ----------------------------------------------------------------------------------
+
+
+def read_folder(folder: str | Path, answer_prefix: str = "Answer:",
+                cache: str | Path | None = None, problems: list[str] | None = None,
+                by_pixels: bool = False) -> Records:
+    """Check every line of a folder in the format above, in one pass.
+
+    The pictures of all questions are opened only if a record names no split, or with by_pixels, to
+    find the same picture in two splits whatever its files are called. cache: a file that keeps what
+    was read of them.
+    problems: gets every error, and those records are left out; None: the first one is raised, as
+    ValueError or FileNotFoundError naming file, line and fix.
+    """
+    records = scan(Path(folder), answer_prefix, problems)
+    table = records.table
+    if by_pixels or (table["split"] < 0).any():
+        table["picture"] = pixel_hashes(records, cache and Path(cache), problems)
+        table["split"] = give_splits(table["split"], table["picture"])
+    records.notes += shared_pictures(records.folder / FILE, table["split"], table["picture"])
+    return records
+
+
+def give_splits(named: np.ndarray, pictures: np.ndarray) -> np.ndarray:
+    """(N,) int8, a split for each record, as an index in SPLITS.
+
+    named: (N,) int8, the split that each record names; -1: none. pictures: (N,) uint64, a hash of
+    its question's picture.
+    """
+    distinct, picture_of = np.unique(pictures, return_inverse=True)  # (P,), (N,)
+    splits_of = np.zeros(len(distinct), np.int8)  # bit s: a record of the picture names split s
+    for code in range(len(SPLITS)):
+        splits_of[picture_of[named == code]] |= 1 << code
+    by_hash = np.select([distinct % 10 == 0, distinct % 10 == 1], [2, 1], 0)
+    # pictures with one named split keep to it; with several there is no right one
+    inherited = np.select([splits_of == 1, splits_of == 2, splits_of == 4], [0, 1, 2], by_hash)
+    return np.where(named < 0, inherited[picture_of], named).astype(np.int8)
+
+
+def shared_pictures(file: Path, splits: np.ndarray, pictures: np.ndarray) -> list[str]:
+    """A sentence for each two splits of a file of records that share pictures. (N,), (N,)"""
+    distinct = [np.unique(pictures[splits == code]) for code in range(len(SPLITS))]
+    sentences = []
+    for one, other in itertools.combinations(range(len(SPLITS)), 2):
+        if shared := len(np.intersect1d(distinct[one], distinct[other])):
+            sentences.append(f"{file}: {shared} of {len(distinct[other])} {SPLITS[other]} images "
+                             f"are also in {SPLITS[one]}; give all records of an image one split")
+    return sentences
+
+
+def pixel_hashes(records, cache: Path | None, problems: list[str] | None) -> np.ndarray:
+    """(N,) uint64, a hash of the pixels of each question's picture. Every file is read once.
+
+    records: support.records.Records. cache: a file that keeps the hashes; a picture of the same
+    size and time is not read again, also after an interruption. One process at a time writes it.
+    problems: gets an error for each picture that cannot be read; None: the first one is raised.
+    """
+    try:
+        known = dict(np.load(cache).tolist()) if cache and cache.is_file() else {}
+    except (ValueError, EOFError):
+        raise ValueError(f"{cache} is not a cache of pictures' hashes; delete it") from None
+
+    def hash_of(row: int) -> int:
+        try:
+            file = records[row].image
+            version = short_hash(repr(file_version(file)).encode())
+            if version not in known:
+                pixels = picture_digest(open_image(file, records.where(row)))
+                known[version] = int(pixels[:16], 16)
+            return known[version]
+        except (ValueError, OSError) as error:
+            if problems is None:
+                raise
+            problems.append(str(error))
+            return 0
+
+    before = len(known)
+    # one row for each name
+    _, first, name_of = np.unique(records.table["picture"], return_index=True, return_inverse=True)
+    hashes = np.zeros(len(first), np.uint64)
+    # in the order of the file, and not all at once: a waiting call takes more memory than a result
+    parts = np.array_split(np.argsort(first), len(first) // 100 + 1)
+    try:
+        # threads are enough: Pillow decodes, and hashlib hashes, without Python's lock
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            for part in progress(parts, "reading images, by the hundred"):
+                hashes[part] = np.fromiter(pool.map(hash_of, first[part].tolist()), np.uint64)
+    finally:
+        if cache and len(known) > before:
+            with whole(cache) as partial, open(partial, "wb") as file:
+                np.save(file, np.array(list(known.items()), np.uint64))
+    return hashes[name_of]

@@ -1,10 +1,31 @@
-"""Accuracies from single answers (evaluate.answer_questions), with intervals, as a table."""
+"""What is kept of single answers, and their accuracies, with intervals, as a table."""
 
 import math
+
+from support.answers import says
+from support.records import Example
 
 # the world's task that no trajectory covers; its bars have highlight's dots
 HELD_OUT = "tallest"
 WAYS = ("direct", "free", "tool", "call", "latent")  # evaluate.py explains them
+
+
+def answer_record(example: Example, answers_by_way: dict[str, dict], prefix: str) -> dict:
+    """What a run keeps of an example's answers: for each way the text, whether it is right, and
+    its cost."""
+    record = dict(id=example.id, task=example.task, options=example.options, answer=example.answer,
+                  cost={})
+    for way, answer in answers_by_way.items():
+        text, option = answer["text"], answer.get("option")
+        # a tool call that fails gives no answer, and the direct one counts
+        if answer.get("failed"):
+            text, option = f"({answer['failed']})", answers_by_way["direct"]["option"]
+        elif "option" not in answer:
+            option = says(text, example.options, prefix)
+        record[way], record[f"{way}_right"] = text, option == example.options.index(example.answer)
+        record["cost"][way] = {name: value for name, value in answer.items()
+                               if name not in ("text", "option", "log_probs")}
+    return record
 
 
 def wilson(right: int, n: int, z: float = 1.96) -> tuple[float, float]:

@@ -2,7 +2,7 @@
 
     python tests/counts.py
 
-The folder is checked already, images and targets are known. A lambda or a comprehension belongs to
+The folder is checked already, images and targets are encoded. A lambda or a comprehension belongs to
 the function that holds it.
 """
 
@@ -56,6 +56,10 @@ if __name__ == "__main__":
     batch, _ = line()
     report("a training step (at most 26 in 9)", lambda: method(batch))
     report("a line to its loss (60 in 11)", line)
-    report("a question to its answer (25 in 7)", lambda: evaluate.Evaluator(
-        evaluator.vlm, questions).direct())
+    def answer():
+        again = evaluate.Evaluator(evaluator.vlm, questions)
+        again.encode_images = evaluator.encode_images
+        return again.direct()
+
+    report("a question to its answer (25 in 7)", answer)
     report("the same, once it is tokens", evaluator.direct)

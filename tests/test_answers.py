@@ -6,7 +6,7 @@ from unicodedata import normalize
 
 import pytest
 
-from support.answers import (AnswerForm, common_form, contains, default_form, form_of, has_prefix,
+from support.answers import (AnswerForm, contains, default_form, form_of, forms, has_prefix,
                              option_index, says, stated_answer)
 from support.records import Example
 
@@ -110,8 +110,9 @@ def test_a_prefix_alone_makes_a_form(prefix, text):
 def test_the_most_frequent_form_of_the_data_is_the_common_one():
     texts = ("Answer: red", "", "Answer: red.", "It is red", "Answer: red.", "So Answer: red.")
     data = [Example("1", "t", None, "q", ["red"], "red", [text] if text else []) for text in texts]
-    assert common_form(data, "Answer:").text("blue") == "Answer: blue."
-    assert common_form(data[3:4], "Answer:") == default_form("Answer:")
+    found = [form.text("blue") for form in forms(data, "Answer:")]
+    assert found == ["Answer: blue", *["Answer: blue."] * 5]
+    assert forms(data[3:4], "Answer:") == [default_form("Answer:")]
 
 
 @pytest.mark.parametrize("part", ["( ", "x ", "{", "- *", "\\boxed{", "<a>", "[1,000 $", "**"])

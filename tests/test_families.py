@@ -17,9 +17,9 @@ from data import collate, make_views
 from model import VLM
 from support.chat import Chat
 from support.families import load_checkpoint, load_family
-from support.features import ImageEncoder, load_images, with_pixels
+from support.images import ImageEncoder, load_images, with_pixels
 from support.files import read_json
-from support.packing import encode_two_views
+from support.step import encode_two_views
 from support.records import Example
 
 
@@ -100,7 +100,7 @@ def test_labels_are_what_the_assistant_says(family):
         for reader in (family, load_family(family.path)):
             chat, images = Chat(reader, 4096), load_images(example, reader)
             chat.check_ids(example, images)
-            full = chat.conversation(chat.turns(example), images).without_layout()
+            full = chat.conversation(chat.turns(example), images)
             learned = [label for label in full.labels if label != -100]
             assert full.ids[-1] == family.end_id
             assert learned.count(family.end_id) == len(example.texts)

@@ -11,7 +11,8 @@ import torch
 
 import evaluate
 import train
-from support.records import read_folder, write_folder
+from support.records import write_folder
+from support.splits import read_folder
 from world import loader
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "one_page.py"

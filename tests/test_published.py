@@ -18,7 +18,8 @@ from PIL import Image
 from published import common
 from published import trajectories as published
 from support.images import opened
-from support.records import FILE, Example, read_folder
+from support.records import FILE, Example
+from support.splits import read_folder
 from world import tools
 
 

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 import data
-from support import features
+from support import images
 from support.chat import Chat
 from support.loading import load
 from support.records import Example
@@ -67,8 +67,9 @@ def test_passes_hold_views_of_similar_length(dataset):
 def test_a_record_is_read_when_it_is_used(dataset, chat, tmp_path, monkeypatch):
     # records in memory keep what was made of them
     assert dataset[2] is dataset[2] and dataset[2].index == ("train", 2)
-    opened, real = [], features.opened
-    monkeypatch.setattr(features, "opened", lambda file: opened.append(file.name) or real(file))
+    opened, real = [], images.open_image
+    monkeypatch.setattr(images, "open_image",
+                        lambda file, where: opened.append(file.name) or real(file, where))
     dataset = data.Trajectories(on_disk(tmp_path, [(64, 64)] * 5), "train", views, chat)
     # the first record shows whether the tokenizer is read as its own processor reads it
     assert opened == ["0.png"]

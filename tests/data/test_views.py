@@ -8,7 +8,7 @@ import torch
 
 import data
 from support.chat import Chat, View
-from support.features import load_images
+from support.images import load_images
 from world import loader
 
 RECORD = loader.examples("single", "train", 1)[0]

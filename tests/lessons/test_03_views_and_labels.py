@@ -11,7 +11,7 @@ from plain import tokens, turns_of
 
 import data
 from support.chat import Chat
-from support.features import load_images
+from support.images import load_images
 from support.records import Example
 
 EXAMPLE = Example(
@@ -31,7 +31,7 @@ R = [(True, "Zoom in on the red disc. [crop 12 30 28 46]<|im_end|>"), (False, BE
 
 @pytest.fixture(scope="module")
 def chat(shipped):
-    return Chat(shipped.family, shipped.max_positions)
+    return shipped.chat
 
 
 def views_of(chat, example, pred_tokens=2):

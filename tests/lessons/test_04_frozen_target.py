@@ -5,7 +5,8 @@ import pytest
 import torch
 from plain import target_state
 
-from support.features import ImageEncoder, StoredTargets, load_images, with_pixels
+from support.images import ImageEncoder, load_images, with_pixels
+from support.step import StoredTargets
 from support.lora import lora_layers
 from conftest import build, images_of, moved, pair_of
 

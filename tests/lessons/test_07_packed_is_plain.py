@@ -8,8 +8,9 @@ import torch
 from plain import eq1, eq3_terms, smooth_l1, target_state
 
 import data
+import train
 from data import View
-from support import packing
+from support.step import add_branches, branch_inputs
 from conftest import assert_close, assert_same, build, embed, gradients, images_of, terms_of
 
 
@@ -25,7 +26,7 @@ def step(vlm, name, examples, **options):
 def test_one_pass_equals_two(loaded64, mixed, monkeypatch, options):
     one, packed = step(loaded64, "pearl", mixed[:2], **options)
     # what a family that cannot pack gets
-    monkeypatch.delattr(packing, "encode_two_views")
+    monkeypatch.delattr(train, "encode_two_views")
     two, plain = step(loaded64, "two_passes", mixed[:2], **options)
     assert one.keys() == {"loss", "vlm", "jepa", "nextlat"}
     torch.testing.assert_close(one, two, rtol=1e-6, atol=1e-8)
@@ -62,12 +63,12 @@ def test_the_branch_sees_what_is_shared_and_itself():
     same 3 tokens twice, but one is injected, and so not shared."""
     full = [View([1, 2, 3, 4], [-100, -100, 3, 4], [], 3), View([5, 6, 7], [-100] * 3, [], 2)]
     inputs = [View([1, 2, 8, 9], [-100] * 4, [], 3, (2,)), full[1]._replace(inject_at=(2,))]
-    batch = packing.add_branches(full, inputs, lambda views: data.collate(views, 0))
+    batch = add_branches(full, inputs, lambda views: data.collate(views, 0))
     assert batch.ids.tolist() == [[1, 2, 3, 4, 8, 9], [5, 6, 7, 0, 7, 0]]
     assert batch.inject_at.nonzero().tolist() == [[0, 4], [1, 4]]
     assert batch.shared.tolist() == [2, 2] and batch.embed_at.tolist() == [5, 4]
     positions = torch.tensor([[[0, 1, 2, 3], [0, 1, 2, 0]]])
-    _, mask = packing.branch_inputs(batch, positions, torch.float64)
+    _, mask = branch_inputs(batch, positions, torch.float64)
     assert (mask[0, 0] == 0).int().tolist() == [
         [1, 0, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0], [1, 1, 1, 0, 0, 0],
         [1, 1, 1, 1, 0, 0], [1, 1, 0, 0, 1, 0], [1, 1, 0, 0, 1, 1]]

@@ -9,7 +9,7 @@ from PIL import Image
 
 import evaluate
 from baselines import tool_use
-from support import questions
+from support import tables
 from support.files import write_json
 from world import loader
 from conftest import TINY
@@ -21,7 +21,7 @@ def test_a_record_has_each_way_with_its_answer_and_cost():
     example = replace(QUESTIONS[0], options=["two", "six"], answer="six")
     answers = dict(direct=dict(text="two", option=0, log_probs=[-1.0, -2.0], tokens=0, images=1),
                  free=dict(text="It is. Answer: Six.", tokens=5), call=dict(text="", failed="lost"))
-    record = questions.answer_record(example, answers, "Answer:")
+    record = tables.answer_record(example, answers, "Answer:")
     assert record == dict(
         id=example.id, task=example.task, options=["two", "six"], answer="six",
         direct="two", direct_right=False, free="It is. Answer: Six.", free_right=True,
@@ -29,7 +29,7 @@ def test_a_record_has_each_way_with_its_answer_and_cost():
         call="(lost)", call_right=False,
         cost=dict(direct=dict(tokens=0, images=1), free=dict(tokens=5), call=dict(failed="lost")))
     answers["direct"]["option"], answers["free"]["text"] = 1, "Reply: two"
-    record = questions.answer_record(example, answers, "Reply:")
+    record = tables.answer_record(example, answers, "Reply:")
     assert [record[f"{way}_right"] for way in answers] == [True, False, True]
 
 
@@ -56,9 +56,9 @@ def test_a_question_that_cannot_be_asked_is_refused_at_once(vlm64):
     for record, longest in (
             (replace(example, trajectory=[]), len(question.started.ids) + 1),
             (example, len(question.tool.ids) + 9)):
-        vlm64.max_positions = longest
+        vlm64.chat.max_tokens = longest
         evaluate.Evaluator(vlm64, [record])
-        vlm64.max_positions = longest - 1
+        vlm64.chat.max_tokens = longest - 1
         with pytest.raises(ValueError, match=f"example {example.id}: {longest} tokens"):
             evaluate.Evaluator(vlm64, [record])
 
@@ -150,5 +150,5 @@ def test_a_call_is_run_and_its_image_shown(talk, vlm64):
 def test_a_conversation_without_room_for_a_turn_is_not_asked(talk, vlm64):
     length = len(talk("red")[1][0].ids)
     for room, failed in ((tool_use.TURN_TOKENS, False), (tool_use.TURN_TOKENS - 1, True)):
-        vlm64.max_positions = length + room
+        vlm64.chat.max_tokens = length + room
         assert ("tokens left" in talk("red")[0].get("failed", "")) == failed

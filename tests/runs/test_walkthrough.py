@@ -13,7 +13,7 @@ from transformers import get_cosine_schedule_with_warmup
 import train
 from analysis import show
 from evaluate import Evaluator
-from support import packing
+from support import step
 from support.records import write_folder
 from world import loader
 
@@ -75,7 +75,7 @@ def numbers():
 def of_the_inputs(vlm, method, record):
     (full, prompt, target), rows = record.views, method.predictor.pred_tokens
     images = method.encode_images(record.images)
-    batch = packing.add_branches([full], [prompt], lambda views: train.collate(views, vlm.pad_id))
+    batch = step.add_branches([full], [prompt], lambda views: train.collate(views, vlm.pad_id))
     inputs, encoded = vlm.embed(batch, images, rows), vlm(batch, images, rows)
     shared, pred = int(batch.shared[0]), len(rows)
     assert prompt.ids[:shared] == full.ids[:shared] and target.ids == full.ids[-len(target.ids):]

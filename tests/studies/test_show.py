@@ -14,7 +14,7 @@ from analysis import show
 from data import collate, make_views
 from support.chat import Chat
 from support.families import load_checkpoint
-from support.features import load_images
+from support.images import load_images
 from support.records import Example, read_record, write_folder
 
 from checkpoints import build

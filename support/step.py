@@ -1,14 +1,74 @@
-"""Two views of an example in one forward pass: the full view, and behind it the rest of the input
-view. A saving, not part of the method: `--method two_passes` gives each view a pass of its own,
-with the same numbers.
-Letters: B batch, T sequence, A rows of positions.
+"""What a training step has beside the method: hooks for other methods, and two savings that change
+no number. Embeddings h_R are kept; and two views of an example, the full view and behind it the
+rest of the input view, share a pass (`--method two_passes` gives each view a pass of its own).
+
+Letters: B batch, T sequence, D hidden size, A rows of positions.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from support.records import Example
+
+class Method(nn.Module):
+    """The base of Pearl. A class in baselines/ overrides what it does differently."""
+
+    # largest gradient norm; share of the steps with a rising learning rate; AdamW's weight decay
+    clip, warmup, weight_decay = 1.0, 0.05, 0.0
+    lora_dropout = 0.0
+
+    @classmethod
+    def records(cls, records: Sequence[Example], config) -> Sequence[Example]:
+        """The records of a split that this method learns from."""
+        return records
+
+    @classmethod
+    def adapt(cls, example: Example, config) -> Example:
+        """A record with its trajectory as this method shows it."""
+        return example
+
+    @classmethod
+    def ways(cls, config, vlm, checkpoint: Path) -> dict[str, Callable]:
+        """More ways to answer: name -> function of an Evaluator (evaluate.py)."""
+        return {}
+
+    def prepare(self, datasets: list) -> None:
+        """Work on whole data sets before the first step."""
+
+    def after_step(self, step: int) -> None:
+        """Work after the optimiser has moved the weights."""
+
+
+class StoredTargets:
+    """Embeddings h_R by row, on the CPU and in the model's own dtype: 450,000 of a 7B in bfloat16
+    are 3.2 GB. Beyond `limit` bytes a row is not kept, and is computed at each use."""
+
+    def __init__(self, limit: float):
+        self.limit = limit
+        self.cache: dict[tuple[str, int], Tensor] = {}
+
+    def look_up(self, rows: list[tuple[str, int]], new: dict[tuple[str, int], Tensor]) -> Tensor:
+        """h_R (B, D) of these rows. new: those just computed, on the model's device."""
+        device = next(iter(new.values())).device if new else None
+        for row, h in new.items():
+            # all have one size
+            if (len(self.cache) + 1) * h.nbytes <= self.limit:
+                self.cache[row] = h.cpu()
+        return torch.stack([new[row] if row in new else self.cache[row].to(device) for row in rows])
+
+    def state(self) -> dict:
+        """For a resumed run: in other batches, h_R would differ in the last digits."""
+        values = list(self.cache.values())
+        return dict(rows=list(self.cache), values=torch.stack(values) if values else [])
+
+    def load(self, state: dict) -> None:
+        for (split, row), h in zip(state["rows"], state["values"]):
+            self.cache[split, row] = h
 
 
 def add_branches(full_views, input_views, collate):
