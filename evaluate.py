@@ -30,7 +30,7 @@ from model import VLM
 from support import answers, run, tables
 from support.chat import View
 from support.files import read_json, write_json
-from support.images import ImageEncoder, load_images, with_pixels
+from support.images import ImageEncoder, load_images
 from support.options import option, optional_folder, parse
 from support.processes import progress, run_program
 from support.records import Example
@@ -49,11 +49,10 @@ class Evaluator:
                  batch: int = 64):
         self.vlm, self.examples, self.prefix, self.batch = vlm, list(examples), prefix, batch
         self.chat, self.encode_images = vlm.chat, ImageEncoder(vlm.family)
-        # the form of an answer, such as "Answer: **x**."; without a trajectory the most common one
-        forms = answers.forms(self.examples, prefix)
         # questions as tokens, and their images, which are opened again where pixels are needed
         self.questions, self.images = [], []
-        for example, form in zip(self.examples, forms):
+        # form: how an answer is written, such as "Answer: **x**."
+        for example, form in zip(self.examples, answers.forms(self.examples, prefix)):
             images = load_images(example, vlm.family)
             self.questions.append(self.chat.question(example, images, form))
             self.images.append([image._replace(picture=picture)
@@ -69,19 +68,19 @@ class Evaluator:
     def direct(self) -> list[dict]:
         """The option with the largest log-probability, as lm-evaluation-harness scores them."""
         # q.prompt is <I0, Q> and the generation prompt, q.started the same with "Answer:" behind it
-        views, results = [q.started for q in self.questions], [{}] * len(self.questions)
+        views, rows = [q.started for q in self.questions], [{}] * len(self.questions)
         for numbers in self.batches(views):
             features = self.encode_images([self.images[n][0] for n in numbers])
-            scores = self.vlm.log_probs([views[n] for n in numbers],
-                                        [self.questions[n].options for n in numbers], features)
-            for n, own in zip(numbers, scores):
-                best = max(range(len(own)), key=own.__getitem__)
+            options = [self.questions[n].options for n in numbers]
+            log_probs = self.vlm.log_probs([views[n] for n in numbers], options, features)
+            for n, scores in zip(numbers, log_probs):
+                best = max(range(len(scores)), key=scores.__getitem__)
                 # a model that has broken down (NaN) chooses nothing
-                best = None if any(map(math.isnan, own)) else best
+                best = None if any(map(math.isnan, scores)) else best
                 text = "" if best is None else self.examples[n].options[best]
-                results[n] = dict(text=text, option=best, log_probs=own, tokens=0, images=1,
-                                  passes=1)
-        return results
+                rows[n] = dict(text=text, option=best, log_probs=scores, tokens=0, images=1,
+                               passes=1)
+        return rows
 
     def free(self, tokens: int = 0) -> list[dict]:
         """tokens 0: as many as the longest answer needs, but at least the paper's four."""
@@ -106,11 +105,9 @@ class Evaluator:
         results: list = [None] * len(views)
         for numbers in self.batches(views):
             part = [views[n] for n in numbers]
-            # `generate` takes pixels: those of the images that a view shows
-            images = [image for n, view in zip(numbers, part)
-                      for image in self.images[n][:len(view.images)]]
-            rows = self.vlm.generate(part, with_pixels(images, self.vlm.family),
-                                     self.encode_images, tokens)
+            # the images that each view shows
+            images = [image for n in numbers for image in self.images[n][:len(views[n].images)]]
+            rows = self.vlm.generate(part, images, self.encode_images, tokens)
             for n, ids in zip(numbers, rows):
                 results[n] = dict(text=self.decode(ids), tokens=len(ids),
                                   images=len(views[n].images), passes=len(ids))
@@ -133,8 +130,7 @@ def answer_questions(evaluator: Evaluator, free_tokens: int = 0,
 
 
 def load_model(path: str | Path, device: str, max_pixels: int = 0, alpha: float = 1.0) -> tuple:
-    """(VLM, config, its method's ways to answer) of a run, or of any other checkpoint. alpha: the
-    share of the run's change of the weights (VLM.load_adapter)."""
+    """(VLM, config, ways to answer) of a run, or of another checkpoint. alpha: VLM.load_adapter."""
     if not (Path(path) / "best.json").is_file():
         if alpha != 1:
             raise ValueError(f"--alpha is for a run, and {path} has no best.json")
@@ -162,8 +158,8 @@ def report(out: Path, config, tests: Sequence[Example], before: list, seconds: f
     tests = [method_of(config).adapt(example, config) for example in tests]
     after = answer_questions(Evaluator(vlm, tests, config.answer_prefix), ways=ways)
     best = read_json(out / "best.json")
-    results = dict(best=best, train_seconds=seconds, answers=after, before=before)
-    write_json(out / "results.json", results)
+    write_json(out / "results.json",
+               dict(best=best, train_seconds=seconds, answers=after, before=before))
     columns = dict(before=tables.summarise(before), after=tables.summarise(after))
     print(f"\ntest accuracy in %, before and after {config.steps} steps ({seconds / 60:.1f} "
           f"minutes); best checkpoint: step {best['step']}\n{tables.format_table(columns)}\n"
@@ -220,11 +216,10 @@ def ask(path: str, options: Options) -> list[dict]:
 def main() -> None:
     path, rest = sys.argv[1] if len(sys.argv) > 1 else "--help", sys.argv[2:]
     options = parse(Options, ["--help"] if path.startswith("-") else rest, __doc__)
-    results = Path(path) / "results.json"
+    file = Path(path) / "results.json"
     # stored answers serve as long as no option changes what is asked
     unchanged = replace(options, json=Options.json, device=Options.device) == Options()
-    stored = unchanged and results.is_file()
-    records = read_json(results)["answers"] if stored else ask(path, options)
+    records = read_json(file)["answers"] if unchanged and file.is_file() else ask(path, options)
     if records:
         columns = {path: tables.summarise(records)}
         print(tables.format_table(columns))

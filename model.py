@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from data import Batch, collate
 from support import adapters, families, processes, step
 from support.chat import Chat, View
-from support.images import EncodedImage, LoadedImage
+from support.images import EncodedImage, LoadedImage, with_pixels
 from support.lora import add_lora, lora_layers
 
 
@@ -54,10 +54,6 @@ class VLM(nn.Module):
         self.dim: int = self.lm.config.text_config.hidden_size
         # conversations as tokens
         self.chat = Chat(self.family, self.lm.config.text_config.max_position_embeddings)
-
-    @property
-    def device(self) -> torch.device:
-        return self.lm.device
 
     def set_trainable(self, config, dropout: float = 0.0, world_size: int = 1) -> None:
         """Make the language model's decoder trainable: LoRA, or with config.lora_rank 0 all its
@@ -176,16 +172,12 @@ class VLM(nn.Module):
     def generate(self, views: list[View], images: list[LoadedImage], encode,
                  max_new_tokens: int) -> list[list[int]]:
         """Greedy continuation of each view by the model's own `generate`: the new token ids, up to
-        the end of the turn.
-
-        images: with pixels. encode: features of images (support/images.py), for families whose
-        `generate` takes embeddings.
-        """
+        the end of the turn. encode: an ImageEncoder, for families that take embeddings here."""
         # padding on the left, so that the next token of every row stands in the same column
         batch = collate(views, self.pad_id, left=True)
-        pixels = {image.key: image.pixels for image in images}
+        pixels = {image.key: image.pixels for image in with_pixels(images, self.family)}
         # ids and pixels where possible, so that transformers alone produces the answer
-        prompt = self.family.prompt(batch.to(self.device), [pixels[i] for i in batch.images],
+        prompt = self.family.prompt(batch.to(self.lm.device), [pixels[i] for i in batch.images],
                                     lambda: self.embed(batch, encode(images)))
         # with embeddings as the prompt, transformers returns the new tokens alone
         start = batch.ids.shape[1] if "input_ids" in prompt else 0

@@ -113,7 +113,7 @@ def main() -> None:
     method = find_method(config.method)
     family = load_family(config.model, config.min_pixels, config.max_pixels)
     if config.data:
-        example = read_record(config.data, config.row, config.answer_prefix)
+        example = read_record(config.data, config.row)
     else:
         world = optional_folder("world.loader", "a record without --data")
         example = world.examples(config.regime, "train", config.row + 1)[-1]

@@ -84,7 +84,7 @@ class Recon(Pearl):
         """What the latents of a batch stand for, (n, D)."""
         parts = [latent_targets(images[image.key].features[0], self.config.latents)
                  for example in batch for image in example.images[1:]]
-        return torch.cat([torch.zeros(0, self.vlm.dim, device=self.vlm.device), *parts])
+        return torch.cat([torch.zeros(0, self.vlm.dim, device=self.vlm.lm.device), *parts])
 
     def forward(self, batch: Examples) -> losses.Losses:
         images = self.encode_images([image for example in batch for image in example.images])
@@ -135,7 +135,7 @@ class LatentScale(nn.Module):
 
 
 def load_scale(checkpoint: Path, vlm: VLM) -> LatentScale:
-    return LatentScale(**read_tensors(checkpoint / LatentScale.file_name, vlm.device)[0])
+    return LatentScale(**read_tensors(checkpoint / LatentScale.file_name, vlm.lm.device)[0])
 
 
 @torch.no_grad()
@@ -159,7 +159,7 @@ def generate_latent(vlm: VLM, views: list[View], images: dict, scale: LatentScal
         out = vlm.family.states(**inputs, past_key_values=cache, use_cache=True)
         state = out.last_hidden_state[:, -1]  # (B, D)
         token_ids = vlm.lm.lm_head(state).argmax(dim=-1).tolist()
-        latent = torch.tensor([count > 1 for count in due], device=vlm.device)  # (B)
+        latent = torch.tensor([count > 1 for count in due], device=vlm.lm.device)  # (B)
         for row, token in enumerate(token_ids):
             if due[row]:
                 fed[row] += due[row] > 1
@@ -171,7 +171,7 @@ def generate_latent(vlm: VLM, views: list[View], images: dict, scale: LatentScal
                 due[row] = latents + 1 if token == start_marker else 0
         if not any(due) and all(row[-1] == end_id or len(row) == max_new_tokens for row in words):
             return list(zip(words, fed))
-        embeds = vlm.lm.get_input_embeddings()(torch.tensor(token_ids, device=vlm.device))
+        embeds = vlm.lm.get_input_embeddings()(torch.tensor(token_ids, device=vlm.lm.device))
         latent_inputs = state / scale.size * scale.std + scale.mean  # (B, D)
         for row in latent.nonzero()[:, 0].tolist() if instead else ():
             latent_inputs[row] = instead(row, fed[row] - 1, latent_inputs[row])

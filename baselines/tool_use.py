@@ -4,7 +4,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-from support.images import load_images, with_pixels
+from support.images import load_images
 from support.records import Example
 from world.tools import CALL, TOOLS, call_tool
 
@@ -24,13 +24,12 @@ def answer(evaluator, limit: int) -> list[dict]:
 def converse(evaluator, limit: int) -> list["Talk"]:
     """The finished conversation of each example. In each round every unfinished one gets a turn of
     the model, and the call in it is executed."""
-    family = evaluator.vlm.family
     talks = [Talk(evaluator, example) for example in evaluator.examples]
     for _ in range(limit + 1):
         active = [talk for talk in talks if talk.has_room()]
         for numbers in evaluator.batches([talk.view for talk in active]):
             part = [active[n] for n in numbers]
-            images = [image for talk in part for image in with_pixels(talk.images, family)]
+            images = [image for talk in part for image in talk.images]
             replies = evaluator.vlm.generate([talk.view for talk in part], images,
                                              evaluator.encode_images, TURN_TOKENS)
             for talk, token_ids in zip(part, replies):

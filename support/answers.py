@@ -3,6 +3,7 @@ r"""How the data write an answer, and which option a text says: "B" and "\boxed{
 "It is big. Answer: **seven**." has the form: prefix "Answer:", gap " **", closing "**."."""
 
 import re
+from functools import cache
 from statistics import mode
 from typing import NamedTuple
 from unicodedata import category, normalize
@@ -31,7 +32,9 @@ def form_of(last_text: str, answer: str, prefix: str) -> AnswerForm | None:
     """How this text writes its answer; None if it does not end in it ("-5" does not end in 5)."""
     match = re.search(rf"(?i)({OPENED}{_pattern(prefix)})((?:{TAG}|{COMMAND}|\W)*?)"
                       rf"({_pattern(answer)})((?:{TAG}|\W)*)$", last_text)
-    bare = match and normalise("".join(match.groups()[1:])) == normalise(match[3])
+    # a blank and a full stop change no answer; of other signs the comparison decides
+    bare = match and (not (match[2] + match[4]).strip(" .")
+                      or normalise("".join(match.groups()[1:])) == normalise(match[3]))
     return AnswerForm(match[1], match[2], match[4]) if bare else None
 
 
@@ -105,6 +108,7 @@ def normalise(text: str) -> str:
     return " ".join(tokens[words[0]:words[-1] + 1]).replace("- ", "-") if words else text.strip()
 
 
+@cache
 def _pattern(words: str) -> str:
     """Finds whole words, composed or decomposed; for "" the start of a text."""
     words = re.escape(words.strip().replace("：", ":")).replace(":", "[:：]")

@@ -57,8 +57,9 @@ def load_images(example, family) -> list[LoadedImage]:
 
 def with_pixels(images: list[LoadedImage], family, skip=()) -> list[LoadedImage]:
     """The same images with their pixels, and without the pictures. skip: keys that need none."""
-    return [image._replace(picture=None, pixels=None if image.key in skip
-                           else family.inputs(opened(image.picture))) for image in images]
+    return [image if image.pixels else image._replace(
+        picture=None, pixels=None if image.key in skip else family.inputs(opened(image.picture)))
+        for image in images]
 
 
 class ImageEncoder:
@@ -75,7 +76,7 @@ class ImageEncoder:
         encoded = {image.key: self.cache[image.key] for image in images if image.key in self.cache}
         new = [*{image.key: image for image in images if image.key not in encoded}.values()]
         if new:
-            pixels = [image.pixels or self.family.inputs(opened(image.picture)) for image in new]
+            pixels = [image.pixels for image in with_pixels(new, self.family)]
             # a frozen tower needs no gradient, so it keeps no activations
             with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
                 features = self.family.features(pixels)

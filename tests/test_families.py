@@ -67,7 +67,7 @@ def test_ids_are_those_of_the_familys_own_processor(family, tool_images, image_f
         with pytest.raises(ValueError, match=f"refuses the conversation .*{reason}"):
             chat.conversation(turns, images)
         return
-    whole = chat.conversation(turns, images, prompt)
+    whole = chat.conversation(turns, images, prompt, layout=True)
     assert whole.ids == family.own_ids(turns, example.images, prompt)
     assert len(whole.ends) == len(whole.ids) and whole.ends[-1] == len(whole.text)
     if family.closing:  # a published template without an end: the text is closed by hand
@@ -116,7 +116,8 @@ def test_which_template_counts(copied):
         before = loaded(folder).processor.chat_template
         write(folder / TOKENS, chat_template="{{ 'for text only' }}")
         assert loaded(folder).processor.chat_template == before
-    folder, turns = copied("qwen2_5_vl"), Chat.turns(record(1))
+    folder = copied("qwen2_5_vl")
+    turns = Chat(loaded(folder), 4096).turns(record(1))
     whole, template = loaded(folder).render(turns), read_json(folder / OLD)["chat_template"]
     (folder / OLD).unlink()
     assert loaded(folder).render(turns) == whole
