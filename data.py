@@ -52,34 +52,34 @@ def make_views(chat: Chat, example: Example, images: list[LoadedImage], pred_tok
         input view (h^_R, Eq. 1: the state of the last [PRED])
           - <I0, Q> and the generation prompt as above, then [PRED][PRED]
         target view (h_R, Eq. 1: the state of the last <|im_end|>)
-          - the full view from its first "<|im_start|>assistant" on, so without I0 and Q
+            the full view, marks too, from its first "<|im_start|>assistant" on: without I0 and Q
 
     Raises ValueError naming the example if it cannot be trained on.
     """
     if not example.texts:
         raise ValueError(f"example {example.id} has a trajectory without text: nothing to learn")
-    turns, keys = chat.turns(example), [image.key for image in images]
-    # Deviation: the paper's h_R is the state of R's last token. Ours is that of the last
-    # end-of-turn token, as in the release: the same token in every R, so its state is not that of
-    # one word. The conversation ends there, without the template's newline.
+    turns, image_keys = chat.turns(example), [image.key for image in images]
+    # Deviation: the paper's h_R is the state of R's last token, perhaps the answer's last word.
+    # Ours is that of the last end-of-turn token, as in the release: the same token in every R.
+    # `whole` ends with it, without the newline that the template may add.
     whole = chat.conversation(turns, images)
-    full = View(whole.ids, whole.labels, keys, len(whole.ids) - 1)
+    full = View(whole.ids, whole.labels, image_keys, embed_at=len(whole.ids) - 1)
 
     # Deviation: the paper appends [PRED] to <I0, Q>. Here they stand behind the generation prompt,
     # where decoding would start; the release puts them inside the user's turn (--method release).
     prompt = chat.prompt(turns[:1], images[:1])
     # end_id is a placeholder: model.py puts a [PRED] embedding at each position of inject_at
     ids = prompt.ids + [chat.end_id] * pred_tokens
-    input_view = View(ids, [-100] * len(ids), keys[:1], len(ids) - 1,
-                      tuple(range(len(prompt.ids), len(ids))))
+    input_view = View(ids, [-100] * len(ids), image_keys[:1], embed_at=len(ids) - 1,
+                      inject_at=tuple(range(len(prompt.ids), len(ids))))
 
     # The target view has the same tokens from the first turn of R on: I0 and Q must not leak in.
-    # turn_starts counts characters: the first token that ends behind that place
+    # ends[k] is the character at which token k ends, turn_starts[1] that at which R begins
     first, bos = bisect(whole.ends, whole.turn_starts[1]), chat.tokenizer.bos_token_id
     # where the tokenizer opens every text with BOS, the target view has one too, unsupervised
     opening = [bos] if whole.ids[0] == bos and whole.ids[first] != bos else []
     ids, labels = opening + whole.ids[first:], [-100] * len(opening) + whole.labels[first:]
-    target = View(ids, labels, keys[1:], len(ids) - 1)
+    target = View(ids, labels, image_keys[1:], embed_at=len(ids) - 1)
     for view in (full, input_view, target):
         chat.check_length(len(view.ids), example)
     return Views(full, input_view, target)
@@ -111,7 +111,7 @@ class Trajectories(Dataset):
         # views: the method's own, (chat, example, images) -> Views
         # skip: the next record takes the place of a faulty one; else a fault is raised
         self.make_views, self.skip = views, skip
-        # by row
+        # by number of the record
         self.faults: dict[int, str] = {}
         self.ready: dict[int, TrainingExample] = {}
         # our token ids must be those of the model's own processor: one record is compared

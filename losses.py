@@ -68,7 +68,7 @@ def jepa_loss(prediction: Tensor, target: Tensor, name: str = "cosine") -> Tenso
     # By default h_R comes from the frozen starting model, and detach() does nothing. With the
     # current model's h_R (the paper), detach() is not enough: a step that changes h^_R changes h_R
     # too, no term keeps the h_R of two examples apart, and they collapse (README). SimSiam, BYOL
-    # and I-JEPA have a predictor network between their two branches; Pearl has no network there.
+    # and I-JEPA avoid this with a predictor network between h^ and the state that it is made of.
     target = target.detach()
     return distance(prediction, target, name).mean()
 
@@ -85,7 +85,7 @@ def nextlat_loss(states: Tensor, forecasts: list[tuple[Tensor, Tensor]]) -> Tens
         # without the stop-gradient, making the next state easy to predict would lower the loss
         target = states[positions].detach()  # (n, D)
         # Deviation: the paper writes one mean; for d > 1 we take one for each i, over those t with
-        # t+1 .. t+i all supervised. Where every text is shorter there is no such t: skip this i.
+        # t+1 .. t+i all supervised. If no text has i tokens in a row, this i adds 0 to the sum.
         if len(forecast):
             total = total + distance(forecast, target, "smoothl1").mean()
     return total / max(1, len(forecasts))
@@ -97,8 +97,8 @@ def pearl_loss(vlm: Tensor, jepa: Tensor, nextlat: Tensor, lambda_latent: float)
 
 
 def reconstruction_loss(prediction: Tensor, target: Tensor, name: str = "mse") -> Tensor:
-    """Not Pearl: the loss of LVR and Mirage (baselines/reconstruction.py), the mean over latents of
-    D(state before latent j, sg[embedding j]).
+    """Not Pearl: the loss of LVR and Mirage (baselines/reconstruction.py), where some positions of
+    the text ("latents") stand for the tool image, and the state before each predicts its embedding.
 
     prediction, target (n, D), one row per latent; target: visual embeddings of the tool image.
     Gradient: flows to `prediction`, stops at `target`.
@@ -121,7 +121,7 @@ class Losses(NamedTuple):
 
 
 def average(results: list[Losses], sizes: list[int] | None = None) -> dict[str, float]:
-    """The log's numbers of several passes: the mean of each part, weighted by the passes' sizes
+    """The log's numbers of several micro-batches: the mean of each part, weighted by their sizes
     (None: all have one size), and the gauges on all pairs together."""
     sizes = sizes or [1] * len(results)
     shares = [size / sum(sizes) for size in sizes]
@@ -158,7 +158,7 @@ def collapse_gauges(prediction: Tensor, target: Tensor) -> dict[str, float]:
     gauges = dict(
         # 1: perfect; 0: no better than always predicting the mean of all h_R
         r2=1 - (true - pred).square().sum() / total_spread,
-        # near 0: the predictions are all alike; the targets are (a collapse)
+        # near 0: the predictions, or the targets, are all alike; the latter is a collapse
         spread_pred=spread[0], spread_target=spread[1],
         # exp(entropy): how many directions the targets use, from 1 to min(B - 1, D)
         effective_rank=torch.exp(-(share * share.clamp_min(1e-12).log()).sum()),

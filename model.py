@@ -30,7 +30,7 @@ class Encoded(NamedTuple):
     """Enc of a batch of views."""
 
     embedding: Tensor  # (B, D) the state at each view's embed_at
-    # None where a stored embedding is all there is
+    # None for a target that was kept from an earlier step
     states: Tensor | None = None  # (B, T, D) final-layer states
     inputs: Tensor | None = None  # (B, T, D) input embeddings
     batch: Batch | None = None  # on the model's device
@@ -39,7 +39,7 @@ class Encoded(NamedTuple):
 class VLM(nn.Module):
     """A vision-language model with its tokenizer, from a local folder or a hub id.
 
-    min_pixels, max_pixels: an image's size, as the family's processor counts it; None: its own.
+    min_pixels, max_pixels: an image's size, as the family's processor counts it; 0, None: its own.
     Raises ValueError, one sentence, for a path that is no supported VLM checkpoint.
     """
 
@@ -64,7 +64,7 @@ class VLM(nn.Module):
         if config.train_vision:
             parts.append(self.lm.get_encoder("image"))
         for part in parts:
-            # alpha is twice the rank, as in the paper (64, 128)
+            # LoRA's alpha is twice its rank, as in the paper (64, 128)
             if config.lora_rank:
                 add_lora(part, config.lora_rank, 2.0 * config.lora_rank, dropout)
             else:
@@ -100,7 +100,7 @@ class VLM(nn.Module):
 
     def embed(self, batch: Batch, images: dict[str, EncodedImage],
               injected: Tensor | None = None) -> dict:
-        """The language model's inputs for a batch of views (on the CPU).
+        """The language model's inputs, on its device, for a batch of views on the CPU.
 
         images: those of batch.images, by key. injected: the input embeddings of the positions of
         batch.inject_at, row after row (n, D), or those of one row (K, D), the same for all rows.
@@ -112,15 +112,15 @@ class VLM(nn.Module):
         # the views' own positions; those of a second view in the same pass follow below
         width = batch.ids.shape[1] - batch.branch
         positions = self.family.positions(batch.ids[:, :width], batch.mask[:, :width],
-                                          [images[i].grid for i in batch.images])
+                                          [images[key].grid for key in batch.images])
         batch, is_image, positions = (x.to(self.lm.device) for x in (batch, is_image, positions))
 
         # images and [PRED] get the embedding of some token here, which is replaced below
         embeds = self.lm.get_input_embeddings()(batch.ids)  # (B, T, D)
-        levels = embeds[:0, 0]  # (0, D) none; Qwen3-VL adds such features to its first layers
+        levels = embeds[:0, 0]  # (0, D): none; Qwen3-VL adds further features in its first layers
         if batch.images:
-            # (S, all P, D)
-            features = torch.cat([images[i].features for i in batch.images], dim=1).to(embeds.dtype)
+            features = torch.cat([images[key].features for key in batch.images], dim=1)
+            features = features.to(embeds.dtype)  # (S, all P, D)
             assert image_tokens == features.shape[1], "image tokens and features differ"
             # images follow one another in the order of their tokens in the batch
             embeds, levels = embeds.masked_scatter(is_image[..., None], features[0]), features[1:]
@@ -177,7 +177,7 @@ class VLM(nn.Module):
         batch = collate(views, self.pad_id, left=True)
         pixels = {image.key: image.pixels for image in with_pixels(images, self.family)}
         # ids and pixels where possible, so that transformers alone produces the answer
-        prompt = self.family.prompt(batch.to(self.lm.device), [pixels[i] for i in batch.images],
+        prompt = self.family.prompt(batch.to(self.lm.device), [pixels[key] for key in batch.images],
                                     lambda: self.embed(batch, encode(images)))
         # with embeddings as the prompt, transformers returns the new tokens alone
         start = batch.ids.shape[1] if "input_ids" in prompt else 0

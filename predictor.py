@@ -40,9 +40,9 @@ class LatentPredictor(nn.Module):
         states, embeddings (B, T, D); allowed (B, T) is True where a state may be predicted.
         Returns for i = 1..d the states (n, D) and the mask (B, T) of their positions t + i. With
         allowed 0 0 1 1 0, i = 1 predicts h_2 (from h_1) and h_3 (from h_2), i = 2 h_3 (from h_1).
-        Gradient: flows to states and through the steps; stops at the token embeddings.
+        Gradient: flows to states and through the steps; stops at `embeddings`.
         """
-        # Eq. 2 must not change the token embeddings: here they are an input only
+        # cuts the direct path from Eq. 2 to e_{t+1}; the path through h_t remains
         embeddings = embeddings.detach()
         # the current states as rows, and the mask of their positions
         rows, positions, steps = states.flatten(0, 1), torch.ones_like(allowed), []
@@ -64,7 +64,7 @@ class Predictor(nn.Module):
 
     def __init__(self, dim: int, count: int, start: Tensor, sees_next: bool = True):
         super().__init__()
-        # Own parameters: rows added to the vocabulary would stay frozen under LoRA (the release).
+        # Own parameters. The release adds rows to the vocabulary, which stay frozen under LoRA.
         # They start as the end-of-turn embedding, plus noise. They are float32, because bfloat16
         # would lose small updates.
         start = start.detach().float()

@@ -6,7 +6,7 @@
     python train.py --method release --model Qwen/Qwen2.5-VL-3B-Instruct --data DIR --dtype bfloat16
     python train.py --resume RUN            # continues an interrupted run, to the same end
     python train.py --merge RUN DIR         # the result as an ordinary transformers checkpoint
-    torchrun --nproc-per-node=2 train.py --accumulate 2    # processes share the passes of a step
+    torchrun --nproc-per-node=2 train.py --accumulate 2    # processes share a step's micro-batches
 
 Other methods are classes in baselines/ with options of their own (--method ema --help); a plus
 combines them (--method mlp_head+vicreg).
@@ -50,7 +50,7 @@ class Config:
     data: str = option("", "data folder (docs/data.md); empty: scenes drawn by world/")
     regime: str = option("single", "which tools the world's trajectories use (world/README.md)")
     answer_prefix: str = option("Answer:", "what the last text puts before the answer")
-    skip_bad: bool = option(False, "leave out faulty records, one in a hundred at most")
+    skip_bad: bool = option(False, "replace faulty records, one in a hundred at most")
     out: str = option("", "run folder; empty: runs/METHOD-REGIME-seedSEED")
     seed: int = option(0, "first weights, order of the data, dropout")
     device: str = option("cuda" if torch.cuda.is_available() else "cpu", "any PyTorch device")
@@ -65,7 +65,7 @@ class Config:
     batch: int = option(32, "examples in one micro-batch")
     accumulate: int = option(1, "micro-batches in one optimiser step")
     lr: float = option(1e-3, "peak learning rate; linear warm-up, then cosine to zero")
-    lora_rank: int = option(64, "alpha is twice the rank; 0: train the decoder's weights")
+    lora_rank: int = option(64, "LoRA's rank; its alpha is twice that. 0: train all the decoder")
     train_vision: bool = option(False, "train the vision tower too; else images are encoded once")
     gradient_checkpointing: bool = option(False, "less memory, a third more time")
     shard: bool = option(False, "torchrun: each process holds a share of the frozen layers (FSDP)")
@@ -74,15 +74,15 @@ class Config:
     max_pixels: int = option(0, "greatest size of an image; 0: its processor's own")
     train_examples: int = option(1500, "of the world; a tenth as many for validation")
     test_per_task: int = option(120, "test questions of each task, at most")
-    eval_every: int = option(50, "steps between validations; the lowest loss is kept")
+    eval_every: int = option(50, "steps between validations; the best checkpoint is kept")
 
 
 class Pearl(Method):
     """One training step of Pearl. Every other method is a subclass (baselines/)."""
 
-    # Method (support/step.py) has the optimiser's constants, and hooks that do nothing here.
-    # sees_next: the latent predictor reads the next token's embedding.
-    # one_pass: two views share a forward pass.
+    # Method (support/step.py) has the optimiser's constants, and hooks that change nothing here:
+    # records, adapt, ways, prepare, after_step. sees_next: the latent predictor reads the next
+    # token's embedding. one_pass: two views share a forward pass.
     sees_next, one_pass = True, True
 
     def __init__(self, vlm: VLM, config: Config, world_size: int = 1):
@@ -110,6 +110,7 @@ class Pearl(Method):
         # 3. Target view R, encoded apart from <I0, Q>: h_R (B, D)
         target = self.target(batch, images)
         vlm = losses.vlm_loss(full.states, full.batch.labels, self.vlm.lm.lm_head)  # Eq. 3
+        # the last argument of the next two is for subclasses alone
         jepa = self.jepa(prediction, target.embedding, batch)  # Eq. 1
         nextlat = self.nextlat(full, target)  # Eq. 2
         total = losses.pearl_loss(vlm, jepa, nextlat, self.config.lambda_latent)  # Eq. 4
@@ -121,7 +122,8 @@ class Pearl(Method):
         """1. the full view, 2. h^_R of the input view."""
         full, inputs, _ = map(list, zip(*(example.views for example in batch)))
         pred_tokens, pad_id = self.predictor.pred_tokens, self.vlm.pad_id
-        # the same result with both views in one forward pass, where the model's attention allows it
+        # The same result in one forward pass over <I0, Q> R [PRED], where the model's attention
+        # takes such a mask: [PRED] sees <I0, Q> and not R. `full` has the states of <I0, Q> R.
         if self.one_pass and self.vlm.family.packs:
             return encode_two_views(self.vlm, full, inputs, images, pred_tokens, collate)
         # one forward pass for each view
@@ -137,8 +139,8 @@ class Pearl(Method):
     def target(self, batch: list[TrainingExample], images: dict[str, EncodedImage]) -> Encoded:
         """h_R by the frozen starting model: computed at a record's first use, then looked up."""
         # Deviation: the paper encodes R with the current model, and its targets collapse here
-        # (losses.jepa_loss says why; --method current). Fixed targets cannot collapse, and are
-        # computed once: only such targets can be the paper's "cached trajectory embeddings".
+        # (losses.jepa_loss says why; --method current). It also speaks of "cached trajectory
+        # embeddings"; only fixed targets can be cached, and these cannot collapse.
         not_stored = [example for example in batch if example.index not in self.targets.cache]
         computed = {}
         if not_stored:
@@ -153,7 +155,6 @@ class Pearl(Method):
         return Encoded(h_R.to(self.config.device))
 
     def jepa(self, prediction: Tensor, target: Tensor, batch: list[TrainingExample]) -> Tensor:
-        # `batch` is for subclasses (InfoNCE reads answers), as `target` is in `nextlat`
         return losses.jepa_loss(prediction, target, self.config.distance)
 
     def nextlat(self, full: Encoded, target: Encoded) -> Tensor:
@@ -224,7 +225,7 @@ def fit(config: Config, this_run: run.Run) -> tuple | None:
         optimizer.zero_grad(set_to_none=True)
         results = []
         for batch in micro_batches:
-            # several processes exchange their gradients once a step, after the last pass
+            # several processes exchange their gradients once a step, after the last micro-batch
             with this_run.exchange(module, last=batch is micro_batches[-1]):
                 with run.autocast(config):
                     result = module(batch)
