@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import ConcatDataset
+from torch.utils.data import ConcatDataset, Subset
 
 import losses
 from baselines.variants import Examples, Images
@@ -29,17 +29,16 @@ from world.tools import CALL
 
 @dataclass
 class Bare(Sequence):
-    """The bare answers of these rows of a split, made when they are used."""
+    """The bare answers of a split, made when they are used."""
 
     records: Sequence[Example]
-    rows: Sequence[int]
     prefix: str
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.records)
 
     def __getitem__(self, n: int) -> Example:
-        return self.records[self.rows[n]].answer_only(self.prefix)
+        return self.records[n].answer_only(self.prefix)
 
 
 class Direct(SFT):
@@ -47,7 +46,7 @@ class Direct(SFT):
 
     @classmethod
     def records(cls, records: Sequence[Example], config) -> Sequence[Example]:
-        return Bare(records, range(len(records)), config.answer_prefix)
+        return Bare(records, config.answer_prefix)
 
 
 class Both(SFT):
@@ -78,7 +77,7 @@ class WithAnswers(Pearl):
             generator = torch.Generator().manual_seed(config.seed)
             rows = sorted(torch.randperm(len(records), generator=generator)[:count].tolist())
         rows = list(islice(cycle(rows), len(records))) if count else []
-        return ConcatDataset([records, Bare(records, rows, config.answer_prefix)])
+        return ConcatDataset([records, Subset(Bare(records, config.answer_prefix), rows)])
 
     def encode_views(self, batch: Examples, images: Images) -> tuple[Encoded, Tensor]:
         full, prediction = super().encode_views(batch, images)
