@@ -10,7 +10,6 @@ from plain import cosine, eq1, run, target_state, tokens, turns_of
 
 import baselines
 import train
-from baselines.training_records import Both, Direct, WithAnswers
 from world import loader
 from conftest import assert_same, build, embed, images_of, moved, pair_of, terms_of
 
@@ -178,19 +177,19 @@ def test_bare_answers():
     options = train.config_class("with_answers")
     four = RECORDS[:4]
     bare = [dataclasses.replace(r, bare=True, trajectory=[f"Answer: {r.answer}"]) for r in four]
-    assert list(Direct.records(four, options())) == bare
-    assert list(Both.records(four, options())) == four + bare
+    assert list(baselines.Direct.records(four, options())) == bare
+    assert list(baselines.Both.records(four, options())) == four + bare
     # a share is drawn by the seed, and repeated until answers are half of all
     for seed, share, sample in ((0, 0.3, [0, 1]), (1, 0.3, [1, 3]), (0, 0.25, [0]),
                                 (0, 1.0, [0, 1, 2, 3]), (0, 0.0, [])):
-        records = list(WithAnswers.records(four, options(seed=seed, share=share)))
+        records = list(baselines.WithAnswers.records(four, options(seed=seed, share=share)))
         assert records == four + [bare[n] for n in (sample * 4)[:4]]
     # validation has all of them
     valid = loader.examples("multi", "validation", 3)
-    records = WithAnswers.records(valid, options(share=0.3))
+    records = baselines.WithAnswers.records(valid, options(share=0.3))
     assert [record.id for record in records] == [record.id for record in valid] * 2
     with pytest.raises(ValueError, match="--share is at most 1"):
-        WithAnswers.records(RECORDS, options(share=1.5))
+        baselines.WithAnswers.records(RECORDS, options(share=1.5))
 
 
 def test_bare_answers_are_not_predicted(vlm64):
