@@ -3,9 +3,8 @@
 Between two markers the model feeds its own last state back in place of words, as often as the run
 has latents; training regresses each latent to a visual embedding of the tool image it stands for.
 Letters: B batch, T sequence, D hidden size, P image tokens, n latents of a batch.
-Deviation: the paper draws <lat> and </lat>. The markers here are in every Qwen-VL vocabulary and
-already mean "what comes next was seen", so no row has to be added under a frozen embedding. The end
-marker is written for the model once the run is over, so it is not supervised.
+Deviation: the markers are tokens of every Qwen-VL vocabulary, so no row has to be added under a
+frozen embedding; all others are in docs/differences.md, last section.
 """
 
 from collections.abc import Callable
