@@ -108,7 +108,8 @@ def test_a_centred_target_is_particular_to_its_trajectory(vlm64, loaded64, name,
     # the rows, the model and the images of before training count, whatever training moves
     rows = method.predictor.pred_tokens.detach().clone()
     images = images_of(*build(copy.deepcopy(loaded64), "sft", RECORDS))
-    moved(method)
+    # far enough for other neighbours
+    moved(moved(method).predictor, size=1.0)
     with torch.no_grad():
         records = [(record, example.views.input) for record, example in zip(RECORDS, batch)]
         targets = naive_centred(loaded64, rows, records, images, numbers,
