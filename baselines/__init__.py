@@ -4,8 +4,7 @@ A name of --method finds its class here, and several names joined by + make one 
 mlp_head+vicreg is `class Method(MLPHead, VICReg)`. Each class calls super() for the rest.
 """
 
-from baselines.anti_collapse import (BiasHead, InfoNCE, MLPHead, RunningMean, SIGReg,
-                                     VICReg)
+from baselines.anti_collapse import BiasHead, InfoNCE, MLPHead, RunningMean, SIGReg, VICReg
 from baselines.release import Paper, Release
 from baselines.reconstruction import Recon
 from baselines.training_records import (Both, Direct, ImageFirst, SelfDistill, StripCalls,

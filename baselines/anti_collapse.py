@@ -1,17 +1,6 @@
-"""Cures for the collapse of the current model's targets.
-
-With the current model's h_R nothing in Eq. 1 keeps two targets apart (losses.jepa_loss says why).
-What other methods use against that:
-
-    bias_head, mlp_head   a predictor between the two ends            SimSiam, BYOL, I-JEPA
-    ema                   a teacher that follows slowly (variants.py) BYOL, I-JEPA, data2vec
-    running_mean          the targets minus a running mean of them    DINO
-    infonce               one's own target against the others         CPC, SimCLR, LLM-JEPA
-    vicreg                every dimension spread, none twice          VICReg
-    sigreg                a Gaussian along random directions          LeJEPA
-
-tests/lessons has every formula a second time. Letters: B batch (one forward pass, in one process),
-D hidden size, P width of a projection, S slices.
+"""What other methods use against the collapse of the current model's targets: nothing in Eq. 1
+keeps two of them apart (losses.jepa_loss says why). One more is EMA in variants.py.
+Letters: B batch (one pass, in one process), D hidden size, P width of a projection, S slices.
 """
 
 from typing import Literal
@@ -27,8 +16,7 @@ from support.options import option
 from train import Pearl
 
 TEMPERATURE = 0.07  # of InfoNCE: CLIP's first value, and LLM-JEPA's
-# of SIGReg: directions, values of t, the largest t, and P
-SLICES, KNOTS, LARGEST, PROJECTED = 256, 17, 3.0, 64
+SLICES, PROJECTED = 256, 64  # S and P of SIGReg
 
 
 class MLPHead(Pearl):
@@ -85,7 +73,7 @@ class RunningMean(Current):
 
 
 class InfoNCE(Pearl):
-    """Eq. 1 with InfoNCE as D: one's own target against the others of the pass."""
+    """Eq. 1 with InfoNCE as D: one's own target against the others of the pass (--batch)."""
 
     class Options:
         infonce_masked: bool = option(True, "no negatives with the same task and answer")
@@ -96,23 +84,22 @@ class InfoNCE(Pearl):
                              "are its negatives")
         groups = [(example.task, example.answer) if self.config.infonce_masked else n
                   for n, example in enumerate(batch) if not example.bare]
-        return infonce(prediction, target.detach(), groups).mean()
+        return infonce(prediction, target.detach(), groups)
 
 
 def infonce(prediction: Tensor, target: Tensor, groups: list) -> Tensor:
-    """-log( exp(s_ii / tau) / sum over j of exp(s_ij / tau) ), s_ij = cos(h^_R i, h_R j): (B).
+    """Mean over i of -log( exp(s_ii / tau) / sum over j of exp(s_ij / tau) ), with s_ij =
+    cos(h^_R i, h_R j).
 
     prediction, target (B, D). j runs over i itself and over the rows of other groups: two rows with
     the same task and answer may well have the same h_R.
-    Source: CPC (1807.03748); tau 0.07. The negatives are those of one forward pass (--batch).
-    Gradient: to every target too, unless the caller stops it.
+    Source: CPC (1807.03748). Gradient: to every target too, unless the caller stops it.
     """
     scores = F.normalize(prediction, dim=-1) @ F.normalize(target, dim=-1).T  # (B, B)
     scores = losses.at_least_float32(scores) / TEMPERATURE
     same = torch.tensor([[one == other for other in groups] for one in groups])
-    rows = torch.arange(len(scores), device=scores.device)
     scores = scores.masked_fill(same.fill_diagonal_(False).to(scores.device), float("-inf"))
-    return F.cross_entropy(scores, rows, reduction="none")
+    return F.cross_entropy(scores, torch.arange(len(scores), device=scores.device))
 
 
 class VICReg(Current):
@@ -191,7 +178,7 @@ class SIGReg(Current):
 
 def epps_pulley(x: Tensor) -> Tensor:
     """SIGReg's statistic for each column of x (B, S) -> (S); the trapezoid rule, 17 knots."""
-    t = torch.linspace(0, LARGEST, KNOTS, dtype=x.dtype, device=x.device)
+    t = torch.linspace(0, 3, 17, dtype=x.dtype, device=x.device)
     gauss = torch.exp(-t.square() / 2)
     angles = x[..., None] * t  # (B, S, knots)
     gap = (angles.cos().mean(dim=0) - gauss).square() + angles.sin().mean(dim=0).square()

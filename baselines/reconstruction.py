@@ -3,9 +3,8 @@
 Between two markers the model feeds its own last state back in place of words, as often as the run
 has latents; training regresses each latent to a visual embedding of the tool image it stands for.
 Letters: B batch, T sequence, D hidden size, P image tokens, n latents of a batch.
-Deviation: the paper draws <lat> and </lat>. The markers here are in every Qwen-VL vocabulary and
-already mean "what comes next was seen", so no row has to be added under a frozen embedding. The end
-marker is written for the model once the run is over, so it is not supervised.
+Deviation: the markers are tokens of every Qwen-VL vocabulary, so no row has to be added under a
+frozen embedding; all others are in docs/differences.md, last section.
 """
 
 from collections.abc import Callable
@@ -41,8 +40,7 @@ class Recon(Pearl):
         if missing := {LATENT_START, LATENT_END} - vocabulary.keys():
             raise ValueError(f"--method recon marks its latents with {sorted(missing)[0]}, which "
                              "this model's vocabulary lacks: use a Qwen-VL model")
-        mean, std = torch.zeros(self.vlm.dim), torch.ones(self.vlm.dim)
-        self.predictor = LatentScale(mean, std, torch.ones(()))  # until `prepare`
+        self.predictor = None  # until `prepare`
 
     @classmethod
     def views(cls, config, chat: Chat, example: Example, images: list[LoadedImage]) -> Views:
@@ -70,9 +68,8 @@ class Recon(Pearl):
     @torch.no_grad()
     def prepare(self, datasets: list[Trajectories]) -> None:
         """The scale of the training set's tool images."""
-        rows = torch.arange(len(datasets[0]))
-        embeddings = torch.cat([self.embeddings(*read)
-                                for read in read_all(self, datasets[0], rows)]).float()
+        parts = read_all(self, datasets[0], torch.arange(len(datasets[0])))
+        embeddings = torch.cat([self.embeddings(*part) for part in parts]).float()
         if not len(embeddings):
             raise ValueError("no trajectory has a tool image: there is nothing for --method recon "
                              "to reconstruct")
@@ -93,12 +90,10 @@ class Recon(Pearl):
         vlm = losses.vlm_loss(full.states, full.batch.labels, self.vlm.lm.lm_head)
         # the state before each latent regresses the embedding that the latent stands for
         before = full.batch.inject_at.roll(-1, dims=1)  # (B, T)
-        recon = vlm.new_zeros(())
+        scale = self.predictor
+        ends = full.states[before] / scale.size, (latents - scale.mean) / scale.std  # (n, D)
         # a pass without tool images has nothing to regress, and the mean of nothing is NaN
-        if len(latents):
-            scale = self.predictor
-            recon = losses.reconstruction_loss(full.states[before] / scale.size,
-                                               (latents - scale.mean) / scale.std)
+        recon = losses.reconstruction_loss(*ends) if len(latents) else vlm.new_zeros(())
         total = vlm + self.config.lambda_latent * recon
         return losses.Losses.of(total, None, vlm=vlm, recon=recon)
 
@@ -130,8 +125,7 @@ class LatentScale(nn.Module):
     def __init__(self, mean: Tensor, std: Tensor, size: Tensor):
         """mean, std (D); size ()."""
         super().__init__()
-        for name, value in dict(mean=mean, std=std, size=size).items():
-            self.register_buffer(name, value)
+        self.mean, self.std, self.size = map(nn.Buffer, (mean, std, size))
 
 
 def load_scale(checkpoint: Path, vlm: VLM) -> LatentScale:

@@ -1,9 +1,5 @@
-"""Pearl as the paper's text describes it, and as its authors' code does it.
-
-    --method paper      SmoothL1, the current model's h_R, Eq. 2 along R, lambda 0.2
-    --method release    the authors' code: other views, means and modules
-
-docs/differences.md lists all rules of the release, and what no option takes over.
+"""Pearl as the paper's text describes it, and as its authors' code does it: docs/differences.md
+lists all rules of the release, and those that no option takes over.
 Letters: B batch, T sequence, D hidden size, K predictor tokens, n selected positions.
 """
 
@@ -14,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import losses
-from baselines.variants import Current
+from baselines.variants import Current, Dropout
 from data import Views
 from model import Encoded
 from support.chat import Chat, View
@@ -25,7 +21,8 @@ from support.records import Example
 
 
 class Paper(Current):
-    """The paper's text. Its SmoothL1 did not make the reported numbers; the cosine did."""
+    """The paper's text: SmoothL1, the current model's h_R, Eq. 2 along R, lambda 0.2. SmoothL1 did
+    not make the reported numbers; the cosine did."""
 
     class Options:
         lambda_latent: float = option(0.2, "lambda of Eq. 4")
@@ -40,14 +37,13 @@ class Paper(Current):
         return super().nextlat(target._replace(batch=batch), target)
 
 
-class Release(Current):
-    """The authors' code. Deviation from it: docs/differences.md, last section."""
+class Release(Dropout, Current):
+    """The authors' code: other views, means and modules."""
 
     class Options:
         lambda_latent: float = option(0.2, "lambda of Eq. 4")
         lr: float = option(1e-5, "peak learning rate, for billions of parameters")
         train_vision: bool = option(True, "LoRA on the vision tower too")
-        lora_dropout: float = option(0.1, "dropout of what enters the low-rank product")
         warmup: float = option(0.05, "share of the steps with a rising rate (PixelReasoner: 0.3)")
         weight_decay: float = option(0.1, "of AdamW")
         # its single rules, so that a study can leave one out
@@ -64,7 +60,6 @@ class Release(Current):
 
     warmup = property(lambda self: self.config.warmup)
     weight_decay = property(lambda self: self.config.weight_decay)
-    lora_dropout = property(lambda self: self.config.lora_dropout)
 
     def build_modules(self) -> None:
         """--predictor_weights lora: the release wraps its latent predictor together with the model,

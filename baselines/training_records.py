@@ -12,13 +12,13 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import ConcatDataset
+from torch.utils.data import ConcatDataset, Subset
 
 import losses
 from baselines.variants import Examples, Images
 from data import Views, collate, make_views
 from losses import Losses, at_least_float32
-from model import Encoded
+from model import VLM, Encoded
 from support.chat import Chat, View
 from support.images import ImageEncoder, LoadedImage
 from support.options import option
@@ -29,17 +29,16 @@ from world.tools import CALL
 
 @dataclass
 class Bare(Sequence):
-    """The bare answers of these rows of a split, made when they are used."""
+    """The bare answers of a split, made when they are used."""
 
     records: Sequence[Example]
-    rows: Sequence[int]
     prefix: str
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.records)
 
     def __getitem__(self, n: int) -> Example:
-        return self.records[self.rows[n]].answer_only(self.prefix)
+        return self.records[n].answer_only(self.prefix)
 
 
 class Direct(SFT):
@@ -47,7 +46,7 @@ class Direct(SFT):
 
     @classmethod
     def records(cls, records: Sequence[Example], config) -> Sequence[Example]:
-        return Bare(records, range(len(records)), config.answer_prefix)
+        return Bare(records, config.answer_prefix)
 
 
 class Both(SFT):
@@ -78,7 +77,7 @@ class WithAnswers(Pearl):
             generator = torch.Generator().manual_seed(config.seed)
             rows = sorted(torch.randperm(len(records), generator=generator)[:count].tolist())
         rows = list(islice(cycle(rows), len(records))) if count else []
-        return ConcatDataset([records, Bare(records, rows, config.answer_prefix)])
+        return ConcatDataset([records, Subset(Bare(records, config.answer_prefix), rows)])
 
     def encode_views(self, batch: Examples, images: Images) -> tuple[Encoded, Tensor]:
         full, prediction = super().encode_views(batch, images)
@@ -140,21 +139,19 @@ class SelfDistill(SFT):
         pictures = [image for example in batch for image in example.images]
         images = self.encode_images(pictures)
         full, answer = ([example.views[n] for example in batch] for n in range(2))
-        full_batch, head = collate(full, self.vlm.pad_id), self.vlm.lm.lm_head
-        encoded = self.vlm(full_batch, images)
-        vlm = losses.vlm_loss(encoded.states, encoded.batch.labels, head)
-        student = self.vlm(collate(answer, self.vlm.pad_id), images)
         counts = [common_end(one, other) for one, other in zip(full, answer)]
-        teacher = head(before_end(encoded, counts)).detach()  # (n, V)
+        full, answer = (collate(views, self.vlm.pad_id) for views in (full, answer))
+        teacher = self.vlm(full, images)
+        vlm = losses.vlm_loss(teacher.states, teacher.batch.labels, self.vlm.lm.lm_head)
+        student = self.vlm(answer, images)
+        log_p = log_probs(self.vlm, teacher, counts).detach()  # (n, V)
         if self.config.teacher == "start":
             with torch.no_grad(), self.vlm.starting_model() as start:
                 # a trained vision tower has changed the features, so encode with the first one
                 if self.config.train_vision:
                     images = ImageEncoder(start.family, frozen=False)(pictures)
-                # where all weights train, the starting model has a head of its own
-                teacher = start.lm.lm_head(before_end(start(full_batch, images), counts))
-        log_p, log_q = (at_least_float32(logits).log_softmax(dim=-1)
-                        for logits in (teacher, head(before_end(student, counts))))
+                log_p = log_probs(start, start(full, images), counts)
+        log_q = log_probs(self.vlm, student, counts)  # (n, V)
         kl = F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)  # a mean over tokens
         return Losses.of(vlm + self.config.lambda_latent * kl, None, vlm=vlm, kl=kl)
 
@@ -165,8 +162,9 @@ def common_end(full: View, answer: View) -> int:
     return len(list(takewhile(lambda pair: pair[0] == pair[1] == pair[2], pairs)))
 
 
-def before_end(encoded: Encoded, counts: list[int]) -> Tensor:
-    """The states that predict the last tokens of each view, (n, D)."""
+def log_probs(vlm: VLM, encoded: Encoded, counts: list[int]) -> Tensor:
+    """The model's log-probabilities (n, V) at the last tokens of each view."""
     # a view ends at embed_at, and a state predicts the token behind it
-    return torch.cat([states[end - count:end] for states, end, count
-                      in zip(encoded.states, encoded.batch.embed_at.tolist(), counts)])
+    states = torch.cat([states[end - count:end] for states, end, count
+                        in zip(encoded.states, encoded.batch.embed_at.tolist(), counts)])  # (n, D)
+    return at_least_float32(vlm.lm.lm_head(states)).log_softmax(dim=-1)

@@ -1,8 +1,4 @@
-"""Variants of Pearl's target and terms, and the controls that show what a term does.
-
-Whose h_R: the current model's (Current, the paper's text) or a moving average's (EMA); which state
-of R (TargetState); without what similar trajectories share (Centred); something else in its place
-(Shuffled, RandomTarget, TaskMean, AnswerMean).
+"""Variants of Pearl's target h_R and of its terms, and controls that show what a term does.
 Letters: B batch, T sequence, D hidden size, N sample.
 """
 
@@ -53,7 +49,6 @@ class Current(Pearl):
 class EMA(Pearl):
     """h_R by a teacher that follows the model slowly: w' <- m w' + (1 - m) w after every step.
 
-    With --ema_rises m is  m + (1 - m) t / T  after step t of T (I-JEPA: 0.996 to 1).
     Sources: BYOL (2006.07733), I-JEPA (2301.08243), V-JEPA 2 (constant 0.99925). Under LoRA the
     factors A and B are averaged, not their product; the current tower encodes the images.
     """
@@ -64,16 +59,14 @@ class EMA(Pearl):
 
     def build_modules(self) -> None:
         super().build_modules()
-        self.names = {name.replace(".", "/"): name for name, p in self.vlm.named_parameters()
-                      if p.requires_grad}
-        # the averages of all weights that train; buffers, because the run's state has those too
+        self.weights = {name: p for name, p in self.vlm.named_parameters() if p.requires_grad}
+        # their averages, in the same order; buffers, because the run's state has those too
         self.teacher = nn.Module()
-        for buffer, name in self.names.items():
-            start = self.vlm.get_parameter(name).detach().clone()
-            self.teacher.register_buffer(buffer, start, persistent=False)
+        for name, p in self.weights.items():
+            self.teacher.register_buffer(name.replace(".", "/"), p.detach().clone(), False)
 
     def target(self, batch: Examples, images: Images) -> Encoded:
-        weights = {name: self.teacher.get_buffer(buffer) for buffer, name in self.names.items()}
+        weights = dict(zip(self.weights, self.teacher.buffers()))
 
         def teacher(*inputs):
             return functional_call(self.vlm, weights, inputs)
@@ -87,8 +80,8 @@ class EMA(Pearl):
         super().after_step(step)
         rise = step / self.config.steps if self.config.ema_rises else 0.0
         momentum = self.config.ema + (1 - self.config.ema) * rise
-        for buffer, name in self.names.items():
-            self.teacher.get_buffer(buffer).lerp_(self.vlm.get_parameter(name), 1 - momentum)
+        for average, weight in zip(self.teacher.buffers(), self.weights.values()):
+            average.lerp_(weight, 1 - momentum)
 
 
 class TargetState(Pearl):
@@ -130,8 +123,7 @@ def states_entering(vlm: VLM, layer: int) -> Iterator[list[Tensor]]:
 
 def mean_at(states: Tensor, where: Tensor) -> Tensor:
     """The mean of states (B, T, D) over the True positions of (B, T) -> (B, D); none: zeros."""
-    weight = where.to(states.dtype)
-    weight = weight / weight.sum(dim=1, keepdim=True).clamp_min(1)
+    weight = F.normalize(where.to(states.dtype), p=1, dim=1)
     return torch.einsum("bt,btd->bd", weight, states)
 
 
@@ -146,10 +138,8 @@ def positions(batch: Batch, vlm: VLM, name: str) -> Tensor:
     if name == "end":
         return F.one_hot(batch.embed_at, batch.ids.shape[1]).bool()
     words = (batch.labels != -100) & (batch.labels != vlm.family.end_id)
-    if name == "words":
-        return words
     remaining = words.flip(1).cumsum(dim=1).flip(1)  # how many words from here on
-    return words & (remaining == 1)
+    return words if name == "words" else words & (remaining == 1)
 
 
 class Centred(Pearl):
@@ -157,26 +147,23 @@ class Centred(Pearl):
     L_JEPA asks for what is particular to this trajectory. About two fifths of the squared length of
     a frozen h_R are the same for all, and their mean alone gets most of the cosine.
 
-    Questions are alike by the cosine of their h^_R before training, minus the mean of all h^_R.
-    The question itself is among its neighbours, if it is in the sample. No labels, no negatives.
-    Before the first step every question of the sample is encoded, and its R.
+    Questions are alike by the cosine of their h^_R before training, minus the mean of all h^_R; a
+    sampled question is its own neighbour too. No labels, no negatives.
     """
 
     class Options:
         neighbours: int = option(64, "k of the mean that is subtracted from h_R; 0: all sampled")
         sample: int = option(2000, "training questions in which neighbours are searched, at most")
 
-    def build_modules(self) -> None:
-        super().build_modules()
+    @torch.no_grad()
+    def prepare(self, datasets: list[Trajectories]) -> None:
+        """Encode every question of the sample, and its R, with the starting model."""
         if isinstance(self, (Current, EMA)):
             raise ValueError("--method centred needs the frozen target; for the current model's "
                              "there is running_mean")
-        # [PRED] rows before training
-        self.first_rows = self.predictor.pred_tokens.detach().clone()
-
-    @torch.no_grad()
-    def prepare(self, datasets: list[Trajectories]) -> None:
         super().prepare(datasets)
+        # [PRED] rows before training
+        self.first_rows = self.predictor.pred_tokens.clone()
         generator = torch.Generator().manual_seed(self.config.seed)
         rows = torch.randperm(len(datasets[0]), generator=generator)[:self.config.sample]
         keys, targets = [], []
@@ -229,9 +216,7 @@ class RandomTarget(Pearl):
 
 class TaskMean(Pearl):
     """The control: the mean h_R of all records of the task, so the trajectory's own part is gone.
-
-    It reads the whole training set once before the first step.
-    """
+    It reads the whole training set once before the first step."""
 
     group = attrgetter("task")
 
@@ -242,10 +227,10 @@ class TaskMean(Pearl):
             groups = defaultdict(list)
             for batch, images in read_all(self, dataset, torch.arange(len(dataset))):
                 self.target(batch, images)
-                if any(example.index not in self.targets.cache for example in batch):
-                    raise ValueError("--method task_mean and answer_mean need every frozen h_R in "
-                                     "memory: fewer records, and no --shard")
                 for example in batch:
+                    if example.index not in self.targets.cache:
+                        raise ValueError("--method task_mean and answer_mean need every frozen h_R "
+                                         "in memory: fewer records, and no --shard")
                     if not example.bare:
                         groups[self.group(example)].append(example.index)
             for group in groups.values():

@@ -4,6 +4,7 @@ pass on one unpadded sequence with pixels, and the formulas of losses as they ar
 import types
 
 import torch
+from torch.nn.functional import gelu
 
 from support.images import opened
 
@@ -55,9 +56,6 @@ def target_state(vlm, example):
     return run(vlm, text.ids[:-1], text.images)[0][-1]
 
 
-# ---- formulas -----------------------------------------------------------------------------------
-
-
 def rand(*shape):
     return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
 
@@ -92,24 +90,8 @@ def eq3_terms(logits, labels):
     return [nll(logits[t - 1], label) for t, label in enumerate(labels) if label != -100]
 
 
-def gelu(x):
-    return x * (1 + torch.erf(x / 2 ** 0.5)) / 2
-
-
-def layer_norm(norm, x):
-    x = x - x.mean()
-    return x / (x.square().mean() + norm.eps).sqrt() * norm.weight + norm.bias
-
-
-def affine(layer, x):
-    """A linear layer, with its low-rank part where it has one."""
-    base = getattr(layer, "base", layer)
-    y = base.weight @ x + base.bias
-    return y if base is layer else y + layer.scaling * (layer.lora_B @ (layer.lora_A @ x))
-
-
 def latent(predictor, state, embedding):
     """h_t + MLP(LayerNorm([h_t ; e_{t+1}])), three linear layers with GELU between them."""
     norm, first, _, second, _, third = predictor.mlp
-    x = layer_norm(norm, torch.cat([state, embedding]) if predictor.sees_next else state)
-    return state + affine(third, gelu(affine(second, gelu(affine(first, x)))))
+    x = norm(torch.cat([state, embedding]) if predictor.sees_next else state)
+    return state + third(gelu(second(gelu(first(x)))))

@@ -21,9 +21,6 @@ TURN = re.compile(r"<\|im_start\|>assistant\n(.*?<\|im_end\|>\n)", re.DOTALL)
 RECORDS = [loader.examples("all", "train", 6, seed=3)[n] for n in (0, 5)]
 
 
-# ---- the release's rules, a second time ---------------------------------------------------------
-
-
 def words_and_states(vlm, predictor, example, turns):
     """Of each supervised token: -log p of it, the forecast state's distance, -log p by that."""
     words, distances, decoded = [], [], []
@@ -73,9 +70,6 @@ def naive_loss(method, turns, records):
     del table.forward
     return sum(words) / len(words) + 0.2 * (
         eq1(*zip(*pairs)) + sum(states) / len(states) + sum(decoded) / len(decoded))
-
-
-# ---- the same by --method release ---------------------------------------------------------------
 
 
 @pytest.mark.parametrize("turns, count", [("all", 2), ("last", 1)])

@@ -30,8 +30,7 @@ def test_the_view_has_a_run_of_latents_for_each_tool_image(vlm64, latents):
             for step in record.trajectory) + "<|im_end|>"
         # neither latents nor the end marker are the model's to write
         learned = decode([label for label in view.labels if label != -100])
-        assert learned == "".join(step if isinstance(step, str) else "<|vision_start|>"
-                                  for step in record.trajectory) + "<|im_end|>"
+        assert learned == answer.replace("#", "").replace("<|vision_end|>", "")
         assert view.images == [example.images[0].key] and view.embed_at == len(view.ids) - 1
 
 

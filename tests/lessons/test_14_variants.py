@@ -1,19 +1,19 @@
-"""Claims: each variant and control changes what its name says and nothing else."""
+"""Claims: each variant and control changes what its name says and nothing else; what is subtracted
+from a target, and who teaches the next token, equal a plain loop."""
 
 import copy
 import dataclasses
 
 import pytest
 import torch
-from plain import eq1, run, tokens, turns_of
+from plain import cosine, eq1, run, target_state, tokens, turns_of
 
 import baselines
 import train
-from baselines.training_records import Both, Direct, WithAnswers
 from world import loader
-from conftest import build, moved, pair_of
+from conftest import assert_same, build, embed, images_of, moved, pair_of, terms_of
 
-RECORDS = loader.examples("multi", "train", 4)
+RECORDS = loader.examples("multi", "train", 6)
 
 
 def test_the_teacher_follows_slowly(vlm64):
@@ -52,18 +52,16 @@ def test_controls_put_something_else_in_the_place_of_h_R(loaded64):
     # three records of one task: the first two have the same answer
     records = [first, next(record for record in others if record.answer == first.answer),
                next(record for record in others if record.answer != first.answer)]
-    results = {}
-    for name in ("pearl", "shuffled", "random", "task_mean", "answer_mean"):
-        method, batch = build(copy.deepcopy(loaded64), name, records, seed=2)
-        results[name] = method(batch)
-    prediction, (a, b, c) = results["pearl"].pair
+    method, batch = build(copy.deepcopy(loaded64), "pearl", records)
+    prediction, (a, b, c) = method(batch).pair
     random = [torch.randn(128, generator=torch.Generator().manual_seed(1_000_003 * 2 + n)).double()
              for n in range(3)]
-    naive = dict(pearl=[a, b, c], shuffled=[c, a, b], random=random,
+    naive = dict(shuffled=[c, a, b], random=random,
                  # the mean of all records of the task, or of those with the same answer
                  task_mean=3 * [(a + b + c) / 3], answer_mean=[(a + b) / 2, (a + b) / 2, c])
     for name, targets in naive.items():
-        torch.testing.assert_close(results[name].parts["jepa"], eq1(prediction, targets), rtol=1e-5,
+        method, batch = build(copy.deepcopy(loaded64), name, records, seed=2)
+        torch.testing.assert_close(method(batch).parts["jepa"], eq1(prediction, targets), rtol=1e-5,
                                    atol=1e-7)
 
 
@@ -84,25 +82,115 @@ def test_ablations_weigh_one_term_and_dropout_is_loras(loaded64):
     assert {m.p for m in dropout.modules() if isinstance(m, torch.nn.Dropout)} == {0.3}
 
 
-# ---- what is learned ----------------------------------------------------------------------------
+def naive_centred(start, rows, records, images, sample, count):
+    """Of each record h_R minus the mean h_R of the `count` sampled questions most like it."""
+    questions = [embed(start, view, images, rows).embedding[0] for _, view in records]
+    states = [target_state(start, record) for record, _ in records]
+    mean = sum(questions[n] for n in sample) / len(sample)
+    targets = []
+    for question, state in zip(questions, states):
+        nearest = sorted(sample, key=lambda n: -cosine(question - mean, questions[n] - mean))
+        targets.append(state - sum(states[n] for n in nearest[:count]) / count)
+    return targets
+
+
+@pytest.mark.parametrize("name, neighbours, sample, options", [
+    ("centred", 2, 4, dict()), ("centred", 0, 5, dict(train_vision=True)),
+    ("centred", 9, 3, dict(lora_rank=0)), ("with_answers+centred", 2, 8, dict(share=1.0))])
+def test_a_centred_target_is_particular_to_its_trajectory(vlm64, loaded64, name, neighbours, sample,
+                                                          options):
+    method, batch = build(vlm64, name, RECORDS, neighbours=neighbours, sample=sample, seed=4,
+                          **options)
+    order = torch.randperm(len(batch), generator=torch.Generator().manual_seed(4)).tolist()
+    # bare answers have no trajectory
+    numbers = [n for n in order[:sample] if n < len(RECORDS)]
+    assert 1 < len(numbers) < len(RECORDS)
+    # the rows, the model and the images of before training count, whatever training moves
+    rows = method.predictor.pred_tokens.detach().clone()
+    images = images_of(*build(copy.deepcopy(loaded64), "sft", RECORDS))
+    # far enough for other neighbours
+    moved(moved(method).predictor, size=1.0)
+    with torch.no_grad():
+        records = [(record, example.views.input) for record, example in zip(RECORDS, batch)]
+        targets = naive_centred(loaded64, rows, records, images, numbers,
+                                min(neighbours or 9, len(numbers)))
+    prediction = pair_of(method, batch[:len(RECORDS)])[0]
+    assert_same(terms_of(method, batch)["jepa"], eq1(prediction, targets), method)
+
+
+@pytest.mark.parametrize("other", ["current", "ema", "vicreg", "paper"])
+def test_only_a_frozen_target_is_centred_by_neighbours(vlm64, other):
+    with pytest.raises(ValueError, match="--method centred needs the frozen target"):
+        build(vlm64, f"centred+{other}", RECORDS[:2])
+
+
+def test_the_running_mean_follows_the_targets_while_training(vlm64):
+    method, batch = build(vlm64, "running_mean", RECORDS[:3])
+    mean = torch.zeros(128, dtype=torch.float64)
+    for training, share in ((False, 0), (True, 1), (True, 0.1), (False, 0)):
+        method.train(training)
+        prediction, h_R = pair_of(method, batch)
+        h_R = h_R.detach()
+        # the first passes have their own batch's mean
+        subtracted = mean if mean.any() else h_R.mean(dim=0)
+        before = method.mean.clone()
+        assert_same(terms_of(method, batch)["jepa"], eq1(prediction, h_R - subtracted), method)
+        mean = (1 - share) * mean + share * h_R.mean(dim=0)
+        torch.testing.assert_close(method.mean, mean, rtol=1e-5, atol=1e-6)
+        assert training or torch.equal(method.mean, before)
+        moved(method)
+    assert "mean" not in method.state_dict()
+
+
+def naive_kl(student, teacher, records):
+    """Mean over the tokens with which both texts end of KL(teacher || student)."""
+    terms = []
+    for record in records:
+        full = tokens(student, turns_of(record))
+        answer = tokens(student, [turns_of(record)[0], ("assistant", [f"Answer: {record.answer}"])])
+        log_p = run(teacher, full.ids, full.images)[1].detach().log_softmax(dim=-1)
+        log_q = run(student, answer.ids, answer.images)[1].log_softmax(dim=-1)
+        # from the end of the turn on, and without the line break behind it
+        n = 2
+        while full.ids[-n] == answer.ids[-n]:
+            # the logits before a token predict it
+            p, q = log_p[-n - 1], log_q[-n - 1]
+            terms.append((p.exp() * (p - q)).sum())
+            n += 1
+        # ": seven" and the end of the turn: "Answer" has a blank before it in the trajectory
+        assert n == 5
+    return sum(terms) / len(terms)
+
+
+@pytest.mark.parametrize("options", [
+    dict(), dict(teacher="start"), dict(teacher="start", lora_rank=0),
+    dict(teacher="start", train_vision=True)], ids=str)
+def test_the_student_learns_the_teachers_distributions(vlm64, loaded64, options):
+    method, batch = build(vlm64, "self_distill", RECORDS[:3], **options)
+    moved(method)
+    terms, teacher = terms_of(method, batch), loaded64 if options else vlm64
+    assert_same(terms["kl"], naive_kl(vlm64, teacher, RECORDS[:3]), method)
+    torch.testing.assert_close(terms["loss"], terms["vlm"] + 5 * terms["kl"])
+    torch.testing.assert_close(terms["vlm"], train.SFT.forward(method, batch).total)
 
 
 def test_bare_answers():
     options = train.config_class("with_answers")
-    bare = [dataclasses.replace(r, bare=True, trajectory=[f"Answer: {r.answer}"]) for r in RECORDS]
-    assert list(Direct.records(RECORDS, options())) == bare
-    assert list(Both.records(RECORDS, options())) == RECORDS + bare
+    four = RECORDS[:4]
+    bare = [dataclasses.replace(r, bare=True, trajectory=[f"Answer: {r.answer}"]) for r in four]
+    assert list(baselines.Direct.records(four, options())) == bare
+    assert list(baselines.Both.records(four, options())) == four + bare
     # a share is drawn by the seed, and repeated until answers are half of all
     for seed, share, sample in ((0, 0.3, [0, 1]), (1, 0.3, [1, 3]), (0, 0.25, [0]),
                                 (0, 1.0, [0, 1, 2, 3]), (0, 0.0, [])):
-        records = list(WithAnswers.records(RECORDS, options(seed=seed, share=share)))
-        assert records == RECORDS + [bare[n] for n in (sample * 4)[:4]]
+        records = list(baselines.WithAnswers.records(four, options(seed=seed, share=share)))
+        assert records == four + [bare[n] for n in (sample * 4)[:4]]
     # validation has all of them
     valid = loader.examples("multi", "validation", 3)
-    records = WithAnswers.records(valid, options(share=0.3))
+    records = baselines.WithAnswers.records(valid, options(share=0.3))
     assert [record.id for record in records] == [record.id for record in valid] * 2
     with pytest.raises(ValueError, match="--share is at most 1"):
-        WithAnswers.records(RECORDS, options(share=1.5))
+        baselines.WithAnswers.records(RECORDS, options(share=1.5))
 
 
 def test_bare_answers_are_not_predicted(vlm64):
