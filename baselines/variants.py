@@ -46,7 +46,7 @@ class Current(Pearl):
             return self.encode_target(self.vlm, batch, images)
 
 
-class EMA(Pearl):
+class EMA(Current):
     """h_R by a teacher that follows the model slowly: w' <- m w' + (1 - m) w after every step.
 
     Sources: BYOL (2006.07733), I-JEPA (2301.08243), V-JEPA 2 (constant 0.99925). Under LoRA the
@@ -58,6 +58,8 @@ class EMA(Pearl):
         ema_rises: bool = option(False, "m rises to 1 at the last step in a straight line (I-JEPA)")
 
     def build_modules(self) -> None:
+        if self.target_needs_grad:
+            raise ValueError("vicreg and sigreg send a gradient through h_R, and ema's has none")
         super().build_modules()
         self.weights = {name: p for name, p in self.vlm.named_parameters() if p.requires_grad}
         # their averages, in the same order; buffers, because the run's state has those too
@@ -158,7 +160,7 @@ class Centred(Pearl):
     @torch.no_grad()
     def prepare(self, datasets: list[Trajectories]) -> None:
         """Encode every question of the sample, and its R, with the starting model."""
-        if isinstance(self, (Current, EMA)):
+        if isinstance(self, Current):
             raise ValueError("--method centred needs the frozen target; for the current model's "
                              "there is running_mean")
         super().prepare(datasets)

@@ -118,10 +118,12 @@ def test_a_centred_target_is_particular_to_its_trajectory(vlm64, loaded64, name,
     assert_same(terms_of(method, batch)["jepa"], eq1(prediction, targets), method)
 
 
-@pytest.mark.parametrize("other", ["current", "ema", "vicreg", "paper"])
-def test_only_a_frozen_target_is_centred_by_neighbours(vlm64, other):
-    with pytest.raises(ValueError, match="--method centred needs the frozen target"):
-        build(vlm64, f"centred+{other}", RECORDS[:2])
+@pytest.mark.parametrize("name, reason", [
+    *[(f"centred+{other}", "centred needs the frozen") for other in ("current", "ema", "paper")],
+    ("vicreg+ema", "gradient through h_R"), ("sigreg+ema", "gradient through h_R")])
+def test_targets_that_cannot_be_joined_are_refused(vlm64, name, reason):
+    with pytest.raises(ValueError, match=reason):
+        build(vlm64, name, RECORDS[:2])
 
 
 def test_the_running_mean_follows_the_targets_while_training(vlm64):
@@ -217,6 +219,7 @@ def test_classes_compose():
     # neither the order of the names matters, nor a class that another one includes
     assert baselines.find("vicreg+mlp_head").__bases__ == (baselines.MLPHead, baselines.VICReg)
     assert baselines.find("current+vicreg") is baselines.VICReg
+    assert baselines.find("release+ema").target is baselines.EMA.target
     config = train.config_class("release+infonce+ema")()
     assert (config.lambda_latent, config.infonce_masked, config.ema) == (0.2, True, 0.996)
     with pytest.raises(ValueError, match="unknown method 'nope': choose from with_answers, "):
