@@ -108,9 +108,9 @@ class Trajectories(Dataset):
                  cache=(), skip: bool = False):
         # cache: keys of images whose features the model has kept, so that they need no pixels
         self.records, self.split, self.chat, self.cache = records, split, chat, cache
-        # views: the method's own, (chat, example, images) -> Views
+        # views: that of the method (train.Pearl.views): chat, example, images -> Views
         # skip: the next record takes the place of a faulty one; else a fault is raised
-        self.make_views, self.skip = views, skip
+        self.views, self.skip = views, skip
         # by number of the record
         self.faults: dict[int, str] = {}
         self.ready: dict[int, TrainingExample] = {}
@@ -127,7 +127,7 @@ class Trajectories(Dataset):
         try:
             example = self.records[row]
             images = load_images(example, self.chat.family)
-            views = self.make_views(self.chat, example, images)
+            views = self.views(self.chat, example, images)
         except (ValueError, OSError) as error:
             if not self.skip or len(self.faults) > len(self) / 100:
                 raise
@@ -187,8 +187,8 @@ class Batch:
     embed_at: torch.Tensor
     # keys in order of appearance, row after row
     images: list[str]
-    # for two views in one pass (support/step.py): how many first tokens both share, (B,), and
-    # how many last positions belong to the second
+    # only where full and input view share a pass (support/step.py): (B,) how many first tokens are
+    # the same in both, and how many last positions hold the rest of the input view
     shared: torch.Tensor | None = None
     branch: int = 0
 

@@ -33,7 +33,7 @@ class Encoded(NamedTuple):
     # None for a target that was kept from an earlier step
     states: Tensor | None = None  # (B, T, D) final-layer states
     inputs: Tensor | None = None  # (B, T, D) input embeddings
-    batch: Batch | None = None  # on the model's device
+    views: Batch | None = None  # the padded views, on the model's device
 
 
 class VLM(nn.Module):
@@ -98,8 +98,8 @@ class VLM(nn.Module):
             for layer in layers:
                 layer.active = True
 
-    def embed(self, batch: Batch, images: dict[str, EncodedImage],
-              injected: Tensor | None = None) -> dict:
+    def lm_inputs(self, batch: Batch, images: dict[str, EncodedImage],
+                  injected: Tensor | None = None) -> dict:
         """The language model's inputs, on its device, for a batch of views on the CPU.
 
         images: those of batch.images, by key. injected: the input embeddings of the positions of
@@ -138,8 +138,8 @@ class VLM(nn.Module):
 
     def forward(self, batch: Batch, images: dict[str, EncodedImage],
                 injected: Tensor | None = None) -> Encoded:
-        """Enc of a batch of views (see `embed`)."""
-        inputs = self.embed(batch, images, injected)
+        """Enc of a batch of views (see `lm_inputs`)."""
+        inputs = self.lm_inputs(batch, images, injected)
         # the decoder without its head, and no cache: nothing is decoded here
         states = self.family.states(**inputs, use_cache=False).last_hidden_state  # (B, T, D)
         batch = batch.to(self.lm.device)
@@ -178,7 +178,7 @@ class VLM(nn.Module):
         pixels = {image.key: image.pixels for image in with_pixels(images, self.family)}
         # ids and pixels where possible, so that transformers alone produces the answer
         prompt = self.family.prompt(batch.to(self.lm.device), [pixels[key] for key in batch.images],
-                                    lambda: self.embed(batch, encode(images)))
+                                    lambda: self.lm_inputs(batch, encode(images)))
         # with embeddings as the prompt, transformers returns the new tokens alone
         start = batch.ids.shape[1] if "input_ids" in prompt else 0
         # greedy, whatever the checkpoint's own generation_config says (families.load_checkpoint)

@@ -57,7 +57,7 @@ class LatentPredictor(nn.Module):
 
 
 class Predictor(nn.Module):
-    """[PRED] embeddings `pred_tokens` (K, D) and the latent predictor `latent`, in one file.
+    """[PRED] embeddings `pred_embeddings` (K, D) and the latent predictor `latent`, in one file.
     count: K. start (D): the embedding of the end-of-turn token."""
 
     file_name = "predictor.safetensors"
@@ -70,5 +70,5 @@ class Predictor(nn.Module):
         start = start.detach().float()
         size = start.square().mean().sqrt()
         noise = 0.1 * size * torch.randn(count, dim, device=start.device)
-        self.pred_tokens = nn.Parameter(start.repeat(count, 1) + noise)  # (K, D)
+        self.pred_embeddings = nn.Parameter(start.repeat(count, 1) + noise)  # (K, D)
         self.latent = LatentPredictor(dim, sees_next)

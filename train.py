@@ -109,7 +109,7 @@ class Pearl(Method):
         full, prediction = self.encode_views(batch, images)
         # 3. Target view R, encoded apart from <I0, Q>: h_R (B, D)
         target = self.target(batch, images)
-        vlm = losses.vlm_loss(full.states, full.batch.labels, self.vlm.lm.lm_head)  # Eq. 3
+        vlm = losses.vlm_loss(full.states, full.views.labels, self.vlm.lm.lm_head)  # Eq. 3
         # the last argument of the next two is for subclasses alone
         jepa = self.jepa(prediction, target.embedding, batch)  # Eq. 1
         nextlat = self.nextlat(full, target)  # Eq. 2
@@ -121,14 +121,14 @@ class Pearl(Method):
                      images: dict[str, EncodedImage]) -> tuple[Encoded, Tensor]:
         """1. the full view, 2. h^_R of the input view."""
         full, inputs, _ = map(list, zip(*(example.views for example in batch)))
-        pred_tokens, pad_id = self.predictor.pred_tokens, self.vlm.pad_id
+        pred_embeddings, pad_id = self.predictor.pred_embeddings, self.vlm.pad_id
         # The same result in one forward pass over <I0, Q> R [PRED], where the model's attention
         # takes such a mask: [PRED] sees <I0, Q> and not R. `full` has the states of <I0, Q> R.
         if self.one_pass and self.vlm.family.packs:
-            return encode_two_views(self.vlm, full, inputs, images, pred_tokens, collate)
+            return encode_two_views(self.vlm, full, inputs, images, pred_embeddings, collate)
         # one forward pass for each view
         encoded = self.vlm(collate(full, pad_id), images)
-        return encoded, self.vlm(collate(inputs, pad_id), images, pred_tokens).embedding
+        return encoded, self.vlm(collate(inputs, pad_id), images, pred_embeddings).embedding
 
     def encode_target(self, vlm: VLM, batch: list[TrainingExample],
                       images: dict[str, EncodedImage]) -> Encoded:
@@ -160,7 +160,7 @@ class Pearl(Method):
     def nextlat(self, full: Encoded, target: Encoded) -> Tensor:
         # Deviation: the paper (--method paper) runs Eq. 2 along R read alone; we, like the release,
         # along the supervised positions of the full view
-        supervised = full.batch.labels != -100
+        supervised = full.views.labels != -100
         forecasts = self.predictor.latent.forecasts(full.states, full.inputs, supervised,
                                                     self.config.horizon)
         return losses.nextlat_loss(full.states, forecasts)
@@ -180,7 +180,7 @@ class SFT(Pearl):
     def forward(self, batch: list[TrainingExample]) -> Losses:
         images = self.encode_images([image for example in batch for image in example.images])
         full = self.vlm(collate([example.views.full for example in batch], self.vlm.pad_id), images)
-        vlm = losses.vlm_loss(full.states, full.batch.labels, self.vlm.lm.lm_head)
+        vlm = losses.vlm_loss(full.states, full.views.labels, self.vlm.lm.lm_head)
         return Losses.of(vlm, None, vlm=vlm)
 
 
@@ -202,7 +202,7 @@ def fit(config: Config, this_run: run.Run) -> tuple | None:
     (test examples, answers before, seconds), or None if a signal ended it."""
     torch.manual_seed(config.seed)
     vlm = VLM(config.model, getattr(torch, config.dtype), config.min_pixels, config.max_pixels)
-    train_examples, valid_examples, tests = splits.load_splits(config)
+    examples = train_examples, valid_examples, tests = splits.load_splits(config)
     # a question that cannot be asked stops the run here, before training
     evaluator = evaluate.Evaluator(vlm, tests, config.answer_prefix)
     method = find_method(config.method)(vlm, config, this_run.world_size)
@@ -214,7 +214,7 @@ def fit(config: Config, this_run: run.Run) -> tuple | None:
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=method.weight_decay)
     schedule = get_cosine_schedule_with_warmup(
         optimizer, math.ceil(method.warmup * config.steps), config.steps)
-    module = this_run.start(method, optimizer, schedule, (train_examples, valid_examples, tests))
+    parallel_method = this_run.start(method, optimizer, schedule, examples)
     before = this_run.once("before.json", lambda: evaluate.answer_questions(evaluator))
     method.train()
     rows = StepRows(len(train_set), config.batch * config.accumulate, config.seed, this_run.step)
@@ -226,9 +226,9 @@ def fit(config: Config, this_run: run.Run) -> tuple | None:
         results = []
         for batch in micro_batches:
             # several processes exchange their gradients once a step, after the last micro-batch
-            with this_run.exchange(module, last=batch is micro_batches[-1]):
+            with this_run.exchange(parallel_method, last=batch is micro_batches[-1]):
                 with run.autocast(config):
-                    result = module(batch)
+                    result = parallel_method(batch)
                 # every micro-batch weighs the same; DDP takes the mean over processes
                 (result.total * (this_run.world_size / config.accumulate)).backward()
             # without the total, which holds the graph in memory

@@ -198,7 +198,7 @@ def embeddings(folder: Path | None, config: train.Config,
     if folder:
         vlm = evaluate.load_model(folder, config.device)[0]
         file = run.finished(folder)[1] / Predictor.file_name
-        rows = read_tensors(file, config.device)[0]["pred_tokens"] if file.is_file() else None
+        rows = read_tensors(file, config.device)[0]["pred_embeddings"] if file.is_file() else None
     config = replace(config, pred_tokens=0 if rows is None else len(rows))  # rows (K, D)
     method, predictions = kind(vlm, config), []
     for batch, images in batches_of(method, examples):

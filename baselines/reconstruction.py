@@ -40,7 +40,8 @@ class Recon(Pearl):
         if missing := {LATENT_START, LATENT_END} - vocabulary.keys():
             raise ValueError(f"--method recon marks its latents with {sorted(missing)[0]}, which "
                              "this model's vocabulary lacks: use a Qwen-VL model")
-        self.predictor = None  # until `prepare`
+        zeros = torch.zeros(self.vlm.dim)
+        self.predictor = LatentScale(zeros, zeros + 1, torch.ones(()))  # until `prepare`
 
     @classmethod
     def views(cls, config, chat: Chat, example: Example, images: list[LoadedImage]) -> Views:
@@ -87,9 +88,9 @@ class Recon(Pearl):
         images = self.encode_images([image for example in batch for image in example.images])
         latents = self.embeddings(batch, images)
         full = self.vlm(collate([ex.views.full for ex in batch], self.vlm.pad_id), images, latents)
-        vlm = losses.vlm_loss(full.states, full.batch.labels, self.vlm.lm.lm_head)
+        vlm = losses.vlm_loss(full.states, full.views.labels, self.vlm.lm.lm_head)
         # the state before each latent regresses the embedding that the latent stands for
-        before = full.batch.inject_at.roll(-1, dims=1)  # (B, T)
+        before = full.views.inject_at.roll(-1, dims=1)  # (B, T)
         scale = self.predictor
         ends = full.states[before] / scale.size, (latents - scale.mean) / scale.std  # (n, D)
         # a pass without tool images has nothing to regress, and the mean of nothing is NaN
@@ -144,7 +145,7 @@ def generate_latent(vlm: VLM, views: list[View], images: dict, scale: LatentScal
     latent, latent (D)) -> (D): what a control feeds (analysis/causal.py).
     """
     start_marker, end_marker = vlm.tokenizer.convert_tokens_to_ids([LATENT_START, LATENT_END])
-    end_id, inputs = vlm.family.end_id, vlm.embed(collate(views, vlm.pad_id, left=True), images)
+    end_id, inputs = vlm.family.end_id, vlm.lm_inputs(collate(views, vlm.pad_id, left=True), images)
     position, mask = inputs["position_ids"].amax(dim=(0, 2)) + 1, inputs["attention_mask"]
     cache, words, fed = DynamicCache(), [[] for _ in views], [0] * len(views)
     # positions up to the model's next word: latents, and last the end marker

@@ -32,9 +32,9 @@ class Paper(Current):
 
     def nextlat(self, full: Encoded, target: Encoded) -> Tensor:
         # Eq. 2 along R read alone, where any token may be predicted
-        labels = target.batch.ids.masked_fill(~target.batch.mask, -100)
-        batch = replace(target.batch, labels=labels)
-        return super().nextlat(target._replace(batch=batch), target)
+        labels = target.views.ids.masked_fill(~target.views.mask, -100)
+        views = replace(target.views, labels=labels)
+        return super().nextlat(target._replace(views=views), target)
 
 
 class Release(Dropout, Current):
@@ -70,7 +70,7 @@ class Release(Dropout, Current):
         if self.config.predictor_weights == "lora":
             if not rank:
                 raise ValueError("--predictor_weights lora needs --lora_rank above 0")
-            self.predictor.pred_tokens.requires_grad_(False)
+            self.predictor.pred_embeddings.requires_grad_(False)
             latent.mlp[0].eps = 1e-6
             # frozen at the core's zero, it would predict h_t itself
             latent.mlp[-1].reset_parameters()
@@ -100,7 +100,7 @@ class Release(Dropout, Current):
 
     def nextlat(self, full: Encoded, target: Encoded) -> Tensor:
         term, config = super().nextlat(full, target), self.config
-        labels, states = full.batch.labels, full.states
+        labels, states = full.views.labels, full.states
         forecasts = self.predictor.latent.forecasts(states, full.inputs, labels != -100,
                                                     config.horizon)
         if config.nextlat_mean == "examples":

@@ -98,7 +98,7 @@ class TargetState(Pearl):
         layer = self.config.target_layer
         with states_entering(vlm, layer) as states:
             encoded = super().encode_target(vlm, batch, images)
-        where = positions(encoded.batch, vlm, self.config.target_position)
+        where = positions(encoded.views, vlm, self.config.target_position)
         for example, tokens in zip(batch, where.sum(dim=1).tolist()):
             if not tokens:
                 split, number = example.index
@@ -165,7 +165,7 @@ class Centred(Pearl):
                              "there is running_mean")
         super().prepare(datasets)
         # [PRED] rows before training
-        self.first_rows = self.predictor.pred_tokens.clone()
+        self.first_rows = self.predictor.pred_embeddings.clone()
         generator = torch.Generator().manual_seed(self.config.seed)
         rows = torch.randperm(len(datasets[0]), generator=generator)[:self.config.sample]
         keys, targets = [], []

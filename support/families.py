@@ -220,7 +220,7 @@ class Family:
 
     def prompt(self, batch, pixels: list[dict[str, Tensor]], embed) -> dict:
         """The arguments of `generate`. pixels: `inputs` of the batch's images; embed(): inputs of
-        the language model, as `VLM.embed` makes them."""
+        the language model, as `VLM.lm_inputs` makes them."""
         if not self.types:
             # embeddings, because families take the pixels of several images in different ways
             inputs = embed()

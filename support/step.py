@@ -115,13 +115,14 @@ def branch_inputs(batch, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor,
     return positions, mask.masked_fill(~(sees & ~foreign), torch.finfo(dtype).min)[:, None]
 
 
-def encode_two_views(vlm, full_views, input_views, images, pred_tokens: Tensor, collate):
-    """The encoded full views, and the embedding h^_R (B, D) of the input views, in one pass."""
+def encode_two_views(vlm, full_views, input_views, images, pred_embeddings: Tensor, collate):
+    """The encoded full views, and the embedding h^_R (B, D) of the input views, in one pass.
+    collate: that of data.py, which this folder does not import."""
     batch = add_branches(full_views, input_views, partial(collate, pad_id=vlm.pad_id))
-    encoded = vlm(batch, images, pred_tokens)
-    batch, width = encoded.batch, encoded.batch.ids.shape[1] - encoded.batch.branch
+    encoded = vlm(batch, images, pred_embeddings)
+    views, width = encoded.views, encoded.views.ids.shape[1] - encoded.views.branch
     # the branches stand behind the full views
     full = encoded._replace(
         states=encoded.states[:, :width], inputs=encoded.inputs[:, :width],
-        batch=replace(batch, labels=batch.labels[:, :width], mask=batch.mask[:, :width]))
+        views=replace(views, labels=views.labels[:, :width], mask=views.mask[:, :width]))
     return full, encoded.embedding

@@ -88,7 +88,7 @@ def images_of(method, batch):
 
 def pair_of(method, batch):
     """h^_R and h_R of the current model, each view in a pass of its own."""
-    images, rows = images_of(method, batch), method.predictor.pred_tokens
+    images, rows = images_of(method, batch), method.predictor.pred_embeddings
     return [torch.cat([embed(method.vlm, example.views[n], images, injected).embedding
                        for example in batch]) for n, injected in ((1, rows), (2, None))]
 

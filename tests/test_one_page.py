@@ -48,7 +48,7 @@ def records_of(folder):
 def test_losses_and_gradients_are_those_of_the_projects_step(page, folder, vlm64):
     # the project's step on the four training records, with the page's weights
     step = train.Pearl(vlm64, train.Config(device="cpu", lora_rank=0)).double()
-    step.predictor.pred_tokens.data.copy_(page.pred.data)
+    step.predictor.pred_embeddings.data.copy_(page.pred.data)
     step.predictor.latent.mlp.load_state_dict(page.latent.state_dict())
     examples = train.dataset(step, read_folder(folder).split("train"), "train")
     result = step(examples.micro_batches(list(range(4)), batch=4)[0])
@@ -60,7 +60,7 @@ def test_losses_and_gradients_are_those_of_the_projects_step(page, folder, vlm64
         torch.testing.assert_close(loss, expected[name], rtol=1e-10, atol=1e-10)
     losses["total"].backward(), expected["total"].backward()
     # parameters are in one order in both; the model's norms round to float32 inside
-    pairs = [(page.pred, step.predictor.pred_tokens)]
+    pairs = [(page.pred, step.predictor.pred_embeddings)]
     for one, other in ((page.latent, step.predictor.latent.mlp), (page.vlm, step.vlm.lm)):
         pairs += zip(one.parameters(), other.parameters(), strict=True)
     for one, other in pairs:

@@ -78,12 +78,12 @@ def test_eq2_predicts_each_state_from_the_one_before(horizon, sees_next):
 def test_the_predictor_starts_from_no_change_and_from_the_end_of_turn():
     state, start = torch.randn(2, D), torch.randn(900).bfloat16()
     assert torch.equal(LatentPredictor(D)(state, state + 1), state)
-    rows = Predictor(900, 3, start).pred_tokens
+    rows = Predictor(900, 3, start).pred_embeddings
     # the start with a tenth of noise, different in each row
     assert rows.dtype == torch.float32 and len(rows.unique(dim=0)) == 3
     noise = (rows - start.float()).square().mean(dim=1) / start.float().square().mean()
     torch.testing.assert_close(noise.sqrt(), torch.full((3,), 0.1), rtol=0.1, atol=0)
-    assert Predictor(900, 0, start).pred_tokens.shape == (0, 900)
+    assert Predictor(900, 0, start).pred_embeddings.shape == (0, 900)
 
 
 def test_eq4_weighs_both_latent_terms():

@@ -16,7 +16,7 @@ def test_which_loss_moves_which_weights(vlm64, mixed):
     method, batch = build(vlm64, "pearl", mixed[:2])
     terms = terms_of(method, batch)
     assert touched(terms["vlm"], method) == {"vlm"}
-    assert touched(terms["jepa"], method) == {"vlm", "pred_tokens"}
+    assert touched(terms["jepa"], method) == {"vlm", "pred_embeddings"}
     assert touched(terms["nextlat"], method) == {"vlm", "latent"}
     trained = gradients(terms["loss"], method)
     assert all(g.any() for g in trained.values())
@@ -28,14 +28,14 @@ def test_which_loss_moves_which_weights(vlm64, mixed):
 def test_which_positions_each_loss_can_change(vlm64, mixed, monkeypatch):
     """Full and input view share one pass. Even so h^_R must not depend on R, which is in the same
     row, and the text not on [PRED]."""
-    inputs, real = [], vlm64.embed
+    inputs, real = [], vlm64.lm_inputs
 
-    def embed(*args):
+    def lm_inputs(*args):
         inputs.append(real(*args))
         inputs[-1]["inputs_embeds"].requires_grad_()
         return inputs[-1]
 
-    monkeypatch.setattr(vlm64, "embed", embed)
+    monkeypatch.setattr(vlm64, "lm_inputs", lm_inputs)
     method, (example,) = build(vlm64, "pearl", mixed[:1])
     terms, labels = terms_of(method, [example]), example.views.full.labels
     # R begins at the first supervised token; behind the full view of `count` tokens is [PRED]

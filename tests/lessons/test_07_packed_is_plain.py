@@ -48,7 +48,7 @@ def test_the_step_equals_one_record_at_a_time(loaded64, mixed, options):
                     forecast = method.predictor.latent(forecast, inputs[t + i].detach())
                     terms.append(smooth_l1(forecast, states[t + i].detach()))
         prediction = embed(vlm, example.views.input, images,
-                           method.predictor.pred_tokens).embedding[0]
+                           method.predictor.pred_embeddings).embedding[0]
         pairs.append((prediction, target_state(loaded64, record).detach()))
     naive = dict(vlm=sum(words) / len(words), jepa=eq1(*zip(*pairs)),
                  nextlat=sum(sum(terms) / len(terms) for terms in nextlat) / horizon)

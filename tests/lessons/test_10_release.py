@@ -58,7 +58,7 @@ def naive_loss(method, turns, records):
         "><", "> <").split()))
     # behind the vocabulary's rows one for each [PRED] token, as if they were its own
     table = vlm.lm.get_input_embeddings()
-    rows = torch.cat([table.weight, method.predictor.pred_tokens])
+    rows = torch.cat([table.weight, method.predictor.pred_embeddings])
     table.forward = lambda ids: rows[ids]
     words, pairs, states, decoded = [], [], [], []
     for example in records:

@@ -106,7 +106,7 @@ def test_a_centred_target_is_particular_to_its_trajectory(vlm64, loaded64, name,
     numbers = [n for n in order[:sample] if n < len(RECORDS)]
     assert 1 < len(numbers) < len(RECORDS)
     # the rows, the model and the images of before training count, whatever training moves
-    rows = method.predictor.pred_tokens.detach().clone()
+    rows = method.predictor.pred_embeddings.detach().clone()
     images = images_of(*build(copy.deepcopy(loaded64), "sft", RECORDS))
     # far enough for other neighbours
     moved(moved(method).predictor, size=1.0)

@@ -72,5 +72,5 @@ def test_the_readmes_python_lines_run(tmp_path, monkeypatch, capsys):
     learning = {name for name, p in names["pearl"].named_parameters()
                 if p.grad is not None and p.grad.any()}
     assert all("lora_" in name or name.startswith("predictor.") for name in learning)
-    assert "predictor.pred_tokens" in learning and any("lora_B" in name for name in learning)
+    assert "predictor.pred_embeddings" in learning and any("lora_B" in name for name in learning)
     assert capsys.readouterr().out.split()[-1] in names["records"][0].options

@@ -73,10 +73,10 @@ def numbers():
 
 
 def of_the_inputs(vlm, method, record):
-    (full, prompt, target), rows = record.views, method.predictor.pred_tokens
+    (full, prompt, target), rows = record.views, method.predictor.pred_embeddings
     images = method.encode_images(record.images)
     batch = step.add_branches([full], [prompt], lambda views: train.collate(views, vlm.pad_id))
-    inputs, encoded = vlm.embed(batch, images, rows), vlm(batch, images, rows)
+    inputs, encoded = vlm.lm_inputs(batch, images, rows), vlm(batch, images, rows)
     shared, pred = int(batch.shared[0]), len(rows)
     assert prompt.ids[:shared] == full.ids[:shared] and target.ids == full.ids[-len(target.ids):]
     image_tokens, words = int(inputs["is_image"].sum()), sum(n != -100 for n in full.labels)
@@ -99,7 +99,7 @@ def of_the_losses(vlm, method, record, base):
     trained = [p for p in method.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=CONFIG.lr, weight_decay=method.weight_decay)
     full, _ = method.encode_views([record], method.encode_images(record.images))
-    at = full.batch.labels != -100
+    at = full.views.labels != -100
     n, vocabulary = vlm.lm.lm_head(full.states[:, :-1][at[:, 1:]]).shape
     ((forecast, _),) = method.predictor.latent.forecasts(full.states, full.inputs, at, 1)
     result = method([record])

@@ -59,7 +59,7 @@ def test_the_states_of_the_table_are_those_that_training_would_predict():
     for row, example in enumerate(world):
         [(batch, images)] = targets.batches_of(method, [example])
         view = batch[0].views.target
-        inputs = vlm.embed(train.collate([view], vlm.pad_id), images)
+        inputs = vlm.lm_inputs(train.collate([view], vlm.pad_id), images)
         hidden = vlm.family.states(**inputs, output_hidden_states=True).hidden_states
         words = [n for n, label in enumerate(view.labels) if label not in (-100, end)]
         at = dict(end=[len(view.ids) - 1], word=words[-1:], words=words,
