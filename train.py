@@ -35,9 +35,9 @@ from predictor import Predictor
 from support import packing, processes, run, splits
 from support.chat import Chat
 from support.features import EncodedImage, ImageEncoder, LoadedImage, StoredTargets
-from support.loading import load
 from support.method import Method
 from support.options import option, optional_folder, parse, value_of, with_options
+from support.processes import load
 from support.records import Example
 
 

@@ -10,7 +10,7 @@ from PIL import Image
 import data
 from support import features
 from support.chat import Chat
-from support.loading import load
+from support.processes import load
 from support.records import Example
 from world import loader
 
