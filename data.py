@@ -11,7 +11,7 @@ a batch; the steps of a run read their records in an order that depends on the s
 
 Letters: B batch, T sequence (text and image tokens), K predictor tokens.
 Left out on purpose: the chat template (support/chat.py), reading files (support/records.py,
-images.py), processes that prepare data (support/loading.py), the small world (world/).
+images.py), processes that prepare data (support/processes.py), the small world (world/).
 """
 
 import dataclasses

@@ -35,8 +35,8 @@ from predictor import Predictor
 from support import processes, run, splits
 from support.chat import Chat
 from support.images import EncodedImage, ImageEncoder, LoadedImage
-from support.loading import load
 from support.options import option, optional_folder, parse, value_of, with_options
+from support.processes import load
 from support.records import Example
 from support.step import Method, StoredTargets, encode_two_views
 

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import importlib
 import sys
+from functools import partial
 
 import torch
 from transformers import HfArgumentParser
@@ -21,9 +22,6 @@ def option(default, help: str):
 class ShortHelp(argparse.RawDescriptionHelpFormatter):
     """One line per option: one spelling, its meaning, its default."""
 
-    def __init__(self, prog: str):
-        super().__init__(prog, max_help_position=34, width=120)
-
     def _get_help_string(self, action: argparse.Action) -> str:
         # a switch is off and a text is empty unless it is given
         empty = action.default in (None, "", False, argparse.SUPPRESS)
@@ -31,8 +29,8 @@ class ShortHelp(argparse.RawDescriptionHelpFormatter):
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
         # HfArgumentParser takes --lora-rank as well as --lora_rank; one of them is enough here
-        name, *_ = action.option_strings or [action.dest]
-        if action.nargs == 0 or isinstance(action.const, bool):
+        name = action.option_strings[0]
+        if action.nargs == 0 or action.const is True:
             return name
         values = "|".join(map(str, action.choices)) if action.choices else ""
         return f"{name} {values or getattr(action.type, '__name__', 'text').upper()}"
@@ -40,8 +38,9 @@ class ShortHelp(argparse.RawDescriptionHelpFormatter):
 
 def parse(config_class: type, argv: list[str] | None, description: str):
     """An instance of config_class from the command line."""
+    layout = partial(ShortHelp, max_help_position=34, width=120)
     parser = HfArgumentParser(config_class, description=description, allow_abbrev=False,
-                              formatter_class=ShortHelp, usage="%(prog)s [--OPTION VALUE ...]")
+                              formatter_class=layout, usage="%(prog)s [--OPTION VALUE ...]")
     config, = parser.parse_args_into_dataclasses(sys.argv[1:] if argv is None else argv)
     for field in dataclasses.fields(config):
         value, least = getattr(config, field.name), LEAST.get(field.name, 0)

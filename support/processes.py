@@ -1,17 +1,26 @@
 """A program's beginning and end, several processes (torchrun), shares of a model that does not fit,
-and signals that end a run without losing a step."""
+workers that prepare data, and signals that end a run without losing a step."""
 
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from functools import partial
 from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
+from torch.utils.data import DataLoader
 from tqdm import tqdm
+
+# a bar on stderr from the third second on, in the first of all processes; a log file gets a line
+# each half minute, a terminal sees the bar move
+progress = partial(tqdm, delay=2, leave=False, mininterval=0.5 if sys.stderr.isatty() else 30,
+                   disable=os.environ.get("RANK", "0") != "0")
+# the signal that ends the program, 0: none came; in_loop: a step would be lost now
+SIGNALS = SimpleNamespace(number=0, in_loop=False)
 
 
 def run_program(main: Callable[[], None], stopped: str = "stopped") -> None:
@@ -28,16 +37,12 @@ def run_program(main: Callable[[], None], stopped: str = "stopped") -> None:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         print(stopped, file=sys.stderr)
-        SIGNALS.number = SIGNALS.number or signal.SIGINT
     if SIGNALS.number:
         # end as an ordinary program does, so that a shell's loop stops too
         with suppress(OSError):  # nobody may read the stream any more
             sys.stdout.flush()
         signal.signal(SIGNALS.number, signal.SIG_DFL)
         signal.raise_signal(SIGNALS.number)
-
-
-# ---- several processes ----
 
 
 def start_processes(config) -> tuple[int, int]:
@@ -94,19 +99,33 @@ def first_process_first() -> Iterator[None]:
         dist.barrier()
 
 
-def progress(items: Iterable, what: str, total: int | None = None) -> Iterable:
-    """The items, with a bar on stderr from the third second on, in the first of all processes."""
-    others = os.environ.get("RANK", "0") != "0"
-    # a log file gets a line each half minute, a terminal sees the bar move
-    interval = 0.5 if sys.stderr.isatty() else 30
-    return tqdm(items, what, total, delay=2, mininterval=interval, disable=others, leave=False)
+def load(dataset, steps, batch: int, workers: int, rank: int = 0,
+         world_size: int = 1) -> Iterator[list[list]]:
+    """The micro-batches of each step, prepared ahead by `workers` processes.
 
+    dataset: data.Trajectories. steps: the rows of each step. Raises ValueError or OSError for a
+    faulty record, and where --skip_bad would leave out more than 1% of the records.
+    """
+    def collate_step(rows: list[int]):
+        try:
+            result = dataset.micro_batches(rows, batch, rank, world_size)
+        except (ValueError, OSError) as error:  # a faulty record: its sentence, and no traceback
+            result = error
+        return result, dataset.faults
 
-# ---- signals ----
-
-
-# the signal that ends the program, 0: none came; in_loop: a step would be lost now
-SIGNALS = SimpleNamespace(number=0, in_loop=False)
+    # the generator is the loader's own: it must not draw from the one that dropout uses
+    loader = DataLoader(range(len(dataset)), batch_sampler=steps, collate_fn=collate_step,
+                        num_workers=workers, pin_memory=torch.cuda.is_available(),
+                        generator=torch.Generator(),
+                        multiprocessing_context="fork" if workers else None)
+    for result, faults in loader:
+        dataset.faults |= faults  # each worker has its own
+        if isinstance(result, Exception):
+            raise result
+        if len(dataset.faults) > len(dataset) / 100:
+            raise ValueError(f"{len(dataset.faults)} of {len(dataset)} records are faulty, and "
+                             f"--skip_bad leaves out 1%, the last one: {[*faults.values()][-1]}")
+        yield result
 
 
 def on_signal(number: int, frame) -> None:
@@ -118,16 +137,6 @@ def on_signal(number: int, frame) -> None:
         raise KeyboardInterrupt
     if first:  # print() is not safe inside a handler
         os.write(1, b"saving after this step; a second signal ends at once\n")
-
-
-@contextmanager
-def finishing_steps() -> Iterator[None]:
-    """A signal inside waits for `asked_to_stop`, since a step would be lost."""
-    SIGNALS.in_loop = True
-    try:
-        yield
-    finally:
-        SIGNALS.in_loop = False
 
 
 def asked_to_stop(world_size: int, device: str) -> bool:

@@ -39,7 +39,7 @@ from support.records import digest
 LOCK = "lock"
 # what the screen shows of a line of the log
 SCREEN = ("loss", "vlm", "jepa", "nextlat", "recon", "r2", "retrieval", "effective_rank",
-         "mean_cosine", "lr", "grad_norm", "ms")
+          "mean_cosine", "lr", "grad_norm", "ms")
 STOPPED = "stopped; python train.py --resume RUN continues from the last state, if there is one"
 
 
@@ -68,9 +68,9 @@ class Run:
                                       "another --out, nothing is overwritten")
             self.is_new = not self.out.exists()
             self.out.mkdir(parents=True, exist_ok=True)
-            self.lock = FileLock(self.out / LOCK)
+            self.lock = FileLock(self.out / LOCK, timeout=0)
             try:
-                self.lock.acquire(timeout=0)
+                self.lock.acquire()
             except Timeout:
                 raise ValueError(f"{self.out} is in use by another process: stop it") from None
         return self
@@ -84,26 +84,28 @@ class Run:
                 if self.is_new:
                     self.out.rmdir()
 
-    # ---- before the first step ----
-
     def start(self, method, optimizer, schedule, splits: tuple) -> torch.nn.Module:
         """Write config.json, or load the state. Returns the module to call: the method, or
-        DistributedDataParallel around it."""
+        DistributedDataParallel around it. Raises ValueError if model or data of a resumed run are
+        not those that it began with."""
         self.method, self.optimizer, self.schedule = method, optimizer, schedule
         inputs = base_digests(self.config.model) | {
             f"{name} records": digest(records)
             for name, records in zip(("training", "validation", "test"), splits)}
         if self.resume:
-            refuse_other_inputs(self.out, inputs)
-            self.step, self.best = self.load_state()
-        if self.writes and self.resume:
-            truncate_log(self.out / "log.jsonl", self.step)
+            first = read_json(self.out / "inputs.json")
+            if changed := [name for name in first | inputs if first.get(name) != inputs.get(name)]:
+                raise ValueError(f"{self.out} began with other inputs than it finds now "
+                                 f"({', '.join(changed)}): restore them, or begin a new run with "
+                                 "another --out")
+            self.load_state()
         elif self.writes:
             write_json(self.out / "inputs.json", inputs)
             write_json(self.out / "environment.json", environment())
             # last: a folder with config.json has the other two
             write_json(self.out / "config.json", dataclasses.asdict(self.config))
         if self.writes:
+            truncate_log(self.out / "log.jsonl", self.step)
             trained = sum(p.numel() for p in optimizer.param_groups[0]["params"]) / 1e6
             several = f" x {self.world_size}" if self.world_size > 1 else ""
             print(f"{self.config.method} on {self.config.data or self.config.regime}: "
@@ -126,24 +128,24 @@ class Run:
             write_json(file, make())
         return json.loads(file.read_text(encoding="utf-8"))
 
-    # ---- the steps ----
-
     def steps(self, ready: Iterator[list]) -> Iterator[tuple[int, list]]:
         """(number, micro-batches of this process) of each step left, until a signal comes."""
         config, start = self.config, time.time()
         # from here on a signal ends the loop after its step, and not in the middle
-        with processes.finishing_steps():
+        processes.SIGNALS.in_loop = True
+        try:
             while self.step < config.steps and not self.stopping:
                 self.step_began = time.time()
-                try:
-                    micro_batches = next(ready)
-                except (ValueError, OSError):  # a faulty record: fix it, and --resume continues
-                    self.stopping = True
-                    self.save(self.step)
-                    raise
+                micro_batches = next(ready)
                 self.waited = time.time() - self.step_began
                 self.step += 1
                 yield self.step, micro_batches
+        except (ValueError, OSError):  # a faulty record: fix it, and --resume continues
+            self.stopping = True
+            self.save(self.step)
+            raise
+        finally:
+            processes.SIGNALS.in_loop = False
         self.seconds = time.time() - start
         if self.step < config.steps and self.writes:
             print(f"stopped after step {self.step}; python train.py --resume {self.out} continues")
@@ -154,16 +156,14 @@ class Run:
 
     def is_finite(self, norm: Tensor, step: int) -> bool:
         """Raises ValueError after the fifth step in a row without a finite gradient."""
-        if math.isfinite(float(norm)):
-            self.bad = 0
-            return True
-        self.bad += 1
-        print(f"step {step}: the gradient is not finite; step skipped ({self.bad} in a row)",
-              flush=True)
+        self.bad = 0 if norm.isfinite() else self.bad + 1
+        if self.bad:
+            print(f"step {step}: the gradient is not finite; step skipped ({self.bad} in a row)",
+                  flush=True)
         if self.bad == 5:
             raise ValueError("five steps in a row without a finite gradient: lower --lr or "
                              f"--lambda_latent; {self.out} has the last good state")
-        return False
+        return not self.bad
 
     def logs(self, step: int) -> bool:
         """Whether this step gets a line: twenty in a run, and all of a short one."""
@@ -177,9 +177,9 @@ class Run:
         grad_norm, seconds = float(norm), time.time() - self.step_began
         metrics = metrics | dict(grad_norm=grad_norm, lr=lr, ms=1000 * seconds,
                                  waited=self.waited / max(1e-9, seconds))
-        log(self.out, "train", dict(step=step, **metrics))
+        shown = log(self.out, "train", dict(step=step, **metrics))
         left = int((self.config.steps - step) * seconds)
-        print(f"{step:5d}/{self.config.steps} {screen(metrics)}, {left // 60}:{left % 60:02d} left",
+        print(f"{step:5d}/{self.config.steps} {shown}, {left // 60}:{left % 60:02d} left",
               flush=True)
 
     def validates(self, step: int) -> bool:
@@ -191,29 +191,22 @@ class Run:
         """Log a validation; keep the checkpoint if it has the lowest loss so far."""
         if not self.writes:
             return
-        log(self.out, "valid", dict(step=step, **metrics))
-        print(f"      validation: {screen(metrics)}", flush=True)
+        shown = log(self.out, "valid", dict(step=step, **metrics))
+        print(f"      validation: {shown}", flush=True)
         if hint := collapse_hint(metrics, bool(method.targets.cache)):
             print(f"      {hint}", flush=True)
         if metrics["loss"] < self.best:
             self.best = metrics["loss"]
             save_best(self.out, method, step, metrics)
 
-    def log_faults(self, *datasets) -> None:
-        """A line of the log for each record that was left out (--skip_bad) and has none yet."""
-        for dataset in datasets if self.writes else ():
-            for fault in dataset.faults.values():
-                if fault not in self.faults:
-                    self.faults.add(fault)
-                    log(self.out, "left out", dict(step=self.step, fault=fault))
-                    print(f"      left out: {fault}", flush=True)
-
-    # ---- the state ----
-
     def save(self, step: int, *datasets) -> None:
-        """The state, where one is due: at each validation, at the end, and when a signal came; and
-        the faults of the datasets, after every step."""
-        self.log_faults(*datasets)
+        """The state, where one is due: at each validation, at the end, and when a signal came.
+        After every step, a line of the log for each record that was left out (--skip_bad)."""
+        faults = {fault for dataset in datasets for fault in dataset.faults.values()}
+        for fault in sorted(faults - self.faults) if self.writes else ():
+            log(self.out, "left out", dict(step=step, fault=fault))
+            print(f"      left out: {fault}", flush=True)
+        self.faults |= faults
         if not (step % self.config.eval_every == 0 or step == self.config.steps or self.stopping):
             return
         # of each process its own: random numbers, and the h_R that it made
@@ -226,12 +219,13 @@ class Run:
                           schedule=self.schedule.state_dict())
         write_state(self.state_file, state)
 
-    def load_state(self) -> tuple[int, float]:
-        """Undo `save`; (step, best validation loss). A run without a state starts anew."""
+    def load_state(self) -> None:
+        """Undo `save`. A run without a state starts anew."""
         file = self.out / "state.safetensors"
         if not file.is_file():
-            return 0, math.inf
+            return
         state = read_state(file)
+        self.step, self.best = state["step"], state["best"]
         for name, tensor in trained_tensors(self.method).items():
             saved = state["weights"].get(name)
             if saved is None or saved.shape != tensor.shape:
@@ -245,7 +239,6 @@ class Run:
         if "cuda" in own and torch.cuda.is_available():
             torch.cuda.set_rng_state(own["cuda"])
         self.method.targets.load(own["targets"])
-        return state["step"], state["best"]
 
 
 def trained_tensors(method: torch.nn.Module) -> dict[str, Tensor]:
@@ -286,8 +279,8 @@ def save_best(out: Path, method, step: int, metrics: dict[str, float]) -> None:
     """checkpoint-STEP/ under a temporary name, then renamed; best.json names it; others go."""
     folder = out / f"checkpoint-{step}"
     # there if the run was interrupted right here
-    for left in (folder, out / f"{folder.name}.partial"):
-        shutil.rmtree(left, ignore_errors=True)
+    for half in (folder, out / f"{folder.name}.partial"):
+        shutil.rmtree(half, ignore_errors=True)
     with new_folder(folder) as partial:
         method.vlm.save_adapter(partial)
         if method.predictor is not None:
@@ -304,9 +297,6 @@ def autocast(config) -> torch.autocast:
     # T4 and V100 would only emulate it
     fast = kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.autocast(kind, torch.bfloat16, enabled=fast or config.dtype == "bfloat16")
-
-
-# ---- the folder ---------------------------------------------------------------------------------
 
 
 def workers(config) -> int:
@@ -362,9 +352,11 @@ def merge(model_class: Callable, *arguments: str) -> None:
     adapters.save_merged(vlm, checkpoint, Path(arguments[1]), *dtypes)
 
 
-def log(out: Path, kind: str, record: dict) -> None:
+def log(out: Path, kind: str, record: dict) -> str:
+    """A line of the log; returns what the screen shows of it."""
     with open(out / "log.jsonl", "a", encoding="utf-8") as file:
         file.write(json.dumps(dict(kind=kind, **record)) + "\n")
+    return " ".join(f"{name} {record[name]:.4g}" for name in SCREEN if name in record)
 
 
 def truncate_log(file: Path, step: int) -> None:
@@ -373,10 +365,6 @@ def truncate_log(file: Path, step: int) -> None:
     # the last may be half a line
     write_text(file, "".join(f"{line}\n" for line in lines
                              if line.endswith("}") and json.loads(line)["step"] <= step))
-
-
-def screen(metrics: dict[str, float]) -> str:
-    return " ".join(f"{name} {metrics[name]:.4g}" for name in SCREEN if name in metrics)
 
 
 def collapse_hint(metrics: dict[str, float], frozen: bool) -> str:
@@ -389,9 +377,6 @@ def collapse_hint(metrics: dict[str, float], frozen: bool) -> str:
     why = ("the starting model does not tell these trajectories apart; try another --model"
            if frozen else "they have collapsed; try the frozen target (--method pearl)")
     return f"the targets h_R are nearly all alike, and a low L_JEPA means nothing: {why}"
-
-
-# ---- what a run depends on ----------------------------------------------------------------------
 
 
 def base_digests(path: str) -> dict[str, str]:
@@ -415,19 +400,10 @@ def file_digest(file: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def refuse_other_inputs(out: Path, now: dict[str, str]) -> None:
-    """Raises ValueError if model and data are not those that the run began with."""
-    first = read_json(out / "inputs.json")
-    if changed := [name for name in first | now if first.get(name) != now.get(name)]:
-        raise ValueError(f"{out} began with other inputs than it finds now ({', '.join(changed)}): "
-                         "restore them, or begin a new run with another --out")
-
-
 def environment() -> dict:
     """What a run depends on beside its config, for whoever wants to repeat it."""
-    folder = str(Path(__file__).parent)
-    git = subprocess.run(["git", "-C", folder, "describe", "--always", "--dirty", "--abbrev=40"],
-                         capture_output=True, encoding="utf-8", check=False)
+    git = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40"],
+                         cwd=Path(__file__).parent, capture_output=True, encoding="utf-8")
     packages = ("torch", "transformers", "safetensors", "pillow", "numpy")
     return dict(command=sys.argv, commit=git.stdout.strip(), python=platform.python_version(),
                 packages={name: importlib.metadata.version(name) for name in packages},

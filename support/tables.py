@@ -1,6 +1,7 @@
 """What is kept of single answers, and their accuracies, with intervals, as a table."""
 
 import math
+from collections import ChainMap
 
 from support.answers import says
 from support.records import Example
@@ -35,8 +36,7 @@ def wilson(right: int, n: int, z: float = 1.96) -> tuple[float, float]:
 
 
 def summarise(records: list[dict]) -> dict[str, dict]:
-    """Accuracy by task, each [share, low, high]; of several tasks also "all", without the held-out
-    one."""
+    """Accuracy by task, each [share, low, high]; "all": of several tasks but the held-out one."""
     groups = {task: [r for r in records if r["task"] == task]
               for task in dict.fromkeys(r["task"] for r in records)}
     if len(groups.keys() - {HELD_OUT}) > 1:
@@ -59,9 +59,7 @@ def overall(table: dict[str, dict]) -> str:
 
 def format_table(columns: dict[str, dict[str, dict]]) -> str:
     """Tasks down, models across: direct [95% interval] and the other ways, all in %."""
-    tasks: dict[str, dict] = {}
-    for table in columns.values():
-        tasks = tasks | {task: row for task, row in table.items() if task not in tasks}
+    tasks = dict(ChainMap(*columns.values()))
     lines = [f"{'task':18s}   n chance ", " " * 30]
     for task, row in tasks.items():
         label = f"{task} (held out)" if task == HELD_OUT else task

@@ -10,7 +10,7 @@ from PIL import Image
 import data
 from support import images
 from support.chat import Chat
-from support.loading import load
+from support.processes import load
 from support.records import Example
 from world import loader
 
@@ -52,16 +52,13 @@ def test_every_row_comes_once_an_epoch_in_an_order_of_the_seed():
 
 
 def test_passes_hold_views_of_similar_length(dataset):
-    def rows(passes):
-        return [[example.index[1] for example in part] for part in passes]
-
     order = [3, 0, 5, 1, 2]
     ranked = sorted(order, key=lambda row: len(dataset[row].views.full.ids))
-    assert rows(dataset.micro_batches(order, 2)) == [ranked[:2], ranked[2:4], ranked[4:]]
     # one pass alone keeps the order of its rows, and each process has every second pass
-    assert rows(dataset.micro_batches(order, 5)) == [order]
-    assert rows(dataset.micro_batches(order, 2, 0, 2)) == [ranked[:2], ranked[4:]]
-    assert rows(dataset.micro_batches(order, 2, 1, 2)) == [ranked[2:4]]
+    for share, expected in (((2,), [ranked[:2], ranked[2:4], ranked[4:]]), ((5,), [order]),
+                            ((2, 0, 2), [ranked[:2], ranked[4:]]), ((2, 1, 2), [ranked[2:4]])):
+        passes = dataset.micro_batches(order, *share)
+        assert [[example.index[1] for example in part] for part in passes] == expected
 
 
 def test_a_record_is_read_when_it_is_used(dataset, chat, tmp_path, monkeypatch):
@@ -103,27 +100,20 @@ def test_workers_prepare_the_same_batches(dataset, workers):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_faulty_record_is_one_sentence(chat, tmp_path, workers):
-    records = on_disk(tmp_path, [(64, 64), (2000, 4), (64, 64)])
-    dataset = data.Trajectories(records, "train", views, chat)
-    (tmp_path / "2.png").unlink()
-    for row, kind, message in (
-            (1, ValueError, r"example r1: image 0 \(2000 x 4 px\) is rejected .*; crop or drop it"),
-            (2, OSError, "2.png not found")):
+def test_a_faulty_record_is_one_sentence_or_left_out(chat, tmp_path, workers):
+    """No more than one in a hundred is left out."""
+    records = on_disk(tmp_path, [(64, 64)] * 3 + [(2000, 4)] + [(64, 64)] * 96)
+    strict, lenient = (data.Trajectories(records, "train", views, chat, skip=skip)
+                       for skip in (False, True))
+    # the next record takes its place
+    ((one, *others),), _ = load(lenient, [[3, 0], [1, 3]], 2, workers)
+    assert one.index == ("train", 4) and others[0].index == ("train", 0)
+    assert list(lenient.faults) == [3] and "example r3: image 0" in lenient.faults[3]
+    (tmp_path / "50.png").unlink()
+    for dataset, row, kind, message in (
+            (strict, 3, ValueError, r"^example r3: image 0 \(2000 x 4 px\) .*; crop or drop it$"),
+            (strict, 50, OSError, "50.png not found"),
+            (lenient, 50, ValueError, "2 of 100 records are faulty, and --skip_bad leaves out 1%, "
+                                      "the last one: .*50.png")):
         with pytest.raises(kind, match=message):
             list(load(dataset, [[0, row]], 2, workers))
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_faulty_record_can_be_left_out_but_no_more_than_one_in_a_hundred(chat, tmp_path,
-                                                                           workers):
-    records = on_disk(tmp_path, [(64, 64)] * 3 + [(2000, 4)] + [(64, 64)] * 96)
-    dataset = data.Trajectories(records, "train", views, chat, skip=True)
-    # the next record takes its place
-    ((one, *others),), _ = load(dataset, [[3, 0], [1, 3]], 2, workers)
-    assert one.index == ("train", 4) and others[0].index == ("train", 0)
-    assert list(dataset.faults) == [3] and "example r3: image 0" in dataset.faults[3]
-    (tmp_path / "50.png").unlink()
-    with pytest.raises((ValueError, OSError), match="2 of 100 records are faulty, and --skip_bad "
-                                                    "leaves out 1%, the last one: .*50.png"):
-        list(load(dataset, [[50]], 2, workers))

@@ -80,8 +80,8 @@ def test_a_checkpoint_replaces_what_an_interruption_left_and_older_ones(tmp_path
 def test_the_log_names_each_record_that_was_left_out_once(config, out):
     dataset = SimpleNamespace(faults={3: "line 4: no image"})
     with run.Run(config, resume=False) as current:
-        for current.step in (5, 6):
-            current.log_faults(dataset)
+        for step in (5, 6):
+            current.save(step, dataset)
     assert log_of(out) == [dict(kind="left out", step=5, fault="line 4: no image")]
 
 
@@ -111,24 +111,18 @@ def test_a_failed_write_leaves_the_last_good_file(tmp_path, monkeypatch):
     assert read_json(file) == dict(step=1) and len(list(tmp_path.iterdir())) == 1
 
 
-def test_other_inputs_than_a_run_began_with_are_named(tmp_path):
-    began = {"config.json of the model": "1", "training records": "2"}
-    write_json(tmp_path / "inputs.json", began)
-    run.refuse_other_inputs(tmp_path, began)
-    other = {"model.safetensors of the model": "1", "training records": "3"}
-    with pytest.raises(ValueError, match=r"\(config.json of the model, training records, "
-                                         r"model.safetensors of the model\).*--out"):
-        run.refuse_other_inputs(tmp_path, other)
-
-
-def test_large_weights_are_told_apart_by_pieces(tmp_path):
-    file, size = tmp_path / "model.safetensors", (64 << 20) + 5
-    file.write_bytes(bytes(size))
-    before = run.base_digests(str(tmp_path))
-    with open(file, "r+b") as content:
-        content.seek(size - 1)
-        content.write(b"x")
-    assert run.base_digests(str(tmp_path)) != before
+def test_other_inputs_than_a_run_began_with_are_named(tmp_path, out):
+    """Large weights are told apart by pieces."""
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(bytes(64 << 20) + b"start")
+    began = dict.fromkeys(("training records", "validation records"), run.digest([]))
+    out.mkdir(parents=True)
+    write_json(out / "inputs.json", began | run.base_digests(str(tmp_path)) | dict(old="1"))
+    weights.write_bytes(bytes(64 << 20) + b"other")
+    with run.Run(train.Config(model=str(tmp_path), out=str(out), device="cpu"), True) as current:
+        with pytest.raises(ValueError, match=r"\(model.safetensors of the model, old, "
+                                             r"test records\).*--out"):
+            current.start(None, None, None, ([], [], []))
 
 
 def test_paths_become_absolute_and_names_on_the_hub_stay(tmp_path, monkeypatch):
@@ -174,11 +168,11 @@ def signalled(where: str, number: int) -> None:
         os.kill(os.getpid(), number)
     # with several processes torchrun sends its own after the terminal's, which undoes nothing
     os.environ["WORLD_SIZE"] = "2" if where == "several" else "1"
-    with processes.finishing_steps():
-        for sent in [number] + dict(twice=[number], several=[signal.SIGTERM]).get(where, []):
-            os.kill(os.getpid(), sent)
-        assert processes.asked_to_stop(1, "cpu")
-        print("saved", flush=True)
+    processes.SIGNALS.in_loop = True
+    for sent in [number] + dict(twice=[number], several=[signal.SIGTERM]).get(where, []):
+        os.kill(os.getpid(), sent)
+    assert processes.asked_to_stop(1, "cpu")
+    print("saved", flush=True)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -17,7 +17,7 @@ from support import step
 from support.records import write_folder
 from world import loader
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(train.__file__).parent
 PAGE = (ROOT / "docs" / "walkthrough.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
 PROSE = re.sub(r"^```.*?^```$|`[^`\n]*`", "", PAGE, flags=re.DOTALL | re.MULTILINE)
@@ -50,26 +50,6 @@ def test_the_record_and_the_view(shipped, tmp_path):
     assert json.loads(record) == json.loads((folder / "trajectories.jsonl").read_text("utf-8"))
     lines = show.lines(train.Pearl, CONFIG, shipped.family, EXAMPLE)
     assert "\n".join(lines).startswith("\n" + view)
-
-
-@pytest.fixture(scope="module")
-def numbers():
-    """The numbers of each section in the order of its text, from the model."""
-    vlm = train.VLM(CONFIG.model).eval()
-    base, evaluator = sum(p.numel() for p in vlm.parameters()), Evaluator(vlm, [EXAMPLE])
-    (before,), (question,) = evaluator.direct(), evaluator.questions
-    torch.manual_seed(CONFIG.seed)
-    method = train.Pearl(vlm, CONFIG).train()
-    ((record,),) = train.dataset(method, [EXAMPLE], "train").micro_batches([0], 1)
-    found = of_the_inputs(vlm, method, record) | of_the_losses(vlm, method, record, base)
-    # the step has been taken: the model's answer now
-    vlm.eval()
-    (after,), prompt, started = evaluator.direct(), question.prompt.ids, question.started.ids
-    assert prompt == started[:len(prompt)] == record.views.full.ids[:len(prompt)]
-    assert before["text"] == after["text"] == EXAMPLE.answer
-    return found | {"From question to answer": [
-        len(prompt), len(started) - len(prompt), len(question.options), len(question.options[0]),
-        before["passes"], len(started), *before["log_probs"], after["log_probs"][0]]}
 
 
 def of_the_inputs(vlm, method, record):
@@ -122,9 +102,24 @@ def of_the_losses(vlm, method, record, base):
             base, CONFIG.lr, *after, total_after, CONFIG.lr, warmup, CONFIG.steps, first_lr]}
 
 
-@pytest.mark.parametrize("section", list(SECTIONS))
-def test_numbers(section, numbers):
-    found, want = SECTIONS[section], [float(value) for value in numbers[section]]
-    assert len(found) == len(want), f"{found} on the page, {want} from the model"
-    digits = [len(text.partition(".")[2]) for text in found]
-    assert found == [f"{value:,.{n}f}" for value, n in zip(want, digits)]
+def test_numbers():
+    """Those of each section, in the order of its text, are the model's."""
+    vlm = train.VLM(CONFIG.model).eval()
+    base, evaluator = sum(p.numel() for p in vlm.parameters()), Evaluator(vlm, [EXAMPLE])
+    (before,), (question,) = evaluator.direct(), evaluator.questions
+    torch.manual_seed(CONFIG.seed)
+    method = train.Pearl(vlm, CONFIG).train()
+    ((record,),) = train.dataset(method, [EXAMPLE], "train").micro_batches([0], 1)
+    numbers = of_the_inputs(vlm, method, record) | of_the_losses(vlm, method, record, base)
+    # the step has been taken: the model's answer now
+    vlm.eval()
+    (after,), prompt, started = evaluator.direct(), question.prompt.ids, question.started.ids
+    assert prompt == started[:len(prompt)] == record.views.full.ids[:len(prompt)]
+    assert before["text"] == after["text"] == EXAMPLE.answer
+    numbers["From question to answer"] = [
+        len(prompt), len(started) - len(prompt), len(question.options), len(question.options[0]),
+        before["passes"], len(started), *before["log_probs"], after["log_probs"][0]]
+    for section, found in SECTIONS.items():
+        digits = [len(text.partition(".")[2]) for text in found]
+        assert found == [f"{float(value):,.{count}f}" for value, count in zip(
+            numbers[section], digits, strict=True)], section

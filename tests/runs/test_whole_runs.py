@@ -1,17 +1,29 @@
-"""Claims about whole runs: the best checkpoint answers as plain transformers do; a run that was
-interrupted ends as the uninterrupted one; several processes train as one."""
+"""Claims about whole runs: the folder holds what the docs say; a run that was interrupted ends as
+the uninterrupted one; several processes train as one, each with its share of the frozen weights.
+
+train.py runs as a process of its own, forked from one that has everything imported: to start Python
+and import PyTorch takes longer than any of these runs.
+"""
 
 import dataclasses
 import itertools
+import multiprocessing
+import os
 import random
+import re
+import runpy
 import shutil
 import signal
+import socket
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
-from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import evaluate
 import train
@@ -19,14 +31,61 @@ from support import run
 from support.files import read_json
 from world import scenes
 from conftest import log_of, train_until
-from programs import Program, together
 
+TESTS = Path(__file__).resolve().parents[1]
+# children of the process that preloads find this module, and the repository's, by this path
+os.environ["PYTHONPATH"] = os.pathsep.join(map(str, (TESTS.parent, TESTS, TESTS / "runs")))
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["test_whole_runs"])
 TINY_RUN = ["--device", "cpu", "--steps", "12", "--batch", "2", "--train_examples", "20",
             "--test_per_task", "1", "--eval_every", "3", "--lora_rank", "2", "--lr", "5e-3",
             "--method", "dropout+pearl"]
-
-
 SHARED_RUN = [*TINY_RUN, "--accumulate", "4", "--steps", "3", "--method", "shuffled"]
+
+
+def train_program(args: list[str], log: str, env: dict[str, str]) -> None:
+    os.environ.update(env)
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for descriptor, stream in ((1, sys.stdout), (2, sys.stderr)):
+        os.dup2(file, descriptor)
+        stream.reconfigure(line_buffering=True)
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    sys.argv = [train.__file__, *args]
+    runpy.run_path(train.__file__, run_name="__main__")
+
+
+class Program(CONTEXT.Process):
+    """`python train.py ARGS`, begun at once; its output is in the file `log`."""
+
+    def __init__(self, *args, log: Path, **env: str):
+        super().__init__(target=train_program, args=([*map(str, args)], str(log), env))
+        self.log = log
+        self.start()
+
+    def said(self) -> str:
+        return self.log.read_text(encoding="utf-8") if self.log.exists() else ""
+
+    def wait_for_step(self, step: int, seconds: float = 120) -> None:
+        """Until the loop has printed it, or the program has ended."""
+        until = time.time() + seconds
+        while self.is_alive():
+            if any(int(n) >= step for n in re.findall(r"^ *(\d+)/\d+ ", self.said(), re.MULTILINE)):
+                return
+            assert time.time() < until, self.said()
+            time.sleep(0.002)
+
+
+def together(*args, log: Path) -> None:
+    """Two processes, as torchrun starts them, to their end."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    both = [Program(*args, log=log.with_suffix(f".{rank}"), RANK=rank, LOCAL_RANK=rank,
+                    WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port, OMP_NUM_THREADS="1")
+            for rank in "01"]
+    for program in both:
+        program.join()
+    assert [program.exitcode for program in both] == [0, 0], [program.said() for program in both]
 
 
 def contents(out):
@@ -63,27 +122,8 @@ def test_the_run_folder_holds_what_the_docs_say(finished):
     assert list(valid) == [3, 6, 9, 12] and best["step"] == min(valid, key=valid.get)
     assert [line["step"] for line in lines if line["kind"] == "train"] == list(range(1, 13))
     for line in lines:
-        total = line["vlm"] + config.lambda_latent * (line["jepa"] + line["nextlat"])
-        assert line["loss"] == pytest.approx(total, rel=1e-5)
-        assert {"r2", "spread_pred", "effective_rank", "mean_cosine", "retrieval"} <= line.keys()
-
-
-def test_the_merged_folder_answers_in_plain_transformers_as_the_run_does(finished, tmp_path):
-    out, merged = finished[0], tmp_path / "merged"
-    run.merge(train.VLM, out, merged)
-    plain, tokenizer, processor = (kind.from_pretrained(merged) for kind in (
-        AutoModelForImageTextToText, AutoTokenizer, AutoImageProcessor))
-    vlm, _, _ = evaluate.load_model(out, "cpu")
-    evaluator = evaluate.Evaluator(vlm, scenes.make_world("mixed", "test", 3))
-    for example, question, answer in zip(evaluator.examples, evaluator.questions,
-                                         evaluator.free(6)):
-        ids = torch.tensor([question.prompt.ids])
-        made = plain.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False,
-            mm_token_type_ids=(ids == plain.config.image_token_id).int(),
-            **processor(images=[example.image], return_tensors="pt"))
-        text = tokenizer.decode(made[0, ids.shape[1]:], skip_special_tokens=True)
-        assert answer["text"] == text
+        assert {"vlm", "jepa", "nextlat", "r2", "spread_pred", "effective_rank", "mean_cosine",
+                "retrieval"} <= line.keys()
 
 
 def test_steps_without_a_finite_gradient_are_skipped_then_stop(tmp_path, monkeypatch, capsys):
@@ -103,9 +143,6 @@ def test_steps_without_a_finite_gradient_are_skipped_then_stop(tmp_path, monkeyp
     assert all(torch.isfinite(t).all() for t in state["weights"].values())
 
 
-# ---- interruption, several processes ----
-
-
 def test_a_run_interrupted_in_every_way_ends_as_the_uninterrupted_one(finished, tmp_path,
                                                                       as_program):
     """Killed at a random moment, asked to end by SIGTERM and by SIGINT, killed again."""
@@ -119,9 +156,12 @@ def test_a_run_interrupted_in_every_way_ends_as_the_uninterrupted_one(finished, 
         if number == signal.SIGKILL:
             moments.append(random.uniform(0, 0.1))
             time.sleep(moments[-1])
-        status = program.status(number)
-        if number != signal.SIGKILL and status:
-            assert status == -number, program.said()  # as signals do, so that `a && b` ends, too
+        if program.is_alive():
+            os.kill(program.pid, number)
+        program.join()
+        if number != signal.SIGKILL and program.exitcode:
+            # as signals do, so that `a && b` ends, too
+            assert program.exitcode == -number, program.said()
             assert "saving after this step" in program.said() and "--resume" in program.said()
             assert step <= run.read_state(out / "state.safetensors")["step"] < 12
     if not (out / "results.json").is_file():
@@ -129,6 +169,9 @@ def test_a_run_interrupted_in_every_way_ends_as_the_uninterrupted_one(finished, 
     ended, whole = contents(out), contents(finished[0])
     for key, value in whole.items():
         assert ended[key] == value, (key, moments)
+
+
+# ---- several processes ----
 
 
 @pytest.fixture(scope="module")
@@ -149,21 +192,28 @@ def test_sharding_wants_several_processes_and_frozen_weights(monkeypatch):
         train.train(train.Config(device="cpu", shard=True, lora_rank=0))
 
 
+def test_each_process_holds_half_of_every_frozen_weight(vlm64):
+    # the first of two processes, of which the other does not exist
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    vlm64.set_trainable(train.Config(device="cpu", shard=True, lora_rank=2), world_size=2)
+    dist.destroy_process_group()
+    for name, p in vlm64.lm.get_decoder().layers.named_parameters():
+        assert hasattr(p, "to_local") != p.requires_grad, name
+        assert p.requires_grad or p.to_local().numel() == p.numel() // 2, name
+
+
 @pytest.mark.parametrize("way", ["begun by two", "sharded", "begun by one"])
 def test_two_processes_train_as_one(alone_trained, tmp_path, way):
-    """The same passes, so the same weights. With --shard each process holds half of every frozen
-    weight of the layers; a run that one process began is continued by two."""
+    """The same passes, so the same weights; a run that one process began is continued by two."""
     alone, half = alone_trained
     out = half if way == "begun by one" else tmp_path / "run"
     begin = ["--resume", half] if way == "begun by one" else [*SHARED_RUN, "--out", out]
     shard = ["--shard", "--gradient_checkpointing"] * (way == "sharded")
-    together(*begin, *shard, log=tmp_path / "said", watched=bool(shard))
+    together(*begin, *shard, log=tmp_path / "said")
     one, two = (run.read_state(folder / "state.safetensors")["weights"] for folder in (alone, out))
     torch.testing.assert_close(one, two, rtol=1e-3, atol=2e-5)
     one, two = (log_of(folder)[-1] for folder in (alone, out))
     assert two["kind"] == "valid" and two["loss"] == pytest.approx(one["loss"], rel=1e-3)
     if shard:
-        said = (tmp_path / f"said.{rank}" for rank in range(2))
-        assert all("each process holds its share" in file.read_text("utf-8") for file in said)
         vlm, _, _ = evaluate.load_model(out, "cpu")
         assert evaluate.Evaluator(vlm, scenes.make_world("mixed", "test", 1)).direct()
