@@ -34,9 +34,8 @@ import evaluate
 import train
 from data import StepRows
 from model import VLM
-from support import run, splits
+from support import processes, run, splits
 from support.options import option, parse
-from support.processes import run_program
 from support.records import Example, record_line
 
 VARIANTS = dict(sft="sft", cached="pearl", current="current", two_passes="two_passes+current",
@@ -195,4 +194,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_program(main)
+    processes.run_program(main)

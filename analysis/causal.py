@@ -32,22 +32,19 @@ from PIL import Image
 from torch import Tensor
 
 import evaluate
-from analysis.compare import arm_of, change_text, difference, mean_std, table_of
+from analysis.compare import BASE, arm_of, change_text, difference, mean_std, table_of
 from baselines import reconstruction
+from evaluate import Evaluator
 from model import VLM
-from support import answers, run
-from support.files import write_json
+from support import answers, files, processes, run, splits, tables
 from support.images import opened, picture_digest
-from support.processes import run_program
 from support.records import Example
-from support.splits import load_splits
-from support.tables import wilson
 from train import Config
 from world import loader
 
 # what a mark says of an answer
 RIGHT, SAME, FOLLOWS, STAYS = "right", "unchanged", "as the image", "as the question"
-BASE, ALL_FAR, GUESS = "no fine-tuning", "all but near copies", "guessing"
+ALL_FAR, GUESS = "all but near copies", "guessing"
 # a question with fewer words changed is a near copy of a trained one
 NEAR = 2
 
@@ -65,23 +62,18 @@ class Result(NamedTuple):
 Results = dict[tuple[str, str, str], Result]  # by (part, test, measure)
 
 
-class Subject(NamedTuple):
-    """A model and the questions of its trained tasks."""
+def ask(model: Evaluator, examples: Sequence[Example], way: str = "direct") -> Choices:
+    """The model's answers to other questions than its own."""
+    evaluator = Evaluator(model.vlm, examples, model.prefix)
+    return choices_of(evaluator, getattr(evaluator, way)())
 
-    vlm: VLM
-    examples: list[Example]
-    prefix: str
 
-    def ask(self, examples: Sequence[Example], way: str = "direct") -> Choices:
-        evaluator = evaluate.Evaluator(self.vlm, examples, self.prefix)
-        return self.choices(examples, getattr(evaluator, way)())
-
-    def choices(self, examples: Sequence[Example], replies: list[dict]) -> Choices:
-        options = [reply["option"] if "option" in reply
-                   else answers.says(reply["text"], ex.options, self.prefix)
-                   for ex, reply in zip(examples, replies)]
-        return {ex.id: None if option is None else ex.options[option]
-                for ex, option in zip(examples, options)}
+def choices_of(evaluator: Evaluator, replies: list[dict]) -> Choices:
+    options = [reply["option"] if "option" in reply
+               else answers.says(reply["text"], ex.options, evaluator.prefix)
+               for ex, reply in zip(evaluator.examples, replies)]
+    return {ex.id: None if option is None else ex.options[option]
+            for ex, option in zip(evaluator.examples, options)}
 
 
 def matches(rows: Sequence[Example], choices: Choices, expected: Choices) -> Marks:
@@ -139,34 +131,34 @@ def with_tool_images(example: Example, other: Example) -> Example:
                                         for step in example.trajectory])
 
 
-def image_tests(subject: Subject) -> Results:
-    examples, before = subject.examples, subject.ask(subject.examples)
+def image_tests(model: Evaluator) -> Results:
+    examples, before = model.examples, choices_of(model, model.direct())
     results = unreplaced("image", "as it is", examples, before)
     grey = [replace(ex, image=Image.new("RGB", opened(ex.image).size, (128, 128, 128)))
             for ex in examples]
     swapped = [replace(ex, image=other.image) for ex, other in partners(examples, 0)]
     for test, rows in (("grey", grey), ("another question's", swapped)):
-        results |= replaced("image", test, rows, subject.ask(rows), before)
+        results |= replaced("image", test, rows, ask(model, rows), before)
     return results
 
 
-def tool_tests(subject: Subject) -> Results:
+def tool_tests(model: Evaluator) -> Results:
     """Tool images replaced; plan and calls stay."""
-    examples = [ex for ex in subject.examples if len(ex.images) > 1]
+    examples = [ex for ex in model.examples if len(ex.images) > 1]
     # some families can be shown one image alone
-    if subject.vlm.family.single_image_only or not examples:
+    if model.vlm.family.single_image_only or not examples:
         return {}
-    before = subject.ask(examples, "tool")
+    before = ask(model, examples, "tool")
     results = unreplaced("tool image", "as it is", examples, before)
     for test, same in (("another's, same answer", True), ("another's, other answer", False)):
         pairs = partners(examples, -1, partial(fits, same=same))
         rows = [with_tool_images(*pair) for pair in pairs]
-        choices = subject.ask(rows, "tool")
+        choices = ask(model, rows, "tool")
         stays = right(rows, choices)
-        follows = matches(rows, choices, {ex.id: other.answer for ex, other in pairs})
         if same:
             results["tool image", test, RIGHT] = Result(stays, right(rows, before))
         else:
+            follows = matches(rows, choices, {ex.id: other.answer for ex, other in pairs})
             results["tool image", test, STAYS] = Result(stays)
             results["tool image", test, FOLLOWS] = Result(follows, stays)
     return results
@@ -176,8 +168,7 @@ def tool_tests(subject: Subject) -> Results:
 Latents = dict[str, Sequence[Tensor]]
 
 
-def latent_choices(subject: Subject, evaluator: evaluate.Evaluator, scale, n: int,
-                   feed: Latents) -> tuple[Choices, Latents]:
+def latent_choices(evaluator: Evaluator, scale, n: int, feed: Latents) -> tuple[Choices, Latents]:
     """The answers of a recon run that feeds itself n latents a time, and the latents it made.
     feed: in place of them; a run beyond the last one there gets the last one's again."""
     examples, made = evaluator.examples, {ex.id: [] for ex in evaluator.examples}
@@ -187,8 +178,7 @@ def latent_choices(subject: Subject, evaluator: evaluate.Evaluator, scale, n: in
         made[i].append(latent.clone())
         return feed[i][k if k < len(feed[i]) else k % n - n] if i in feed else latent
 
-    replies = reconstruction.answer(evaluator, scale, n, instead)
-    return subject.choices(examples, replies), made
+    return choices_of(evaluator, reconstruction.answer(evaluator, scale, n, instead)), made
 
 
 def replacements(examples: list[Example], made: Latents, n: int) -> dict[str, Latents]:
@@ -203,24 +193,24 @@ def replacements(examples: list[Example], made: Latents, n: int) -> dict[str, La
                                    if made[other.id]}}
 
 
-def latent_tests(subject: Subject, scale, n: int) -> Results:
+def latent_tests(model: Evaluator, scale, n: int) -> Results:
     """The latents that a recon run feeds itself replaced, as many as before."""
-    examples = [ex for ex in subject.examples if len(ex.images) > 1]
-    evaluator = evaluate.Evaluator(subject.vlm, examples, subject.prefix)
-    ask = partial(latent_choices, subject, evaluator, scale)
-    before, made = ask(n, {})
+    examples = [ex for ex in model.examples if len(ex.images) > 1]
+    evaluator = Evaluator(model.vlm, examples, model.prefix)
+    before, made = latent_choices(evaluator, scale, n, {})
     results, own = unreplaced("latents", "its own", examples, before), right(examples, before)
     # at least one latent was fed
-    with_latents = {i: int(bool(latents)) for i, latents in made.items()}
-    results["latents", "its own", "with latents"] = Result(with_latents)
-    for test, choices in (("markers alone", ask(0, {})[0]),
-                          ("answered directly", subject.ask(examples))):
+    results["latents", "its own", "with latents"] = Result(
+        {i: int(bool(latents)) for i, latents in made.items()})
+    for test, choices in (("markers alone", latent_choices(evaluator, scale, 0, {})[0]),
+                          ("answered directly", choices_of(evaluator, evaluator.direct()))):
         results["latents", test, RIGHT] = Result(right(examples, choices), own)
     # a model that feeds itself no latents has none to replace
     tests = replacements(examples, made, n) if any(made.values()) else {}
     for test, feed in tests.items():
         rows = [ex for ex in examples if ex.id in feed]
-        results |= replaced("latents", test, rows, ask(n, feed)[0], before)
+        choices, _ = latent_choices(evaluator, scale, n, feed)
+        results |= replaced("latents", test, rows, choices, before)
     return results
 
 
@@ -235,7 +225,7 @@ class Questions(NamedTuple):
 
 def questions_of(config, per_task: int) -> Questions:
     options = vars(config) | dict(train_examples=200, test_per_task=per_task)
-    records, _, tests = load_splits(SimpleNamespace(**options))
+    records, _, tests = splits.load_splits(SimpleNamespace(**options))
     texts, tasks = {ex.question for ex in records[:2000]}, {ex.task for ex in records}
     groups: dict[str, list[Example]] = {}
     for example in tests if config.data else loader.questions("", per_task):
@@ -254,14 +244,14 @@ def words_apart(one: str, other: str) -> int:
                if kind != "equal")
 
 
-def untrained_tests(subject: Subject, questions: Questions, before: Results) -> Results:
+def untrained_tests(model: Evaluator, questions: Questions, before: Results) -> Results:
     """before: the results of the model before training; none for itself."""
-    marks = {task: right(rows, subject.ask(rows)) for task, rows in questions.untrained.items()}
+    marks = {task: right(rows, ask(model, rows)) for task, rows in questions.untrained.items()}
     if far := [task for task in marks if questions.distances[task] >= NEAR]:
         marks[ALL_FAR] = {i: mark for task in far for i, mark in marks[task].items()}
-    keys = {task: ("untrained", task, RIGHT) for task in marks}
-    return {key: Result(marks[task], before[key].marks if before else None)
-            for task, key in keys.items()}
+    keys = [("untrained", task, RIGHT) for task in marks]
+    return {key: Result(own, before[key].marks if before else None)
+            for key, own in zip(keys, marks.values())}
 
 
 def table(systems: dict[str, list[Results]], distances: dict[str, int]) -> str:
@@ -277,7 +267,7 @@ def table(systems: dict[str, list[Results]], distances: dict[str, int]) -> str:
             if n:
                 value = mean_std([100 * statistics.mean(one.values()) for one in marks])
             if n and len(seeds) == 1 and test != GUESS:
-                low, high = wilson(sum(marks[0].values()), n)
+                low, high = tables.wilson(sum(marks[0].values()), n)
                 value += f" [{100 * low:.1f}, {100 * high:.1f}]"
             if against[0] and (gap := difference(marks, against)):
                 change, count = change_text(*gap), count + 1
@@ -291,22 +281,22 @@ def table(systems: dict[str, list[Results]], distances: dict[str, int]) -> str:
 @torch.no_grad()
 def tests_of(vlm: VLM, config, questions: Questions, before: Results, checkpoint=None) -> Results:
     examples = [evaluate.method_of(config).adapt(ex, config) for ex in questions.trained]
-    subject = Subject(vlm.eval(), examples, config.answer_prefix)
+    model = Evaluator(vlm.eval(), examples, config.answer_prefix)
     if config.method.endswith("recon"):
         scale = reconstruction.load_scale(checkpoint, vlm)
-        results = latent_tests(subject, scale, config.decode_latents)
+        results = latent_tests(model, scale, config.decode_latents)
     else:
-        results = image_tests(subject) | tool_tests(subject)
-    return results | untrained_tests(subject, questions, before)
+        results = image_tests(model) | tool_tests(model)
+    return results | untrained_tests(model, questions, before)
 
 
 def measure_all(args) -> tuple[dict[str, list[Results]], dict[str, int]]:
     """All systems, the model before training first; and the distances of untrained tasks."""
-    configs = {path: run.finished(path)[0] for path in args.runs}
-    if len({(Path(c.model).name, c.data or c.regime) for c in configs.values()}) > 1:
+    runs = [run.finished(path) for path in args.runs]
+    if len({(Path(config.model).name, config.data or config.regime) for config, _ in runs}) > 1:
         raise ValueError(f"{', '.join(map(str, args.runs))} differ in base, data or regime: name "
                          "runs of one setting")
-    first = next(iter(configs.values()), Config(model=args.model))
+    first = runs[0][0] if runs else Config(model=args.model)
     base = SimpleNamespace(**vars(first) | dict(method="sft", data=args.data or first.data))
     questions = questions_of(base, args.per_task)
     if not questions.trained:
@@ -314,9 +304,9 @@ def measure_all(args) -> tuple[dict[str, list[Results]], dict[str, int]]:
     vlm = VLM(base.model, getattr(torch, base.dtype)).to(args.device)
     before = tests_of(vlm, base, questions, {})
     systems = {BASE: [before]}
-    for path, config in configs.items():
+    for path, (config, checkpoint) in zip(args.runs, runs):
         vlm = evaluate.load_model(path, args.device)[0]
-        results = tests_of(vlm, config, questions, before, run.finished(path)[1])
+        results = tests_of(vlm, config, questions, before, checkpoint)
         systems.setdefault(arm_of(path.name), []).append(results)
     return systems, questions.distances
 
@@ -336,9 +326,10 @@ def main() -> None:
     systems, distances = measure_all(args)
     print(table(systems, distances))
     if args.json:
-        write_json(args.json, {name: [{"|".join(key): marks for key, (marks, _) in seed.items()}
-                                      for seed in seeds] for name, seeds in systems.items()})
+        files.write_json(args.json, {
+            name: [{"|".join(key): marks for key, (marks, _) in seed.items()} for seed in seeds]
+            for name, seeds in systems.items()})
 
 
 if __name__ == "__main__":
-    run_program(main)
+    processes.run_program(main)

@@ -14,18 +14,14 @@ from collections import Counter
 from itertools import chain
 from pathlib import Path
 
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # before any other `analysis`
 
 import train
-from support import splits
-from support.answers import forms
+from support import answers, families, processes, splits
 from support.chat import Chat
-from support.families import load_family
-from support.images import load_images
-from support.images import few_values, open_image
-from support.processes import progress, run_program
+from support.images import few_values, load_images, open_image
 from support.records import SPLITS, Example, Records
 
 PER_PROCESS = 200  # records for which a further process pays
@@ -33,19 +29,17 @@ PER_PROCESS = 200  # records for which a further process pays
 Found = dict[str, tuple[str, str]]
 
 
-class Checks(Dataset):
-    """The check of each row, in any process."""
+class Check:
+    """The check of one row, in any process."""
 
     def __init__(self, examples: list[Example] | Records, chat: Chat, config: train.Config):
         self.examples, self.chat, self.config = examples, chat, config
-        tests = [ex for ex in examples if ex.split == "test"]
-        self.forms = {ex.id: form for ex, form in zip(tests, forms(tests, config.answer_prefix))}
+        tests = [example for example in examples if example.split == "test"]
+        forms = answers.forms(tests, config.answer_prefix)
+        self.forms = {example.id: form for example, form in zip(tests, forms)}
         self.seen: dict[Path, tuple[str, str]] = {}
 
-    def __len__(self) -> int:
-        return len(self.examples)
-
-    def __getitem__(self, row: int) -> tuple[str, str, int, Found]:
+    def __call__(self, row: int) -> tuple[str, str, int, Found]:
         """(task, split, tokens of the longest text that the run makes of it, what was found)"""
         example, tokens = self.examples[row], 0
         where = self.examples.where(row) if self.config.data else f"record {example.id}"
@@ -54,7 +48,7 @@ class Checks(Dataset):
         # the code of a run would stop at a faulty image, which is listed already
         if not any(fault for fault, _ in results.values()):
             try:
-                tokens = token_count(example, self.chat, self.config, self.forms)
+                tokens = self.token_count(example)
             except ValueError as error:
                 results[where] = f"{where}: {error}", ""
         return example.task, example.split, tokens, results
@@ -68,29 +62,30 @@ class Checks(Dataset):
                 self.seen[file] = str(error), ""
         return self.seen[file]
 
-
-def token_count(example: Example, chat: Chat, config: train.Config, answer_forms) -> int:
-    """The tokens of the longest view that the run makes. Raises ValueError naming an example that
-    cannot be trained on, or asked."""
-    images = load_images(example, chat.family)
-    if example.split == "test":
-        return len(chat.question(example, images, answer_forms[example.id]).started.ids)
-    views = train.find_method(config.method).views(config, chat, example, images)
-    return max(len(view.ids) for view in views)
+    def token_count(self, example: Example) -> int:
+        """The tokens of the longest view that the run makes. Raises ValueError naming an example
+        that cannot be trained on, or asked."""
+        chat, images = self.chat, load_images(example, self.chat.family)
+        if example.split == "test":
+            return len(chat.question(example, images, self.forms[example.id]).started.ids)
+        views = train.find_method(self.config.method).views(self.config, chat, example, images)
+        return max(len(view.ids) for view in views)
 
 
 def check_data(config: train.Config) -> None:
     """Print what the data hold. Raises ValueError listing all faults."""
     start, faults, notes = time.time(), [], []
-    family = load_family(config.model, config.min_pixels, config.max_pixels)
+    family = families.load_family(config.model, config.min_pixels, config.max_pixels)
     chat = Chat(family, family.lm.config.text_config.max_position_embeddings)
     examples = list(chain(*splits.load_splits(config))) if not config.data else splits.read_folder(
         config.data, config.answer_prefix, problems=faults, by_pixels=True)
-    processes = min(os.cpu_count(), len(examples) // PER_PROCESS)
+    check = Check(examples, chat, config)
+    workers = min(os.cpu_count(), len(examples) // PER_PROCESS)
     # the results come in the order of the rows, whichever process has them
-    loader = DataLoader(Checks(examples, chat, config), 16, collate_fn=list, num_workers=processes,
-                        multiprocessing_context="fork" if processes else None)
-    checked = list(progress(chain.from_iterable(loader), "checking records", len(examples)))
+    loader = DataLoader(range(len(examples)), 16, collate_fn=lambda rows: list(map(check, rows)),
+                        num_workers=workers, multiprocessing_context="fork" if workers else None)
+    checked = list(processes.progress(chain.from_iterable(loader), "checking records",
+                                      len(examples)))
     results: Found = {}
     for *_, own in checked:
         # the first record that names an image counts
@@ -124,4 +119,4 @@ def check_data(config: train.Config) -> None:
 
 
 if __name__ == "__main__":
-    run_program(lambda: check_data(train.parse_config()))
+    processes.run_program(lambda: check_data(train.parse_config()))

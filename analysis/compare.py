@@ -8,7 +8,6 @@ Runs of one arm and several seeds are one row. Only runs of one base, training s
 questions can be averaged or subtracted. The other options are those of evaluate.py.
 """
 
-import json
 import statistics
 import sys
 from itertools import takewhile
@@ -19,11 +18,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # before any ot
 import numpy as np
 
 import evaluate
-from support.files import read_json, write_json
+from support import files, processes
 from support.options import parse
-from support.processes import run_program
 from support.tables import HELD_OUT, format_table, overall, summarise
 
+BASE = "no fine-tuning"  # the name of the model before training in tables
 DRAWS = 2000  # of a bootstrap
 
 
@@ -77,14 +76,14 @@ def arm_of(run: str) -> str:
 def read_run(folder: Path, split: str = "test") -> dict:
     """config, answers and answers before of a finished run. A study may have asked more questions
     (asked.json): those of another split stand alone, and explicit tool use beside the others."""
-    config, file = read_json(folder / "config.json"), folder / "asked.json"
-    more = read_json(file)["answers"] if file.is_file() else []
+    config, file = files.read_json(folder / "config.json"), folder / "asked.json"
+    more = files.read_json(file)["answers"] if file.is_file() else []
     if split != "test":
         return dict(config=config, answers=more)
-    run, calls = read_json(folder / "results.json"), {answer["id"]: answer for answer in more}
+    run = files.read_json(folder / "results.json")
+    calls = {answer["id"]: answer for answer in more if "call_right" in answer}
     for answer in run["answers"]:
-        call = calls.get(answer["id"], {})
-        if "call_right" in call:
+        if call := calls.get(answer["id"]):
             answer["call_right"] = call["call_right"]
             answer["cost"]["call"] = call["cost"]["call"]
     return dict(run, config=config)
@@ -98,9 +97,9 @@ def arms(configs: dict[str, dict]) -> dict[str, str]:
     names = {}
     for run, config in configs.items():
         peers = [c for c in configs.values() if c["method"] == config["method"]]
-        differing = [k for k in config
-                     if k not in ignored and len({json.dumps(c.get(k)) for c in peers}) > 1]
-        names[run] = " ".join([config["method"], *(f"{k}={config[k]}" for k in differing)])
+        differing = [f"{key}={value}" for key, value in config.items()
+                     if key not in ignored and any(peer.get(key) != value for peer in peers)]
+        names[run] = " ".join([config["method"], *differing])
     return names
 
 
@@ -133,7 +132,7 @@ def comparison(runs: dict[str, dict], reference: str = "sft",
         groups.setdefault(arm, {})[seed] = run
     rows, before = [], next(iter(runs.values())).get("before")
     if before:
-        rows.append(row_of("no fine-tuning", "direct", {0: dict(answers=before)}, {}))
+        rows.append(row_of(BASE, "direct", {0: dict(answers=before)}, {}))
     for name, seeds in groups.items():
         method = next(iter(seeds.values()))["config"]["method"]
         way = "latent" if "recon" in method.split("+") else "direct"
@@ -143,11 +142,6 @@ def comparison(runs: dict[str, dict], reference: str = "sft",
         if any("call_right" in r for run in seeds.values() for r in run["answers"]):
             rows.append(row_of(f"{name} + tools", "call", seeds, {}))
     return rows, markdown(rows, reference)
-
-
-def percent(tables: dict[int, dict], task: str, way: str) -> list[float]:
-    """Accuracies of the seeds that have some. tables: seed -> `summarise`."""
-    return [100 * table[task][way][0] for table in tables.values() if way in table.get(task, {})]
 
 
 def marks(run: dict, way: str) -> dict[str, float]:
@@ -162,13 +156,17 @@ def row_of(name: str, way: str, seeds: dict[int, dict], against: dict[int, dict]
     way: in which the system answers: direct; latent for recon; call for explicit tool use. A
     reconstruction arm within 10 points of guessing is not compared.
     """
-    tables = {seed: summarise(run["answers"]) for seed, run in seeds.items()}
-    one = next(iter(tables.values()))
-    total = overall(one)
-    row = dict(system=name, way=way, seeds=len(seeds), total=total, own=percent(tables, total, way),
-               direct=percent(tables, total, "direct"), tool=percent(tables, total, "tool"),
+    tables = [summarise(run["answers"]) for run in seeds.values()]
+    one, total = tables[0], overall(tables[0])
+
+    def percent(task: str, way: str) -> list[float]:
+        """Accuracies of the seeds that have some."""
+        return [100 * table[task][way][0] for table in tables if way in table.get(task, {})]
+
+    row = dict(system=name, way=way, seeds=len(seeds), total=total, own=percent(total, way),
+               direct=percent(total, "direct"), tool=percent(total, "tool"),
                chance=100 * one[total]["chance"],
-               tasks={task: percent(tables, task, way) for task in one if task != total})
+               tasks={task: percent(task, way) for task in one if task != total})
     row["compared"] = way != "latent" or statistics.mean(row["own"]) > row["chance"] + 10
     both = sorted(seeds.keys() & against.keys())
     if both and row["compared"]:
@@ -210,7 +208,7 @@ def answers_of(path: Path, options: evaluate.Options) -> dict:
     run = dict(answers=evaluate.ask(str(path), options))
     # a checkpoint has a config.json too, of another kind
     if (path / "best.json").is_file():
-        run["config"] = read_json(path / "config.json")
+        run["config"] = files.read_json(path / "config.json")
     return run
 
 
@@ -228,8 +226,8 @@ def main() -> None:
     if options.json:
         tables = {path: dict(table=columns[path], answers=models[path]["answers"])
                   for path in paths}
-        write_json(Path(options.json), dict(tables, systems=rows))
+        files.write_json(Path(options.json), dict(tables, systems=rows))
 
 
 if __name__ == "__main__":
-    run_program(main)
+    processes.run_program(main)

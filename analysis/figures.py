@@ -31,24 +31,19 @@ from torch import Tensor
 import evaluate
 import losses
 import train
+from analysis.compare import BASE
 from analysis.targets import batches_of, config_of, targets_of
 from baselines import reconstruction
 from baselines.variants import EMA, Current
 from data import collate
 from model import VLM
 from predictor import Predictor
-from support import run
+from support import files, processes, run, splits, tables
 from support.images import load_images
-from support.files import new_folder, read_json, read_tensors, write_json
-from support.processes import run_program
-from support.tables import answer_record
 from support.records import Example
-from support.splits import load_splits
-from support.tables import HELD_OUT, overall, summarise
 from world import scenes
 from world.tools import CALL
 
-BASE = "no fine-tuning"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # with fewer examples nothing can be fitted and tested
 MINIMUM = 6
@@ -72,14 +67,12 @@ def canvas(titles: list[str], columns: int = 1, size: tuple[float, float] = (7.0
     columns = min(columns, len(titles))
     rows = math.ceil(len(titles) / columns)
     figure = Figure((size[0] * columns, size[1] * rows), dpi=110, layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False).flatten().tolist()
-    for axis, title in zip(axes, titles):
-        axis.set_title(title, fontsize=12)
+    axes = [figure.add_subplot(rows, columns, n, title=title)
+            for n, title in enumerate(titles, start=1)]
+    for axis in axes:
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
-    for unused in axes[len(titles):]:
-        unused.set_visible(False)
-    return figure, axes[:len(titles)]
+    return figure, axes
 
 
 def logged(folder: Path) -> dict[str, list[tuple[float, float]]]:
@@ -113,28 +106,6 @@ def curves(runs: dict[str, Path], kinds: tuple[str, ...] = ("valid", "train")):
     return figure
 
 
-def shrinking(arms: list, alphas: Sequence[float], before: tuple[float, float]):
-    """Direct against held-out accuracy, a curve over alpha for each arm (analysis/shrink.py).
-    before: both accuracies of the model before training, in %."""
-    figure, (axis,) = canvas(["Accuracy after shrinking the fine-tuning: W0 + alpha (W - W0)\n"
-                              "(the large marker is alpha 1; hollow: less than 95% of the arm's "
-                              "accuracy with the tool)"], size=(8.4, 5.6))
-    axis.plot(before[1], before[0], "*", color="black", markersize=14, linestyle="none",
-              label="before training")
-    for n, arm in enumerate(arms):
-        seeds = f"{len(arm.runs)} seed{'s' * (len(arm.runs) > 1)}"
-        direct, tool, held = ([statistics.mean(arm.accuracies(alpha, *which)) for alpha in alphas]
-                              for which in (("direct",), ("tool",), ("direct", "test", True)))
-        axis.plot(held, direct, color=f"C{n}", label=f"{arm.name} ({seeds})")
-        for alpha, x, y, skill in zip(alphas, held, direct, tool):
-            axis.plot(x, y, "o", color=f"C{n}", markersize=10 if alpha == 1 else 6,
-                      markerfacecolor=f"C{n}" if skill >= 0.95 * tool[0] else "white")
-    axis.set_xlabel(f"accuracy on the held-out task ({HELD_OUT}), %")
-    axis.set_ylabel("direct accuracy on the trained tasks, %")
-    axis.legend()
-    return figure
-
-
 def latents_per_example(config: train.Config, decoded: int):
     """Fig. 2: how many latents training examples have, of the run's data or of every regime."""
     vlm, numbers = VLM(config.model), {}
@@ -143,7 +114,8 @@ def latents_per_example(config: train.Config, decoded: int):
     figure, (axis,) = canvas(["Latents that a training example needs (Fig. 2)"])
     for name, source in sources.items():
         counts = []
-        for example in load_splits(replace(source, train_examples=200, test_per_task=1))[0][:200]:
+        few = replace(source, train_examples=200, test_per_task=1)
+        for example in splits.load_splits(few)[0][:200]:
             texts = "".join(image.text for image in load_images(example, vlm.family)[1:])
             ids = vlm.tokenizer(texts, add_special_tokens=False).input_ids
             counts.append(ids.count(vlm.lm.config.image_token_id))
@@ -157,16 +129,16 @@ def latents_per_example(config: train.Config, decoded: int):
     return figure, numbers
 
 
-def latents_decoded(folder: Path, pearl: float | None, tests: list[Example]):
+def latents_decoded(folder: Path, pearl: Path | None, tests: list[Example]):
     """Fig. 3: accuracy of a recon run against the number of latents decoded, with Pearson's r to
-    its logarithm. pearl: Pearl's direct accuracy in %."""
+    its logarithm. pearl: a run whose direct accuracy is drawn beside it."""
     config, vlm = config_of(folder, DEVICE), evaluate.load_model(folder, DEVICE)[0]
     scale = reconstruction.load_scale(run.finished(folder)[1], vlm)
     evaluator = evaluate.Evaluator(vlm, tests, config.answer_prefix)
     accuracy = []
     for count in COUNTS:
         replies = reconstruction.answer(evaluator, scale, count)
-        right = [answer_record(ex, dict(latent=reply), config.answer_prefix)["latent_right"]
+        right = [tables.answer_record(ex, dict(latent=reply), config.answer_prefix)["latent_right"]
                  for reply, ex in zip(replies, tests)]
         accuracy.append(100 * statistics.mean(right))
     pair = torch.tensor([[math.log2(count) for count in COUNTS[1:]], accuracy[1:]])
@@ -175,8 +147,10 @@ def latents_decoded(folder: Path, pearl: float | None, tests: list[Example]):
     guessing = 100 * statistics.mean(1 / len(example.options) for example in tests)
     figure, (axis,) = canvas(["Accuracy against latents decoded (Fig. 3)"])
     axis.plot(accuracy, marker="o", label=f"reconstruction (r = {r:.2f})")
-    if pearl is not None:
-        axis.axhline(pearl, color="tab:orange", label="Pearl, direct")
+    if pearl:
+        table = tables.summarise(files.read_json(pearl / "results.json")["answers"])
+        axis.axhline(100 * table[tables.overall(table)]["direct"][0], color="tab:orange",
+                     label="Pearl, direct")
     axis.axhline(guessing, color="grey", linestyle="--", label="guessing")
     axis.set_xticks(range(len(COUNTS)), [str(count) for count in COUNTS])
     axis.set(xlabel="latents decoded", ylabel="accuracy, %", ylim=(0, 100))
@@ -198,7 +172,8 @@ def embeddings(folder: Path | None, config: train.Config,
     if folder:
         vlm = evaluate.load_model(folder, config.device)[0]
         file = run.finished(folder)[1] / Predictor.file_name
-        rows = read_tensors(file, config.device)[0]["pred_embeddings"] if file.is_file() else None
+        if file.is_file():
+            rows = files.read_tensors(file, config.device)[0]["pred_embeddings"]
     config = replace(config, pred_tokens=0 if rows is None else len(rows))  # rows (K, D)
     method, predictions = kind(vlm, config), []
     for batch, images in batches_of(method, examples):
@@ -273,7 +248,7 @@ def embedding_maps(runs: dict[str, Path], configs: dict, tests: list[Example]):
     and what they encode. A recon run has no h^_R and is left out."""
     from sklearn.manifold import TSNE
 
-    start = train.parse_config(["--model", next(iter(configs.values())).model, "--device", DEVICE])
+    start = train.Config(model=next(iter(configs.values())).model, device=DEVICE)
     pairs = {BASE: embeddings(None, start, tests)}
     for name, config in configs.items():
         if not issubclass(train.find_method(config.method), reconstruction.Recon):
@@ -310,21 +285,18 @@ def all_figures(folders: list[Path], out: Path, per_task: int) -> None:
     if len({config.data or config.regime for config in configs.values()}) > 1:
         raise ValueError(f"{', '.join(runs)} were trained on different data: draw the runs of one "
                          "data set at a time (--curves draws any)")
-    first, config = {}, next(iter(configs.values()))
-    for name, other in configs.items():
-        first.setdefault(other.method, name)
-    tests = [example for example in load_splits(replace(config, test_per_task=per_task))[2]
+    # reversed: the first run of a method is the one that stays
+    first = {config.method: name for name, config in reversed(configs.items())}
+    config = next(iter(configs.values()))
+    tests = [example for example in splits.load_splits(replace(config, test_per_task=per_task))[2]
              if len(example.images) > 1]
     if len(tests) < MINIMUM:
         raise ValueError(f"{len(tests)} test questions have a trajectory with images, the figures "
                          f"need {MINIMUM}: add records with \"split\": \"test\"")
     # in any order of tasks, so that the map shows all of them
     random.Random(0).shuffle(tests)
-    recon, pearl, numbers = first.get("recon"), None, {}
-    if "pearl" in first:
-        table = summarise(read_json(runs[first["pearl"]] / "results.json")["answers"])
-        pearl = 100 * table[overall(table)]["direct"][0]
-    with new_folder(out) as partial:
+    recon, pearl, numbers = first.get("recon"), runs.get(first.get("pearl")), {}
+    with files.new_folder(out) as partial:
         curves(runs, ("valid",)).savefig(partial / "curves.png")
         decoded = configs[recon].decode_latents if recon else 8
         figure, numbers["latents per example"] = latents_per_example(config, decoded)
@@ -334,7 +306,7 @@ def all_figures(folders: list[Path], out: Path, per_task: int) -> None:
             figure.savefig(partial / "latents-decoded.png")
         figure, numbers["what the embedding knows"] = embedding_maps(runs, configs, tests)
         figure.savefig(partial / "embeddings.png")
-        write_json(partial / "analyses.json", numbers)
+        files.write_json(partial / "analyses.json", numbers)
     print(f"{json.dumps(numbers, indent=1)}\npictures and analyses.json are in {out}")
 
 
@@ -357,4 +329,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_program(main)
+    processes.run_program(main)

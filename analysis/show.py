@@ -26,10 +26,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # before any ot
 from baselines import Recon, variants
 from data import View, collate
 from support.chat import Chat
-from support.families import load_family
+from support import families, options, processes
 from support.images import load_images
-from support.options import option, optional_folder, parse, value_of
-from support.processes import run_program
 from support.records import Example, read_record
 from train import SFT, Pearl, config_class, find_method
 
@@ -107,15 +105,15 @@ def word(family, id: int) -> str:
 
 
 def main() -> None:
-    row = ("row", int, option(0, "which record: its number, from 0"))
-    config = parse(make_dataclass("Options", [row], bases=(config_class(
-        value_of("method", None, "pearl")),)), None, __doc__)
+    row = ("row", int, options.option(0, "which record: its number, from 0"))
+    config = options.parse(make_dataclass("Options", [row], bases=(config_class(
+        options.value_of("method", None, "pearl")),)), None, __doc__)
     method = find_method(config.method)
-    family = load_family(config.model, config.min_pixels, config.max_pixels)
+    family = families.load_family(config.model, config.min_pixels, config.max_pixels)
     if config.data:
         example = read_record(config.data, config.row)
     else:
-        world = optional_folder("world.loader", "a record without --data")
+        world = options.optional_folder("world.loader", "a record without --data")
         example = world.examples(config.regime, "train", config.row + 1)[-1]
     print(f"{example.id}: {example.question!r} {example.answer!r}")
     # a method may learn from a record in two ways, or only from its answer
@@ -124,4 +122,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_program(main)
+    processes.run_program(main)

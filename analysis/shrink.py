@@ -11,6 +11,7 @@ the same alpha.
 """
 
 import argparse
+import statistics
 import sys
 from pathlib import Path
 
@@ -19,71 +20,91 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # before any ot
 import evaluate
 from analysis import figures
 from analysis.compare import arm_of, change_text, difference, mean_std, table_of
-from support.files import read_json, write_json
-from support.processes import run_program
-from support.splits import test_questions
+from support import files, processes, splits
 from support.tables import HELD_OUT, overall, summarise
 
 ALPHAS = (1.0, 0.75, 0.65, 0.5, 0.35)
-# "split/task/way" -> 1 or 0 for each question
-Marks = dict[str, list[int]]
+# of a run: alpha -> "split/task/way" -> 1 or 0 for each question
+Run = dict[float, dict[str, list[int]]]
+# the columns of the table: way, split, held out or not (see `marks`)
+COLUMNS = dict(direct=("direct",), tool=("tool",), free=("free",), held=("direct", "test", True))
 
 
-def marks_of(run: Path, per_task: int, device: str) -> dict[float, Marks]:
+def answers_of(run: Path, per_task: int, device: str) -> Run:
     """By alpha, which answers of a run are right."""
     file = run / "alphas.json"
-    stored = read_json(file) if file.is_file() else {}
+    stored = files.read_json(file) if file.is_file() else {}
     for alpha in ALPHAS:
         if str(alpha) not in stored:
             vlm, config, _ = evaluate.load_model(run, device, alpha=alpha)
-            marks = stored[str(alpha)] = {}
+            rights = stored[str(alpha)] = {}
             for split in ("validation", "test"):
-                questions = test_questions(config, per_task, split)
+                questions = splits.test_questions(config, per_task, split)
                 evaluator = evaluate.Evaluator(vlm, questions, config.answer_prefix)
                 for record in evaluate.answer_questions(evaluator):
                     for way in record["cost"]:
                         key = f"{split}/{record['task']}/{way}"
-                        marks.setdefault(key, []).append(int(record[f"{way}_right"]))
-            write_json(file, stored)
+                        rights.setdefault(key, []).append(int(record[f"{way}_right"]))
+            files.write_json(file, stored)
     return {alpha: stored[str(alpha)] for alpha in ALPHAS}
 
 
-class Arm:
-    """The runs of one method, in the order of their seeds."""
-
-    def __init__(self, name: str, runs: list[dict[float, Marks]]):
-        self.name, self.runs = name, runs
-
-    def marks(self, alpha: float, way: str, split="test", held_out=False) -> list[dict[int, int]]:
-        """Of each run, question -> mark: of the trained tasks, or of the held-out one."""
-        return [dict(enumerate(mark for key, row in run[alpha].items() for mark in row
-                               if key.startswith(split) and key.endswith(f"/{way}")
-                               and (f"/{HELD_OUT}/" in key) == held_out)) for run in self.runs]
-
-    def accuracies(self, *which) -> list[float]:
-        """In %, of each run. which: see `marks`."""
-        return [100 * sum(marks.values()) / len(marks) for marks in self.marks(*which)]
-
-    @property
-    def alpha(self) -> float:
-        """The smallest that keeps 95% of the accuracy with the tool on validation."""
-        skill = {alpha: sum(self.accuracies(alpha, "tool", "validation")) for alpha in ALPHAS}
-        return min(alpha for alpha in ALPHAS if skill[alpha] >= 0.95 * skill[1.0])
+def marks(runs: list[Run], alpha: float, way: str, split: str = "test",
+          held_out: bool = False) -> list[dict[int, int]]:
+    """Of each run, question -> mark: of the trained tasks, or of the held-out one."""
+    return [dict(enumerate(mark for key, row in run[alpha].items() for mark in row
+                           if key.startswith(split) and key.endswith(f"/{way}")
+                           and (f"/{HELD_OUT}/" in key) == held_out)) for run in runs]
 
 
-def table(arms: list[Arm]) -> str:
+def accuracies(runs: list[Run], alpha: float, *which) -> list[float]:
+    """In %, of each run. which: see `marks`."""
+    return [100 * sum(own.values()) / len(own) for own in marks(runs, alpha, *which)]
+
+
+def smallest_alpha(runs: list[Run]) -> float:
+    """The smallest that keeps 95% of the accuracy with the tool on validation."""
+    skill = {alpha: sum(accuracies(runs, alpha, "tool", "validation")) for alpha in ALPHAS}
+    return min(alpha for alpha in ALPHAS if skill[alpha] >= 0.95 * skill[1.0])
+
+
+def table(arms: dict[str, list[Run]]) -> str:
+    """arms: the runs of each, in the order of their seeds."""
+    reference, *_ = arms
     head = ["arm", "runs", "alpha", "direct", "with the tool", "free", "held out",
-            f"direct - {arms[0].name} [95%]"]
+            f"direct - {reference} [95%]"]
     lines = []
-    for arm in arms:
-        for alpha in dict.fromkeys((1.0, arm.alpha)):
-            cells = [mean_std(arm.accuracies(alpha, *which)) for which in (
-                ("direct",), ("tool",), ("free",), ("direct", "test", True))]
-            ours, theirs = (one.marks(alpha, "direct")[:len(arm.runs)] for one in (arm, arms[0]))
-            first = arm is arms[0] or len(ours) != len(theirs)
+    for name, runs in arms.items():
+        for alpha in dict.fromkeys((1.0, smallest_alpha(runs))):
+            cells = [mean_std(accuracies(runs, alpha, *which)) for which in COLUMNS.values()]
+            ours, theirs = (marks(other, alpha, "direct")[:len(runs)]
+                            for other in (runs, arms[reference]))
+            first = name == reference or len(ours) != len(theirs)
             change = "-" if first else change_text(*difference(ours, theirs))
-            lines.append([arm.name, str(len(arm.runs)), f"{alpha:g}", *cells, change])
+            lines.append([name, str(len(runs)), f"{alpha:g}", *cells, change])
     return table_of(head, lines)
+
+
+def figure(arms: dict[str, list[Run]], before: tuple[float, float]):
+    """Direct against held-out accuracy, a curve over alpha for each arm. before: both accuracies of
+    the model before training, in %."""
+    drawing, (axis,) = figures.canvas(
+        ["Accuracy after shrinking the fine-tuning: W0 + alpha (W - W0)\n(the large marker is "
+         "alpha 1; hollow: less than 95% of the arm's accuracy with the tool)"], size=(8.4, 5.6))
+    axis.plot(before[1], before[0], "*", color="black", markersize=14, linestyle="none",
+              label="before training")
+    for n, (name, runs) in enumerate(arms.items()):
+        direct, tool, _, held = ([statistics.mean(accuracies(runs, alpha, *which))
+                                  for alpha in ALPHAS] for which in COLUMNS.values())
+        axis.plot(held, direct, color=f"C{n}",
+                  label=f"{name} ({len(runs)} seed{'s' * (len(runs) > 1)})")
+        for alpha, x, y, skill in zip(ALPHAS, held, direct, tool):
+            axis.plot(x, y, "o", color=f"C{n}", markersize=10 if alpha == 1 else 6,
+                      markerfacecolor=f"C{n}" if skill >= 0.95 * tool[0] else "white")
+    axis.set(xlabel=f"accuracy on the held-out task ({HELD_OUT}), %",
+             ylabel="direct accuracy on the trained tasks, %")
+    axis.legend()
+    return drawing
 
 
 def main() -> None:
@@ -96,17 +117,16 @@ def main() -> None:
     options = parser.parse_args()
     if options.figure:
         figures.refuse(options.figure)
-    arms: dict[str, Arm] = {}
+    arms: dict[str, list[Run]] = {}
     for run in options.runs:
-        name = arm_of(run.resolve().name)
-        arms.setdefault(name, Arm(name, [])).runs.append(
-            marks_of(run, options.per_task, options.device))
-    print(table(list(arms.values())))
+        own = answers_of(run, options.per_task, options.device)
+        arms.setdefault(arm_of(run.resolve().name), []).append(own)
+    print(table(arms))
     if options.figure:
-        start = summarise(read_json(options.runs[0] / "results.json")["before"])
+        start = summarise(files.read_json(options.runs[0] / "results.json")["before"])
         before = [100 * start[task]["direct"][0] for task in (overall(start), HELD_OUT)]
-        figures.shrinking(list(arms.values()), ALPHAS, before).savefig(options.figure)
+        figure(arms, before).savefig(options.figure)
 
 
 if __name__ == "__main__":
-    run_program(main)
+    processes.run_program(main)

@@ -26,9 +26,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # before any other `analysis`
 
 from analysis.compare import arm_of, comparison, read_run, run_name
-from support.files import write_json, write_text
+from support import files, processes
 from support.options import value_of
-from support.processes import run_program
 from train import Config, parse_config
 from world.scenes import REGIMES
 
@@ -109,8 +108,8 @@ def write_tables(args: argparse.Namespace) -> None:
         folders.sort(key=lambda folder: order.get(arm_of(folder.name), len(order)))
         if runs := {folder.name: read_run(folder, args.split) for folder in folders}:
             rows, text = comparison(runs, args.against, {run: arm_of(run) for run in runs})
-            write_json(base / f"{regime.name}.json", rows)
-            write_text(base / f"{regime.name}.md", text + "\n")
+            files.write_json(base / f"{regime.name}.json", rows)
+            files.write_text(base / f"{regime.name}.md", text + "\n")
             print(f"\n{base.name}, {regime.name}\n{text}")
 
 
@@ -144,4 +143,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_program(main)
+    processes.run_program(main)

@@ -34,16 +34,12 @@ import evaluate
 import losses
 import train
 from analysis.compare import arm_of, mean_std, table_of
-from baselines.variants import mean_at, positions, states_entering
-from data import TrainingExample, Trajectories
+from baselines.variants import Examples, Images, mean_at, positions, read_all, states_entering
+from data import Trajectories
 from model import VLM
-from support import options
-from support.images import EncodedImage
-from support.files import read_json
-from support.processes import run_program
+from support import files, options, processes, splits
 from support.records import Example
 from support.run import finished
-from support.splits import load_splits
 
 # the header and the digits of each column
 COLUMNS = dict(common=("common", 3), task=("task", 3), answer=("answer", 3),
@@ -63,16 +59,13 @@ def config_of(run: Path, device: str) -> train.Config:
     return kind(**known | dict(device=device, shard=False, gradient_checkpointing=False))
 
 
-def batches_of(method: train.Pearl, records: Sequence[Example]
-           ) -> Iterator[tuple[list[TrainingExample], dict[str, EncodedImage]]]:
+def batches_of(method: train.Pearl, records: Sequence) -> Iterator[tuple[Examples, Images]]:
     """The records in batches, in their order, with the features of their images."""
     method.eval()
     # not train.dataset: a method that learns bare answers has other records than these
     views = partial(type(method).views, method.config)
-    dataset = Trajectories(records, "", views, method.vlm.chat, method.encode_images.cache)
-    for rows in torch.arange(len(dataset)).split(method.config.batch):
-        (batch,) = dataset.micro_batches(rows.tolist(), len(rows))
-        yield batch, method.encode_images([image for ex in batch for image in ex.images])
+    dataset = Trajectories(records, "data", views, method.vlm.chat, method.encode_images.cache)
+    return read_all(method, dataset, torch.arange(len(dataset)))
 
 
 @torch.no_grad()
@@ -132,8 +125,9 @@ def shares(h: Tensor, records: Sequence) -> dict[str, float]:
                 answer_by_chance=task - chance, above_chance=chance - answer)
 
 
-def numbers_of(h: Tensor, records: Sequence) -> dict[str, float]:
-    """`shares`, and the gauges of a collapse, of h_R (n, D)."""
+def numbers_of(method: train.Pearl, records: Sequence[Example]) -> dict[str, float]:
+    """`shares`, and the gauges of a collapse, of h_R."""
+    h = targets_of(method, records)
     return shares(h, records) | losses.collapse_gauges(h, h)
 
 
@@ -159,22 +153,17 @@ def layers_table(h_of: dict[Place, Tensor], records: list) -> str:
         [f"**{cell}**" for cell in cells] if centred == best else cells for centred, cells in rows])
 
 
-def starting_method(config: train.Config) -> train.Pearl:
-    vlm = VLM(config.model, getattr(torch, config.dtype), config.min_pixels, config.max_pixels)
-    return train.find_method(config.method)(vlm, config)
-
-
 def report(config: train.Config, all_layers: bool) -> str:
     """h_R before training, or all states."""
-    examples = list(load_splits(replace(config, test_per_task=1))[0][:config.train_examples])
+    examples = list(splits.load_splits(replace(config, test_per_task=1))[0][:config.train_examples])
     read_by = (f"read by {config.model}, {len(examples)} trajectories of "
                f"{config.data or config.regime}")
-    method = starting_method(config)
+    vlm = VLM(config.model, getattr(torch, config.dtype), config.min_pixels, config.max_pixels)
+    method = train.find_method(config.method)(vlm, config)
     if all_layers:
         return (f"States of R {read_by}; the highest layer is the state behind the final norm\n\n"
                 f"{layers_table(states_of(method, examples), examples)}")
-    numbers = numbers_of(targets_of(method, examples), examples)
-    return f"h_R {read_by}\n\n{table({'h_R': [numbers]})}"
+    return f"h_R {read_by}\n\n{table({'h_R': [numbers_of(method, examples)]})}"
 
 
 def runs_report(runs: list[Path], device: str) -> str:
@@ -182,12 +171,12 @@ def runs_report(runs: list[Path], device: str) -> str:
     arms: dict[str, list[dict]] = {}
     for run in runs:
         config, vlm = config_of(run, device), evaluate.load_model(run, device)[0]
-        examples = list(load_splits(replace(config, test_per_task=1))[1])
+        examples = list(splits.load_splits(replace(config, test_per_task=1))[1])
         # the new LoRA layers are zero, so the method's model is the trained one
-        h = targets_of(train.find_method(config.method)(vlm, config), examples)
+        numbers = numbers_of(train.find_method(config.method)(vlm, config), examples)
         # validations included
-        ms = 1000 * read_json(run / "results.json")["train_seconds"] / config.steps
-        arms.setdefault(arm_of(run.name), []).append(numbers_of(h, examples) | dict(ms=ms))
+        ms = 1000 * files.read_json(run / "results.json")["train_seconds"] / config.steps
+        arms.setdefault(arm_of(run.name), []).append(numbers | dict(ms=ms))
     return table(arms)
 
 
@@ -202,4 +191,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_program(main)
+    processes.run_program(main)

@@ -37,6 +37,7 @@ def run_program(main: Callable[[], None], stopped: str = "stopped") -> None:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         print(stopped, file=sys.stderr)
+        SIGNALS.number = SIGNALS.number or signal.SIGINT
     if SIGNALS.number:
         # end as an ordinary program does, so that a shell's loop stops too
         with suppress(OSError):  # nobody may read the stream any more

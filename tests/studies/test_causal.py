@@ -24,12 +24,10 @@ LATENTS, PLACES = 3, [1, 2, 3, 7, 8, 9]  # of a run; of the latents behind a pro
 RIGHT, SAME, FOLLOWS, STAYS = causal.RIGHT, causal.SAME, causal.FOLLOWS, causal.STAYS
 
 
-@pytest.fixture
-def ask(vlm64, monkeypatch):
-    """The shipped model, made to write two runs of latents, one question at a time. ask(feed): for
-    each question the inputs behind its prompt (n, D), and the latents that the model made."""
-    subject = causal.Subject(vlm64, scenes.make_world("single", "test", 3), "Answer:")
-    evaluator, inputs = Evaluator(vlm64, subject.examples, batch=1), []
+@torch.no_grad()
+def test_replaced_latents_are_fed_and_all_else_stays(vlm64, monkeypatch):
+    """The shipped model, made to write two runs of latents, one question at a time."""
+    evaluator, inputs = Evaluator(vlm64, scenes.make_world("single", "test", 3), batch=1), []
     mean, std = 3 + torch.randn(vlm64.dim), 4 + 2 * torch.rand(vlm64.dim)
     scale = reconstruction.LatentScale(mean, std, torch.tensor(0.1)).double()
     start, end = vlm64.tokenizer.convert_tokens_to_ids(["<|vision_start|>", "<|im_end|>"])
@@ -42,29 +40,24 @@ def ask(vlm64, monkeypatch):
         lambda module, args, named: inputs.append(named["inputs_embeds"][0, -1]), with_kwargs=True)
 
     def ask(feed):
+        """For each question the inputs behind its prompt (n, D), and the latents it made."""
         inputs.clear()
-        _, made = causal.latent_choices(subject, evaluator, scale, LATENTS, feed)
+        _, made = causal.latent_choices(evaluator, scale, LATENTS, feed)
         # the first input is the prompt's; the shortest question was asked first
         parts = [part[1:] for part in torch.stack(inputs).split(2 * (LATENTS + 3) + 1)]
-        order = sorted(subject.examples, key=lambda ex: len(ex.question.split()))
+        order = sorted(evaluator.examples, key=lambda ex: len(ex.question.split()))
         return {ex.id: part for ex, part in zip(order, parts)}, made
 
-    ask.examples = subject.examples
-    return ask
-
-
-@torch.no_grad()
-def test_replaced_latents_are_fed_and_all_else_stays(ask):
     own_inputs, made = ask({})
-    feeds = causal.replacements(ask.examples, made, LATENTS)
+    feeds = causal.replacements(evaluator.examples, made, LATENTS)
     assert list(feeds) == ["zeros", "noise", "another question's"]
     feeds["one run"] = {i: latents[:LATENTS] for i, latents in made.items()}
-    inputs = {test: ask(feed)[0] for test, feed in feeds.items()}
-    for ex, other in causal.partners(ask.examples, 0):
-        own, latents = own_inputs[ex.id][PLACES], {test: x[ex.id][PLACES]
-                                                   for test, x in inputs.items()}
-        words = [n for n in range(len(own_inputs[ex.id])) if n not in PLACES]
-        assert all(torch.equal(x[ex.id][words], own_inputs[ex.id][words]) for x in inputs.values())
+    inputs_of = {test: ask(feed)[0] for test, feed in feeds.items()}
+    for ex, other in causal.partners(evaluator.examples, 0):
+        own, fed = own_inputs[ex.id], {test: x[ex.id] for test, x in inputs_of.items()}
+        rest = [n for n in range(len(own)) if n not in PLACES]
+        assert all(torch.equal(x[rest], own[rest]) for x in fed.values())
+        own, latents = own[PLACES], {test: x[PLACES] for test, x in fed.items()}
         assert own.std() > 0 and torch.equal(torch.stack(made[ex.id]), own)
         assert torch.equal(latents["zeros"], torch.zeros_like(own))
         assert torch.equal(latents["another question's"], torch.stack(made[other.id]))
@@ -91,15 +84,16 @@ def test_only_latents_that_were_fed_are_replaced(monkeypatch, fed):
     changes if that latent becomes zero."""
     world = scenes.make_world("single", "test", 2)
 
-    def latent_choices(subject, evaluator, scale, n, feed):
+    def latent_choices(evaluator, scale, n, feed):
         made = {ex.id: [torch.ones(1)] * (fed and ex is world[0]) * n for ex in world}
         zero = [fed and n and ex.id in feed and not any(feed[ex.id]) for ex in world]
         return {ex.id: ex.options[i == 0 and zero[0]] for i, ex in enumerate(world)}, made
 
+    model = SimpleNamespace(vlm=None, prefix="", examples=world,
+                            direct=lambda: [dict(option=1)] * 2)
     monkeypatch.setattr(causal, "latent_choices", latent_choices)
-    monkeypatch.setattr(causal.evaluate, "Evaluator", lambda vlm, examples, prefix: SimpleNamespace(
-        direct=lambda: [dict(option=1)] * 2))
-    results = causal.latent_tests(causal.Subject(None, world, "Answer:"), None, 1)
+    monkeypatch.setattr(causal, "Evaluator", lambda *_: model)
+    results = causal.latent_tests(model, None, 1)
     assert [*results["latents", "its own", "with latents"].marks.values()] == [fed, 0]
     zeros = results.get(("latents", "zeros", SAME))
     assert zeros is None if not fed else zeros.marks == {world[0].id: 0, world[1].id: 1}
@@ -138,12 +132,15 @@ def test_a_model_that_follows_the_image_is_told_from_one_that_does_not(monkeypat
             yield dict(text=f"Answer: {text}",
                        option=ex.options.index(text) if text in ex.options else None)
 
-    monkeypatch.setattr(causal.evaluate, "Evaluator", lambda vlm, examples, prefix: SimpleNamespace(
-        direct=lambda: reply(examples, 0), tool=lambda: reply(examples, -1)))
+    def evaluator(vlm, examples, prefix):
+        return SimpleNamespace(vlm=vlm, examples=examples, prefix=prefix, tool=lambda: reply(
+            examples, -1), direct=lambda: reply(examples, 0))
+
+    monkeypatch.setattr(causal, "Evaluator", evaluator)
     vlm = SimpleNamespace(family=SimpleNamespace(single_image_only=False))
-    subject = causal.Subject(vlm, world, "Answer:")
+    model = evaluator(vlm, world, "Answer:")
     shares = {key[1:]: sum(marks.values()) / len(marks) for key, (marks, _) in
-              (causal.image_tests(subject) | causal.tool_tests(subject)).items()}
+              (causal.image_tests(model) | causal.tool_tests(model)).items()}
     swapped, follows = "another's, other answer", float(by_image)
     # two questions without an answer have not the same one
     none, same = dict.fromkeys(truth), dict.fromkeys(truth, "x")
@@ -165,13 +162,12 @@ def test_untrained_tasks_and_their_distance(monkeypatch):
     assert questions.distances["zoom"] == 0 and questions.distances["tallest"] == 1
     assert len(questions.trained) == 10
     # every second answer is right
-    monkeypatch.setattr(causal.Subject, "ask", lambda self, examples: {
+    monkeypatch.setattr(causal, "ask", lambda model, examples: {
         ex.id: ex.answer if n % 2 else None for n, ex in enumerate(examples)})
-    subject = causal.Subject(None, [], "Answer:")
-    results = causal.untrained_tests(subject, questions, {})
+    results = causal.untrained_tests(None, questions, {})
     together, against = results["untrained", causal.ALL_FAR, RIGHT]
     # what it is compared with is the model before training
-    assert not against and causal.untrained_tests(subject, questions, results)[
+    assert not against and causal.untrained_tests(None, questions, results)[
         "untrained", "zoom", RIGHT].against is results["untrained", "zoom", RIGHT].marks
     assert len(together) == 4 and sum(together.values()) == 2
     assert not any(name.startswith(("zoom", "tallest")) for name in together)
@@ -182,12 +178,9 @@ def marks(text):
 
 
 def test_gaps_and_the_table_by_hand():
-    mine, theirs = marks("1101"), marks("10001")
-    # over a, b, c, d: 0, 100, 0, 100
-    assert difference([mine], [theirs])[0] == 50
-    # a single seed of the other is compared with each of ours
-    for other in ([theirs], [theirs, theirs]):
-        assert difference([mine, marks("1111")], other)[0] == 62.5
+    # over a, b, c, d; a single seed of the other is compared with each of ours
+    ours, theirs = [marks("1101"), marks("1111")], [marks("10001")]
+    assert difference(ours, theirs)[0] == difference(ours, theirs * 2)[0] == 62.5
     own, zoom = ("image", "as it is", RIGHT), ("untrained", "zoom", RIGHT)
     run = {key: causal.Result(*map(marks, texts)) for key, *texts in (
         (own, "1111"), (("image", "grey", RIGHT), "0000", "1111"), (zoom, "10", "11"),

@@ -96,22 +96,20 @@ def test_a_comparison_by_hand():
 
 
 def test_a_second_run_of_one_arm_and_seed_is_a_row_that_names_it():
-    called = a_run("sft", 1, [0, 0])
-    called["answers"] = answers([0, 0], call=1)
-    rows = {row["system"]: row for row in comparison({
-        "runs/a": a_run("sft", 0, [1, 0]), "runs/b": a_run("sft", 0, [1, 1]), "c": called})[0]}
-    assert rows["sft"]["own"] == [50, 0] and rows["sft"]["seeds"] == 2
-    assert rows["sft again (runs/b)"]["own"] == [100]
+    called = a_run("sft", 1, [0, 0]) | dict(answers=answers([0, 0], call=1))
+    rows, _ = comparison({"runs/a": a_run("sft", 0, [1, 0]), "runs/b": a_run("sft", 0, [1, 1]),
+                          "c": called})
     # explicit tool use is a system of its own
-    assert rows["sft + tools"]["own"] == [100] and rows["sft + tools"]["way"] == "call"
+    assert {row["system"]: (row["way"], row["own"]) for row in rows[1:]} == {
+        "sft": ("direct", [50, 0]), "sft + tools": ("call", [100]),
+        "sft again (runs/b)": ("direct", [100])}
 
 
 def test_arms_are_named_by_what_differs():
-    configs = {name: a_run("pearl", seed, [1], pred_tokens=k)["config"]
-               for name, seed, k in (("a", 0, 4), ("b", 1, 4), ("c", 0, 0))}
-    configs["d"] = a_run("sft", 0, [1], pred_tokens=4, model="elsewhere")["config"]
-    assert arms(configs) == {"a": "pearl pred_tokens=4", "b": "pearl pred_tokens=4",
-                             "c": "pearl pred_tokens=0", "d": "sft"}
+    runs = [a_run("pearl", seed, [1], pred_tokens=k) for seed, k in ((0, 4), (1, 4), (0, 0))]
+    runs.append(a_run("sft", 0, [1], pred_tokens=4, model="elsewhere"))
+    assert [*arms({n: run["config"] for n, run in enumerate(runs)}).values()] == [
+        "pearl pred_tokens=4", "pearl pred_tokens=4", "pearl pred_tokens=0", "sft"]
 
 
 @pytest.mark.parametrize("name, changed", [

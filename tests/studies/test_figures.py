@@ -11,7 +11,7 @@ from PIL import Image
 import train
 from analysis import figures
 from model import VLM
-from support import run
+from support import run, splits
 from support.files import read_json, write_json
 from world import scenes
 
@@ -69,8 +69,8 @@ def test_all_figures_of_two_runs(runs, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     pytest.importorskip("sklearn")
     world = scenes.make_world("mixed", "test", 10)
-    splits = [world, world[:2], world[:6]]
-    monkeypatch.setattr(figures, "load_splits", lambda config: splits)
+    records = [world, world[:2], world[:6]]
+    monkeypatch.setattr(splits, "load_splits", lambda config: records)
     monkeypatch.setattr(figures, "COUNTS", [0, 1, 2, 4])
     # with n latents n answers are right
     monkeypatch.setattr(figures.reconstruction, "answer", lambda evaluator, scale, count: [
@@ -88,7 +88,7 @@ def test_all_figures_of_two_runs(runs, tmp_path, monkeypatch):
     # an untrained method reads R as the starting model does
     assert list(known) == ["no fine-tuning", "pearl-seed0"]
     assert known["pearl-seed0"]["h_R"] == known["no fine-tuning"]["h_R"]
-    splits[2] = world[:5]
+    records[2] = world[:5]
     with pytest.raises(ValueError, match="5 test questions have a trajectory with images"):
         figures.all_figures(runs, tmp_path / "few", 3)
     one, other = (figures.config_of(runs[1], "cpu") for _ in range(2))

@@ -1,6 +1,7 @@
-"""Claims: show.py prints the worked example of data.py to the token; what it prints of a folder, of
-the world, of other model families and of other methods is what their runs read; it needs no
-weights; only a terminal gets colour; what is missing is one sentence."""
+"""Claims: show.py prints the worked example of data.py to the token (the full view of such a record
+is tested with docs/walkthrough.md); what it prints of a folder, of the world, of other model
+families and of other methods is what their runs read; it needs no weights; only a terminal gets
+colour; what is missing is one sentence."""
 
 import itertools
 import re
@@ -20,19 +21,6 @@ from support.records import Example, read_record, write_folder
 from checkpoints import build
 
 WORKED = """\
-0001: 'Which digit is on the red disc?' 'seven'
-
-full view, 73 tokens
-        0-3  <|im_start|> user \\n <|vision_start|>
-       4-19  16 x <|image_pad|>, image 0, 8 x 8 patches, positions 4-4 / 4-7 / 4-7
-      20-31  <|vision_end|> Which ·digit ·is ·on ·the ·red ·disc ? <|im_end|> \\n <|im_start|>
-      32-33  assistant \\n
-s     34-48  Zoom ·in ·on ·the ·red ·disc . ·[ crop ·12 ·30 ·28 ·46 ] <|im_end|>
-      49-53  \\n <|im_start|> user \\n <|vision_start|>
-      54-57  4 x <|image_pad|>, image 1, 4 x 4 patches, positions 42-42 / 42-43 / 42-43
-      58-63  <|vision_end|> <|im_end|> \\n <|im_start|> assistant \\n
-s     64-72  The ·digit ·is ·seven . ·Answer : ·seven <|im_end|>
-
 input view, 36 tokens
         0-3  <|im_start|> user \\n <|vision_start|>
        4-19  16 x <|image_pad|>, image 0, 8 x 8 patches, positions 4-4 / 4-7 / 4-7
@@ -81,7 +69,9 @@ def view_of(lines: list[str], name: str) -> list[str]:
 
 
 def test_the_worked_example_and_an_unusual_record_to_the_token(shown, folder):
-    assert shown("--data", folder, "--pred_tokens", 2) == WORKED
+    lines = shown("--data", folder, "--pred_tokens", 2)
+    assert lines[0] == "0001: 'Which digit is on the red disc?' 'seven'"
+    assert lines[-len(WORKED):] == WORKED
     lines = shown("--data", folder, "--row", 1, "--method", "sft")
     assert lines[0] == "0002: 'Was\\x1b it €?' 'two'" and lines[4:7] == [
         "       4-13  10 x <|image_pad|>, image 0, 4 x 10 patches, positions 4-4 / 4-5 / 4-8",
@@ -100,23 +90,23 @@ def test_rows_are_counted_from_0_and_what_is_missing_is_one_sentence(shown, fold
         assert "\n" not in str(error.value)
 
 
-# ---- methods ----
-
-
-def test_where_h_R_stands(shown, folder):
-    paper = shown("--data", folder, "--method", "paper", "--pred_tokens", 0)
-    assert view_of(paper, "input")[-1] == "         33  \\n  <- h^_R"
-    image = shown("--data", folder, "--method", "target_state", "--target_position", "image")
-    marked = [line for line in view_of(image, "target") if line.endswith("<- h_R")]
-    assert [line[:11] for line in marked] == ["      23-26"]
-    word = shown("--data", folder, "--method", "target_state", "--target_position", "word")
-    assert view_of(word, "target")[-2] == "         40  ·seven  <- h_R"
+@pytest.mark.parametrize("options, view, end", [
+    ("paper --pred_tokens 0", "input", ["         33  \\n  <- h^_R"]),
+    ("strip_calls+release", "input", ["      29-32  4 x [PRED], positions 17-20",
+                                      "         33  <|im_end|>  <- h^_R"]),
+    ("target_state --target_position word", "target", ["         40  ·seven  <- h_R",
+                                                       "         41  <|im_end|>"]),
+    ("recon --latents 2", "full", [
+        "      49-50  2 x latent, positions 37-38", "         51  <|vision_end|>",
+        "s     52-60  The ·digit ·is ·seven . ·Answer : ·seven <|im_end|>"]),
+    ("direct", "full", ["s     34-37  Answer : ·seven <|im_end|>"])])
+def test_how_the_views_of_a_method_end(shown, folder, options, view, end):
+    lines = shown("--data", folder, "--method", *options.split())
+    assert view_of(lines, view)[-len(end):] == end
 
 
 def test_the_views_of_the_release(shown, folder):
     lines = shown("--data", folder, "--method", "strip_calls+release")
-    assert view_of(lines, "input")[-2:] == ["      29-32  4 x [PRED], positions 17-20",
-                                            "         33  <|im_end|>  <- h^_R"]
     assert sum(", image 0, " in line for line in view_of(lines, "target")) == 1
     assert "Which" not in " ".join(view_of(lines, "target"))
     assert [line for line in lines if line.startswith("s")] == [
@@ -124,22 +114,16 @@ def test_the_views_of_the_release(shown, folder):
         "s     57-66  The ·digit ·is ·seven . ·Answer : ·seven <|im_end|> \\n"]
 
 
-def test_latents_and_bare_answers(shown, folder):
-    recon = shown("--data", folder, "--method", "recon", "--latents", 2)
+def test_views_that_are_not_there_are_not_printed(shown, folder):
+    image = shown("--data", folder, "--method", "target_state", "--target_position", "image")
+    assert [line[:11] for line in image if line.endswith("<- h_R")] == ["      23-26"]
+    recon, direct = (shown("--data", folder, "--method", name) for name in ("recon", "direct"))
     assert not [line for line in recon if line.startswith(("input", "target"))]
-    assert view_of(recon, "full")[-3:] == [
-        "      49-50  2 x latent, positions 37-38", "         51  <|vision_end|>",
-        "s     52-60  The ·digit ·is ·seven . ·Answer : ·seven <|im_end|>"]
-    direct = shown("--data", folder, "--method", "direct")
-    assert view_of(direct, "full")[-1] == "s     34-37  Answer : ·seven <|im_end|>"
-    both = shown("--data", folder, "--method", "both")
-    assert both == shown("--data", folder, "--method", "sft") + direct[1:]
     # beside a trajectory a bare answer has no h_R
-    answers = shown("--data", folder, "--method", "with_answers", "--pred_tokens", 2)
-    assert answers[:len(WORKED)] == WORKED and len([x for x in answers if "<- h_R" in x]) == 1
-
-
-# ---- families, terminals ----
+    for name, alone in (("both", "sft"), ("with_answers", "pearl")):
+        assert shown("--data", folder, "--method", name) == shown(
+            "--data", folder, "--method", alone) + direct[1:]
+    assert not [line for line in direct if "<- h_R" in line]
 
 
 @pytest.mark.parametrize("name", ["qwen3_vl", "idefics3", "gemma3"])
@@ -169,10 +153,11 @@ def test_other_families_without_their_weights(shown, folder, tmp_path, name):
 
 def test_only_a_terminal_gets_colour(shown, folder, monkeypatch):
     monkeypatch.delenv("NO_COLOR", raising=False)
+    plain = shown("--data", folder)
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
-    lines = shown("--data", folder, "--pred_tokens", 2)
+    lines = shown("--data", folder)
     green = [line for line in lines if "\033" in line]
     assert [line[:6] for line in green] == ["\033[32ms"] * 2
-    assert [line.removeprefix("\033[32m").removesuffix("\033[0m") for line in lines] == WORKED
+    assert [line.removeprefix("\033[32m").removesuffix("\033[0m") for line in lines] == plain
     monkeypatch.setenv("NO_COLOR", "1")
-    assert shown("--data", folder, "--pred_tokens", 2) == WORKED
+    assert shown("--data", folder) == plain
