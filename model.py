@@ -7,7 +7,7 @@ the plain VLM (`log_probs`, `generate`): no [PRED], no latent predictor, no tool
 Letters: B batch, T sequence, D hidden size, V vocabulary, P image tokens, A rows of positions (3
 for Qwen: time, height, width; else 1), S levels of image features (Qwen3-VL: several; else 1).
 Left out on purpose: what differs between model families and how a checkpoint is read
-(support/families.py), LoRA and adapters on disk (support/lora.py, adapters.py), training.
+(support/families.py), LoRA and adapters on disk (support/adapters.py), training.
 """
 
 import copy
@@ -24,7 +24,7 @@ from losses import at_least_float32
 from support import adapters, families, packing, processes
 from support.chat import View
 from support.features import EncodedImage, LoadedImage
-from support.lora import add_lora, lora_layers
+from support.adapters import add_lora, lora_layers
 
 
 class Encoded(NamedTuple):
@@ -197,7 +197,7 @@ class VLM(nn.Module):
 
     def save_adapter(self, folder: Path) -> None:
         """LoRA in PEFT's layout, or all trained weights."""
-        adapters.save_adapter(self.lm, lora_layers(self.lm), self.path, folder)
+        adapters.save_adapter(self.lm, self.path, folder)
 
     def load_adapter(self, folder: Path, alpha: float = 1.0) -> None:
         """Load what `save_adapter` wrote, or LoRA by PEFT. alpha: the share of the change,

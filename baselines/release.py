@@ -19,7 +19,7 @@ from data import Views
 from model import Encoded
 from support.chat import Chat, View
 from support.features import LoadedImage
-from support.lora import add_lora
+from support.adapters import add_lora
 from support.options import option
 from support.records import Example
 

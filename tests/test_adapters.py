@@ -176,7 +176,8 @@ def test_what_model_may_not_name(tmp_path, monkeypatch, named, file, fields, mes
 def test_a_merge_is_rounded_once():
     lm = torch.nn.Sequential(torch.nn.Linear(1, 1, bias=False)).to(torch.bfloat16)
     lm[0].weight.data[:] = 1 + 2 ** -7  # bfloat16's step here
-    share = merge(lm, Adapter(1.0, {"0": (torch.tensor([[2 ** -7]]), torch.tensor([[1.501]]))}, {}))
+    pair = dict(A=torch.tensor([[2 ** -7]]), B=torch.tensor([[1.501]]))
+    share = merge(lm, Adapter(1.0, {"0.weight": pair}, {}))
     assert lm[0].weight.item() == 1 + 3 * 2 ** -7
     assert share == pytest.approx(1 - 0.499 / 1.501, 1e-4)
 

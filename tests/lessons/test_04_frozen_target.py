@@ -6,7 +6,7 @@ import torch
 from plain import target_state
 
 from support.features import ImageEncoder, StoredTargets, load_images, with_pixels
-from support.lora import lora_layers
+from support.adapters import lora_layers
 from conftest import build, images_of, moved, pair_of
 
 
