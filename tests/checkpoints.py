@@ -166,6 +166,11 @@ def checkpoint(folder: Path, stem: str, processor, template: str, layout: str, t
 
 # ---- families ----
 
+# sizes of images by the old and the new keys
+PIXELS = dict(min_pixels=1024, max_pixels=4096)
+EDGES = dict(shortest_edge=1024, longest_edge=4096)
+QWEN_2 = dict(image_processor_type="Qwen2VLImageProcessor", **PIXELS)
+FAST = dict(image_processor_type="Qwen2VLImageProcessorFast", size=EDGES)
 PINS = [[32, 64], [64, 32], [64, 64]]
 SQUARE = dict(height=32, width=32)
 
@@ -195,26 +200,6 @@ def qwen(stem: str, layout: str, preprocessor: dict, tokenizers_template, folder
     if layout == OLD:
         write(folder / TOKENS, chat_template=TEMPLATES[tokenizers_template],
               tokenizer_class="Qwen2Tokenizer")
-
-
-# sizes of images by the old and the new keys
-PIXELS = dict(min_pixels=1024, max_pixels=4096)
-EDGES = dict(shortest_edge=1024, longest_edge=4096)
-QWEN_2 = dict(image_processor_type="Qwen2VLImageProcessor", **PIXELS)
-FAST = dict(image_processor_type="Qwen2VLImageProcessorFast", size=EDGES)
-QWEN = dict(
-    # the same template in both files
-    qwen2_vl=partial(qwen, "Qwen2VL", OLD, QWEN_2, "QWEN_2"),
-    # by an older transformers: `size` too has the old keys
-    qwen2_vl_saved_again=partial(qwen, "Qwen2VL", OLD, QWEN_2 | dict(size=PIXELS), "QWEN_2"),
-    # the tokenizer's template is for text only
-    qwen2_5_vl=partial(qwen, "Qwen2_5_VL", OLD, QWEN_2, "QWEN_TEXT_ONLY"),
-    # `size` alone, with the old keys
-    qwen2_5_vl_old_size=partial(qwen, "Qwen2_5_VL", OLD, FAST | dict(size=PIXELS),
-                                "QWEN_TEXT_ONLY"),
-    qwen2_5_vl_new=partial(qwen, "Qwen2_5_VL", NEW, FAST, None),
-    qwen3_vl=partial(qwen, "Qwen3VL", OLD, FAST, "QWEN_3"),
-    qwen3_vl_new=partial(qwen, "Qwen3VL", NEW, FAST, None))
 
 
 def llava_like(stem, tokenizer, template, folder, layout=OLD, text="llama", kind=None) -> None:
@@ -294,7 +279,19 @@ def internvl(folder):
                image_seq_length=4, image_token_id="<IMG_CONTEXT>")
 
 
-PROCESSOR = dict(
+BUILDERS = dict(
+    # the same template in both files
+    qwen2_vl=partial(qwen, "Qwen2VL", OLD, QWEN_2, "QWEN_2"),
+    # by an older transformers: `size` too has the old keys
+    qwen2_vl_saved_again=partial(qwen, "Qwen2VL", OLD, QWEN_2 | dict(size=PIXELS), "QWEN_2"),
+    # the tokenizer's template is for text only
+    qwen2_5_vl=partial(qwen, "Qwen2_5_VL", OLD, QWEN_2, "QWEN_TEXT_ONLY"),
+    # `size` alone, with the old keys
+    qwen2_5_vl_old_size=partial(qwen, "Qwen2_5_VL", OLD, FAST | dict(size=PIXELS),
+                                "QWEN_TEXT_ONLY"),
+    qwen2_5_vl_new=partial(qwen, "Qwen2_5_VL", NEW, FAST, None),
+    qwen3_vl=partial(qwen, "Qwen3VL", OLD, FAST, "QWEN_3"),
+    qwen3_vl_new=partial(qwen, "Qwen3VL", NEW, FAST, None),
     # LLaVA 1.5: no token ends a turn, a blank does
     llava=partial(llava_like, "Llava", partial(llama, "prepend"), "VICUNA", kind="LlamaTokenizer"),
     llava_template_in_processor_config=partial(
@@ -310,13 +307,12 @@ PROCESSOR = dict(
     llava_next_llama3=partial(llava_like, "LlavaNext", llama3, "LLAMA_3"),
     llava_next_yi=partial(llava_like, "LlavaNext", yi, "YI"),
     # SmolVLM's first release: an Idefics3, opened by what opens turns in ChatML
-    idefics3=idefics3, smolvlm=partial(idefics3, bos="<|im_start|>", layout=OLD), gemma3=gemma3)
-# their processors need it
-TORCHVISION = dict(
+    idefics3=idefics3, smolvlm=partial(idefics3, bos="<|im_start|>", layout=OLD), gemma3=gemma3,
     llava_onevision=llava_onevision, internvl=internvl,
     pixtral=partial(mistral, "Llava", "PIXTRAL", OLD),
     mistral3=partial(mistral, "Mistral3", "MISTRAL_3", NEW))
-BUILDERS = QWEN | PROCESSOR | TORCHVISION
+# their processors need torchvision
+TORCHVISION = ("llava_onevision", "internvl", "pixtral", "mistral3")
 
 
 def build(name: str, folder: Path) -> Path:

@@ -191,8 +191,6 @@ def test_processor_files_that_do_not_fit_the_model(copied, name, file, change, m
 
 
 def test_foreign_tokenizers_and_models(folders, copied, monkeypatch):
-    shutil.copy(folders("gemma3") / "tokenizer.json", folder := copied("qwen3_vl"))
-    refused(folder, "tokenizer.json of .* does not fit|cannot be used")
     file = copied("llava") / "tokenizer.json"
     raw = read_json(file)
     write(file, added_tokens=[*raw["added_tokens"], dict(
