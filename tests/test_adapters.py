@@ -180,6 +180,8 @@ def test_small_changes_beside_bfloat16_weights(tmp_path):
     """Kept where A and B stay beside the weights, and in float32; lost in a merge into bfloat16."""
     vlm, again = trained(tmp_path, TINY, torch.bfloat16, 2e-5, rank=64), VLM(TINY, torch.bfloat16)
     again.load_adapter(tmp_path)
+    added = [p for name, p in again.lm.named_parameters() if "lora_" in name]
+    assert added and all(p.dtype == torch.float32 for p in added)
     # in float32, so that only the weights are rounded
     assert torch.equal(logits(again.lm.float()), logits(vlm.lm.float()))
     for dtype, least, most in ((torch.bfloat16, 0, 0.3), (torch.float32, 0.999, 1)):
