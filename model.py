@@ -7,7 +7,7 @@ the plain VLM (`log_probs`, `generate`): no [PRED], no latent predictor, no tool
 Letters: B batch, T sequence, D hidden size, V vocabulary, P image tokens, A rows of positions (3
 for Qwen: time, height, width; else 1), S levels of image features (Qwen3-VL: several; else 1).
 Left out on purpose: what differs between model families and how a checkpoint is read
-(support/families.py), LoRA and adapters on disk (support/lora.py, adapters.py), training.
+(support/families.py), LoRA and adapters on disk (support/adapters.py), training.
 """
 
 import copy
@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from data import Batch, collate
 from support import adapters, families, processes, step
+from support.adapters import add_lora, lora_layers
 from support.chat import Chat, View
 from support.images import EncodedImage, LoadedImage, with_pixels
-from support.lora import add_lora, lora_layers
 
 
 class Encoded(NamedTuple):
@@ -189,7 +189,7 @@ class VLM(nn.Module):
 
     def save_adapter(self, folder: Path) -> None:
         """LoRA in PEFT's layout, or all trained weights."""
-        adapters.save_adapter(self.lm, lora_layers(self.lm), self.path, folder)
+        adapters.save_adapter(self.lm, self.path, folder)
 
     def load_adapter(self, folder: Path, alpha: float = 1.0) -> None:
         """Load what `save_adapter` wrote, or LoRA by PEFT. alpha: the share of the change,

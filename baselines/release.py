@@ -14,8 +14,8 @@ from baselines.variants import Current, Dropout
 from data import Views
 from model import Encoded
 from support.chat import Chat, View
+from support.adapters import add_lora
 from support.images import LoadedImage
-from support.lora import add_lora
 from support.options import option
 from support.records import Example
 

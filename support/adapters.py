@@ -1,5 +1,7 @@
-"""Adapters: the base that they belong to, LoRA on disk in PEFT's format, merged checkpoints."""
+"""LoRA: a low-rank update beside each frozen linear layer. r is its rank. Adapters: the base that
+they belong to, LoRA on disk in PEFT's format, merged checkpoints."""
 
+import math
 import re
 import shutil
 from itertools import chain
@@ -13,7 +15,6 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 from support.files import new_folder, read_json, read_tensors, write_json, write_tensors, write_text
-from support.lora import LoRALinear, replace_layer
 
 # the files of a checkpoint but weights and texts
 COPIED = ("*.json", "*.jinja", "chat_templates/*", "*.txt", "*.model")
@@ -22,12 +23,50 @@ PLAIN = dict(peft_type=["LORA"], init_lora_weights=[True, "gaussian"], use_rslor
              rank_pattern=[], alpha_pattern=[], modules_to_save=[], fan_in_fan_out=[])
 
 
+class LoRALinear(nn.Module):
+    """y = W x + (alpha / r) * B A x, with W frozen; A (r, in), B (out, r)."""
+
+    def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float = 0.0):
+        super().__init__()
+        self.base, self.scaling, self.active = base, alpha / rank, True
+        self.dropout = nn.Dropout(dropout)
+        # float32 even beside bfloat16 weights, which would lose small updates
+        device = base.weight.device
+        self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, device=device))
+        # B is zero, so training starts from W
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, device=device))
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.base(x)
+        if not self.active:
+            return y
+        # two thin products; the wide B A is never built. A and B are cast, because they are small.
+        low = nn.functional.linear(self.dropout(x), self.lora_A.to(x.dtype))  # (..., r)
+        high = (self.scaling * self.lora_B).to(low.dtype)
+        return y + nn.functional.linear(low, high).to(y.dtype)
+
+
+def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
+    return {name: module for name, module in model.named_modules()
+            if isinstance(module, LoRALinear)}
+
+
+def add_lora(model: nn.Module, rank: int, alpha: float, dropout: float) -> None:
+    """Freeze `model`, then put a LoRALinear around each of its nn.Linear layers."""
+    # frozen first, because the new layers bring trainable parameters
+    model.requires_grad_(False)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear):
+            model.set_submodule(name, LoRALinear(module, rank, alpha, dropout))
+
+
 class Adapter(NamedTuple):
-    """LoRA: alpha / r, and by layer A (r, in) and B (out, r). Full fine-tuning: no pairs, and the
-    trained weights by parameter."""
+    """On disk: of LoRA alpha / r, and A (r, in) and B (out, r) by parameter; of full fine-tuning no
+    pairs, and the trained weights by parameter."""
 
     scaling: float
-    pairs: dict[str, tuple[Tensor, Tensor]]
+    pairs: dict[str, dict[str, Tensor]]
     weights: dict[str, Tensor]
 
 
@@ -49,10 +88,10 @@ def resolve(path: str) -> tuple[str, list[Path]]:
     return path, adapters
 
 
-def save_adapter(lm: nn.Module, layers: dict[str, nn.Module], path: str, folder: Path) -> None:
+def save_adapter(lm: nn.Module, path: str, folder: Path) -> None:
     """The LoRA layers of the model from `path`, or all trained weights if there are none."""
     # absolute, so that the base is found from any folder
-    base = Path(path).expanduser()
+    base, layers = Path(path).expanduser(), lora_layers(lm)
     config = dict(base_model_name_or_path=str(base.resolve()) if base.is_dir() else path)
     if layers:
         tensors = {f"base_model.model.{name}.lora_{part}.weight": getattr(layer, f"lora_{part}")
@@ -104,9 +143,7 @@ def read_adapter(folder: Path, lm: nn.Module, path: str) -> Adapter:
         if sizes != dict(A=(rank, width), B=(out, rank)):
             raise ValueError(f"{file} has {sizes} for {name}, of r = {rank} in adapter_config.json "
                              f"and ({out}, {width}) in {path}: it is for another model")
-    return Adapter(config["lora_alpha"] / config["r"],
-                   {name.removesuffix(".weight"): (pair["A"], pair["B"])
-                    for name, pair in pairs.items()}, {})
+    return Adapter(config["lora_alpha"] / config["r"], pairs, {})
 
 
 def load_adapter(lm: nn.Module, path: str, folder: Path, alpha: float) -> None:
@@ -115,11 +152,12 @@ def load_adapter(lm: nn.Module, path: str, folder: Path, alpha: float) -> None:
     adapter, start = read_adapter(folder, lm, path), lm.state_dict()
     lm.load_state_dict({name: torch.lerp(start[name], weight.to(start[name]), alpha)
                         for name, weight in adapter.weights.items()}, strict=False)
-    for name, (low, high) in adapter.pairs.items():
-        layer = LoRALinear(lm.get_submodule(name), len(low), alpha * adapter.scaling * len(low))
-        layer.lora_A.data.copy_(low)
-        layer.lora_B.data.copy_(high)
-        replace_layer(lm, name, layer)
+    for name, pair in adapter.pairs.items():
+        name, rank = name.removesuffix(".weight"), len(pair["A"])
+        layer = LoRALinear(lm.get_submodule(name), rank, alpha * adapter.scaling * rank)
+        layer.lora_A.data.copy_(pair["A"])
+        layer.lora_B.data.copy_(pair["B"])
+        lm.set_submodule(name, layer)
 
 
 @torch.no_grad()
@@ -131,9 +169,9 @@ def merge(lm: nn.Module, adapter: Adapter, dtype: torch.dtype | None = None) -> 
         old = weight.detach()
         new = adapter.weights.get(name, old)
         # added in float32 (or float64) and rounded once: small changes vanish in bfloat16
-        if pair := adapter.pairs.get(name.removesuffix(".weight")):
+        if pair := adapter.pairs.get(name):
             wide = torch.promote_types(old.dtype, torch.float32)
-            new = old.to(wide) + adapter.scaling * pair[1].to(wide) @ pair[0].to(wide)
+            new = old.to(wide) + adapter.scaling * pair["B"].to(wide) @ pair["A"].to(wide)
         weight.data = new.to(dtype or old.dtype)
         if new is not old:
             change += (new.float() - old.float()).square().sum().item()

@@ -39,7 +39,7 @@ class Family:
     sentence, for a checkpoint that cannot be served."""
 
     # an image as text, for a template that only takes strings
-    markup: str | None = None
+    markup = ""
 
     def __init__(self, path: str, lm: PreTrainedModel, min_pixels=None, max_pixels=None):
         # texts: what stands for an image, by size; pixels: changed settings of the image processor
@@ -71,49 +71,38 @@ class Family:
                              f"positions in several rows (of these only {', '.join(FAMILIES)})")
         return AutoProcessor.from_pretrained(self.path)
 
-    def messages(self, turns: list[Turn]) -> list[dict]:
-        """The turns in the form that this chat template takes."""
-        messages = []
-        for role, parts in turns:
-            if role == "assistant":
-                parts = [parts[0] + self.closing]
-            content = [dict(type="text", text=part) if isinstance(part, str)
-                       else dict(type="image") for part in parts]
-            if role in self.string_roles:
-                content = "".join(part.get("text", self.markup) for part in content)
-            messages.append(dict(role=role, content=content))
-        return messages
-
     def render(self, turns: list[Turn], add_generation_prompt: bool = False) -> str:
         """The conversation as text, a placeholder for every image. Raises ValueError with the
         template's own reason."""
+        messages, images = [], 0
+        for role, parts in turns:
+            content = [dict(type="text", text=part) if isinstance(part, str)
+                       else dict(type="image") for part in parts]
+            images += sum(part["type"] == "image" for part in content)
+            if role == "assistant":
+                content[0]["text"] += self.closing
+            if role in self.string_roles:
+                content = "".join(part.get("text", self.markup) for part in content)
+            messages.append(dict(role=role, content=content))
         with one_sentence(f"the chat template of {self.path} refuses the conversation"):
-            images = sum(not isinstance(part, str) for _, parts in turns for part in parts)
             if self.single_image_only and images > 1:
                 raise ValueError("this model sees an image in another way when others stand beside "
                                  "it: train on bare answers (--method direct), or choose another")
             return self.processor.apply_chat_template(
-                self.messages(turns), add_generation_prompt=add_generation_prompt)
+                messages, add_generation_prompt=add_generation_prompt)
 
     def own_ids(self, turns: list[Turn], images: list[Image.Image],
                 add_generation_prompt: bool = False) -> list[int]:
         """What the family's own processor makes of a conversation and its images."""
         text = self.render(turns, add_generation_prompt)
         with one_sentence(f"the processor of {self.path} refuses the conversation"):
-            out = self.processor(text=[text], images=[images] if images else None,
-                                 add_special_tokens=self._adds_bos(text))
+            out = self.processor(text=[text], images=[images], add_special_tokens=self.adds_bos)
         return list(out["input_ids"][0])
-
-    def _adds_bos(self, text: str) -> bool:
-        # as apply_chat_template decides: no second bos where the template writes one
-        bos = self.tokenizer.bos_token
-        return not (bos and text.startswith(bos))
 
     def encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Token ids of a whole conversation, with its images expanded, and their spans in
         characters; a token that the tokenizer adds has the span (0, 0)."""
-        out = self.tokenizer(text, add_special_tokens=self._adds_bos(text),
-                             return_offsets_mapping=True)
+        out = self.tokenizer(text, add_special_tokens=self.adds_bos, return_offsets_mapping=True)
         return out["input_ids"], out["offset_mapping"]
 
     def _fit_template(self) -> None:
@@ -129,6 +118,9 @@ class Family:
             raise ValueError(f"{self.path} has no chat template that writes a question, its image "
                              "and an answer, once each (of several, the one called default counts)"
                              "; restore the original's, or choose an instruction-tuned checkpoint")
+        # as apply_chat_template decides: no second bos where the template writes one
+        bos = self.tokenizer.bos_token
+        self.adds_bos = not (bos and text.startswith(bos))
         # the longest first, because one token may begin another
         tokens = map(re.escape, sorted(self.reserved, key=len, reverse=True))
         end = re.search("|".join(tokens), text[text.rindex("Aq7"):])
@@ -273,9 +265,6 @@ class QwenFamily(Family):
         # all in one call; each level is a tuple with (P, D) of each image
         out = self.lm.model.get_image_features(**self._batch(images), return_dict=True)
         levels = [out.pooler_output, *(getattr(out, "deepstack_features", None) or ())]
-        # transformers 5.17 splits the first level alone
-        sizes = [len(image) for image in out.pooler_output]
-        levels = [level.split(sizes) if isinstance(level, Tensor) else level for level in levels]
         return [torch.stack(image) for image in zip(*levels)]
 
     def positions(self, ids: Tensor, mask: Tensor, grids: list) -> Tensor:

@@ -17,17 +17,14 @@ NO_TURN = "does not write an assistant's turn as generation prompt, text, end of
 
 @pytest.fixture
 def family(shipped):
-    """A copy to change: its template and its tokenizer."""
+    """A copy whose template may change."""
     family = copy.copy(shipped.family)
-    family.tokenizer = copy.deepcopy(family.tokenizer)
     family.processor = copy.copy(family.processor)
-    family.processor.tokenizer = family.tokenizer
     return family
 
 
-def views_of(family, pred_tokens=1):
-    chat = Chat(family, 2048)
-    return data.make_views(chat, RECORD, load_images(RECORD, family), pred_tokens)
+def views_of(family):
+    return data.make_views(Chat(family, 2048), RECORD, load_images(RECORD, family), pred_tokens=1)
 
 
 def supervised(family, view):
@@ -39,24 +36,21 @@ def change(family, old, new):
     family.processor.chat_template = family.processor.chat_template.replace(old, new)
 
 
-def test_a_blank_before_the_words_is_the_models_to_write(family):
-    """The generation prompt ends before it. Behind the words it belongs to them too."""
-    change(family, "['role'] + '\\n'", "['role'] + ':'")
-    change(family, "assistant\\n", "assistant:")
-    change(family, "part['text']", "(' ' if message['role'] == 'assistant' else '') + part['text']")
-    change(family, "'<|im_end|>", "' <|im_end|>")
+@pytest.mark.parametrize("changes, header, turn", [
+    # the generation prompt ends before a blank, and there is one behind the words: both are theirs
+    ({"['role'] + '\\n'": "['role'] + ':'", "assistant\\n": "assistant:",
+      "part['text']": "(' ' if message['role'] == 'assistant' else '') + part['text']",
+      "'<|im_end|>": "' <|im_end|>"}, "assistant:", " {} <|im_end|>"),
+    # the generation prompt ends in a blank that turns lack: the words are found from the end
+    ({"assistant\\n'": "assistant\\n  '"}, "assistant\n  ", "{}<|im_end|>")])
+def test_blanks_beside_the_words_are_the_models_to_write(family, changes, header, turn):
+    for old, new in changes.items():
+        change(family, old, new)
     full, prompt, target = views_of(family)
-    expected = "".join(f" {text} <|im_end|>" for text in RECORD.texts)
+    expected = "".join(turn.format(text) for text in RECORD.texts)
     assert supervised(family, full) == supervised(family, target) == expected
-    assert family.tokenizer.decode(prompt.ids[:-1]).endswith("<|im_start|>assistant:")
+    assert family.tokenizer.decode(prompt.ids[:-1]).endswith(f"<|im_start|>{header}")
     assert target.ids == full.ids[-len(target.ids):]
-
-
-def test_a_blank_in_the_generation_prompt_that_turns_lack(family):
-    """The generation prompt ends in a blank, a turn has none: the words are found from the end."""
-    change(family, "assistant\\n'", "assistant\\n  '")
-    full = views_of(family).full
-    assert supervised(family, full) == "".join(f"{text}<|im_end|>" for text in RECORD.texts)
 
 
 @pytest.mark.parametrize("old, new, message", [
@@ -75,30 +69,10 @@ def test_a_template_that_cannot_be_followed_is_refused(family, old, new, message
         views_of(family)
 
 
-def test_every_view_opens_with_bos_where_every_text_does(family):
-    tokenizer, plain = family.tokenizer, views_of(family)
-    tokenizer.bos_token, encode = "<|endoftext|>", family.encode
-
-    def with_bos(text):
-        ids, spans = encode(text)
-        return [tokenizer.bos_token_id, *ids], [(0, 0), *spans]
-
-    family.encode = with_bos
-    for view, before in zip(views_of(family), plain):
-        assert view.ids == [tokenizer.bos_token_id, *before.ids]
-        assert view.labels == [-100, *before.labels]
-        assert view.embed_at == before.embed_at + 1
-    # a turn that opens with the same token needs no second one
-    tokenizer.bos_token, family.encode = "<|im_start|>", encode
-    assert views_of(family) == plain
-
-
 def test_ids_must_be_those_of_the_familys_own_processor(family):
-    images, chat = load_images(RECORD, family), Chat(family, 2048)
-    chat.check_ids(RECORD, images)
-    family.own_ids = lambda messages, pictures: [1]
+    family.own_ids = lambda turns, pictures: [1]
     with pytest.raises(ValueError, match=f"example {RECORD.id}: the model's own processor"):
-        chat.check_ids(RECORD, images)
+        Chat(family, 2048).check_ids(RECORD, load_images(RECORD, family))
 
 
 def test_batches_are_padded_on_the_right_or_on_the_left():

@@ -5,9 +5,9 @@ import pytest
 import torch
 from plain import target_state
 
+from support.adapters import lora_layers
 from support.images import ImageEncoder, load_images, with_pixels
 from support.step import StoredTargets
-from support.lora import lora_layers
 from conftest import build, images_of, moved, pair_of
 
 

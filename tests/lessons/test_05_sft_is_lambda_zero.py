@@ -7,7 +7,7 @@ import pytest
 import torch
 from plain import inputs, tokens, turns_of
 
-from support.lora import lora_layers
+from support.adapters import lora_layers
 from train import Config
 from conftest import assert_close, assert_same, build, gradients, stirred
 

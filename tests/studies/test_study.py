@@ -14,7 +14,7 @@ import train
 from analysis import benchmark, study
 from analysis.compare import arm_of
 from support.files import write_json
-from support.lora import lora_layers
+from support.adapters import lora_layers
 from world.scenes import REGIMES
 
 from test_compare import a_run, answers

@@ -12,7 +12,7 @@ import train
 from analysis import targets
 from support import run, splits
 from support.files import write_json
-from support.lora import lora_layers
+from support.adapters import lora_layers
 from world import scenes
 
 
