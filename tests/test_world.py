@@ -156,7 +156,6 @@ def test_a_folder_gives_all_of_training_and_no_more_of_the_rest_than_the_world(t
 def test_the_sample_is_a_folder_that_reads_back(tmp_path, as_program):
     out = tmp_path / "set"
     as_program(loader.__file__, "--out", out, "--regime", "all", "--count", 8)
-    assert Image.open(out / "contact_sheet.png").width > 1000
     splits = [ex.split for ex in records.read_folder(out)]
     assert {split: splits.count(split) for split in splits} == dict(train=8, validation=2, test=2)
     with pytest.raises(SystemExit, match="error: .*nothing is overwritten"):
