@@ -31,8 +31,7 @@ from support.processes import run_program  # noqa: E402
 from support.records import Example  # noqa: E402
 
 INSTRUCTION = "Answer with the option's letter from the given choices directly."
-# items whose label is confirmed to be wrong (lmms-eval, issue 1018, which counts from 0)
-MMVP_WRONG = {100, 280}
+MMVP_WRONG = {100, 280}  # confirmed wrong labels (lmms-eval, issue 1018, which counts from 0)
 # an article or a pronoun is followed by a word, but not by one of these
 NO_NOUNS = "and|or|nor|not|but|is|because|since|vs"
 
