@@ -116,7 +116,7 @@ def accuracy(records):
 
 if __name__ == "__main__":
     if not (FOLDER / "trajectories.jsonl").is_file():
-        sys.exit("Name a data folder: `python -m world.sample --out DIR --count 400` writes one.")
+        sys.exit("Name a data folder: `python -m world.loader --out DIR --count 400` writes one.")
     records = [json.loads(line) for line in (FOLDER / "trajectories.jsonl").open(encoding="utf-8")]
     train = [views(record) for record in records if record["split"] == "train"]
     test = [record for record in records if record["split"] == "test"]

@@ -31,26 +31,20 @@ from support.processes import run_program  # noqa: E402
 from support.records import Example  # noqa: E402
 
 INSTRUCTION = "Answer with the option's letter from the given choices directly."
-# items whose label is confirmed to be wrong (lmms-eval, issue 1018, which counts from 0)
-MMVP_WRONG = {100, 280}
+MMVP_WRONG = {100, 280}  # confirmed wrong labels (lmms-eval, issue 1018, which counts from 0)
 # an article or a pronoun is followed by a word, but not by one of these
 NO_NOUNS = "and|or|nor|not|but|is|because|since|vs"
 
 
 class Item(NamedTuple):
-    # file and item, for error messages
-    source: str
+    source: str  # file and item, for error messages
     id: str
-    # category (V*), number of the pair (MMVP), configuration (BLINK)
-    group: str
+    group: str  # category (V*), number of the pair (MMVP), configuration (BLINK)
     images: list[Picture]
     prompt: str
-    # letter -> text
-    choices: dict[str, str]
-    # the letters that count as right: several where choices repeat the right text
-    label: str
-    # the same without the known label errors
-    corrected: str
+    choices: dict[str, str]  # letter -> text
+    label: str  # the letters that count as right: several where choices repeat the right text
+    corrected: str  # the same without the known label errors
 
 
 def choices_in(text: str) -> dict[str, str]:
@@ -175,7 +169,7 @@ def letters_in(text: str, letters: str) -> tuple[str, str]:
 
 
 def scores(kind: str, records: list[dict]) -> dict[str, list[float]]:
-    # rows of the table: name -> [n, strict %, lenient %]
+    """Rows of the table: name -> [n, strict %, lenient %]."""
     def row(sets: list[list[dict]], label: str = "label") -> list[float]:
         # a pair is right where both of its items are
         right = [[all(r[how] and r[how] in r[label] for r in one) for one in sets]
@@ -185,12 +179,12 @@ def scores(kind: str, records: list[dict]) -> dict[str, list[float]]:
     groups, items = defaultdict(list), [[record] for record in records]
     for record in records:
         groups[record["group"]].append(record)
-    if kind != "mmvp":
-        return {name: row([[r] for r in group]) for name, group in groups.items()} | {
-            "all": row(items)}
-    return {f"{unit}, labels {name}": row(sets, label)
-            for label, name in (("label", "as published"), ("corrected", "corrected"))
-            for unit, sets in (("items", items), ("pairs", [*groups.values()]))}
+    if kind == "mmvp":
+        return {f"{unit}, labels {name}": row(sets, label)
+                for label, name in (("label", "as published"), ("corrected", "corrected"))
+                for unit, sets in (("items", items), ("pairs", [*groups.values()]))}
+    groups["all"] = records
+    return {name: row([[record] for record in group]) for name, group in groups.items()}
 
 
 def replies(vlm: VLM, items: list[Item], tokens: int, batch: int) -> list[str]:
@@ -208,12 +202,6 @@ def replies(vlm: VLM, items: list[Item], tokens: int, batch: int) -> list[str]:
         prompts.append(vlm.chat.prompt([turn], evaluator.images[-1]))
         vlm.chat.check_length(len(prompts[-1].ids) + tokens, example)
     return [answer["text"] for answer in evaluator.generate(prompts, tokens)]
-
-
-def record_of(item: Item, reply: str) -> dict:
-    strict, lenient = letters_in(reply, "".join(item.choices))
-    return dict(id=item.id, group=item.group, label=item.label, corrected=item.corrected,
-                reply=reply, strict=strict, lenient=lenient)
 
 
 def main() -> None:
@@ -242,8 +230,11 @@ def main() -> None:
         vlm = evaluate.load_model(args.model, args.device)[0]
     else:
         vlm = VLM(args.model, dtype=getattr(torch, args.dtype)).to(args.device).eval()
-    texts = replies(vlm, items, args.tokens, args.batch)
-    records = [record_of(item, text) for item, text in zip(items, texts)]
+    records = []
+    for item, reply in zip(items, replies(vlm, items, args.tokens, args.batch)):
+        strict, lenient = letters_in(reply, "".join(item.choices))
+        records.append(dict(id=item.id, group=item.group, label=item.label,
+                            corrected=item.corrected, reply=reply, strict=strict, lenient=lenient))
     write_text(args.out, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
     print(f"{'':32s}    n  strict  lenient")
     for name, (n, strict, lenient) in scores(args.kind, records).items():

@@ -11,8 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Iterator, TextIO
 
-# characters read at a time
-CHUNK = 1 << 20
+CHUNK = 1 << 20  # characters read at a time
 # between two values of a JSON list, or behind the last one
 SEPARATOR = re.compile(r"\s*(?:,\s*|(?=\]))")
 PLACEHOLDER = r"<\s*/?\s*\|?(?:image|lvr)\w*\|?\s*>"
@@ -21,8 +20,7 @@ PAIR = re.compile(r"(?is)\s*<\s*(think|answer)\s*>\s*(.*?)\s*<\s*/\s*\1\s*>\s*")
 # a prompt may already open a thought, and a limit on tokens may cut off a closing tag
 HALF = re.compile(r"(?i)^\s*<\s*(?:think|answer)\s*>\s*|\s*<\s*/\s*(?:think|answer)\s*>\s*")
 ANSWER = re.compile(r"(?is)<\s*answer\s*>(.*?)(?:<\s*/\s*answer\s*>|$)")
-# the end of a trajectory in this repository
-GIVEN = re.compile(r"(?:^|\s)Answer:\s*(\S.*?)\s*$")
+GIVEN = re.compile(r"(?:^|\s)Answer:\s*(\S.*?)\s*$")  # the end of our trajectories
 # with braces nested twice inside; the end of the text may cut a box off
 BOX = re.compile(r"(\$?)\\(?:boxed|fbox)\s*\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)(?:\}|$)(\$?)")
 FONT = re.compile(r"\\(?:text|textbf|textit|texttt|mathrm|mathbf|mathit)\s*\{([^{}]*)\}")
@@ -64,9 +62,8 @@ def read_list(file: Path) -> Iterator:
 
 
 def parquet_rows(files: list[Path]) -> Iterator[dict]:
-    # optional: only ThinkMorph and BLINK need it
     try:
-        import pyarrow.parquet as parquet
+        import pyarrow.parquet as parquet  # optional: only ThinkMorph and BLINK need it
     except ImportError:
         raise ValueError(f"{files[0]} needs one more package: pip install pyarrow") from None
     for file in files:

@@ -31,10 +31,8 @@ from support.images import Picture, open_image, picture_digest  # noqa: E402
 from support.processes import run_program  # noqa: E402
 from world import tools  # noqa: E402
 
-# (id, reason) of a record that is left out
-Skip = tuple[str, str]
-# mean difference, in levels of 255, up to which a picture is another one resampled
-LIKE = 6.0
+Skip = tuple[str, str]  # (id, reason) of a record that is left out
+LIKE = 6.0  # mean difference, in levels of 255, up to which a picture is another one resampled
 CALL = re.compile(r"(?s)<tool_call>(.*?)</tool_call>")
 UNREADABLE = "image not found or not readable"
 OTHER_ANSWER = "its last words give another answer than its answer field"
@@ -43,8 +41,7 @@ OTHER_ANSWER = "its last words give another answer than its answer field"
 @dataclass
 class Converted(records.Example):
     remarks: list[str] = field(default_factory=list)
-    # digests of `images`
-    pixels: list[str] = field(default_factory=list)
+    pixels: list[str] = field(default_factory=list)  # digests of `images`
 
 
 def convert(kind: str, sources: list[Path], images: Path | None) -> Iterator[Converted | Skip]:
@@ -245,14 +242,15 @@ def run_call(call: str, pictures: list[Image.Image],
 
 
 def write(examples: Iterator[Converted | Skip], out: Path) -> None:
-    # `out` appears when it is complete; reasons: of remarks and of what was left out, with ids
-    kinds, reasons = Counter(), dict(remark=defaultdict(list), left=defaultdict(list))
+    # `out` appears when it is complete
+    kinds, remarks, left_out = Counter(), defaultdict(list), defaultdict(list)
     with new_folder(out) as folder:
         (folder / "images").mkdir()
         with open(folder / records.FILE, "x", encoding="utf-8", newline="\n") as file:
             for ex in tqdm(examples, unit=" records"):
                 if isinstance(ex, tuple):
-                    reasons["left"][ex[1]].append(ex[0])
+                    name, reason = ex
+                    left_out[reason].append(name)
                     continue
                 names = [save(*each, folder) for each in zip(ex.images, ex.pixels)]
                 record = json.loads(records.record_line(ex, names))
@@ -260,27 +258,26 @@ def write(examples: Iterator[Converted | Skip], out: Path) -> None:
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
                 kinds[f"{ex.task}, {ex.split}, tool images: {len(names) - 1}"] += 1
                 for remark in ex.remarks:
-                    reasons["remark"][remark].append(ex.id)
+                    remarks[remark].append(ex.id)
         if not kinds:
-            raise ValueError(f"no record could be used for {out}: {'; '.join(reasons['left'])}")
-    left_out = sum(map(len, reasons["left"].values()))
-    print(f"{out}: {kinds.total()} records kept, {left_out} left out")
+            raise ValueError(f"no record could be used for {out}: {'; '.join(left_out)}")
+    print(f"{out}: {kinds.total()} records kept, {sum(map(len, left_out.values()))} left out")
     for kind, count in sorted(kinds.items()):
         print(f"  kept {count:7d}  {kind}")
-    for title, of in zip(("with remark", "left out"), reasons.values()):
-        for reason, ids in sorted(of.items(), key=lambda item: -len(item[1])):
+    for title, reasons in (("with remark", remarks), ("left out", left_out)):
+        for reason, ids in sorted(reasons.items(), key=lambda item: -len(item[1])):
             print(f"  {title} {len(ids):7d}  {reason}; first: {', '.join(ids[:3])}")
 
 
 def save(picture: Picture, pixels: str, folder: Path) -> str:
-    # a copy and no link: a change of the copy must not reach the original
     name = f"images/{pixels}{picture.suffix.lower() if isinstance(picture, Path) else '.png'}"
-    # a file that exists is this very picture, of another question
-    if not (folder / name).exists():
-        if isinstance(picture, Path):
-            shutil.copyfile(picture, folder / name)
-        else:
-            picture.save(folder / name)
+    if (folder / name).exists():
+        pass  # this very picture, of another question
+    elif isinstance(picture, Path):
+        # a copy and no link: a change of the copy must not reach the original
+        shutil.copyfile(picture, folder / name)
+    else:
+        picture.save(folder / name)
     return name
 
 

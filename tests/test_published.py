@@ -34,7 +34,7 @@ def pictures(tmp_path, monkeypatch):
     """A folder with a scene, a blue crop and a broken file; `convert` takes rows for files."""
     (folder := tmp_path / "pictures").mkdir()
     scene(7).save(folder / "a.jpg", quality=90)
-    Image.new("RGB", (40, 40), "blue").save(folder / "crop.png")
+    (folder / "crop.png").write_bytes(BLUE_PNG["bytes"])
     (folder / "broken.jpg").write_bytes((folder / "a.jpg").read_bytes()[:900])
     monkeypatch.setattr(published, "read_list", iter)
     monkeypatch.setattr(published, "thinkmorph_rows", iter)
@@ -138,10 +138,10 @@ def test_lvr_boxes_become_calls_and_every_turn_is_counted(pictures, tmp_path, ca
             lvr(bboxes=boxes, conversations=plain + plain), lvr(bboxes=boxes[2:])]
     converted = list(published.convert("lvr", [rows], pictures))
     ex, two, one, both, exact = (ex for ex in converted if isinstance(ex, Example))
-    call, crop, last = ex.trajectory
+    call, last = ex.texts
     assert (ex.question, ex.answer, last) == ("What is there?", "a dog", "Answer: a dog")
     assert ex.task == "flickr30k" and call.endswith("[crop 50 0 75 50]") and ex.remarks == []
-    assert crop.size == (150, 200) and [*map(check_calls, (ex, two, one, both))] == [1, 2, 1, 2]
+    assert [*map(check_calls, (ex, two, one, both))] == [1, 2, 1, 2]
     assert two.texts[1].endswith("[crop 50 50 90 90 of 1]") and "7 29 57 58" in exact.texts[0]
     published.write(iter(converted), tmp_path / "out")
     report = capsys.readouterr().out
@@ -263,15 +263,14 @@ def test_thinkmorph_with_further_pictures_and_without_pyarrow(pictures, tmp_path
 def test_the_script_in_any_locale(pictures, tmp_path):
     rows = [lvr(conversations=turns("Was heißt 犬?", "<answer>Hündin</answer>"))]
     (tmp_path / "a.json").write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
-    done = subprocess.run(
-        [sys.executable, published.__file__, "lvr", *[tmp_path / "a.json"] * 2, "--images",
-         pictures, "--out", tmp_path / "new" / "out"], capture_output=True, encoding="utf-8",
-        env={**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0"})
+    command = [sys.executable, published.__file__, "lvr", *[tmp_path / "a.json"] * 2,
+               "--images", pictures, "--out", tmp_path / "new" / "out"]
+    done = subprocess.run(command, capture_output=True, encoding="utf-8",
+                          env={**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0"})
     # the second is the progress bar
     assert "2 records kept, 0 left out" in done.stdout and "2 records [" in done.stderr
-    one, two = read_folder(tmp_path / "new" / "out")
-    assert one.answer == two.answer == "Hündin" and one.question == "Was heißt 犬?"
-    assert one.id != two.id
+    assert [(ex.id, ex.question, ex.answer) for ex in read_folder(tmp_path / "new" / "out")] == [
+        (f"lvr-3-{n}", "Was heißt 犬?", "Hündin") for n in range(2)]
 
 
 def test_no_file_of_the_users_is_touched_and_nothing_is_left_half(pictures, tmp_path):

@@ -1,9 +1,7 @@
-"""Pretrain the small VLM of this folder from nothing. It stands in for an off-the-shelf Qwen2.5-VL.
+"""Pretrain the small VLM of this folder from nothing (README.md: what it is and what it has seen).
 
     python tiny-vlm/pretrain.py --out DIR [--device cuda] [--seed 0]
 
-The result is an ordinary Qwen2_5_VLForConditionalGeneration checkpoint (1.9M parameters); its
-architecture, chat template and image processor are the files of this folder.
   1. Vision: tower and merger learn dense labels (what is in each cell of 8 x 8 px) on scenes and
      on tool outputs.
   2. Language: the language model learns dialogues on the features of the frozen tower. Most are
@@ -11,8 +9,6 @@ architecture, chat template and image processor are the files of this folder.
      Some have no image ("Repeat: ..."): they train the embedding of every word. Two auxiliary heads
      teach what a large model knows by itself: where an image token is in its image, and an
      end-of-turn state that sums up the turn. The checkpoint does not keep them.
-The model never sees a trajectory: no call, no plan, no answer after a tool's output. Its scenes
-come from the world's "pretrain" split (world/scenes.py) and from the tasks of WEIGHTS alone.
 """
 
 import itertools
@@ -95,8 +91,8 @@ class Labels:
 
     def area(self, x0: float, y0: float, x1: float, y1: float, name: str) -> None:
         """Set a flag in all cells whose centre is in the box."""
-        rows, columns = (y0 <= self.y) & (self.y <= y1), (x0 <= self.x) & (self.x <= x1)
-        self.values[rows & columns, CHANNEL[name]] = 1
+        inside = (x0 <= self.x) & (self.x <= x1) & (y0 <= self.y) & (self.y <= y1)
+        self.values[inside, CHANNEL[name]] = 1
 
     def tokens(self) -> np.ndarray:
         """(tokens, 4, channels): the four cells of each merged token, raster order."""
@@ -191,23 +187,21 @@ def describe_routes(labels: Labels, spec: dict):
     routes = [[scenes.node_xy(node) for node in walk] for walk in spec["walks"]]
     rows = [("Where is the ring?", answer(*map(scenes.percent, routes[0][0])))] * 2
     rows += captions("ring", *(f"{colour} disc" for colour in spec["colours"]))
-    places = []
     for points, colour, digit in zip(routes, spec["colours"], spec["digits"]):
         flag = "route" if points is routes[0] else "other route"
         for start, stop in itertools.pairwise(points):
             for point in np.linspace(start, stop, 7):
                 labels.put(*point, **{flag: 1})
         labels.put(*points[-1], 0.5, **{colour: 1})
-        places.append((f"Where is the {colour} disc?", answer(*scenes.box(*points[-1], 11))))
-        rows.append(places[-1])
+        rows.append((f"Where is the {colour} disc?", answer(*scenes.box(*points[-1], 11))))
         if spec["family"] == "path+crop":
             labels.put(*points[-1], digit=digit)
             rows.append((f"Which digit is on the {colour} disc?", answer(DIGITS[digit])))
     labels.put(*routes[0][0], 0.5, ring=1)
     labels.put(*routes[0][-1], answer=1)
-    end = spec["colours"][0]
+    end, place = spec["colours"][0], answer(*scenes.box(*routes[0][-1], 11))
     return rows, [("Which disc does the pink route reach?", answer(end)),
-                  *captions(f"pink route, {end} disc"), places[0]]
+                  *captions(f"pink route, {end} disc"), (f"Where is the {end} disc?", place)]
 
 
 # The tasks of the pretraining, how often each is drawn, and its description. A list of its own: the
@@ -361,13 +355,13 @@ def dense_losses(out: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Ten
     """out (tokens, 4, outputs), labels (tokens, 4, channels) -> means over the labels there are."""
     guess = dict(zip(OUTPUTS, out.split([*OUTPUTS.values()], dim=-1)))
     truth = dict(zip(LABELS, labels.split([*LABELS.values()], dim=-1)))
-    known = {name: ~part.isnan() for name, part in truth.items()}
     losses = dict(flags=10 * F.binary_cross_entropy_with_logits(guess["flags"], truth["flags"]))
     for name in ("digit", "shape"):
-        classes = truth[name][known[name]].long()
-        losses[name] = F.cross_entropy(guess[name][known[name][..., 0]], classes)
+        classes = truth[name].nan_to_num(-100).long().flatten()
+        losses[name] = F.cross_entropy(guess[name].flatten(0, 1), classes)
     for name, weight in (("measure", 3), ("colour", 1)):
-        losses[name] = weight * F.mse_loss(*(part[name][known[name]] for part in (guess, truth)))
+        known = ~truth[name].isnan()
+        losses[name] = weight * F.mse_loss(guess[name][known], truth[name][known])
     return losses
 
 
@@ -389,11 +383,9 @@ def train_vision(model, pool, valid, steps: int, device) -> None:
 # ---- stage 2: language ----
 class Dialogue(NamedTuple):
     ids: list[int]
-    # the assistant's words and end-of-turn tokens; -100 elsewhere
-    labels: list[int]
+    labels: list[int]  # the assistant's words and end-of-turn tokens; -100 elsewhere
     pictures: list[Picture]
-    # for each turn of the assistant: the place of its end, the words of its question and reply
-    ends: list[tuple[int, list[int]]]
+    ends: list[tuple[int, list[int]]]  # of each reply: its end; the words of question and reply
 
 
 class Talker:
@@ -488,8 +480,8 @@ def train_language(model, tokenizer, pool, valid, steps: int, device, summary: f
     """The language model learns the dialogues; summary: the weight of that loss."""
     for pictures in (pool, valid):
         add_features(model, pictures, device)
-    place, words = nn.Linear(128, 8), nn.Linear(128, model.config.text_config.vocab_size)
-    heads = nn.ModuleDict(dict(place=place, summary=words)).to(device)
+    heads = nn.ModuleDict(dict(
+        place=nn.Linear(128, 8), summary=nn.Linear(128, len(model.lm_head.weight)))).to(device)
     talker, rng, same = Talker(tokenizer), random.Random(1), random.Random(0)
 
     def batches() -> Iterator[list[Dialogue]]:

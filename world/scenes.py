@@ -1,6 +1,5 @@
 """The small world: scenes from a seed, questions that need a tool, and the expert's trajectories.
 
-It stands in for the paper's three data sets and is so small that every system trains in minutes.
 A task has three functions: `sample` makes a spec at random, `draw` paints it, `solve` writes a text
 for each of the expert's calls. A spec is a dict of plain numbers and words; "family" in it is the
 task's name. The hash of its repr decides the split, so no two splits share a scene, and a change to
@@ -222,12 +221,11 @@ def sample_depth(rng: np.random.Generator) -> Spec:
                           for a, b, r, _ in balls[i + 1:])]
         marks = _choose(rng, visible, 2)
         if len(marks) == 2 and abs(balls[marks[0]][3] - balls[marks[1]][3]) >= 2:
-            break
-    names = _choose(rng, list(COLOURS), 2)
-    # balls are in the order of nearness
-    return dict(family="depth", balls=balls, marks=list(zip(marks, names)),
-                question=f"Which mark is nearer, {names[0]} or {names[1]}?",
-                answer=names[marks.index(max(marks))], options=names)
+            names = _choose(rng, list(COLOURS), 2)
+            # balls are in the order of nearness
+            return dict(family="depth", balls=balls, marks=list(zip(marks, names)),
+                        question=f"Which mark is nearer, {names[0]} or {names[1]}?",
+                        answer=names[marks.index(max(marks))], options=names)
 
 
 def draw_balls(spec: Spec) -> Image.Image:
