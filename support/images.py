@@ -7,8 +7,9 @@ import hashlib
 import os
 import warnings
 from contextlib import nullcontext, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -62,14 +63,16 @@ def with_pixels(images: list[LoadedImage], family, skip=()) -> list[LoadedImage]
         for image in images]
 
 
+@dataclass
 class ImageEncoder:
     """The vision tower with a memory of `limit` bytes: while the tower is frozen, each image is
     encoded once. Of a tower that trains nothing is kept."""
 
-    def __init__(self, family, frozen: bool = True, limit: float = 2e9):
-        self.family, self.frozen, self.limit = family, frozen, limit if frozen else 0
-        self.cache: dict[str, EncodedImage] = {}
-        self.size = 0  # bytes in `cache`
+    family: Any
+    frozen: bool = True
+    limit: float = 2e9
+    cache: dict[str, EncodedImage] = field(default_factory=dict)
+    size: int = 0  # bytes in `cache`
 
     def __call__(self, images: list[LoadedImage]) -> dict[str, EncodedImage]:
         """Features by key; the images that have none yet are encoded in one call."""
@@ -82,7 +85,7 @@ class ImageEncoder:
                 features = self.family.features(pixels)
             for image, tensor in zip(new, features):
                 encoded[image.key] = EncodedImage(tensor, image.grid)
-                if self.size + tensor.nbytes <= self.limit:
+                if self.frozen and self.size + tensor.nbytes <= self.limit:
                     self.cache[image.key] = encoded[image.key]
                     self.size += tensor.nbytes
         return encoded
