@@ -24,9 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import evaluate  # noqa: E402
 from model import VLM  # noqa: E402
 from published.common import open_boxes, parquet_rows, text_file  # noqa: E402
-from support.images import load_images  # noqa: E402
 from support.files import write_text  # noqa: E402
-from support.images import Picture, open_image  # noqa: E402
+from support.images import Picture, load_images, open_image  # noqa: E402
 from support.processes import run_program  # noqa: E402
 from support.records import Example  # noqa: E402
 

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from published.common import (GIVEN, alike, clean, open_boxes, parquet_rows,  # noqa: E402
                               read_list, split_answer)
 from support import records  # noqa: E402
-from support.files import new_folder, on_disk  # noqa: E402
+from support.files import new_folder  # noqa: E402
 from support.images import Picture, open_image, picture_digest  # noqa: E402
 from support.processes import run_program  # noqa: E402
 from world import tools  # noqa: E402
@@ -82,7 +82,7 @@ def example(name: str, task: str, picture: Picture, image: Image.Image, question
 def read_image(folder: Path, names: list[str], what: str) -> tuple[Path, Image.Image]:
     if len(names) != 1:
         raise ValueError(f"{len(names)} images {what}, not one")
-    path = folder / on_disk(names[0])
+    path = folder / records.on_disk(names[0])
     if not path.resolve().is_relative_to(folder.resolve()):
         raise ValueError("image path leaves the data folder")
     return path, open_image(path, UNREADABLE)

@@ -265,6 +265,9 @@ class QwenFamily(Family):
         # all in one call; each level is a tuple with (P, D) of each image
         out = self.lm.model.get_image_features(**self._batch(images), return_dict=True)
         levels = [out.pooler_output, *(getattr(out, "deepstack_features", None) or ())]
+        # transformers 5.17 splits the first level alone
+        sizes = [len(image) for image in out.pooler_output]
+        levels = [level.split(sizes) if isinstance(level, Tensor) else level for level in levels]
         return [torch.stack(image) for image in zip(*levels)]
 
     def positions(self, ids: Tensor, mask: Tensor, grids: list) -> Tensor:

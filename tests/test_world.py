@@ -149,7 +149,7 @@ def test_a_folder_gives_all_of_training_and_no_more_of_the_rest_than_the_world(t
 def test_the_sample_is_a_folder_that_reads_back(tmp_path, as_program):
     command = loader.__file__, "--out", tmp_path / "set", "--regime", "all", "--count", 8
     as_program(*command)
-    named = [ex.split for ex in records.read_folder(tmp_path / "set")]
+    named = [ex.split for ex in splits.read_folder(tmp_path / "set")]
     assert named == ["train"] * 8 + ["validation"] * 2 + ["test"] * 2
     with pytest.raises(SystemExit, match="error: .*nothing is overwritten"):
         as_program(*command)
