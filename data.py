@@ -30,6 +30,8 @@ from support.records import Example
 
 
 class Views(NamedTuple):
+    # View (support/chat.py): ids, labels, keys of its images, embed_at (the position of its
+    # embedding; nobody reads the full view's) and inject_at (the positions of [PRED])
     full: View
     input: View
     target: View
@@ -187,9 +189,10 @@ class Batch:
     embed_at: torch.Tensor
     # keys in order of appearance, row after row
     images: list[str]
-    # only where full and input view share a pass (support/step.py): (B,) how many first tokens are
-    # the same in both, and how many last positions hold the rest of the input view
+    # Where full and input view share a pass, a row is <I0, Q> R [PRED], and R is hidden from [PRED]
+    # (support/step.py). (B,) how many first tokens are those of both views
     shared: torch.Tensor | None = None
+    # how many last positions are the input view's alone
     branch: int = 0
 
     def to(self, device) -> "Batch":

@@ -12,8 +12,8 @@ The ways to answer, each with a 95% interval (Wilson) per task:
   tool    the prompt holds the expert's calls and tool images too; the model writes the answer
   call    explicit tool use: the program executes the model's own calls (baselines/tool_use.py)
   latent  as LVR and Mirage answer: latents, no tool images (baselines/reconstruction.py)
-`direct` and `free` are Pearl's inference: no tool, no [PRED], no latent predictor. A model that has
-learned to call tools begins `free` with a call. `tool` tests the end of R, not its own calls.
+`direct` and `free` are Pearl's inference: no tool, no [PRED], no latent predictor. But a model that
+has learned to call tools begins `free` with a call. `tool` tests the end of R, not its own calls.
 """
 
 import math
@@ -203,9 +203,9 @@ def ask(path: str, options: Options) -> list[dict]:
     evaluator = Evaluator(vlm, [example], prefix)
     if options.call_limit:
         tool_use.show(evaluator, options.call_limit, Path(options.image).stem)
-    # without options the model answers in its own words
+    # without options: its own words behind the prefix, as a run without prefix begins with a call
     elif choices == [""]:
-        print(evaluator.free(64)[0]["text"])
+        print(evaluator.generate([evaluator.questions[0].started], 64)[0]["text"])
     else:
         scores = evaluator.direct()[0]["log_probs"]
         for score, choice in sorted(zip(scores, choices), reverse=True):

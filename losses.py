@@ -2,7 +2,7 @@
 
     Eq. 3  L_VLM      the expert's text, token by token, given <I0, Q> and all tokens before
     Eq. 1  L_JEPA     the embedding of the trajectory R, predicted from <I0, Q> alone
-    Eq. 2  L_NextLat  the next latent state of the sequence, predicted from the current one
+    Eq. 2  L_NextLat  the next state, predicted from the current one and the next token's embedding
     Eq. 4  L = L_VLM + lambda * (L_JEPA + L_NextLat)
 
 The order is that of a training step (train.py, Pearl.forward).
@@ -68,7 +68,7 @@ def jepa_loss(prediction: Tensor, target: Tensor, name: str = "cosine") -> Tenso
     # By default h_R comes from the frozen starting model, and detach() does nothing. With the
     # current model's h_R (the paper), detach() is not enough: a step that changes h^_R changes h_R
     # too, no term keeps the h_R of two examples apart, and they collapse (README). SimSiam, BYOL
-    # and I-JEPA avoid this with a predictor network between h^ and the state that it is made of.
+    # and I-JEPA make h^ from a state by a network of its own; here h^_R is itself a state.
     target = target.detach()
     return distance(prediction, target, name).mean()
 

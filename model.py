@@ -30,7 +30,7 @@ class Encoded(NamedTuple):
     """Enc of a batch of views."""
 
     embedding: Tensor  # (B, D) the state at each view's embed_at
-    # None for a target that was kept from an earlier step
+    # None where the embedding alone is kept (train.Pearl.target)
     states: Tensor | None = None  # (B, T, D) final-layer states
     inputs: Tensor | None = None  # (B, T, D) input embeddings
     views: Batch | None = None  # the padded views, on the model's device

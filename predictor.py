@@ -42,7 +42,7 @@ class LatentPredictor(nn.Module):
         allowed 0 0 1 1 0, i = 1 predicts h_2 (from h_1) and h_3 (from h_2), i = 2 h_3 (from h_1).
         Gradient: flows to states and through the steps; stops at `embeddings`.
         """
-        # cuts the direct path from Eq. 2 to e_{t+1}; the path through h_t remains
+        # Eq. 2 must not change e_{t+1} here. It still reaches e_0 .. e_t through the state h_t.
         embeddings = embeddings.detach()
         # the current states as rows, and the mask of their positions
         rows, positions, steps = states.flatten(0, 1), torch.ones_like(allowed), []
@@ -57,7 +57,7 @@ class LatentPredictor(nn.Module):
 
 
 class Predictor(nn.Module):
-    """[PRED] embeddings `pred_embeddings` (K, D) and the latent predictor `latent`, in one file.
+    """[PRED] embeddings `pred_embeddings` (K, D) and the latent predictor `latent`, saved together.
     count: K. start (D): the embedding of the end-of-turn token."""
 
     file_name = "predictor.safetensors"

@@ -36,7 +36,7 @@ from support import processes, run, splits
 from support.chat import Chat
 from support.images import EncodedImage, ImageEncoder, LoadedImage
 from support.options import option, optional_folder, parse, value_of, with_options
-from support.processes import load
+from support.processes import step_batches
 from support.records import Example
 from support.step import Method, StoredTargets, encode_two_views
 
@@ -74,7 +74,7 @@ class Config:
     max_pixels: int = option(0, "greatest size of an image; 0: its processor's own")
     train_examples: int = option(1500, "of the world; a tenth as many for validation")
     test_per_task: int = option(120, "test questions of each task, at most")
-    eval_every: int = option(50, "steps between validations; the best checkpoint is kept")
+    eval_every: int = option(50, "steps between validations; the lowest loss's weights stay")
 
 
 class Pearl(Method):
@@ -218,8 +218,8 @@ def fit(config: Config, this_run: run.Run) -> tuple | None:
     before = this_run.once("before.json", lambda: evaluate.answer_questions(evaluator))
     method.train()
     rows = StepRows(len(train_set), config.batch * config.accumulate, config.seed, this_run.step)
-    ready = load(train_set, rows, config.batch, run.workers(config), this_run.rank,
-                 this_run.world_size)
+    ready = step_batches(train_set, rows, config.batch, run.workers(config), this_run.rank,
+                         this_run.world_size)
     # the loop ends at config.steps, or after the step in which a signal came
     for step, micro_batches in this_run.steps(ready):
         optimizer.zero_grad(set_to_none=True)
@@ -253,7 +253,7 @@ def validate(method: Pearl, dataset: Trajectories) -> dict[str, float]:
     method.eval()
     config, results, sizes = method.config, [], []
     rows = [part.tolist() for part in torch.arange(len(dataset)).split(config.batch)]
-    for (batch,) in load(dataset, rows, config.batch, run.workers(config)):
+    for (batch,) in step_batches(dataset, rows, config.batch, run.workers(config)):
         with run.autocast(config):
             results.append(method(batch))
         # the last one may be smaller
@@ -267,7 +267,7 @@ def train(config: Config, resume: bool = False) -> Path:
     with run.Run(config, resume) as this_run:
         # `fit` is a function so that its model is freed before the report loads one
         trained = fit(this_run.config, this_run)
-        if trained and this_run.answers:
+        if trained and this_run.asks_questions:
             evaluate.report(this_run.out, this_run.config, *trained)
     return this_run.out
 

@@ -100,7 +100,7 @@ def first_process_first() -> Iterator[None]:
         dist.barrier()
 
 
-def load(dataset, steps, batch: int, workers: int, rank: int = 0,
+def step_batches(dataset, steps, batch: int, workers: int, rank: int = 0,
          world_size: int = 1) -> Iterator[list[list]]:
     """The micro-batches of each step, prepared ahead by `workers` processes.
 

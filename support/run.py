@@ -55,7 +55,7 @@ class Run:
         self.out = Path(self.config.out)
         # one process writes; a sharded model answers no questions, because all processes must run
         self.writes = self.rank == 0
-        self.answers = self.writes and not config.shard
+        self.asks_questions = self.writes and not config.shard
         own = f"-{self.rank}" if self.rank else ""
         self.state_file = self.out / f"state{own}.safetensors"
         self.step, self.best, self.bad, self.seconds = 0, math.inf, 0, 0.0
@@ -121,7 +121,7 @@ class Run:
 
     def once(self, name: str, make: Callable):
         """make(), kept in a file of the folder, so that a resumed run does not repeat it."""
-        if not self.answers:
+        if not self.asks_questions:
             return []
         file = self.out / name
         if not file.is_file():

@@ -10,7 +10,7 @@ from PIL import Image
 import data
 from support import images
 from support.chat import Chat
-from support.processes import load
+from support.processes import step_batches
 from support.records import Example
 from world import loader
 
@@ -90,12 +90,12 @@ def content(passes):
 def test_workers_prepare_the_same_batches(dataset, workers):
     torch.manual_seed(5)
     state, rows = torch.get_rng_state(), [[3, 0, 5], [1, 2, 4]]
-    found = list(load(dataset, rows, 2, workers))
+    found = list(step_batches(dataset, rows, 2, workers))
     # dropout must draw the same numbers with and without workers
     assert torch.equal(state, torch.get_rng_state())
     for step, passes in zip(rows, found, strict=True):
         assert content(passes) == content(dataset.micro_batches(step, 2))
-    (share,) = load(dataset, rows[:1], 2, workers, 1, 2)
+    (share,) = step_batches(dataset, rows[:1], 2, workers, 1, 2)
     assert [ex.index for ex in share[0]] == [ex.index for ex in found[0][1]] and len(share) == 1
 
 
@@ -106,7 +106,7 @@ def test_a_faulty_record_is_one_sentence_or_left_out(chat, tmp_path, workers):
     strict, lenient = (data.Trajectories(records, "train", views, chat, skip=skip)
                        for skip in (False, True))
     # the next record takes its place
-    ((one, *others),), _ = load(lenient, [[3, 0], [1, 3]], 2, workers)
+    ((one, *others),), _ = step_batches(lenient, [[3, 0], [1, 3]], 2, workers)
     assert one.index == ("train", 4) and others[0].index == ("train", 0)
     assert list(lenient.faults) == [3] and "example r3: image 0" in lenient.faults[3]
     (tmp_path / "50.png").unlink()
@@ -116,4 +116,4 @@ def test_a_faulty_record_is_one_sentence_or_left_out(chat, tmp_path, workers):
             (lenient, 50, ValueError, "2 of 100 records are faulty, and --skip_bad leaves out 1%, "
                                       "the last one: .*50.png")):
         with pytest.raises(kind, match=message):
-            list(load(dataset, [[0, row]], 2, workers))
+            list(step_batches(dataset, [[0, row]], 2, workers))
