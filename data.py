@@ -1,4 +1,4 @@
-"""Data: one record -> three views -> one batch. Sections 3.1 to 3.4 of arXiv:2604.08065.
+"""Data: a record -> three views -> padded batches. Sections 3.1 to 3.4 of arXiv:2604.08065.
 
 A record is a question with an expert's tool-use trajectory (`Example`, support/records.py):
 
@@ -6,8 +6,9 @@ A record is a question with an expert's tool-use trajectory (`Example`, support/
     R         "Zoom in on the red disc. [crop 12 30 28 46]", the crop, "... Answer: seven"
 
 This file writes it as token ids three times, with the model's own chat template: the full view
-<I0, Q, R>, the input view <I0, Q> with [PRED], and the target view R. Views of several records make
-a batch; the steps of a run read their records in an order that depends on the seed alone.
+<I0, Q, R>, the input view <I0, Q> with [PRED], and the target view R. One view of several records
+is a padded batch (`collate`); to save a forward pass, full and input view may share one, by code of
+support/step.py. The steps of a run read records in an order that depends on the seed alone.
 
 Letters: B batch, T sequence (text and image tokens), K predictor tokens.
 Left out on purpose: the chat template (support/chat.py), reading files (support/records.py,
@@ -97,7 +98,7 @@ class TrainingExample(NamedTuple):
     index: tuple[str, int]
     task: str
     answer: str
-    # True: the trajectory is the bare answer, so there is no R to predict (--method with_answers)
+    # True: the trajectory is the bare answer, so there is no R to predict (some of baselines/)
     bare: bool
     views: Views
     images: list[LoadedImage]
@@ -112,7 +113,7 @@ class Trajectories(Dataset):
         self.records, self.split, self.chat, self.cache = records, split, chat, cache
         # views: that of the method (train.Pearl.views): chat, example, images -> Views
         # skip: the next record takes the place of a faulty one; else a fault is raised
-        self.views, self.skip = views, skip
+        self.views_of, self.skip = views, skip
         # by number of the record
         self.faults: dict[int, str] = {}
         self.ready: dict[int, TrainingExample] = {}
@@ -129,7 +130,7 @@ class Trajectories(Dataset):
         try:
             example = self.records[row]
             images = load_images(example, self.chat.family)
-            views = self.views(self.chat, example, images)
+            views = self.views_of(self.chat, example, images)
         except (ValueError, OSError) as error:
             if not self.skip or len(self.faults) > len(self) / 100:
                 raise
@@ -176,7 +177,7 @@ class StepRows(Sampler):
 
 
 @dataclass
-class Batch:
+class PaddedViews:
     """Views padded to a common length. All tensors are (B, T) unless noted."""
 
     ids: torch.Tensor
@@ -195,13 +196,13 @@ class Batch:
     # how many last positions are the input view's alone
     branch: int = 0
 
-    def to(self, device) -> "Batch":
+    def to(self, device) -> "PaddedViews":
         return dataclasses.replace(self, **{
             name: value.to(device, non_blocking=True) for name, value in vars(self).items()
             if isinstance(value, torch.Tensor)})
 
 
-def collate(views: list[View], pad_id: int, left: bool = False) -> Batch:
+def collate(views: list[View], pad_id: int, left: bool = False) -> PaddedViews:
     """Pad the views to the longest: on the right to train, on the left to generate."""
     # a causal model never looks at padding on the right; on the left, all rows end together
     side, width = "left" if left else "right", max(len(view.ids) for view in views)
@@ -216,6 +217,6 @@ def collate(views: list[View], pad_id: int, left: bool = False) -> Batch:
             ([view.labels for view in views], -100, torch.long),
             ([[True] * length for length in lengths], False, torch.bool),
             (inject_at, False, torch.bool)))
-    return Batch(ids, mask, labels, inject_at,
+    return PaddedViews(ids, mask, labels, inject_at,
                  torch.tensor([view.embed_at + before for view, before in zip(views, shift)]),
                  [image for view in views for image in view.images])

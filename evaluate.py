@@ -203,7 +203,7 @@ def ask(path: str, options: Options) -> list[dict]:
     evaluator = Evaluator(vlm, [example], prefix)
     if options.call_limit:
         tool_use.show(evaluator, options.call_limit, Path(options.image).stem)
-    # without options: its own words behind the prefix, as a run without prefix begins with a call
+    # without options: its own words, but behind the prefix; else a trained model writes a call
     elif choices == [""]:
         print(evaluator.generate([evaluator.questions[0].started], 64)[0]["text"])
     else:

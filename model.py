@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from data import Batch, collate
+from data import PaddedViews, collate
 from support import adapters, families, processes, step
 from support.adapters import add_lora, lora_layers
 from support.chat import Chat, View
@@ -32,8 +32,8 @@ class Encoded(NamedTuple):
     embedding: Tensor  # (B, D) the state at each view's embed_at
     # None where the embedding alone is kept (train.Pearl.target)
     states: Tensor | None = None  # (B, T, D) final-layer states
-    inputs: Tensor | None = None  # (B, T, D) input embeddings
-    views: Batch | None = None  # the padded views, on the model's device
+    input_embeddings: Tensor | None = None  # (B, T, D)
+    padded: PaddedViews | None = None  # on the model's device
 
 
 class VLM(nn.Module):
@@ -98,7 +98,7 @@ class VLM(nn.Module):
             for layer in layers:
                 layer.active = True
 
-    def lm_inputs(self, batch: Batch, images: dict[str, EncodedImage],
+    def lm_inputs(self, batch: PaddedViews, images: dict[str, EncodedImage],
                   injected: Tensor | None = None) -> dict:
         """The language model's inputs, on its device, for a batch of views on the CPU.
 
@@ -136,7 +136,7 @@ class VLM(nn.Module):
         return dict(inputs_embeds=embeds, attention_mask=mask, position_ids=positions,
                     is_image=is_image, levels=levels)
 
-    def forward(self, batch: Batch, images: dict[str, EncodedImage],
+    def forward(self, batch: PaddedViews, images: dict[str, EncodedImage],
                 injected: Tensor | None = None) -> Encoded:
         """Enc of a batch of views (see `lm_inputs`)."""
         inputs = self.lm_inputs(batch, images, injected)

@@ -65,7 +65,7 @@ class Predictor(nn.Module):
     def __init__(self, dim: int, count: int, start: Tensor, sees_next: bool = True):
         super().__init__()
         # Own parameters. The release adds rows to the vocabulary, which stay frozen under LoRA.
-        # They start as the end-of-turn embedding, plus noise. They are float32, because bfloat16
+        # Ours start as the end-of-turn embedding, plus noise. They are float32, because bfloat16
         # would lose small updates.
         start = start.detach().float()
         size = start.square().mean().sqrt()

@@ -109,7 +109,7 @@ class Pearl(Method):
         full, prediction = self.encode_views(batch, images)
         # 3. Target view R, encoded apart from <I0, Q>: h_R (B, D)
         target = self.target(batch, images)
-        vlm = losses.vlm_loss(full.states, full.views.labels, self.vlm.lm.lm_head)  # Eq. 3
+        vlm = losses.vlm_loss(full.states, full.padded.labels, self.vlm.lm.lm_head)  # Eq. 3
         # the last argument of the next two is for subclasses alone
         jepa = self.jepa(prediction, target.embedding, batch)  # Eq. 1
         nextlat = self.nextlat(full, target)  # Eq. 2
@@ -120,15 +120,15 @@ class Pearl(Method):
     def encode_views(self, batch: list[TrainingExample],
                      images: dict[str, EncodedImage]) -> tuple[Encoded, Tensor]:
         """1. the full view, 2. h^_R of the input view."""
-        full, inputs, _ = map(list, zip(*(example.views for example in batch)))
+        full_views, input_views, _ = map(list, zip(*(example.views for example in batch)))
         pred_embeddings, pad_id = self.predictor.pred_embeddings, self.vlm.pad_id
-        # The same result in one forward pass over <I0, Q> R [PRED], where the model's attention
-        # takes such a mask: [PRED] sees <I0, Q> and not R. `full` has the states of <I0, Q> R.
+        # Where the model's attention takes such a mask, one pass over <I0, Q> R [PRED] gives what
+        # the two passes below give: [PRED] sees <I0, Q> and not R, and no other token sees [PRED].
         if self.one_pass and self.vlm.family.packs:
-            return encode_two_views(self.vlm, full, inputs, images, pred_embeddings, collate)
-        # one forward pass for each view
-        encoded = self.vlm(collate(full, pad_id), images)
-        return encoded, self.vlm(collate(inputs, pad_id), images, pred_embeddings).embedding
+            return encode_two_views(self.vlm, full_views, input_views, images, pred_embeddings,
+                                    collate)
+        full = self.vlm(collate(full_views, pad_id), images)
+        return full, self.vlm(collate(input_views, pad_id), images, pred_embeddings).embedding
 
     def encode_target(self, vlm: VLM, batch: list[TrainingExample],
                       images: dict[str, EncodedImage]) -> Encoded:
@@ -160,8 +160,8 @@ class Pearl(Method):
     def nextlat(self, full: Encoded, target: Encoded) -> Tensor:
         # Deviation: the paper (--method paper) runs Eq. 2 along R read alone; we, like the release,
         # along the supervised positions of the full view
-        supervised = full.views.labels != -100
-        forecasts = self.predictor.latent.forecasts(full.states, full.inputs, supervised,
+        supervised = full.padded.labels != -100
+        forecasts = self.predictor.latent.forecasts(full.states, full.input_embeddings, supervised,
                                                     self.config.horizon)
         return losses.nextlat_loss(full.states, forecasts)
 
@@ -180,7 +180,7 @@ class SFT(Pearl):
     def forward(self, batch: list[TrainingExample]) -> Losses:
         images = self.encode_images([image for example in batch for image in example.images])
         full = self.vlm(collate([example.views.full for example in batch], self.vlm.pad_id), images)
-        vlm = losses.vlm_loss(full.states, full.views.labels, self.vlm.lm.lm_head)
+        vlm = losses.vlm_loss(full.states, full.padded.labels, self.vlm.lm.lm_head)
         return Losses.of(vlm, None, vlm=vlm)
 
 

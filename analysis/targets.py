@@ -86,7 +86,7 @@ def states_of(method: train.Pearl, records: Sequence[Example]) -> dict[Place, Te
                         for layer in range(len(vlm.lm.get_decoder().layers))]
             encoded = method.encode_target(vlm, batch, images)
         for position in POSITIONS:
-            where = positions(encoded.views, vlm, position)
+            where = positions(encoded.padded, vlm, position)
             if where.any(dim=1).all():
                 for layer, states in enumerate([*(kept[0] for kept in entering), encoded.states]):
                     parts[layer, position].append(mean_at(states.float(), where).cpu())

@@ -88,9 +88,9 @@ class Recon(Pearl):
         images = self.encode_images([image for example in batch for image in example.images])
         latents = self.embeddings(batch, images)
         full = self.vlm(collate([ex.views.full for ex in batch], self.vlm.pad_id), images, latents)
-        vlm = losses.vlm_loss(full.states, full.views.labels, self.vlm.lm.lm_head)
+        vlm = losses.vlm_loss(full.states, full.padded.labels, self.vlm.lm.lm_head)
         # the state before each latent regresses the embedding that the latent stands for
-        before = full.views.inject_at.roll(-1, dims=1)  # (B, T)
+        before = full.padded.inject_at.roll(-1, dims=1)  # (B, T)
         scale = self.predictor
         ends = full.states[before] / scale.size, (latents - scale.mean) / scale.std  # (n, D)
         # a pass without tool images has nothing to regress, and the mean of nothing is NaN

@@ -32,9 +32,9 @@ class Paper(Current):
 
     def nextlat(self, full: Encoded, target: Encoded) -> Tensor:
         # Eq. 2 along R read alone, where any token may be predicted
-        labels = target.views.ids.masked_fill(~target.views.mask, -100)
-        views = replace(target.views, labels=labels)
-        return super().nextlat(target._replace(views=views), target)
+        labels = target.padded.ids.masked_fill(~target.padded.mask, -100)
+        views = replace(target.padded, labels=labels)
+        return super().nextlat(target._replace(padded=views), target)
 
 
 class Release(Dropout, Current):
@@ -100,8 +100,8 @@ class Release(Dropout, Current):
 
     def nextlat(self, full: Encoded, target: Encoded) -> Tensor:
         term, config = super().nextlat(full, target), self.config
-        labels, states = full.views.labels, full.states
-        forecasts = self.predictor.latent.forecasts(states, full.inputs, labels != -100,
+        labels, states = full.padded.labels, full.states
+        forecasts = self.predictor.latent.forecasts(states, full.input_embeddings, labels != -100,
                                                     config.horizon)
         if config.nextlat_mean == "examples":
             term = sum(mean_of_means(states, *one) for one in forecasts) / len(forecasts)

@@ -142,7 +142,7 @@ class SelfDistill(SFT):
         counts = [common_end(one, other) for one, other in zip(full, answer)]
         full, answer = (collate(views, self.vlm.pad_id) for views in (full, answer))
         teacher = self.vlm(full, images)
-        vlm = losses.vlm_loss(teacher.states, teacher.views.labels, self.vlm.lm.lm_head)
+        vlm = losses.vlm_loss(teacher.states, teacher.padded.labels, self.vlm.lm.lm_head)
         student = self.vlm(answer, images)
         log_p = log_probs(self.vlm, teacher, counts).detach()  # (n, V)
         if self.config.teacher == "start":
@@ -166,5 +166,5 @@ def log_probs(vlm: VLM, encoded: Encoded, counts: list[int]) -> Tensor:
     """The model's log-probabilities (n, V) at the last tokens of each view."""
     # a view ends at embed_at, and a state predicts the token behind it
     states = torch.cat([states[end - count:end] for states, end, count
-                        in zip(encoded.states, encoded.views.embed_at.tolist(), counts)])  # (n, D)
+                        in zip(encoded.states, encoded.padded.embed_at.tolist(), counts)])  # (n, D)
     return at_least_float32(vlm.lm.lm_head(states)).log_softmax(dim=-1)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from data import Batch, Trajectories, TrainingExample, collate
+from data import PaddedViews, Trajectories, TrainingExample, collate
 from losses import at_least_float32
 from model import VLM, Encoded
 from support.images import EncodedImage
@@ -98,7 +98,7 @@ class TargetState(Pearl):
         layer = self.config.target_layer
         with states_entering(vlm, layer) as states:
             encoded = super().encode_target(vlm, batch, images)
-        where = positions(encoded.views, vlm, self.config.target_position)
+        where = positions(encoded.padded, vlm, self.config.target_position)
         for example, tokens in zip(batch, where.sum(dim=1).tolist()):
             if not tokens:
                 split, number = example.index
@@ -129,7 +129,7 @@ def mean_at(states: Tensor, where: Tensor) -> Tensor:
     return torch.einsum("bt,btd->bd", weight, states)
 
 
-def positions(batch: Batch, vlm: VLM, name: str) -> Tensor:
+def positions(batch: PaddedViews, vlm: VLM, name: str) -> Tensor:
     """The positions of target views to average, (B, T).
 
     end: the token that ends the last turn. word: the last one before it; words: all that the

@@ -120,9 +120,9 @@ def encode_two_views(vlm, full_views, input_views, images, pred_embeddings: Tens
     collate: that of data.py, which this folder does not import."""
     batch = add_branches(full_views, input_views, partial(collate, pad_id=vlm.pad_id))
     encoded = vlm(batch, images, pred_embeddings)
-    views, width = encoded.views, encoded.views.ids.shape[1] - encoded.views.branch
+    views, width = encoded.padded, encoded.padded.ids.shape[1] - encoded.padded.branch
     # the branches stand behind the full views
     full = encoded._replace(
-        states=encoded.states[:, :width], inputs=encoded.inputs[:, :width],
-        views=replace(views, labels=views.labels[:, :width], mask=views.mask[:, :width]))
+        states=encoded.states[:, :width], input_embeddings=encoded.input_embeddings[:, :width],
+        padded=replace(views, labels=views.labels[:, :width], mask=views.mask[:, :width]))
     return full, encoded.embedding

@@ -40,7 +40,7 @@ def test_the_step_equals_one_record_at_a_time(loaded64, mixed, options):
     words, pairs, nextlat = [], [], [[] for _ in range(horizon)]
     for record, example in zip(mixed, batch):
         encoded, labels = embed(vlm, example.views.full, images), example.views.full.labels
-        states, inputs = encoded.states[0], encoded.inputs[0]
+        states, inputs = encoded.states[0], encoded.input_embeddings[0]
         words += eq3_terms(vlm.lm.lm_head(states), labels)
         for t, forecast in enumerate(states):
             for i, terms in enumerate(nextlat, start=1):

@@ -79,9 +79,9 @@ def of_the_losses(vlm, method, record, base):
     trained = [p for p in method.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=CONFIG.lr, weight_decay=method.weight_decay)
     full, _ = method.encode_views([record], method.encode_images(record.images))
-    at = full.views.labels != -100
+    at = full.padded.labels != -100
     n, vocabulary = vlm.lm.lm_head(full.states[:, :-1][at[:, 1:]]).shape
-    ((forecast, _),) = method.predictor.latent.forecasts(full.states, full.inputs, at, 1)
+    ((forecast, _),) = method.predictor.latent.forecasts(full.states, full.input_embeddings, at, 1)
     result = method([record])
     result.total.backward()
     norm = torch.nn.utils.clip_grad_norm_(trained, method.clip)
