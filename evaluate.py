@@ -49,7 +49,7 @@ class Evaluator:
                  batch: int = 64):
         self.vlm, self.examples, self.prefix, self.batch = vlm, list(examples), prefix, batch
         self.chat, self.encode_images = vlm.chat, ImageEncoder(vlm.family)
-        # questions as tokens; their images as files, which are opened again where pixels are needed
+        # Question (support/chat.py): views `prompt`, `started`, `tool`, and options as token ids
         self.questions, self.images = [], []
         # form: how an answer is written, such as "Answer: **x**."
         for example, form in zip(self.examples, answers.forms(self.examples, prefix)):

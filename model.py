@@ -109,7 +109,7 @@ class VLM(nn.Module):
         # everything that is counted is counted on the CPU, where it does not wait for the GPU
         is_image = batch.ids == self.lm.config.image_token_id  # (B, T)
         image_tokens, injected_rows = int(is_image.sum()), int(batch.inject_at.sum())
-        # the views' own positions; those of a second view in the same pass follow below
+        # the position ids of the full views; those of [PRED] in the same row follow below
         width = batch.ids.shape[1] - batch.branch
         positions = self.family.positions(batch.ids[:, :width], batch.mask[:, :width],
                                           [images[key].grid for key in batch.images])

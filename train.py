@@ -2,7 +2,7 @@
 
     python train.py                         # Pearl on tiny-vlm: about a minute on two cores
     python train.py --method sft            # the same text without the latent terms
-    python train.py --method release        # the authors' code; --method paper: the paper's text
+    python train.py --method release        # as the authors' code; --method paper: as the text
     python train.py --method release --model Qwen/Qwen2.5-VL-3B-Instruct --data DIR --dtype bfloat16
     python train.py --resume RUN            # continues an interrupted run, to the same end
     python train.py --merge RUN DIR         # the result as an ordinary transformers checkpoint
@@ -48,7 +48,7 @@ class Config:
     method: str = option("pearl", "pearl, sft, or classes of baselines/ joined by +")
     model: str = option(str(Path(__file__).resolve().parent / "tiny-vlm"), "folder or hub id")
     data: str = option("", "data folder (docs/data.md); empty: scenes drawn by world/")
-    regime: str = option("single", "which tools the world's trajectories use (world/README.md)")
+    regime: str = option("single", "the tasks of the world's trajectories (world/README.md)")
     answer_prefix: str = option("Answer:", "what the last text puts before the answer")
     skip_bad: bool = option(False, "replace faulty records, one in a hundred at most")
     out: str = option("", "run folder; empty: runs/METHOD-REGIME-seedSEED")
@@ -74,7 +74,7 @@ class Config:
     max_pixels: int = option(0, "greatest size of an image; 0: its processor's own")
     train_examples: int = option(1500, "of the world; a tenth as many for validation")
     test_per_task: int = option(120, "test questions of each task, at most")
-    eval_every: int = option(50, "steps between validations; the lowest loss's weights stay")
+    eval_every: int = option(50, "steps between validations; the lowest loss is the result")
 
 
 class Pearl(Method):
@@ -107,7 +107,7 @@ class Pearl(Method):
         images = self.encode_images([image for example in batch for image in example.images])
         # 1. Full view <I0, Q, R>: states (B, T, D). 2. Input view <I0, Q> [PRED]: h^_R (B, D)
         full, prediction = self.encode_views(batch, images)
-        # 3. Target view R, encoded apart from <I0, Q>: h_R (B, D)
+        # 3. Target view R, encoded apart from <I0, Q>; target.embedding is h_R (B, D)
         target = self.target(batch, images)
         vlm = losses.vlm_loss(full.states, full.padded.labels, self.vlm.lm.lm_head)  # Eq. 3
         # the last argument of the next two is for subclasses alone
@@ -151,7 +151,7 @@ class Pearl(Method):
                     images = ImageEncoder(start.family, frozen=False)(new_images)
                 h_R = self.encode_target(start, not_stored, images).embedding
                 computed = {example.index: h for example, h in zip(not_stored, h_R)}
-        h_R = self.targets.look_up([example.index for example in batch], computed)  # (B, D)
+        h_R = self.targets.add_and_look_up([example.index for example in batch], computed)  # (B, D)
         return Encoded(h_R.to(self.config.device))
 
     def jepa(self, prediction: Tensor, target: Tensor, batch: list[TrainingExample]) -> Tensor:

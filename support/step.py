@@ -52,7 +52,8 @@ class StoredTargets:
         self.limit = limit
         self.cache: dict[tuple[str, int], Tensor] = {}
 
-    def look_up(self, rows: list[tuple[str, int]], new: dict[tuple[str, int], Tensor]) -> Tensor:
+    def add_and_look_up(self, rows: list[tuple[str, int]],
+                        new: dict[tuple[str, int], Tensor]) -> Tensor:
         """h_R (B, D) of these rows. new: those just computed, on the model's device."""
         device = next(iter(new.values())).device if new else None
         for row, h in new.items():

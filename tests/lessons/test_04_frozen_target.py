@@ -125,15 +125,15 @@ def test_stored_targets_keep_what_fits_and_survive_a_file():
     h = {("train", n): torch.full((4,), float(n)) for n in range(3)}
     rows = list(h)
     stored = StoredTargets(limit=2 * 16)
-    assert stored.look_up(rows[::-1], h)[:, 0].tolist() == [2, 1, 0]
+    assert stored.add_and_look_up(rows[::-1], h)[:, 0].tolist() == [2, 1, 0]
     assert list(stored.cache) == rows[:2]
     # later the kept ones come from memory, beside one that was made again
-    h_R = stored.look_up(rows, {rows[2]: h[rows[2]] + 5})
+    h_R = stored.add_and_look_up(rows, {rows[2]: h[rows[2]] + 5})
     assert h_R[:, 0].tolist() == [0, 1, 7]
     loaded = StoredTargets(limit=2 * 16)
     loaded.load(stored.state())
     assert list(loaded.cache) == rows[:2]
-    assert loaded.look_up(rows[:2], {})[:, 0].tolist() == [0, 1]
+    assert loaded.add_and_look_up(rows[:2], {})[:, 0].tolist() == [0, 1]
     empty = StoredTargets(8e9)
     empty.load(empty.state())
     assert not empty.cache
