@@ -36,7 +36,6 @@ from support.processes import progress, run_program
 from support.records import Example
 from support.splits import test_questions
 from support.step import Method
-from support.tables import answer_record
 
 
 
@@ -121,12 +120,12 @@ def answer_questions(evaluator: Evaluator, free_tokens: int = 0,
                      ways: dict[str, Callable] | None = None) -> list[dict]:
     """One record per example: for each way to answer the text, whether it is right, its cost."""
     evaluator.vlm.eval()
+    # ways: more ways, each from an Evaluator to one dict per example
     results = dict(direct=evaluator.direct(), free=evaluator.free(free_tokens),
-                   tool=evaluator.tool())
-    # more ways, each from an Evaluator to one dict per example
-    results |= {name: way(evaluator) for name, way in (ways or {}).items()}
-    return [answer_record(example, {way: rows[n] for way, rows in results.items() if rows[n]},
-                          evaluator.prefix) for n, example in enumerate(evaluator.examples)]
+                   tool=evaluator.tool(), **{way: f(evaluator) for way, f in (ways or {}).items()})
+    return [tables.answer_record(
+        example, {way: rows[n] for way, rows in results.items() if rows[n]}, evaluator.prefix)
+        for n, example in enumerate(evaluator.examples)]
 
 
 def load_model(path: str | Path, device: str, max_pixels: int = 0, alpha: float = 1.0) -> tuple:

@@ -5,7 +5,7 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-BUDGETS = dict(losses=170, predictor=75, data=230, model=205, train=300, evaluate=237)
+BUDGETS = dict(losses=170, predictor=75, data=230, model=200, train=300, evaluate=230)
 # a part imports itself and parts of earlier layers, nothing else of this repository
 LAYERS = (("support", "losses", "predictor"), ("data",), ("model",), ("evaluate",), ("train",),
           ("world",), ("baselines",), ("published",), ("analysis",), ("docs", "tiny-vlm"))
@@ -58,5 +58,5 @@ def test_the_house_is_small():
     text = [line.strip() for file in CORE for line in LINES[file] if line.strip()]
     assert 8 * sum(line.startswith("#") for line in text) >= len(text)
     core, source, tests = (sum(len(LINES[f]) for f in files) for files in (CORE, SOURCE, TESTS))
-    assert core <= 1200 and source <= 8808 and tests <= 6256, (core, source, tests)
+    assert core <= 1200 and source <= 8518 and tests <= 6044, (core, source, tests)
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
