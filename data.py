@@ -10,7 +10,7 @@ This file writes it as token ids three times, with the model's own chat template
 is a padded batch (`collate`); to save a forward pass, full and input view may share one, by code of
 support/step.py. The steps of a run read records in an order that depends on the seed alone.
 
-Letters: B batch, T sequence (text and image tokens), K predictor tokens.
+Letters: B batch, T sequence (text and image tokens), K [PRED] tokens.
 Left out on purpose: the chat template (support/chat.py), reading files (support/records.py,
 images.py), processes that prepare data (support/processes.py), the small world (world/).
 """
@@ -31,7 +31,7 @@ from support.records import Example
 
 
 class Views(NamedTuple):
-    # View (support/chat.py): ids, labels, keys of its images, embed_at (the position of its
+    # View (support/chat.py): ids, labels, keys of its images, state_at (the position of its
     # embedding; nobody reads the full view's) and inject_at (the positions of [PRED])
     full: View
     input: View
@@ -55,7 +55,8 @@ def make_views(chat: Chat, example: Example, images: list[LoadedImage], pred_tok
         input view (h^_R, Eq. 1: the state of the last [PRED])
           - <I0, Q> and the generation prompt as above, then [PRED][PRED]
         target view (h_R, Eq. 1: the state of the last <|im_end|>)
-            the full view, marks too, from its first "<|im_start|>assistant" on: without I0 and Q
+            the full view from its first "<|im_start|>assistant" on, so without I0 and Q; its marks
+            count with --method paper alone
 
     Raises ValueError naming the example if it cannot be trained on.
     """
@@ -66,14 +67,14 @@ def make_views(chat: Chat, example: Example, images: list[LoadedImage], pred_tok
     # Ours is that of the last end-of-turn token, as in the release: the same token in every R.
     # `whole` ends with it, without the newline that the template may add.
     whole = chat.conversation(turns, images)
-    full = View(whole.ids, whole.labels, image_keys, embed_at=len(whole.ids) - 1)
+    full = View(whole.ids, whole.labels, image_keys, state_at=len(whole.ids) - 1)
 
     # Deviation: the paper appends [PRED] to <I0, Q>. Here they stand behind the generation prompt,
     # where decoding would start; the release puts them inside the user's turn (--method release).
     prompt = chat.prompt(turns[:1], images[:1])
     # end_id is a placeholder: model.py puts a [PRED] embedding at each position of inject_at
     ids = prompt.ids + [chat.end_id] * pred_tokens
-    input_view = View(ids, [-100] * len(ids), image_keys[:1], embed_at=len(ids) - 1,
+    input_view = View(ids, [-100] * len(ids), image_keys[:1], state_at=len(ids) - 1,
                       inject_at=tuple(range(len(prompt.ids), len(ids))))
 
     # The target view has the same tokens from the first turn of R on: I0 and Q must not leak in.
@@ -82,7 +83,7 @@ def make_views(chat: Chat, example: Example, images: list[LoadedImage], pred_tok
     # where the tokenizer opens every text with BOS, the target view has one too, unsupervised
     opening = [bos] if whole.ids[0] == bos and whole.ids[first] != bos else []
     ids, labels = opening + whole.ids[first:], [-100] * len(opening) + whole.labels[first:]
-    target = View(ids, labels, image_keys[1:], embed_at=len(ids) - 1)
+    target = View(ids, labels, image_keys[1:], state_at=len(ids) - 1)
     for view in (full, input_view, target):
         chat.check_length(len(view.ids), example)
     return Views(full, input_view, target)
@@ -187,13 +188,13 @@ class PaddedViews:
     # True: a [PRED] embedding takes this token's place
     inject_at: torch.Tensor
     # (B,) the position whose state is the view's embedding: h^_R or h_R
-    embed_at: torch.Tensor
+    state_at: torch.Tensor
     # keys in order of appearance, row after row
     images: list[str]
-    # Where full and input view share a pass, a row is <I0, Q> R [PRED], and R is hidden from [PRED]
-    # (support/step.py). (B,) how many first tokens are those of both views
+    # The next two are for full and input view in one row, <I0, Q> R [PRED], with R hidden from
+    # [PRED] (support/step.py). (B,) the length of the prefix that both views have
     shared: torch.Tensor | None = None
-    # how many last positions are the input view's alone
+    # how many columns at the end are the input view's alone
     branch: int = 0
 
     def to(self, device) -> "PaddedViews":
@@ -218,5 +219,5 @@ def collate(views: list[View], pad_id: int, left: bool = False) -> PaddedViews:
             ([[True] * length for length in lengths], False, torch.bool),
             (inject_at, False, torch.bool)))
     return PaddedViews(ids, mask, labels, inject_at,
-                 torch.tensor([view.embed_at + before for view, before in zip(views, shift)]),
+                 torch.tensor([view.state_at + before for view, before in zip(views, shift)]),
                  [image for view in views for image in view.images])

@@ -13,7 +13,7 @@ The ways to answer, each with a 95% interval (Wilson) per task:
   call    explicit tool use: the program executes the model's own calls (baselines/tool_use.py)
   latent  as LVR and Mirage answer: latents, no tool images (baselines/reconstruction.py)
 `direct` and `free` are Pearl's inference: no tool, no [PRED], no latent predictor. But a model that
-has learned to call tools begins `free` with a call. `tool` tests the end of R, not its own calls.
+has learned to call tools begins `free` with a call. `tool` tests the end of R, not own calls.
 """
 
 import math
@@ -50,7 +50,7 @@ class Evaluator:
         self.chat, self.encode_images = vlm.chat, ImageEncoder(vlm.family)
         # Question (support/chat.py): views `prompt`, `started`, `tool`, and options as token ids
         self.questions, self.images = [], []
-        # form: how an answer is written, such as "Answer: **x**."
+        # form: what stands around an answer in the data; `started` ends where the answer begins
         for example, form in zip(self.examples, answers.forms(self.examples, prefix)):
             images = load_images(example, vlm.family)
             self.questions.append(self.chat.question(example, images, form))

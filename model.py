@@ -29,7 +29,7 @@ from support.images import EncodedImage, LoadedImage, with_pixels
 class Encoded(NamedTuple):
     """Enc of a batch of views."""
 
-    embedding: Tensor  # (B, D) the state at each view's embed_at
+    embedding: Tensor  # (B, D) the state at each view's state_at
     # None where the embedding alone is kept (train.Pearl.target)
     states: Tensor | None = None  # (B, T, D) final-layer states
     input_embeddings: Tensor | None = None  # (B, T, D)
@@ -145,14 +145,15 @@ class VLM(nn.Module):
         batch = batch.to(self.lm.device)
         # one known position per view is its embedding
         rows = torch.arange(len(states), device=states.device)
-        return Encoded(states[rows, batch.embed_at], states, inputs["inputs_embeds"], batch)
+        return Encoded(states[rows, batch.state_at], states, inputs["inputs_embeds"], batch)
 
     @torch.no_grad()
     def log_probs(self, prompts: list[View], options: list[list[list[int]]],
                   images: dict[str, EncodedImage]) -> list[list[float]]:
         """For each option the sum over its tokens of log p(token | prompt, tokens before it), in
         one forward pass."""
-        # an option's last token is predicted and not read, so options of one token share a row
+        # A row: a prompt's number, and the option's tokens that are read behind it. The last token
+        # is predicted and not read, so options of one token share a row.
         rows = list(dict.fromkeys((n, *option[:-1]) for n, its_options in enumerate(options)
                                   for option in its_options))
         views = [prompts[n]._replace(ids=prompts[n].ids + read, labels=prompts[n].labels

@@ -4,7 +4,7 @@ The JEPA predictor of section 3.4 is the VLM itself ("tied weights", after LLM-J
 [PRED] tokens follow <I0, Q>, and the final-layer state of the last one is h^_R. With K = 0, h^_R is
 the state of the last prompt token. The latent predictor of Eq. 2 predicts the next state.
 
-Letters: B batch, T sequence, D hidden size, K predictor tokens, n selected positions, d horizon.
+Letters: B batch, T sequence, D hidden size, K [PRED] tokens, n selected positions, d horizon.
 """
 
 import torch
@@ -42,7 +42,7 @@ class LatentPredictor(nn.Module):
         allowed 0 0 1 1 0, i = 1 predicts h_2 (from h_1) and h_3 (from h_2), i = 2 h_3 (from h_1).
         Gradient: flows to states and through the steps; stops at `embeddings`.
         """
-        # Eq. 2 must not change e_{t+1} here. It still reaches e_0 .. e_t through the state h_t.
+        # with --lora_rank 0 they train too, and Eq. 2 must not become easy by changing e_{t+1}
         embeddings = embeddings.detach()
         # the current states as rows, and the mask of their positions
         rows, positions, steps = states.flatten(0, 1), torch.ones_like(allowed), []

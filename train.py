@@ -74,7 +74,7 @@ class Config:
     max_pixels: int = option(0, "greatest size of an image; 0: its processor's own")
     train_examples: int = option(1500, "of the world; a tenth as many for validation")
     test_per_task: int = option(120, "test questions of each task, at most")
-    eval_every: int = option(50, "steps between validations; the lowest loss is the result")
+    eval_every: int = option(50, "steps between validations; the result is that of lowest loss")
 
 
 class Pearl(Method):
@@ -123,7 +123,7 @@ class Pearl(Method):
         full_views, input_views, _ = map(list, zip(*(example.views for example in batch)))
         pred_embeddings, pad_id = self.predictor.pred_embeddings, self.vlm.pad_id
         # Where the model's attention takes such a mask, one pass over <I0, Q> R [PRED] gives what
-        # the two passes below give: [PRED] sees <I0, Q> and not R, and no other token sees [PRED].
+        # the two passes below give: [PRED] sees all before R and not R, and nothing sees [PRED].
         if self.one_pass and self.vlm.family.packs:
             return encode_two_views(self.vlm, full_views, input_views, images, pred_embeddings,
                                     collate)

@@ -46,7 +46,7 @@ def lines(method: type[Pearl], config, family, example: Example) -> Iterator[str
         h_R = variants.positions(collate([target], 0), model, place)[0].nonzero()[:, 0].tolist()
         # no loss reads the labels of the target view
         target = target._replace(labels=[-100] * len(target.ids))
-        views += [("input", prompt, "[PRED]", "h^_R", [prompt.embed_at]),
+        views += [("input", prompt, "[PRED]", "h^_R", [prompt.state_at]),
                   ("target", target, "", "h_R", h_R)]
     for name, view, injected, embedding, places in views:
         yield f"\n{name} view, {len(view.ids)} tokens"

@@ -134,7 +134,7 @@ def in_user_turn(chat: Chat, example: Example, images: list[LoadedImage], count:
         raise ValueError("this model's chat template does not end the user's turn with the token "
                          "that ends the assistant's: use --pred_in_user_turn false")
     return prompt._replace(ids=prompt.ids[:last + 1], labels=prompt.labels[:last + 1],
-                           embed_at=last, inject_at=tuple(range(last - count, last)))
+                           state_at=last, inject_at=tuple(range(last - count, last)))
 
 
 def mean_of_means(states: Tensor, forecast: Tensor, where: Tensor) -> Tensor:

@@ -164,7 +164,7 @@ def common_end(full: View, answer: View) -> int:
 
 def log_probs(vlm: VLM, encoded: Encoded, counts: list[int]) -> Tensor:
     """The model's log-probabilities (n, V) at the last tokens of each view."""
-    # a view ends at embed_at, and a state predicts the token behind it
+    # a view ends at state_at, and a state predicts the token behind it
     states = torch.cat([states[end - count:end] for states, end, count
-                        in zip(encoded.states, encoded.padded.embed_at.tolist(), counts)])  # (n, D)
+                        in zip(encoded.states, encoded.padded.state_at.tolist(), counts)])  # (n, D)
     return at_least_float32(vlm.lm.lm_head(states)).log_softmax(dim=-1)

@@ -138,7 +138,7 @@ def positions(batch: PaddedViews, vlm: VLM, name: str) -> Tensor:
     if name == "image":
         return (batch.ids == vlm.lm.config.image_token_id) & batch.mask
     if name == "end":
-        return F.one_hot(batch.embed_at, batch.ids.shape[1]).bool()
+        return F.one_hot(batch.state_at, batch.ids.shape[1]).bool()
     words = (batch.labels != -100) & (batch.labels != vlm.family.end_id)
     remaining = words.flip(1).cumsum(dim=1).flip(1)  # how many words from here on
     return words if name == "words" else words & (remaining == 1)

@@ -23,7 +23,7 @@ class View(NamedTuple):
     ids: list[int]
     labels: list[int]  # the token itself where it is supervised, else -100
     images: list[str]  # keys of the images, in order of appearance
-    embed_at: int  # the position whose final-layer state is the view's embedding
+    state_at: int  # the position whose final-layer state is the view's embedding
     # positions whose input embedding comes from outside: [PRED] rows, or the rival's latents
     inject_at: tuple[int, ...] = ()
 

@@ -80,7 +80,7 @@ def add_branches(full_views, input_views, collate):
 
     The branch sees the shared tokens and itself; R never sees the branch. `branch_inputs` makes
     attention and positions, so the branch can stand at the end, where the full view's states are a
-    slice. `embed_at` points to h^_R (with K = 0 to the last shared token).
+    slice. `state_at` points to h^_R (with K = 0 to the last shared token).
     """
     # how many first tokens the views share, [PRED] apart
     ends = [min(view.inject_at, default=len(view.ids)) for view in input_views]
@@ -90,12 +90,12 @@ def add_branches(full_views, input_views, collate):
     rest = collate([view._replace(ids=view.ids[n:], labels=view.labels[n:], images=[],
                                   inject_at=[at - n for at in view.inject_at])
                     for view, n in zip(input_views, shared)])
-    shared, embed_at = torch.tensor(shared), torch.tensor([view.embed_at for view in input_views])
-    in_branch = embed_at >= shared
+    shared, state_at = torch.tensor(shared), torch.tensor([view.state_at for view in input_views])
+    in_branch = state_at >= shared
     tensors = {name: torch.cat([getattr(batch, name), getattr(rest, name)], dim=1)
                for name in ("ids", "mask", "labels", "inject_at")}
     return replace(batch, **tensors, branch=rest.ids.shape[1], shared=shared,
-                   embed_at=embed_at + in_branch * (batch.ids.shape[1] - shared))
+                   state_at=state_at + in_branch * (batch.ids.shape[1] - shared))
 
 
 def branch_inputs(batch, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -83,14 +83,14 @@ def test_batches_are_padded_on_the_right_or_on_the_left():
     assert batch.labels.tolist() == [[-100, 2, 3, 4], [-100, 6, -100, -100]]
     assert batch.mask.tolist() == [[True] * 4, [True, True, False, False]]
     assert batch.inject_at.tolist() == [[False, False, True, True], [False, True, False, False]]
-    assert batch.embed_at.tolist() == [3, 1] and batch.images == ["a", "b", "c"]
+    assert batch.state_at.tolist() == [3, 1] and batch.images == ["a", "b", "c"]
     assert batch.shared is None and batch.branch == 0
     left = data.collate([long, short], pad_id=9, left=True)
     assert left.ids.tolist() == [[1, 2, 3, 4], [9, 9, 5, 6]]
     for name in ("labels", "mask", "inject_at"):
         one, other = getattr(left, name).tolist(), getattr(batch, name).tolist()
         assert one == [other[0], other[1][2:] + other[1][:2]]
-    assert left.embed_at.tolist() == [3, 3]
+    assert left.state_at.tolist() == [3, 3]
     moved = batch.to("meta")
-    assert moved.ids.device == moved.embed_at.device == torch.device("meta")
+    assert moved.ids.device == moved.state_at.device == torch.device("meta")
     assert moved.images == batch.images

@@ -51,14 +51,14 @@ def test_the_full_and_the_target_view(chat):
     assert pieces(chat, view) == [(False, PROMPT), *R]
     assert pieces(chat, target) == [(False, "<|im_start|>assistant\n"), *R]
     assert target.ids == view.ids[-len(target.ids):] and target.images == ["7#1"]
-    assert target.ids[target.embed_at] == chat.end_id and target.embed_at == len(target.ids) - 1
+    assert target.ids[target.state_at] == chat.end_id and target.state_at == len(target.ids) - 1
     # token by token: a label is the token itself
     assert all(label in (token, -100) for token, label in zip(view.ids, view.labels))
     learned = [label for label in view.labels if label != -100]
     assert chat.tokenizer.convert_ids_to_tokens(learned) == (
         "Zoom Ġin Ġon Ġthe Ġred Ġdisc . Ġ[ crop Ġ12 Ġ30 Ġ28 Ġ46 ] <|im_end|> "
         "The Ġdigit Ġis Ġseven . ĠAnswer : Ġseven <|im_end|>").split()
-    assert view.embed_at == len(view.ids) - 1 and view.inject_at == ()
+    assert view.state_at == len(view.ids) - 1 and view.inject_at == ()
     assert view.images == ["7#0", "7#1"]
 
 
@@ -70,7 +70,7 @@ def test_the_input_view(chat, count):
     size = len(view.ids) - count
     assert chat.tokenizer.decode(view.ids[:size]) == PROMPT
     assert view.inject_at == tuple(range(size, size + count))
-    assert view.embed_at == len(view.ids) - 1 and view.images == ["7#0"]
+    assert view.state_at == len(view.ids) - 1 and view.images == ["7#0"]
     assert set(view.labels) == {-100} and len(view.labels) == len(view.ids)
 
 

@@ -66,7 +66,7 @@ def test_the_branch_sees_what_is_shared_and_itself():
     batch = add_branches(full, inputs, lambda views: data.collate(views, 0))
     assert batch.ids.tolist() == [[1, 2, 3, 4, 8, 9], [5, 6, 7, 0, 7, 0]]
     assert batch.inject_at.nonzero().tolist() == [[0, 4], [1, 4]]
-    assert batch.shared.tolist() == [2, 2] and batch.embed_at.tolist() == [5, 4]
+    assert batch.shared.tolist() == [2, 2] and batch.state_at.tolist() == [5, 4]
     positions = torch.tensor([[[0, 1, 2, 3], [0, 1, 2, 0]]])
     _, mask = branch_inputs(batch, positions, torch.float64)
     assert (mask[0, 0] == 0).int().tolist() == [

@@ -31,7 +31,7 @@ def test_the_view_has_a_run_of_latents_for_each_tool_image(vlm64, latents):
         # neither latents nor the end marker are the model's to write
         learned = decode([label for label in view.labels if label != -100])
         assert learned == answer.replace("#", "").replace("<|vision_end|>", "")
-        assert view.images == [example.images[0].key] and view.embed_at == len(view.ids) - 1
+        assert view.images == [example.images[0].key] and view.state_at == len(view.ids) - 1
 
 
 def naive_latents(method, example):
