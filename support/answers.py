@@ -3,7 +3,7 @@ r"""How the data write an answer, and which option a text says: "B" and "\boxed{
 "It is big. Answer: **seven**." has the form: prefix "Answer:", gap " **", closing "**."."""
 
 import re
-from functools import cache
+from functools import cache, lru_cache
 from statistics import mode
 from typing import NamedTuple
 from unicodedata import category, normalize
@@ -92,6 +92,7 @@ def contains(text: str, answer: str) -> bool:
     return f" {answer} " in f" {text} "
 
 
+@lru_cache(4096)  # options repeat
 def normalise(text: str) -> str:
     """What is compared, in its own case: words and signs, without punctuation around them."""
     text = re.sub(r"(?<=[a-zA-Z\d])(?=[²³¹⁰-₉¼-¾⅐-⅞])", "^", text)  # or 5² would be 52
