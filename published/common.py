@@ -98,8 +98,8 @@ def split_answer(text: str) -> tuple[str, str]:
         return open_boxes(text[:last.start()] + " " + text[last.end():])[0], open_boxes(last[1])[0]
     # a sentence may need what is in the box, so the words keep it
     words, boxes = open_boxes(text)
-    if not boxes and (given := GIVEN.search(words)):
-        return words[:given.start()].strip(), given[1]
+    if not boxes and (match := GIVEN.search(words)):
+        return words[:match.start()].strip(), match[1]
     return words, boxes[-1] if boxes else ""
 
 

@@ -106,10 +106,10 @@ def crop_text(words: str, box: list[int], of: int = 0) -> str:
 
 def last_text(words: str, answer: str) -> str:
     # the words may give the answer already
-    if given := GIVEN.search(words):
-        if not alike(given[1], answer):
+    if match := GIVEN.search(words):
+        if not alike(match[1], answer):
             raise ValueError(OTHER_ANSWER)
-        words = words[:given.start()]
+        words = words[:match.start()]
     return f"{words} Answer: {answer}".strip()
 
 

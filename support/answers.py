@@ -48,9 +48,9 @@ def default_form(prefix: str) -> AnswerForm:
 def forms(examples: list, prefix: str) -> list[AnswerForm]:
     """How each example's last text writes its answer; the most frequent form for those whose text
     does not show it, or else the default."""
-    found = [form_of(ex.texts[-1], ex.answer, prefix) if ex.texts else None for ex in examples]
-    common = mode(filter(None, found)) if any(found) else default_form(prefix)
-    return [form or common for form in found]
+    own = [form_of(ex.texts[-1], ex.answer, prefix) if ex.texts else None for ex in examples]
+    common = mode(filter(None, own)) if any(own) else default_form(prefix)
+    return [form or common for form in own]
 
 
 def has_prefix(text: str, prefix: str) -> bool:

@@ -177,9 +177,9 @@ class Run:
         grad_norm, seconds = float(norm), time.time() - self.step_began
         metrics = metrics | dict(grad_norm=grad_norm, lr=lr, ms=1000 * seconds,
                                  waited=self.waited / max(1e-9, seconds))
-        shown = log(self.out, "train", dict(step=step, **metrics))
+        line = log(self.out, "train", dict(step=step, **metrics))
         left = int((self.config.steps - step) * seconds)
-        print(f"{step:5d}/{self.config.steps} {shown}, {left // 60}:{left % 60:02d} left",
+        print(f"{step:5d}/{self.config.steps} {line}, {left // 60}:{left % 60:02d} left",
               flush=True)
 
     def validates(self, step: int) -> bool:
@@ -191,8 +191,8 @@ class Run:
         """Log a validation; keep the checkpoint if it has the lowest loss so far."""
         if not self.writes:
             return
-        shown = log(self.out, "valid", dict(step=step, **metrics))
-        print(f"      validation: {shown}", flush=True)
+        line = log(self.out, "valid", dict(step=step, **metrics))
+        print(f"      validation: {line}", flush=True)
         if hint := collapse_hint(metrics, bool(method.targets.cache)):
             print(f"      {hint}", flush=True)
         if metrics["loss"] < self.best:
