@@ -52,9 +52,6 @@ def logits(lm):
     return lm(input_ids=torch.arange(10, 60)[None]).logits.float()
 
 
-# ---- adapters ----
-
-
 @pytest.mark.parametrize("name, old, new", [
     ("qwen2_5_vl", "model.layers.1.", "model.language_model.layers.1."),
     ("qwen2_5_vl", "visual.blocks.", "model.visual.blocks."),
@@ -162,9 +159,6 @@ def test_what_model_may_not_name(tmp_path, monkeypatch, named, file, fields, mes
         (tmp_path / named).mkdir()
         write(tmp_path / named / file, **fields)
     refused(named, message)
-
-
-# ---- merging ----
 
 
 def test_a_merge_is_rounded_once():

@@ -5,9 +5,9 @@ import copy
 
 import pytest
 import torch
-from plain import inputs, tokens, turns_of
+from plain import inputs, rand, same, tokens, turns_of
 
-from support.adapters import lora_layers
+from support.adapters import LoRALinear, lora_layers
 from train import Config
 from conftest import assert_close, assert_same, build, gradients, stirred
 
@@ -65,10 +65,10 @@ def test_without_lora_all_weights_train(vlm64, mixed, vision):
     assert sum(moves) > 0.9 * len(moves) and len(moves) == len(trained)
 
 
-@pytest.mark.parametrize("vision", [False, True])
-def test_lora_is_on_every_linear_layer_and_starts_from_the_base(vlm64, mixed, vision):
+@pytest.mark.parametrize("vision, rank", [(False, 3), (True, 64)])
+def test_lora_is_on_every_linear_layer_and_starts_from_the_base(vlm64, mixed, vision, rank):
     before = forward(vlm64, mixed[0]).logits
-    vlm64.set_trainable(Config(lora_rank=3, train_vision=vision, device="cpu"))
+    vlm64.set_trainable(Config(lora_rank=rank, train_vision=vision, device="cpu"))
     torch.testing.assert_close(forward(vlm64, mixed[0]).logits, before)
     layers = list(lora_layers(vlm64.lm).values())
     linear = [m for part in parts_of(vlm64, vision) for name, m in part.named_modules()
@@ -78,6 +78,10 @@ def test_lora_is_on_every_linear_layer_and_starts_from_the_base(vlm64, mixed, vi
     assert sum(p.requires_grad for p in vlm64.parameters()) == 2 * len(layers)
     for layer in layers:
         assert layer.scaling == 2 and layer.lora_A.dtype == torch.float32
-        assert layer.lora_A.shape == (3, layer.base.in_features) and not layer.lora_B.any()
-    layer, x = stirred(layers[0].double()), torch.randn(4, layers[0].base.in_features).double()
-    torch.testing.assert_close(layer(x), layer.base(x) + 2 * x @ layer.lora_A.T @ layer.lora_B.T)
+        assert layer.lora_A.shape == (rank, layer.base.in_features) and not layer.lora_B.any()
+    layer, x = stirred(layers[0].double()), rand(4, layers[0].base.in_features)
+    naive = layer.base(x) + 2 * x @ layer.lora_A.T @ layer.lora_B.T
+    same(layer(x).square().sum(), naive.square().sum(), x, layer.lora_A, layer.lora_B)
+    # a large rank is added to the weights, but not to those of 16 bits
+    assert layer.adds_up == (rank == 64)
+    assert not LoRALinear(torch.nn.Linear(8, 8).bfloat16(), 4, 8.0).adds_up
