@@ -145,7 +145,7 @@ class Trajectories(Dataset):
         return ready
 
     def micro_batches(self, rows: list[int], batch: int, rank: int = 0,
-               world_size: int = 1) -> list[list[TrainingExample]]:
+                      world_size: int = 1) -> list[list[TrainingExample]]:
         """A step's micro-batches of `batch` examples; with several processes, the share of this
         process."""
         examples = [self[row] for row in rows]
@@ -218,6 +218,6 @@ def collate(views: list[View], pad_id: int, left: bool = False) -> PaddedViews:
             ([view.labels for view in views], -100, torch.long),
             ([[True] * length for length in lengths], False, torch.bool),
             (inject_at, False, torch.bool)))
-    return PaddedViews(ids, mask, labels, inject_at,
-                 torch.tensor([view.state_at + before for view, before in zip(views, shift)]),
-                 [image for view in views for image in view.images])
+    state_at = torch.tensor([view.state_at + before for view, before in zip(views, shift)])
+    images = [image for view in views for image in view.images]
+    return PaddedViews(ids, mask, labels, inject_at, state_at, images)

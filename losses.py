@@ -81,9 +81,9 @@ def nextlat_loss(states: Tensor, forecasts: list[tuple[Tensor, Tensor]]) -> Tens
     Gradient: flows to the forecasts (so to h_t and the latent predictor), stops at h_{t+i}.
     """
     total = states.new_zeros(())
-    for forecast, positions in forecasts:
+    for forecast, where in forecasts:
         # without the stop-gradient, making the next state easy to predict would lower the loss
-        target = states[positions].detach()  # (n, D)
+        target = states[where].detach()  # (n, D)
         # Deviation: the paper writes one mean; for d > 1 we take one for each i, over those t with
         # t+1 .. t+i all supervised. If no text has i tokens in a row, this i adds 0 to the sum.
         if len(forecast):
@@ -91,9 +91,9 @@ def nextlat_loss(states: Tensor, forecasts: list[tuple[Tensor, Tensor]]) -> Tens
     return total / max(1, len(forecasts))
 
 
-def pearl_loss(vlm: Tensor, jepa: Tensor, nextlat: Tensor, lambda_latent: float) -> Tensor:
+def pearl_loss(L_vlm: Tensor, L_jepa: Tensor, L_nextlat: Tensor, lambda_latent: float) -> Tensor:
     """Eq. 4: L_PEARL = L_VLM + lambda * (L_JEPA + L_NextLat)."""
-    return vlm + lambda_latent * (jepa + nextlat)
+    return L_vlm + lambda_latent * (L_jepa + L_nextlat)
 
 
 def reconstruction_loss(prediction: Tensor, target: Tensor, name: str = "mse") -> Tensor:

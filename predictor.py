@@ -45,14 +45,14 @@ class LatentPredictor(nn.Module):
         # with --lora_rank 0 they train too, and Eq. 2 must not become easy by changing e_{t+1}
         embeddings = embeddings.detach()
         # the current states as rows, and the mask of their positions
-        rows, positions, steps = states.flatten(0, 1), torch.ones_like(allowed), []
+        rows, where, steps = states.flatten(0, 1), torch.ones_like(allowed), []
         for _ in range(horizon):
             # one position to the right, if that position is allowed
-            following = allowed & F.pad(positions[:, :-1], (1, 0))  # (B, T)
+            following = allowed & F.pad(where[:, :-1], (1, 0))  # (B, T)
             # the rows that have such a next position
-            continues = F.pad(following[:, 1:], (0, 1))[positions]  # (n)
-            rows, positions = self(rows[continues], embeddings[following]), following
-            steps.append((rows, positions))
+            continues = F.pad(following[:, 1:], (0, 1))[where]  # (n)
+            rows, where = self(rows[continues], embeddings[following]), following
+            steps.append((rows, where))
         return steps
 
 

@@ -109,13 +109,13 @@ class Pearl(Method):
         full, prediction = self.encode_views(batch, images)
         # 3. Target view R, encoded apart from <I0, Q>; target.embedding is h_R (B, D)
         target = self.target(batch, images)
-        vlm = losses.vlm_loss(full.states, full.padded.labels, self.vlm.lm.lm_head)  # Eq. 3
+        L_vlm = losses.vlm_loss(full.states, full.padded.labels, self.vlm.lm.lm_head)  # Eq. 3
         # the last argument of the next two is for subclasses alone
-        jepa = self.jepa(prediction, target.embedding, batch)  # Eq. 1
-        nextlat = self.nextlat(full, target)  # Eq. 2
-        total = losses.pearl_loss(vlm, jepa, nextlat, self.config.lambda_latent)  # Eq. 4
+        L_jepa = self.jepa(prediction, target.embedding, batch)  # Eq. 1
+        L_nextlat = self.nextlat(full, target)  # Eq. 2
+        total = losses.pearl_loss(L_vlm, L_jepa, L_nextlat, self.config.lambda_latent)  # Eq. 4
         pair = prediction, target.embedding
-        return Losses.of(total, pair, vlm=vlm, jepa=jepa, nextlat=nextlat)
+        return Losses.of(total, pair, vlm=L_vlm, jepa=L_jepa, nextlat=L_nextlat)
 
     def encode_views(self, batch: list[TrainingExample],
                      images: dict[str, EncodedImage]) -> tuple[Encoded, Tensor]:
@@ -180,8 +180,8 @@ class SFT(Pearl):
     def forward(self, batch: list[TrainingExample]) -> Losses:
         images = self.encode_images([image for example in batch for image in example.images])
         full = self.vlm(collate([example.views.full for example in batch], self.vlm.pad_id), images)
-        vlm = losses.vlm_loss(full.states, full.padded.labels, self.vlm.lm.lm_head)
-        return Losses.of(vlm, None, vlm=vlm)
+        L_vlm = losses.vlm_loss(full.states, full.padded.labels, self.vlm.lm.lm_head)
+        return Losses.of(L_vlm, None, vlm=L_vlm)
 
 
 def find_method(name: str) -> type[Pearl]:

@@ -88,15 +88,15 @@ class Recon(Pearl):
         images = self.encode_images([image for example in batch for image in example.images])
         latents = self.embeddings(batch, images)
         full = self.vlm(collate([ex.views.full for ex in batch], self.vlm.pad_id), images, latents)
-        vlm = losses.vlm_loss(full.states, full.padded.labels, self.vlm.lm.lm_head)
+        L_vlm = losses.vlm_loss(full.states, full.padded.labels, self.vlm.lm.lm_head)
         # the state before each latent regresses the embedding that the latent stands for
         before = full.padded.inject_at.roll(-1, dims=1)  # (B, T)
         scale = self.predictor
         ends = full.states[before] / scale.size, (latents - scale.mean) / scale.std  # (n, D)
         # a pass without tool images has nothing to regress, and the mean of nothing is NaN
-        recon = losses.reconstruction_loss(*ends) if len(latents) else vlm.new_zeros(())
-        total = vlm + self.config.lambda_latent * recon
-        return losses.Losses.of(total, None, vlm=vlm, recon=recon)
+        recon = losses.reconstruction_loss(*ends) if len(latents) else L_vlm.new_zeros(())
+        total = L_vlm + self.config.lambda_latent * recon
+        return losses.Losses.of(total, None, vlm=L_vlm, recon=recon)
 
     @classmethod
     def ways(cls, config, vlm: VLM, checkpoint: Path) -> dict[str, Callable]:
@@ -184,7 +184,6 @@ def answer(evaluator, scale: LatentScale, latents: int, instead: Callable | None
     `generate_latent`, with the example's number in place of the row."""
     vlm = evaluator.vlm
     start = vlm.tokenizer.convert_tokens_to_ids(LATENT_START)
-
     views, results = [q.prompt for q in evaluator.questions], [{}] * len(evaluator.questions)
     for numbers in evaluator.batches(views):
         images = evaluator.encode_images([evaluator.images[n][0] for n in numbers])

@@ -142,7 +142,7 @@ class SelfDistill(SFT):
         counts = [common_end(one, other) for one, other in zip(full, answer)]
         full, answer = (collate(views, self.vlm.pad_id) for views in (full, answer))
         teacher = self.vlm(full, images)
-        vlm = losses.vlm_loss(teacher.states, teacher.padded.labels, self.vlm.lm.lm_head)
+        L_vlm = losses.vlm_loss(teacher.states, teacher.padded.labels, self.vlm.lm.lm_head)
         student = self.vlm(answer, images)
         log_p = log_probs(self.vlm, teacher, counts).detach()  # (n, V)
         if self.config.teacher == "start":
@@ -153,7 +153,7 @@ class SelfDistill(SFT):
                 log_p = log_probs(start, start(full, images), counts)
         log_q = log_probs(self.vlm, student, counts)  # (n, V)
         kl = F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)  # a mean over tokens
-        return Losses.of(vlm + self.config.lambda_latent * kl, None, vlm=vlm, kl=kl)
+        return Losses.of(L_vlm + self.config.lambda_latent * kl, None, vlm=L_vlm, kl=kl)
 
 
 def common_end(full: View, answer: View) -> int:
