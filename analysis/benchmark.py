@@ -40,8 +40,7 @@ from support.records import Example, record_line
 
 VARIANTS = dict(sft="sft", cached="pearl", current="current", two_passes="two_passes+current",
                 paper="paper")
-# rounds: in the first the optimiser gets its state and the images their features
-WARMUP = 2
+WARMUP = 2  # rounds: in the first the optimiser gets its state and the images their features
 
 
 def now(device: str) -> float:
@@ -164,7 +163,7 @@ def data(config: DataConfig) -> dict[str, float]:
         VLM(config.model, getattr(torch, config.dtype)).to(config.device)
         loaded, model = now(config.device), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         with TimedRun(config, resume=False) as this:
-            this.answers = False
+            this.asks_questions = False
             train.fit(config, this)
         log = (Path(config.out) / "log.jsonl").read_text(encoding="utf-8").splitlines()
     # the first steps wait until the processes that prepare data are there

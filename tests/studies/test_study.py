@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
+import evaluate
 import train
 from analysis import benchmark, study
 from analysis.compare import arm_of
@@ -112,6 +113,8 @@ def test_a_benchmark_ends_with_one_json_line_and_writes_nothing(tmp_path, monkey
                                                                 options, name):
     (tmp_path / "tiny-vlm").symlink_to(Path(train.__file__).parent / "tiny-vlm")
     monkeypatch.chdir(tmp_path)
+    # no run of it asks its questions
+    monkeypatch.setattr(evaluate, "answer_questions", None)
     call(monkeypatch, benchmark.main, *options.split(), "--device", "cpu")
     assert json.loads(capsys.readouterr().out.splitlines()[-1])[name] >= 0
     assert [file.name for file in tmp_path.iterdir()] == ["tiny-vlm"]
