@@ -70,11 +70,10 @@ def test_crop_keeps_the_resolution_of_the_file_and_highlight_dims_the_rest():
 
 
 def brighter_mark(spec, out):
-    grey, level = np.asarray(out.convert("L")), {}
-    for ball, name in spec["marks"]:
-        x, y = spec["balls"][ball][:2]
-        level[name] = np.median(grey[y - 7:y + 8:7, x - 7:x + 8:7])  # (3, 3)
-    return max(level, key=level.get)
+    # of one pixel beside the mark: before the tool it may be a fleck
+    places = {name: spec["balls"][ball][:2] for ball, name in spec["marks"]}
+    return max(places, key=lambda name: out.convert("L").getpixel(
+        (places[name][0] - 6, places[name][1])))
 
 
 def frame_colour(spec, out):
@@ -84,8 +83,9 @@ def frame_colour(spec, out):
 @pytest.mark.parametrize("tool, answer", [("depth", brighter_mark), ("jigsaw", frame_colour)])
 def test_a_tool_reveals_the_answer(tool, answer):
     examples = [scenes.make_example(tool, "train", i, 0) for i in range(60)]
-    assert np.mean([answer(scenes.make_spec(tool, "train", i, 0), ex.images[1]) == ex.answer
-                    for i, ex in enumerate(examples)]) > 0.95
+    before, after = (np.mean([answer(scenes.make_spec(tool, "train", i, 0), ex.images[n])
+                              == ex.answer for i, ex in enumerate(examples)]) for n in (0, 1))
+    assert after > 0.95 > before
 
 
 def test_path_paints_the_route_to_its_end_and_no_other():
