@@ -38,7 +38,6 @@ from support.splits import test_questions
 from support.step import Method
 
 
-
 class Evaluator:
     """Test questions for one model. Every way to answer returns one dict per example: the text and
     its cost in tokens, images and forward passes. Raises ValueError, before any answer is

@@ -45,8 +45,7 @@ from world import loader
 # what a mark says of an answer
 RIGHT, SAME, FOLLOWS, STAYS = "right", "unchanged", "as the image", "as the question"
 ALL_FAR, GUESS = "all but near copies", "guessing"
-# a question with fewer words changed is a near copy of a trained one
-NEAR = 2
+NEAR = 2  # a question with fewer words changed is a near copy of a trained one
 
 # by the question's id: the text of the option that was answered (None: none of them); a mark
 Choices = dict[str, str | None]
@@ -113,7 +112,7 @@ def partners(examples: list[Example], place: int, fits: Callable = lambda one, o
         random.Random(0).shuffle(rows)
         for n, one in enumerate(rows):
             pairs[one.id] = next((other for other in rows[n + 1:] + rows[:n] if fits(one, other)
-                               and pixels[one.id] != pixels[other.id]), None)
+                                  and pixels[one.id] != pixels[other.id]), None)
     return [(ex, pairs[ex.id]) for ex in examples if pairs[ex.id]]
 
 

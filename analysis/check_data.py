@@ -44,7 +44,7 @@ class Check:
         example, tokens = self.examples[row], 0
         where = self.examples.where(row) if self.config.data else f"record {example.id}"
         results = {str(image): self.look(image, where) for image in example.images
-                 if isinstance(image, Path)}
+                   if isinstance(image, Path)}
         # the code of a run would stop at a faulty image, which is listed already
         if not any(fault for fault, _ in results.values()):
             try:

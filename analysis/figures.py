@@ -45,8 +45,7 @@ from world import scenes
 from world.tools import CALL
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# with fewer examples nothing can be fitted and tested
-MINIMUM = 6
+MINIMUM = 6  # examples: with fewer, nothing can be fitted and tested
 COUNTS = [0, 1, 2, 4, 8, 16, 32, 64]  # of latents, in Fig. 3
 
 
@@ -279,8 +278,7 @@ def embedding_maps(runs: dict[str, Path], configs: dict, tests: list[Example]):
 
 def all_figures(folders: list[Path], out: Path, per_task: int) -> None:
     """Fill the new folder `out`. Raises ValueError for runs of several data sets."""
-    names = [folder.name for folder in folders]
-    runs = dict(zip(names if len(set(names)) == len(names) else map(str, folders), folders))
+    runs = {str(folder): folder for folder in folders}
     configs = {name: config_of(folder, DEVICE) for name, folder in runs.items()}
     if len({config.data or config.regime for config in configs.values()}) > 1:
         raise ValueError(f"{', '.join(runs)} were trained on different data: draw the runs of one "

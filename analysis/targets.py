@@ -45,7 +45,6 @@ from support.run import finished
 COLUMNS = dict(common=("common", 3), task=("task", 3), answer=("answer", 3),
                answer_by_chance=("by chance", 3), rest=("rest", 3), mean_cosine=("mean cosine", 3),
                effective_rank=("rank", 1), ms=("ms per step", 0))
-
 POSITIONS = ("end", "word", "words", "image")
 Place = tuple[int, str]  # a layer and a position
 

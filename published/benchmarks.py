@@ -157,9 +157,8 @@ def letters_in(text: str, letters: str) -> tuple[str, str]:
     letter = rf"(?<!\w)(?<!\w['’-])([{letters}])(?!['’-]?\w)"
     # the article or the pronoun, unless "option" or the like is before it
     word = re.compile(rf"[AI][ \t]+(?!(?:{NO_NOUNS})\b)(?!{letter})[^\W\d_]")
-    mentions = [m for m in re.finditer(letter, text)
-             if not word.match(text, m.start())
-             or re.search(r"(?i:option|choice|letter)\s+$", text[:m.start()])]
+    mentions = [m for m in re.finditer(letter, text) if not word.match(text, m.start())
+                or re.search(r"(?i:option|choice|letter)\s+$", text[:m.start()])]
     if len({m[1] for m in mentions}) != 1:
         return "", ""
     alone = re.match(rf"(?:(?i:answer|option)\s*:?\s*)?\(?([{letters}])\)?(?![^\s.:,;)!?])", text)

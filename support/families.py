@@ -20,7 +20,6 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_res
 from support.adapters import merge, read_adapter, resolve
 from support.files import check_finite, read_json
 
-
 Turn = tuple[str, list]  # ("user" or "assistant", parts); a part is a text or a picture
 
 

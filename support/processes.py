@@ -101,7 +101,7 @@ def first_process_first() -> Iterator[None]:
 
 
 def step_batches(dataset, steps, batch: int, workers: int, rank: int = 0,
-         world_size: int = 1) -> Iterator[list[list]]:
+                 world_size: int = 1) -> Iterator[list[list]]:
     """The micro-batches of each step, prepared ahead by `workers` processes.
 
     dataset: data.Trajectories. steps: the rows of each step. Raises ValueError or OSError for a

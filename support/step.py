@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from support.records import Example
 
+
 class Method(nn.Module):
     """The base of Pearl. A class in baselines/ overrides what it does differently."""
 

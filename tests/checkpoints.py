@@ -233,7 +233,7 @@ def mistral(stem: str, template: str, layout: str, folder) -> None:
     tokenizer = finished(byte_level(), marks, "</s>", opens="<s>")
     merge = dict(spatial_merge_size=2) if stem == "Mistral3" else {}
     images = hf.PixtralImageProcessorPil(size=dict(longest_edge=64),
-                                      patch_size=dict(height=8, width=8))
+                                         patch_size=dict(height=8, width=8))
     checkpoint(folder, stem, hf.PixtralProcessor(images, tokenizer, patch_size=8, **merge),
                template, layout, dict(model_type="mistral"),
                dict(model_type="pixtral", image_size=64, head_dim=16), **merge,
@@ -247,7 +247,7 @@ def idefics3(folder, bos: str = "<|begin_of_text|>", layout: str = BOTH):
     marks += [f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7)]
     tokenizer = finished(byte_level(), marks, "<end_of_utterance>", bos_token=bos)
     images = hf.Idefics3ImageProcessorPil(size=dict(longest_edge=64),
-                                       max_image_size=dict(longest_edge=32))
+                                          max_image_size=dict(longest_edge=32))
     checkpoint(folder, "Idefics3", hf.Idefics3Processor(images, tokenizer, image_seq_len=4),
                "IDEFICS", layout, dict(model_type="llama"), dict(image_size=32), scale_factor=2,
                image_token_id="<image>", pad_token_id="<pad>")

@@ -20,11 +20,11 @@ QUESTIONS = loader.questions("single", 2)[1:3]
 def test_a_record_has_each_way_with_its_answer_and_cost():
     example = replace(QUESTIONS[0], options=["two", "six"], answer="six")
     answers = dict(direct=dict(text="two", option=0, log_probs=[-1.0, -2.0], tokens=0, images=1),
-                 free=dict(text="It is. Answer: Six.", tokens=5), call=dict(text="", failed="lost"))
+                   free=dict(text="Answer: Six.", tokens=5), call=dict(text="", failed="lost"))
     record = tables.answer_record(example, answers, "Answer:")
     assert record == dict(
         id=example.id, task=example.task, options=["two", "six"], answer="six",
-        direct="two", direct_right=False, free="It is. Answer: Six.", free_right=True,
+        direct="two", direct_right=False, free="Answer: Six.", free_right=True,
         # a tool call that fails gives no answer, and the direct one counts
         call="(lost)", call_right=False,
         cost=dict(direct=dict(tokens=0, images=1), free=dict(tokens=5), call=dict(failed="lost")))

@@ -54,8 +54,8 @@ def test_controls_put_something_else_in_the_place_of_h_R(loaded64):
                next(record for record in others if record.answer != first.answer)]
     method, batch = build(copy.deepcopy(loaded64), "pearl", records)
     prediction, (a, b, c) = method(batch).pair
-    random = [torch.randn(128, generator=torch.Generator().manual_seed(1_000_003 * 2 + n)).double()
-             for n in range(3)]
+    generators = [torch.Generator().manual_seed(1_000_003 * 2 + n) for n in range(3)]
+    random = [torch.randn(128, generator=generator).double() for generator in generators]
     naive = dict(shuffled=[c, a, b], random=random,
                  # the mean of all records of the task, or of those with the same answer
                  task_mean=3 * [(a + b + c) / 3], answer_mean=[(a + b) / 2, (a + b) / 2, c])

@@ -14,7 +14,6 @@ from world import scenes
 ROOT = Path(train.__file__).resolve().parent
 SIX = ("losses", "predictor", "data", "model", "train", "evaluate")
 
-
 # one process runs all the programs, because importing torch takes longer than they do
 DRIVER = f"""
 import runpy, sys

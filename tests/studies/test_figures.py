@@ -86,8 +86,8 @@ def test_all_figures_of_two_runs(runs, tmp_path, monkeypatch):
     assert numbers["latents decoded"]["pearson_r"] == pytest.approx(0.982, abs=1e-3)
     known = numbers["what the embedding knows"]
     # an untrained method reads R as the starting model does
-    assert list(known) == ["no fine-tuning", "pearl-seed0"]
-    assert known["pearl-seed0"]["h_R"] == known["no fine-tuning"]["h_R"]
+    assert list(known) == ["no fine-tuning", str(runs[1])]
+    assert known[str(runs[1])]["h_R"] == known["no fine-tuning"]["h_R"]
     records[2] = world[:5]
     with pytest.raises(ValueError, match="5 test questions have a trajectory with images"):
         figures.all_figures(runs, tmp_path / "few", 3)
