@@ -13,7 +13,7 @@ The ways to answer, each with a 95% interval (Wilson) per task:
   call    explicit tool use: the program executes the model's own calls (baselines/tool_use.py)
   latent  as LVR and Mirage answer: latents, no tool images (baselines/reconstruction.py)
 `direct` and `free` are Pearl's inference: no tool, no [PRED], no latent predictor. But a model that
-has learned to call tools begins `free` with a call. `tool` tests the end of R, not own calls.
+has learned to call tools begins `free` with a call. `tool` tests R's end, not the model's calls.
 """
 
 import math
@@ -53,6 +53,7 @@ class Evaluator:
         for example, form in zip(self.examples, answers.forms(self.examples, prefix)):
             images = load_images(example, vlm.family)
             self.questions.append(self.chat.question(example, images, form))
+            # the file in place of the opened picture, so that not all pictures stay in memory
             self.images.append([image._replace(picture=picture)
                                 for image, picture in zip(images, example.images)])
 
@@ -174,7 +175,7 @@ class Options:
     answer_prefix: str = option("", "what starts an answer; default: the run's own, or Answer:")
     alpha: float = option(1.0, "shrink a run's change: W0 + alpha (W - W0)")
     split: str = option("test", "test or validation")
-    per_task: int = option(200, "test questions of each task of the world")
+    per_task: int = option(200, "test questions of each task drawn by world/")
     free_tokens: int = option(0, "tokens of a free answer; 0: what the longest option needs")
     call_limit: int = option(0, "explicit tool use too, with at most so many calls")
     max_pixels: int = option(0, "greatest size of a checkpoint's images; 0: its processor's own")
@@ -201,7 +202,7 @@ def ask(path: str, options: Options) -> list[dict]:
     evaluator = Evaluator(vlm, [example], prefix)
     if options.call_limit:
         tool_use.show(evaluator, options.call_limit, Path(options.image).stem)
-    # without options: its own words, but behind the prefix; else a trained model writes a call
+    # without options: the words that it writes after the prefix (else it would begin with a call)
     elif choices == [""]:
         print(evaluator.generate([evaluator.questions[0].started], 64)[0]["text"])
     else:

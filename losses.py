@@ -24,7 +24,7 @@ def vlm_loss(states: Tensor, labels: Tensor, head: Callable[[Tensor], Tensor]) -
 
     states (B, T, D) of the full view; labels (B, T) hold the token where it is supervised, else
     -100; head maps states (n, D) to logits (n, V).
-    Gradient: flows to each state that predicts a supervised token; by attention to all before it.
+    Gradient: flows to each state that predicts a supervised token and, by attention, to all before.
     """
     # the state at position t predicts the token at t + 1
     next_labels = labels[:, 1:]  # (B, T-1)
@@ -67,8 +67,8 @@ def jepa_loss(prediction: Tensor, target: Tensor, name: str = "cosine") -> Tenso
     #
     # By default h_R comes from the frozen starting model, and detach() does nothing. With the
     # current model's h_R (the paper), detach() is not enough: a step that changes h^_R changes h_R
-    # too, no term keeps the h_R of two examples apart, and they collapse (README). In SimSiam, BYOL
-    # and I-JEPA a network between state and h^ prevents this; here h^_R is a state itself.
+    # too, no term keeps the h_R of two examples apart, and they collapse (README). SimSiam, BYOL
+    # and I-JEPA need a network between state and h^ to prevent this; here h^_R is a state itself.
     target = target.detach()
     return distance(prediction, target, name).mean()
 

@@ -108,8 +108,8 @@ class VLM(nn.Module):
         """
         # everything that is counted is counted on the CPU, where it does not wait for the GPU
         is_image = batch.ids == self.lm.config.image_token_id  # (B, T)
-        image_tokens, injected_rows = int(is_image.sum()), int(batch.inject_at.sum())
-        # the position ids of the full views; those of [PRED] in the same row follow below
+        image_tokens, injected_count = int(is_image.sum()), int(batch.inject_at.sum())
+        # position ids of all but [PRED] behind a full view in its row: those are made below
         width = batch.ids.shape[1] - batch.branch
         positions = self.family.positions(batch.ids[:, :width], batch.mask[:, :width],
                                           [images[key].grid for key in batch.images])
@@ -125,9 +125,9 @@ class VLM(nn.Module):
             # images follow one another in the order of their tokens in the batch
             embeds, levels = embeds.masked_scatter(is_image[..., None], features[0]), features[1:]
         if injected is not None:
-            if len(injected) < injected_rows:
+            if len(injected) < injected_count:
                 injected = injected.repeat(len(batch.ids), 1)  # (B K, D)
-            assert injected_rows == len(injected), "injected embeddings do not fit"
+            assert injected_count == len(injected), "injected embeddings do not fit"
             embeds = embeds.masked_scatter(batch.inject_at[..., None], injected.to(embeds.dtype))
 
         mask = batch.mask.long()

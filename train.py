@@ -48,7 +48,7 @@ class Config:
     method: str = option("pearl", "pearl, sft, or classes of baselines/ joined by +")
     model: str = option(str(Path(__file__).resolve().parent / "tiny-vlm"), "folder or hub id")
     data: str = option("", "data folder (docs/data.md); empty: scenes drawn by world/")
-    regime: str = option("single", "the tasks of the world's trajectories (world/README.md)")
+    regime: str = option("single", "the tasks that world/ draws (world/README.md)")
     answer_prefix: str = option("Answer:", "what the last text puts before the answer")
     skip_bad: bool = option(False, "replace faulty records, one in a hundred at most")
     out: str = option("", "run folder; empty: runs/METHOD-REGIME-seedSEED")
@@ -69,10 +69,10 @@ class Config:
     train_vision: bool = option(False, "train the vision tower too; else images are encoded once")
     gradient_checkpointing: bool = option(False, "less memory, a third more time")
     shard: bool = option(False, "torchrun: each process holds a share of the frozen layers (FSDP)")
-    workers: int = option(-1, "processes that prepare data; -1: all cores for a folder")
+    workers: int = option(-1, "processes that prepare data; -1: one a core with --data, else none")
     min_pixels: int = option(0, "least size of an image, as its processor counts; 0: its own")
     max_pixels: int = option(0, "greatest size of an image; 0: its processor's own")
-    train_examples: int = option(1500, "of the world; a tenth as many for validation")
+    train_examples: int = option(1500, "drawn by world/; a tenth as many for validation")
     test_per_task: int = option(120, "test questions of each task, at most")
     eval_every: int = option(50, "steps between validations; the result is that of lowest loss")
 
@@ -172,7 +172,7 @@ class Pearl(Method):
 
 
 class SFT(Pearl):
-    """Supervised fine-tuning: Eq. 3 alone. Nothing is added to the VLM."""
+    """Supervised fine-tuning: Eq. 3 alone. Nothing but LoRA is added to the VLM."""
 
     def build_modules(self) -> None:
         self.predictor = None

@@ -10,8 +10,7 @@ from support.processes import run_program
 from support.records import SPLITS, Example, write_folder
 from world.scenes import HELD_OUT, REGIMES, TASKS, make_example, make_world
 
-# trajectories of a regime (world/README.md)
-examples = make_world
+examples = make_world  # trajectories of a regime (world/README.md)
 
 
 def questions(regime: str, per_task: int, split: str = "test", seed: int = 0) -> list[Example]:
