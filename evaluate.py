@@ -6,7 +6,7 @@
     python evaluate.py RUN --image FILE --question TEXT --options A,B,C    # ask one question;
                                     # --call_limit 3 in place of --options: it calls its tools
 
-The ways to answer, each with a 95% interval (Wilson) per task:
+The ways to answer (the table has 95% intervals, by Wilson, for `direct`):
   direct  the option with the largest log-probability after the prefix "Answer:"
   free    greedy decoding after the generation prompt: the first tokens must be the answer
   tool    the prompt holds the expert's calls and tool images too; the model writes the answer
@@ -83,7 +83,7 @@ class Evaluator:
 
     def free(self, tokens: int = 0) -> list[dict]:
         """tokens 0: as many as the longest answer needs, but at least the paper's four."""
-        # + 1: a full stop or the end of the turn
+        # the prefix too, which the model may write; + 1: a full stop or the end of the turn
         needed = [len(q.started.ids) + max(map(len, q.options)) + 1 - len(q.prompt.ids)
                   for q in self.questions]
         if cut := sum(count > tokens > 0 for count in needed):
@@ -118,7 +118,7 @@ class Evaluator:
 
 def answer_questions(evaluator: Evaluator, free_tokens: int = 0,
                      ways: dict[str, Callable] | None = None) -> list[dict]:
-    """One record per example: for each way to answer the text, whether it is right, its cost."""
+    """One answer record per example: text, correctness and cost of each way to answer."""
     evaluator.vlm.eval()
     # ways: more ways, each from an Evaluator to one dict per example
     results = dict(direct=evaluator.direct(), free=evaluator.free(free_tokens),
@@ -151,7 +151,7 @@ def method_of(config) -> type[Method]:
 
 
 def report(out: Path, config, tests: Sequence[Example], before: list, seconds: float) -> None:
-    """Ask the best checkpoint, loaded as a user would; print and keep its answers."""
+    """Ask the best checkpoint, loaded as a user would; keep its answers and print a table."""
     vlm, config, ways = load_model(out, config.device)
     # `tool` shows trajectories as training did
     tests = [method_of(config).adapt(example, config) for example in tests]

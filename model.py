@@ -79,7 +79,7 @@ class VLM(nn.Module):
             enable(dict(use_reentrant=False))
 
     def keep_starting_model(self) -> None:
-        """Remember the weights of now for `starting_model`: a second copy, if there is no LoRA."""
+        """Keep the current weights for `starting_model`: as a second copy, if there is no LoRA."""
         # not self.start = ...: nn.Module would register the copy, and train and save it
         self.__dict__["start"] = self if lora_layers(self.lm) else copy.deepcopy(self)
 
@@ -109,7 +109,7 @@ class VLM(nn.Module):
         # everything that is counted is counted on the CPU, where it does not wait for the GPU
         is_image = batch.ids == self.lm.config.image_token_id  # (B, T)
         image_tokens, injected_count = int(is_image.sum()), int(batch.inject_at.sum())
-        # position ids of all but [PRED] behind a full view in its row: those are made below
+        # position ids, but not of [PRED] in the same row as a full view: those are made below
         width = batch.ids.shape[1] - batch.branch
         positions = self.family.positions(batch.ids[:, :width], batch.mask[:, :width],
                                           [images[key].grid for key in batch.images])

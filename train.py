@@ -123,7 +123,7 @@ class Pearl(Method):
         full_views, input_views, _ = map(list, zip(*(example.views for example in batch)))
         pred_embeddings, pad_id = self.predictor.pred_embeddings, self.vlm.pad_id
         # Where the model's attention takes such a mask, one pass over <I0, Q> R [PRED] gives what
-        # the two passes below give: [PRED] sees all before R and not R, and nothing sees [PRED].
+        # the two passes below give: [PRED] sees what is before R and never R, and R never [PRED].
         if self.one_pass and self.vlm.family.packs:
             return encode_two_views(self.vlm, full_views, input_views, images, pred_embeddings,
                                     collate)
