@@ -112,7 +112,7 @@ class Trajectories(Dataset):
                  cache=(), skip: bool = False):
         # cache: keys of images whose features the model has kept, so that they need no pixels
         self.records, self.split, self.chat, self.cache = records, split, chat, cache
-        # views: that of the method (train.Pearl.views): chat, example, images -> Views
+        # views: the method's function (train.Pearl.views): chat, example, images -> Views
         # skip: the next record takes the place of a faulty one; else a fault is raised
         self.views_of, self.skip = views, skip
         # by number of the record

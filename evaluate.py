@@ -87,7 +87,7 @@ class Evaluator:
         needed = [len(q.started.ids) + max(map(len, q.options)) + 1 - len(q.prompt.ids)
                   for q in self.questions]
         if cut := sum(count > tokens > 0 for count in needed):
-            print(f"free: {cut} of {len(needed)} questions have options of more than "
+            print(f"free: {cut} of {len(needed)} questions may need more tokens than "
                   f"--free_tokens {tokens}; 0 gives them as many as they need")
         return self.generate([q.prompt for q in self.questions], tokens or max(4, *needed))
 

@@ -104,8 +104,8 @@ class VLM(nn.Module):
 
         images: those of batch.images, by key. injected: the input embeddings of the positions of
         batch.inject_at, row after row (n, D), or those of one row (K, D), the same for all rows.
-        Returns embeddings (B, T, D), positions (A, B, T), mask (B, T) and what images add.
-        """
+        Returns embeddings (B, T, D), positions (A, B, T), mask (with batch.shared (B, 1, T, T),
+        else (B, T)) and what images add."""
         # everything that is counted is counted on the CPU, where it does not wait for the GPU
         is_image = batch.ids == self.lm.config.image_token_id  # (B, T)
         image_tokens, injected_count = int(is_image.sum()), int(batch.inject_at.sum())
