@@ -135,7 +135,7 @@ def load_model(path: str | Path, device: str, max_pixels: int = 0, alpha: float 
             raise ValueError(f"--alpha is for a run, and {path} has no best.json")
         vlm = VLM(path, max_pixels=max_pixels).to(device)
         return vlm.eval(), SimpleNamespace(data="", regime="", answer_prefix="Answer:"), {}
-    config, checkpoint = run.finished(Path(path))
+    config, checkpoint = run.config_and_checkpoint(Path(path))
     vlm = VLM(config.model, getattr(torch, config.dtype), config.min_pixels, config.max_pixels)
     # what answers is a plain VLM: the file of [PRED] and latent predictor is not even opened
     vlm.to(device).load_adapter(checkpoint, alpha)

@@ -291,7 +291,7 @@ def tests_of(vlm: VLM, config, questions: Questions, before: Results, checkpoint
 
 def measure_all(args) -> tuple[dict[str, list[Results]], dict[str, int]]:
     """All systems, the model before training first; and the distances of untrained tasks."""
-    runs = [run.finished(path) for path in args.runs]
+    runs = [run.config_and_checkpoint(path) for path in args.runs]
     if len({(Path(config.model).name, config.data or config.regime) for config, _ in runs}) > 1:
         raise ValueError(f"{', '.join(map(str, args.runs))} differ in base, data or regime: name "
                          "runs of one setting")

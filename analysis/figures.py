@@ -132,7 +132,7 @@ def latents_decoded(folder: Path, pearl: Path | None, tests: list[Example]):
     """Fig. 3: accuracy of a recon run against the number of latents decoded, with Pearson's r to
     its logarithm. pearl: a run whose direct accuracy is drawn beside it."""
     config, vlm = config_of(folder, DEVICE), evaluate.load_model(folder, DEVICE)[0]
-    scale = reconstruction.load_scale(run.finished(folder)[1], vlm)
+    scale = reconstruction.load_scale(run.config_and_checkpoint(folder)[1], vlm)
     evaluator = evaluate.Evaluator(vlm, tests, config.answer_prefix)
     accuracy = []
     for count in COUNTS:
@@ -170,7 +170,7 @@ def embeddings(folder: Path | None, config: train.Config,
     vlm, kind, rows = start.to(config.device), train.find_method(config.method), None
     if folder:
         vlm = evaluate.load_model(folder, config.device)[0]
-        file = run.finished(folder)[1] / Predictor.file_name
+        file = run.config_and_checkpoint(folder)[1] / Predictor.file_name
         if file.is_file():
             rows = files.read_tensors(file, config.device)[0]["pred_embeddings"]
     config = replace(config, pred_tokens=0 if rows is None else len(rows))  # rows (K, D)

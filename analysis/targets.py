@@ -39,7 +39,7 @@ from data import Trajectories
 from model import VLM
 from support import files, options, processes, splits
 from support.records import Example
-from support.run import finished
+from support.run import config_and_checkpoint
 
 # the header and the digits of each column
 COLUMNS = dict(common=("common", 3), task=("task", 3), answer=("answer", 3),
@@ -51,7 +51,7 @@ Place = tuple[int, str]  # a layer and a position
 
 def config_of(run: Path, device: str) -> train.Config:
     """The options that a run was trained with, for one process on this device."""
-    saved = vars(finished(run)[0])
+    saved = vars(config_and_checkpoint(run)[0])
     kind = train.config_class(saved["method"])
     # options of an older version are left out
     known = {field.name: saved[field.name] for field in fields(kind) if field.name in saved}

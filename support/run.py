@@ -331,7 +331,7 @@ def read_config(config_class: Callable, argv: list[str]):
     return absolute_paths(kind(**saved | dict(out=argv[0])))
 
 
-def finished(run: Path) -> tuple[SimpleNamespace, Path]:
+def config_and_checkpoint(run: Path) -> tuple[SimpleNamespace, Path]:
     """Config and best checkpoint of a run. Raises FileNotFoundError naming what is missing."""
     for name in ("config.json", "best.json"):
         if not (run / name).is_file():
@@ -345,7 +345,7 @@ def merge(model_class: Callable, *arguments: str) -> None:
     """RUN DIR [DTYPE]: the run's best checkpoint as an ordinary folder without our code."""
     if len(arguments) not in (2, 3):
         raise ValueError("write python train.py --merge RUN DIR, or ... DIR float32")
-    config, checkpoint = finished(Path(arguments[0]))
+    config, checkpoint = config_and_checkpoint(Path(arguments[0]))
     vlm = model_class(config.model, getattr(torch, config.dtype), config.min_pixels,
                       config.max_pixels)
     dtypes = [getattr(torch, name) for name in arguments[2:]]

@@ -35,7 +35,7 @@ TEMPLATES["INTERNVL"] = TEMPLATES["QWEN_3"].replace(
 # ---- tokenizers ----
 
 
-def trained(model, pre_tokenizer, **options) -> Tokenizer:
+def fit_bpe(model, pre_tokenizer, **options) -> Tokenizer:
     raw = Tokenizer(model)
     raw.pre_tokenizer = pre_tokenizer
     raw.train_from_iterator(SENTENCES * 3, trainers.BpeTrainer(show_progress=False, **options))
@@ -44,7 +44,7 @@ def trained(model, pre_tokenizer, **options) -> Tokenizer:
 
 def byte_level() -> Tokenizer:
     """As Qwen's, Llama 3's, SmolLM's and the newer ones of Mistral."""
-    raw = trained(models.BPE(), pre_tokenizers.ByteLevel(add_prefix_space=False), vocab_size=340,
+    raw = fit_bpe(models.BPE(), pre_tokenizers.ByteLevel(add_prefix_space=False), vocab_size=340,
                   initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
     raw.normalizer, raw.decoder = normalizers.NFC(), decoders.ByteLevel()
     return raw
@@ -52,7 +52,7 @@ def byte_level() -> Tokenizer:
 
 def sentencepiece(**parts) -> Tokenizer:
     """<unk>, <s>, </s>, 256 bytes for what no word covers, words."""
-    raw = trained(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True),
+    raw = fit_bpe(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True),
                   pre_tokenizers.Metaspace(), vocab_size=516,
                   special_tokens=["<unk>", "<s>", "</s>", *(f"<0x{n:02X}>" for n in range(256))],
                   initial_alphabet=["▁", *(chr(c) for c in range(33, 127))])
@@ -66,7 +66,7 @@ def sentencepiece(**parts) -> Tokenizer:
     return raw
 
 
-def finished(raw: Tokenizer, special: list[str], eos: str, pad: str = "<pad>", opens: str = "",
+def complete(raw: Tokenizer, special: list[str], eos: str, pad: str = "<pad>", opens: str = "",
              **rest):
     """A tokenizer of transformers. opens: its bos, in front of every text."""
     if opens:
@@ -80,7 +80,7 @@ def finished(raw: Tokenizer, special: list[str], eos: str, pad: str = "<pad>", o
 
 
 def chatml(*special: str, **rest):
-    return finished(byte_level(), ["<|im_start|>", *special], "<|im_end|>", "<|endoftext|>", **rest)
+    return complete(byte_level(), ["<|im_start|>", *special], "<|im_end|>", "<|endoftext|>", **rest)
 
 
 # where SentencePiece puts a word mark in front of a text
@@ -94,18 +94,18 @@ MARKS = dict(
 
 
 def llama(mark: str):
-    return finished(sentencepiece(**MARKS[mark]), ["<unk>", "<s>", "<image>"], "</s>", opens="<s>",
+    return complete(sentencepiece(**MARKS[mark]), ["<unk>", "<s>", "<image>"], "</s>", opens="<s>",
                     unk_token="<unk>")
 
 
 def llama3():
     marks = ["<image>", "<|start_header_id|>", "<|end_header_id|>"]
-    return finished(byte_level(), marks, "<|eot_id|>", opens="<|begin_of_text|>")
+    return complete(byte_level(), marks, "<|eot_id|>", opens="<|begin_of_text|>")
 
 
 def yi():
     """Without bos in front, for here it is also what opens every turn."""
-    return finished(sentencepiece(**MARKS["never"]), ["<unk>", "<image>", "<|im_start|>"],
+    return complete(sentencepiece(**MARKS["never"]), ["<unk>", "<image>", "<|im_start|>"],
                     "<|im_end|>", bos_token="<|im_start|>", unk_token="<unk>")
 
 
@@ -116,7 +116,7 @@ def gemma(roles: dict):
     words = ["\n" * n for n in range(1, 32)] + ["▁" * n for n in range(2, 32)]
     words += ["<table>", "</table>", "<h1>", "<b>"]
     raw.add_tokens([AddedToken(word, special=False, normalized=False) for word in words])
-    return finished(raw, ["<start_of_turn>", "<end_of_turn>", *roles.values()], "<eos>",
+    return complete(raw, ["<start_of_turn>", "<end_of_turn>", *roles.values()], "<eos>",
                     opens="<bos>", unk_token="<unk>", extra_special_tokens=roles)
 
 
@@ -230,7 +230,7 @@ def mistral(stem: str, template: str, layout: str, folder) -> None:
     """Rows of an image end in tokens of their own; there is no generation prompt."""
     marks = ["<unk>", "[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[IMG]",
              "[IMG_BREAK]", "[IMG_END]"]
-    tokenizer = finished(byte_level(), marks, "</s>", opens="<s>")
+    tokenizer = complete(byte_level(), marks, "</s>", opens="<s>")
     merge = dict(spatial_merge_size=2) if stem == "Mistral3" else {}
     images = hf.PixtralImageProcessorPil(size=dict(longest_edge=64),
                                          patch_size=dict(height=8, width=8))
@@ -245,7 +245,7 @@ def idefics3(folder, bos: str = "<|begin_of_text|>", layout: str = BOTH):
     """Tiles and rows of tiles in the text; a blank between the generation prompt and the answer."""
     marks = [bos, "<image>", "<fake_token_around_image>", "<global-img>"]
     marks += [f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7)]
-    tokenizer = finished(byte_level(), marks, "<end_of_utterance>", bos_token=bos)
+    tokenizer = complete(byte_level(), marks, "<end_of_utterance>", bos_token=bos)
     images = hf.Idefics3ImageProcessorPil(size=dict(longest_edge=64),
                                           max_image_size=dict(longest_edge=32))
     checkpoint(folder, "Idefics3", hf.Idefics3Processor(images, tokenizer, image_seq_len=4),

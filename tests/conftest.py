@@ -76,7 +76,7 @@ def build(vlm, name, examples, **options):
     """--method `name` on these records in float64, away from its zero starts, and their batch."""
     torch.manual_seed(0)
     config = train.config_class(name)(**dict(method=name, device="cpu", lora_rank=4) | options)
-    method = stirred(train.find_method(name)(vlm, config).double())
+    method = stir(train.find_method(name)(vlm, config).double())
     dataset = train.dataset(method, examples, "train")
     method.prepare([dataset])
     return method, dataset.micro_batches(list(range(len(dataset))), len(dataset))[0]
@@ -103,7 +103,7 @@ def terms_of(method, batch):
     return terms
 
 
-def stirred(module, std=0.05):
+def stir(module, std=0.05):
     """Trained weights that start from zero (LoRA's B) would hide half of all gradients."""
     torch.manual_seed(1)
     for p in module.parameters():
@@ -112,7 +112,7 @@ def stirred(module, std=0.05):
     return module
 
 
-def moved(module, size=0.02):
+def move(module, size=0.02):
     """All that trains, away from where it was."""
     with torch.no_grad():
         for p in module.parameters():
@@ -168,7 +168,7 @@ def log_of(out):
              if name not in ("ms", "waited")} for line in lines]
 
 
-def refused(path, message):
+def refuses(path, message):
     """As --model, in one sentence."""
     with pytest.raises(ValueError, match=message) as error:
         load_checkpoint(str(path), torch.float32)

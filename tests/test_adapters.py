@@ -13,7 +13,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import train
 from checkpoints import build, write
-from conftest import TINY, merged_weights, refused
+from conftest import TINY, merged_weights, refuses
 from model import VLM
 from support.adapters import Adapter, merge, read_adapter, resolve, save_merged
 from support.families import load_checkpoint, load_family
@@ -27,7 +27,7 @@ def base(folders):
     return folders("qwen2_5_vl")
 
 
-def trained(folder, base, dtype=torch.float32, std=0.1, vision=False, rank=4):
+def prepare(folder, base, dtype=torch.float32, std=0.1, vision=False, rank=4):
     """A model away from its start, saved in `folder`."""
     vlm = VLM(base, dtype)
     vlm.set_trainable(train.Config(lora_rank=rank, train_vision=vision, device="cpu"))
@@ -58,7 +58,7 @@ def logits(lm):
     ("llava_next", "language_model.model.layers.1.", "model.language_model.layers.1."),
     ("llava_next", "vision_tower.vision_model.encoder.", "model.vision_tower.encoder.")])
 def test_an_adapter_by_the_names_of_an_older_transformers(folders, tmp_path, name, old, new):
-    vlm = trained(tmp_path, folders(name), torch.float64, vision=True)
+    vlm = prepare(tmp_path, folders(name), torch.float64, vision=True)
     named = {key.replace(f"base_model.model.{new}", f"base_model.model.{old}"): tensor
              for key, tensor in load_file(tmp_path / ADAPTER).items()}
     assert sum(f"model.{old}" in key for key in named) >= 2
@@ -69,7 +69,7 @@ def test_an_adapter_by_the_names_of_an_older_transformers(folders, tmp_path, nam
 @pytest.mark.parametrize("rank", [4, 0])
 def test_what_is_saved_is_merged_from_anywhere(base, tmp_path, monkeypatch, rank):
     monkeypatch.chdir(base.parent)
-    vlm = trained(tmp_path, base.name, torch.float64, rank=rank)
+    vlm = prepare(tmp_path, base.name, torch.float64, rank=rank)
     monkeypatch.chdir(tmp_path)
     # PEFT also writes patterns there: the tensors say which layers are meant
     for names in (["q_proj"], r".*language_model.*\.q_proj", "all-linear"):
@@ -108,13 +108,13 @@ X = "base_model.model.x.lora_{}.weight".format
 def test_other_and_damaged_adapters_are_refused(base, tmp_path, monkeypatch, config, tensors,
                                                 message):
     monkeypatch.chdir(tmp_path)
-    file, _ = tmp_path / ADAPTER, trained(tmp_path, base)
+    file, _ = tmp_path / ADAPTER, prepare(tmp_path, base)
     write(tmp_path / CONFIG, **config)
     if isinstance(tensors, dict):
         save_file(load_file(file) | tensors, file)
     else:
         file.write_bytes(file.read_bytes()[:-1] if tensors == b"cut" else tensors)
-    refused(tmp_path, message)
+    refuses(tmp_path, message)
     assert not Path("mark").exists()  # nothing of it runs
 
 
@@ -122,7 +122,7 @@ def test_what_model_may_name(base, tmp_path, monkeypatch):
     run, later = tmp_path / "run", tmp_path / "later"
     models = []
     for folder, start in ((run, base), (later, run)):  # the second is trained on from the first
-        models.append(trained(folder / "checkpoint-20", start, torch.float64))
+        models.append(prepare(folder / "checkpoint-20", start, torch.float64))
         write(folder / "best.json", checkpoint="checkpoint-20")
         write(folder / "config.json", min_pixels=900, max_pixels=2048)
     monkeypatch.chdir(tmp_path)
@@ -158,7 +158,7 @@ def test_what_model_may_not_name(tmp_path, monkeypatch, named, file, fields, mes
     if file:
         (tmp_path / named).mkdir()
         write(tmp_path / named / file, **fields)
-    refused(named, message)
+    refuses(named, message)
 
 
 def test_a_merge_is_rounded_once():
@@ -172,7 +172,7 @@ def test_a_merge_is_rounded_once():
 
 def test_small_changes_beside_bfloat16_weights(tmp_path):
     """Kept where A and B stay beside the weights, and in float32; lost in a merge into bfloat16."""
-    vlm, again = trained(tmp_path, TINY, torch.bfloat16, 2e-5, rank=64), VLM(TINY, torch.bfloat16)
+    vlm, again = prepare(tmp_path, TINY, torch.bfloat16, 2e-5, rank=64), VLM(TINY, torch.bfloat16)
     again.load_adapter(tmp_path)
     added = [p for name, p in again.lm.named_parameters() if "lora_" in name]
     assert added and all(p.dtype == torch.float32 for p in added)
@@ -199,7 +199,7 @@ def test_a_merged_checkpoint_is_the_bases_files_and_other_weights(tmp_path, name
         write(base / extra)
     if name == "idefics3":
         (base / "generation_config.json").unlink()
-    vlm = trained(tmp_path, base)
+    vlm = prepare(tmp_path, base)
     assert save_merged(VLM(base), tmp_path, out) > 0.999
     before, after = ({file.relative_to(folder).as_posix(): file.read_bytes() for file in
                       folder.rglob("*") if file.is_file()} for folder in (base, out))
@@ -225,7 +225,7 @@ def test_a_merged_checkpoint_is_the_bases_files_and_other_weights(tmp_path, name
 def test_full_fine_tuning_and_the_size_of_images(folders, tmp_path, name, tied):
     """Tied embeddings stay tied; --min_pixels and --max_pixels become the processor's."""
     base, out = folders(name), tmp_path / "merged"
-    vlm, plain = trained(tmp_path, base, rank=0), VLM(base, min_pixels=900, max_pixels=2048)
+    vlm, plain = prepare(tmp_path, base, rank=0), VLM(base, min_pixels=900, max_pixels=2048)
     save_merged(plain, tmp_path, out)
     family = assert_merged(out, vlm)
     assert (family.lm.lm_head.weight is family.lm.get_input_embeddings().weight) == tied
@@ -243,7 +243,7 @@ def test_a_model_of_the_hubs_cache_needs_no_network(base, tmp_path, monkeypatch)
     # what the variables of these names set when the package is first imported
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    trained(tmp_path, "some/tiny")
+    prepare(tmp_path, "some/tiny")
     save_merged(VLM("some/tiny"), tmp_path, tmp_path / "merged")
     for name in ("config.json", "chat_template.json", "video_preprocessor_config.json"):
         assert (tmp_path / "merged" / name).read_bytes() == Path(base, name).read_bytes()

@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from checkpoints import BOTH, BUILDERS, IMAGES, OLD, TEMPLATES, TOKENS, qwen, write
-from conftest import is_torchvision_available, refused
+from conftest import is_torchvision_available, refuses
 from data import collate, make_views
 from model import VLM
 from support.chat import Chat
@@ -25,7 +25,7 @@ from support.records import Example
 
 
 @pytest.fixture
-def copied(folders, tmp_path):
+def copy_of(folders, tmp_path):
     return lambda name: Path(shutil.copytree(folders(name), tmp_path / name, dirs_exist_ok=True))
 
 
@@ -34,7 +34,7 @@ def vlm(request, folders):
     return VLM(folders(request.param), torch.float64)
 
 
-def loaded(folder):
+def family_of(folder):
     return load_checkpoint(str(folder), torch.float32)[1]
 
 
@@ -77,11 +77,11 @@ def test_ids_are_those_of_the_familys_own_processor(vlm, tool_images, image_firs
 
 @pytest.mark.parametrize("name, token", [
     ("llava", "<image>"), ("qwen2_5_vl", "<|vision_end|>"), ("pixtral", "[IMG_BREAK]")])
-def test_marks_of_images_are_reserved_special_or_not(copied, name, token):
-    file = copied(name) / "tokenizer.json"
+def test_marks_of_images_are_reserved_special_or_not(copy_of, name, token):
+    file = copy_of(name) / "tokenizer.json"
     write(file, added_tokens=[dict(t, special=t["special"] and t["content"] != token)
                               for t in read_json(file)["added_tokens"]])
-    family = loaded(file.parent)
+    family = family_of(file.parent)
     assert token not in family.tokenizer.all_special_tokens and token in family.reserved
 
 
@@ -111,30 +111,30 @@ def test_labels_are_what_the_assistant_says(vlm):
             assert target.labels == [-100, *full.labels[rest:]]
 
 
-def test_which_template_counts(copied):
+def test_which_template_counts(copy_of):
     """The processor's before the tokenizer's; of several the default one; a Qwen folder that has
     only the tokenizer's, for text alone, is given Qwen's mark of an image."""
     for name in ("llava", "idefics3", "qwen3_vl_new"):
-        folder = copied(name)
-        before = loaded(folder).processor.chat_template
+        folder = copy_of(name)
+        before = family_of(folder).processor.chat_template
         write(folder / TOKENS, chat_template="{{ 'for text only' }}")
-        assert loaded(folder).processor.chat_template == before
-    folder = copied("qwen2_5_vl")
-    turns = Chat(loaded(folder), 4096).turns(record(1))
-    whole, template = loaded(folder).render(turns), read_json(folder / OLD)["chat_template"]
+        assert family_of(folder).processor.chat_template == before
+    folder = copy_of("qwen2_5_vl")
+    turns = Chat(family_of(folder), 4096).turns(record(1))
+    whole, template = family_of(folder).render(turns), read_json(folder / OLD)["chat_template"]
     (folder / OLD).unlink()
-    assert loaded(folder).render(turns) == whole
+    assert family_of(folder).render(turns) == whole
     templates = [dict(name="tool_use", template="x"), dict(name="default", template=template)]
     write(folder / TOKENS, chat_template=templates)
-    assert loaded(folder).render(turns) == whole
+    assert family_of(folder).render(turns) == whole
     write(folder / TOKENS, chat_template=templates[:1])
-    refused(folder, "has no chat template that writes .*the one called default counts.; restore")
-    folder = copied("llava")
+    refuses(folder, "has no chat template that writes .*the one called default counts.; restore")
+    folder = copy_of("llava")
     (folder / OLD).unlink()
     for template in (TEMPLATES["QWEN_TEXT_ONLY"], "{{ raise_exception('no') }}",
                      "{% for m in messages %}{{ m.role }}: {{ m.content[-1].text }}{% endfor %}"):
         write(folder / TOKENS, chat_template=template)
-        refused(folder, "has no chat template that writes a question, its image and an answer")
+        refuses(folder, "has no chat template that writes a question, its image and an answer")
 
 
 # ---- images ----
@@ -142,9 +142,9 @@ def test_which_template_counts(copied):
 
 def test_sizes_of_images(folders):
     """By old and new names; --min_pixels and --max_pixels set them."""
-    new = loaded(folders("qwen2_5_vl_new"))
+    new = family_of(folders("qwen2_5_vl_new"))
     for name in ("qwen2_vl", "qwen2_vl_saved_again", "qwen2_5_vl", "qwen2_5_vl_old_size"):
-        old = loaded(folders(name))
+        old = family_of(folders(name))
         for size in ((60, 40), (500, 30), (1, 1)):
             assert old.image_text(*size) == new.image_text(*size)
             grid = old.inputs(Image.new("RGB", size))["image_grid_thw"]
@@ -186,31 +186,31 @@ def test_tokens_of_images_with_published_settings(tmp_path, stem, patch, publish
     # lost; without its tokenizer.json transformers makes an empty tokenizer without a word
     ("qwen3_vl", IMAGES, None, "cannot be used .OSError"),
     ("qwen3_vl", "tokenizer.json", None, "tokenizer.json of .* does not fit|cannot be used")])
-def test_processor_files_that_do_not_fit_the_model(copied, name, file, change, message):
-    folder = copied(name)
+def test_processor_files_that_do_not_fit_the_model(copy_of, name, file, change, message):
+    folder = copy_of(name)
     (folder / file).unlink() if change is None else write(folder / file, **change)
-    refused(folder, message)
+    refuses(folder, message)
 
 
-def test_foreign_tokenizers_and_models(folders, copied, monkeypatch):
-    file = copied("llava") / "tokenizer.json"
+def test_foreign_tokenizers_and_models(folders, copy_of, monkeypatch):
+    file = copy_of("llava") / "tokenizer.json"
     raw = read_json(file)
     write(file, added_tokens=[*raw["added_tokens"], dict(
         raw["added_tokens"][-1], id=999, content="new", special=False)])
-    refused(file.parent, "has tokens for which there is no embedding")
+    refuses(file.parent, "has tokens for which there is no embedding")
     raw["post_processor"]["single"].append(dict(SpecialToken=dict(id="<s>", type_id=0)))
     write(file, **raw)
-    refused(file.parent, "puts a token of its own after every text: set add_eos_token to false")
+    refuses(file.parent, "puts a token of its own after every text: set add_eos_token to false")
     monkeypatch.setattr(transformers.LlavaModel, "get_rope_index", len, raising=False)
-    refused(folders("llava"), "positions in several rows .of these only qwen2_vl, qwen2_5_vl")
+    refuses(folders("llava"), "positions in several rows .of these only qwen2_vl, qwen2_5_vl")
 
 
 # ---- weights and settings ----
 
 
 @pytest.mark.parametrize("name", ["qwen2_5_vl", "llava", "tiny"])
-def test_weights_that_are_not_whole_are_refused_by_name(copied, name):
-    file, layer = copied(name) / "model.safetensors", "self_attn.q_proj.weight"
+def test_weights_that_are_not_whole_are_refused_by_name(copy_of, name):
+    file, layer = copy_of(name) / "model.safetensors", "self_attn.q_proj.weight"
     whole = load_file(file)
     keys = [key for key in whole if key.endswith(layer) and "vis" not in key]
     # older versions saved these two, which are computed
@@ -223,30 +223,30 @@ def test_weights_that_are_not_whole_are_refused_by_name(copied, name):
             (whole | {"model.strange.weight": torch.zeros(2)}, "no place for: .*strange.weight"),
             (whole | {key: torch.zeros(2) for key in derived}, None)):
         save_file(tensors, file, dict(format="pt"))
-        refused(file.parent, message) if message else loaded(file.parent)
+        refuses(file.parent, message) if message else family_of(file.parent)
 
 
-def test_damaged_weights_and_code_in_a_checkpoint_never_run(copied, tmp_path):
-    folder, mark = copied("tiny"), tmp_path / "mark"
+def test_damaged_weights_and_code_in_a_checkpoint_never_run(copy_of, tmp_path):
+    folder, mark = copy_of("tiny"), tmp_path / "mark"
     file = folder / "model.safetensors"
     whole, bomb = file.read_bytes(), f"cos\nsystem\n(S'touch {mark}'\ntR.".encode()
     for content in (b"", whole[:len(whole) // 2], bomb, struct.pack("<Q", 1 << 60) + whole[8:]):
         file.write_bytes(content)
-        refused(folder, f"{folder}, seen from .*, cannot be loaded")
+        refuses(folder, f"{folder}, seen from .*, cannot be loaded")
     file.unlink()
     (folder / "pytorch_model.bin").write_bytes(bomb)
-    refused(folder, "safetensors")
+    refuses(folder, "safetensors")
     write(folder / "config.json", model_type="mine", auto_map=dict(AutoConfig="code.Config"))
     (folder / "code.py").write_text(f"open({str(mark)!r}, 'w')", encoding="utf-8")
-    refused(folder, "cannot be loaded")
+    refuses(folder, "cannot be loaded")
     assert not mark.exists()
 
 
-def test_of_generation_config_only_the_eos_ids_count(copied):
-    folder = copied("qwen2_5_vl")
+def test_of_generation_config_only_the_eos_ids_count(copy_of):
+    folder = copy_of("qwen2_5_vl")
     write(folder / "generation_config.json", eos_token_id=[7], min_new_tokens=6, max_length=3,
           temperature=9.0, suppress_tokens=[5], num_beams=4, repetition_penalty=0.1)
-    family = loaded(folder)
+    family = family_of(folder)
     greedy = transformers.GenerationConfig(eos_token_id=[7, family.end_id], do_sample=False,
                                            pad_token_id=family.end_id)
     assert family.lm.generation_config.to_diff_dict() == greedy.to_diff_dict()

@@ -28,7 +28,7 @@ UNREADABLE = (exif(6)[:20], b"Exif\0\0" + bytes(range(200)), b"Exif\0\0",
 WITH_DATE = HEAD + struct.pack("<HHHIHHHHIfI", 2, 0x112, 3, 1, 6, 0, 0x132, 11, 1, 0.5, 0)
 
 
-def written(file, block=b"", **options):
+def save(file, block=b"", **options):
     Image.fromarray(CORNERS).convert("RGB").save(file, exif=block, quality=95, **options)
     return file
 
@@ -45,11 +45,11 @@ def is_shown_as(file, grey):
 @pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.webp", "a.mpo"])
 def test_an_orientation_turns_the_picture_and_unreadable_metadata_do_not(tmp_path, name):
     for value in (*range(10), 65535):
-        assert is_shown_as(written(tmp_path / name, exif(value)), SHOWN.get(value, CORNERS)), value
+        assert is_shown_as(save(tmp_path / name, exif(value)), SHOWN.get(value, CORNERS)), value
     if name != "a.webp":  # its writer takes no such block
-        assert is_shown_as(written(tmp_path / name, WITH_DATE), SHOWN[6])
+        assert is_shown_as(save(tmp_path / name, WITH_DATE), SHOWN[6])
         for block in UNREADABLE:
-            assert is_shown_as(written(tmp_path / name, block), CORNERS), block
+            assert is_shown_as(save(tmp_path / name, block), CORNERS), block
 
 
 @pytest.mark.parametrize("compression", [None, "tiff_lzw"])
@@ -63,7 +63,7 @@ def test_tiff_files_are_turned_once(tmp_path, compression):
 
 
 def test_metadata_behind_the_pixels_and_in_xml_count(tmp_path):
-    content = written(tmp_path / "a.png", exif(6)).read_bytes()
+    content = save(tmp_path / "a.png", exif(6)).read_bytes()
     start = content.index(b"eXIf") - 4
     end = start + 12 + struct.unpack(">I", content[start:start + 4])[0]
     (tmp_path / "a.png").write_bytes(content[:start] + content[end:-12] + content[start:end]
@@ -72,7 +72,7 @@ def test_metadata_behind_the_pixels_and_in_xml_count(tmp_path):
     xmp = '<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF tiff:Orientation="8"/></x:xmpmeta>'
     (texts := PngImagePlugin.PngInfo()).add_itxt("XML:com.adobe.xmp", xmp)
     for name, options in (("a.png", dict(pnginfo=texts)), ("a.jpg", dict(xmp=xmp.encode()))):
-        assert is_shown_as(written(tmp_path / name, **options), SHOWN[8]), name
+        assert is_shown_as(save(tmp_path / name, **options), SHOWN[8]), name
 
 
 def test_every_kind_of_picture_is_shown_as_a_person_sees_it(tmp_path):

@@ -41,7 +41,7 @@ def pictures(tmp_path, monkeypatch):
     return folder
 
 
-def written(kind, rows, images, out):
+def convert_to_folder(kind, rows, images, out):
     published.write(published.convert(kind, [rows], images), out)
     return read_folder(out)
 
@@ -122,11 +122,11 @@ ERROR, SIZE = [{"text": "\nCropped image is too small: 12x9\n"}], [{"text": "(Im
     ("pixelreasoner", trace(END, image=None), "0 images beside the question")])
 def test_what_cannot_be_used_is_counted(pictures, tmp_path, kind, row, reason, capsys):
     good = dict(lvr=lvr(), thinkmorph=thinkmorph(), pixelreasoner=trace(END))[kind]
-    written(kind, [row, good], pictures, tmp_path / "out")
+    convert_to_folder(kind, [row, good], pictures, tmp_path / "out")
     first, *_, left = capsys.readouterr().out.splitlines()
     assert "1 records kept, 1 left out" in first and reason in left and f"; first: {kind}-" in left
     with pytest.raises(ValueError, match="no record could be used"):
-        written(kind, [row], pictures, tmp_path / "nothing")
+        convert_to_folder(kind, [row], pictures, tmp_path / "nothing")
 
 
 def test_lvr_boxes_become_calls_and_every_turn_is_counted(pictures, tmp_path, capsys):
@@ -154,7 +154,7 @@ def test_questions_on_one_picture_are_on_one_side_with_one_copy(pictures, tmp_pa
     (pictures / "copy.png").write_bytes((pictures / "crop.png").read_bytes())
     Image.open(pictures / "crop.png").save(pictures / "crop.bmp")
     rows = [lvr(image=[name]) for name in ("crop.png", "crop.png", "copy.png", "crop.bmp")]
-    examples = written("lvr", rows, pictures, tmp_path / "out")
+    examples = convert_to_folder("lvr", rows, pictures, tmp_path / "out")
     assert len({ex.split for ex in examples}) == 1
     assert sorted(image.suffix for image in {ex.image for ex in examples}) == [".bmp", ".png"]
     others = [Image.new("RGB", (10, 10), (n % 256, n // 256, 9)) for n in range(600)]
@@ -217,7 +217,7 @@ def test_the_call_is_that_of_the_region_in_the_published_picture(pictures, tmp_p
     # the authors' tool resizes what it cut, and the picture was saved as JPEG
     cut.resize((cut.width * 2 // 28 * 28, cut.height * 2 // 28 * 28)).save(pictures / "cut.jpg")
     rows = [trace(a_call(box), [{"image": "cut.jpg"}], END)]
-    [ex] = written("pixelreasoner", rows, pictures, tmp_path / "out")
+    [ex] = convert_to_folder("pixelreasoner", rows, pictures, tmp_path / "out")
     numbers = [int(v) for v in ex.texts[0].partition("[crop ")[2].rstrip("]").split()]
     assert numbers == [pytest.approx(100 * v, abs=1) for v in region] and check_calls(ex) == 1
 
@@ -275,7 +275,7 @@ def test_the_script_in_any_locale(pictures, tmp_path):
 
 def test_no_file_of_the_users_is_touched_and_nothing_is_left_half(pictures, tmp_path):
     before, out = {file: file.read_bytes() for file in pictures.iterdir()}, tmp_path / "out"
-    written("lvr", [lvr(), lvr()], pictures, out)
+    convert_to_folder("lvr", [lvr(), lvr()], pictures, out)
     for file in (out / "images").iterdir():
         # a copy, written once, so that a later change changes nothing else
         assert not file.is_symlink() and file.stat().st_nlink == 1

@@ -34,7 +34,7 @@ def folder_of(folder, *rows):
     return folder
 
 
-def numbered(*rows):
+def with_ids(*rows):
     return [dict(row, id=str(n)) for n, row in enumerate(rows)]
 
 
@@ -63,7 +63,7 @@ def work(monkeypatch):
 
 
 def test_lines_are_parsed_once_and_pictures_opened_when_they_are_used(tmp_path, work):
-    rows = numbered(*[dict(WITH_TOOL, split=SPLITS[n % 3], task="uvw"[n % 3]) for n in range(300)])
+    rows = with_ids(*[dict(WITH_TOOL, split=SPLITS[n % 3], task="uvw"[n % 3]) for n in range(300)])
     found, _ = read(tmp_path, *rows)
     assert work() == (300, 0)
     assert len(found) == 300 and found.tasks[:4] == ["u", "v", "w", "u"] and len(found[2:9]) == 7
@@ -78,7 +78,7 @@ def test_lines_are_parsed_once_and_pictures_opened_when_they_are_used(tmp_path, 
 
 def test_a_run_opens_only_the_pictures_of_its_first_step(tmp_path, work, monkeypatch):
     splits = ["validation", "validation", "test", *["train"] * 1997]
-    folder_of(tmp_path, *numbered(*[dict(WITH_TOOL, split=split) for split in splits]))
+    folder_of(tmp_path, *with_ids(*[dict(WITH_TOOL, split=split) for split in splits]))
     monkeypatch.setattr(train.Pearl, "forward", Mock(side_effect=KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         train.train(train.parse_config(f"--data {tmp_path} --out {tmp_path}/run --device cpu "
@@ -99,7 +99,7 @@ def test_one_row_is_read_alone(tmp_path, work):
 
 
 def test_the_digest_of_records_changes_with_them_and_opens_no_picture(tmp_path, work):
-    rows = numbered(RECORD, dict(RECORD, image="b.png"), RECORD)
+    rows = with_ids(RECORD, dict(RECORD, image="b.png"), RECORD)
     seen = [digest(read(tmp_path, *rows)[0])]
     assert digest(read(tmp_path, *rows)[0]) == seen[0]
     os.utime(tmp_path / "b.png", (0, 0))
@@ -119,7 +119,7 @@ def test_what_changed_or_cannot_be_read_says_so_when_it_is_used(tmp_path):
     with pytest.raises(ValueError, match=message):
         opened(found[0].image)
     with pytest.raises(ValueError, match=f"{FILE}, line 2: {message}"):
-        read(tmp_path, *numbered(RECORD, dict(NO_SPLIT, image="broken.png")))
+        read(tmp_path, *with_ids(RECORD, dict(NO_SPLIT, image="broken.png")))
     with pytest.raises(ValueError, match=f"{FILE} has changed since it was read"):
         found[0]
 
@@ -134,7 +134,7 @@ def test_a_picture_is_in_one_split_whatever_its_files_are(tmp_path):
     for n in range(9):
         Image.fromarray(shown).save(tmp_path / f"{n}", "BMP" if n == 8 else "PNG", compress_level=n)
     Image.fromarray(np.rot90(shown)).save(tmp_path / "9", "PNG", exif=turned)
-    rows = numbered(*[dict(NO_SPLIT, image=f"{n}") for n in range(10)])
+    rows = with_ids(*[dict(NO_SPLIT, image=f"{n}") for n in range(10)])
     assert len({ex.split for ex in read(tmp_path, *rows)[0]}) == 1
     for split in SPLITS:
         found, notes = read(tmp_path, *rows[:7], dict(rows[7], split=split), *rows[8:])
@@ -144,7 +144,7 @@ def test_a_picture_is_in_one_split_whatever_its_files_are(tmp_path):
 def test_shares_of_the_splits_and_the_cache_of_what_was_read(tmp_path, work):
     for n in range(300):
         Image.new("RGB", (2, 2), (n % 256, n // 256, 0)).save(tmp_path / f"{n}.png")
-    rows = numbered(*[dict(NO_SPLIT, image=f"{n % 300}.png") for n in range(600)])
+    rows = with_ids(*[dict(NO_SPLIT, image=f"{n % 300}.png") for n in range(600)])
     cache, picture = tmp_path / "cache.npy", (tmp_path / "8.png").read_bytes()
     found, _ = read(tmp_path, *rows, cache=cache)
     shares = [len(found.split(split)) for split in SPLITS]
@@ -166,7 +166,7 @@ def test_shares_of_the_splits_and_the_cache_of_what_was_read(tmp_path, work):
 
 def test_pictures_in_two_splits_are_counted(tmp_path):
     pairs = (("train", "a.png"), ("test", "a.png"), ("test", "b.png"), ("validation", "b.png"))
-    rows = numbered(*[dict(RECORD, split=split, image=image) for split, image in pairs])
+    rows = with_ids(*[dict(RECORD, split=split, image=image) for split, image in pairs])
     found, notes = read(tmp_path, *rows)
     assert [ex.split for ex in found] == [split for split, _ in pairs]
     assert [note.partition(": ")[2].partition(";")[0] for note in notes] == [
@@ -202,7 +202,7 @@ def test_unusual_records_are_counted(tmp_path):
     texts = ("Answer: x", "It is x, not y", "<answer>x</answer>", "Answer: the x", "X",
              "NoAnswer: x")
     twice = [dict(RECORD, options=options) for options in (["x", "x"], ["x", "y", "y."])]
-    rows = numbered(*[dict(RECORD, trajectory=[{"text": text}]) for text in texts], *twice)
+    rows = with_ids(*[dict(RECORD, trajectory=[{"text": text}]) for text in texts], *twice)
     found, notes = read(tmp_path, *rows)
     assert [ex.id for ex in found] == ["0", "1", "2", "3", "4", "5"]
     for count, note in zip(("4 of 8 records (line 2 is the first) have no 'Answer:' in the last",
@@ -250,14 +250,14 @@ def test_images_may_lie_outside_of_the_folder(tmp_path):
     Image.new("RGB", (9, 9)).save(tmp_path / "other.png")
     os.symlink(tmp_path / "other.png", folder / "link.png")
     names = "link.png", "../other.png", str(tmp_path / "other.png")
-    found, _ = read(folder, *numbered(*[dict(RECORD, image=name) for name in names]))
+    found, _ = read(folder, *with_ids(*[dict(RECORD, image=name) for name in names]))
     assert [opened(ex.image).size for ex in found] == [(9, 9)] * 3
 
 
 def test_texts_of_all_scripts_and_separators_survive(tmp_path):
     """Line separators inside a text, right-to-left script, CRLF, a byte order mark, a long line."""
     texts = ["\u202eשלום x", "a\u2028b\u2029c\x85d\x0be x", "👩‍🚀 x", "x " * 2_000_000]
-    rows = numbered(*[dict(RECORD, question=text) for text in texts])
+    rows = with_ids(*[dict(RECORD, question=text) for text in texts])
     lines = [json.dumps(row, ensure_ascii=False).encode() + b"\r" for row in rows]
     found, _ = read(tmp_path, b"\xef\xbb\xbf" + lines[0], b" ", *lines[1:])
     assert [ex.question for ex in found] == [text.strip() for text in texts]

@@ -91,6 +91,6 @@ def test_batches_are_padded_on_the_right_or_on_the_left():
         one, other = getattr(left, name).tolist(), getattr(batch, name).tolist()
         assert one == [other[0], other[1][2:] + other[1][:2]]
     assert left.state_at.tolist() == [3, 3]
-    moved = batch.to("meta")
-    assert moved.ids.device == moved.state_at.device == torch.device("meta")
-    assert moved.images == batch.images
+    on_meta = batch.to("meta")
+    assert on_meta.ids.device == on_meta.state_at.device == torch.device("meta")
+    assert on_meta.images == batch.images

@@ -6,18 +6,18 @@ import torch
 from conftest import assert_close, build, gradients, images_of, pair_of, terms_of
 
 
-def touched(loss, method):
+def parts_moved_by(loss, method):
     """The parts of the method that a loss moves."""
-    moved = [name for name, g in gradients(loss, method).items() if g.any()]
-    return {name.split(".")[0 if name.startswith("vlm") else 1] for name in moved}
+    names = [name for name, g in gradients(loss, method).items() if g.any()]
+    return {name.split(".")[0 if name.startswith("vlm") else 1] for name in names}
 
 
 def test_which_loss_moves_which_weights(vlm64, mixed):
     method, batch = build(vlm64, "pearl", mixed[:2])
     terms = terms_of(method, batch)
-    assert touched(terms["vlm"], method) == {"vlm"}
-    assert touched(terms["jepa"], method) == {"vlm", "pred_embeddings"}
-    assert touched(terms["nextlat"], method) == {"vlm", "latent"}
+    assert parts_moved_by(terms["vlm"], method) == {"vlm"}
+    assert parts_moved_by(terms["jepa"], method) == {"vlm", "pred_embeddings"}
+    assert parts_moved_by(terms["nextlat"], method) == {"vlm", "latent"}
     trained = gradients(terms["loss"], method)
     assert all(g.any() for g in trained.values())
     # LoRA is all that trains of the VLM, and it stands in the language model alone

@@ -8,7 +8,7 @@ from plain import target_state
 from support.adapters import lora_layers
 from support.images import ImageEncoder, load_images, with_pixels
 from support.step import StoredTargets
-from conftest import build, images_of, moved, pair_of
+from conftest import build, images_of, move, pair_of
 
 
 def target(method, batch):
@@ -23,8 +23,8 @@ def test_h_R_is_the_starting_models(vlm64, loaded64, mixed, options):
     with torch.no_grad():
         expected = torch.stack([target_state(loaded64, record) for record in mixed[:2]])
     # one row is used at once, the other after the model has moved
-    first = target(moved(method), batch[:1])
-    both = target(moved(method), batch)
+    first = target(move(method), batch[:1])
+    both = target(move(method), batch)
     torch.testing.assert_close(both, expected, rtol=1e-5, atol=1e-5)
     assert torch.equal(both[0], first[0])
     # the moved model's own h_R is another one
@@ -77,7 +77,7 @@ def test_full_fine_tuning_keeps_a_copy_that_is_not_trained_or_saved(vlm64, mixed
 
 
 @pytest.fixture
-def counted(vlm64, monkeypatch):
+def tower_calls(vlm64, monkeypatch):
     """The number of images in each call of the vision tower."""
     calls, real = [], vlm64.family.features
     monkeypatch.setattr(vlm64.family, "features",
@@ -85,12 +85,12 @@ def counted(vlm64, monkeypatch):
     return calls
 
 
-def test_a_frozen_tower_encodes_each_image_once_within_a_limit(vlm64, mixed, counted):
+def test_a_frozen_tower_encodes_each_image_once_within_a_limit(vlm64, mixed, tower_calls):
     images = [image for example in mixed[:2]
               for image in with_pixels(load_images(example, vlm64.family), vlm64.family)]
     encode = ImageEncoder(vlm64.family)
     first, again = encode(images[:2] + images[1:3]), encode(images)
-    assert counted == [3, 1] and all(again[key] is first[key] for key in first)
+    assert tower_calls == [3, 1] and all(again[key] is first[key] for key in first)
     for image in images:
         (features, grid), alone = again[image.key], ImageEncoder(vlm64.family)([image])[image.key]
         torch.testing.assert_close(features, alone.features)
@@ -100,21 +100,21 @@ def test_a_frozen_tower_encodes_each_image_once_within_a_limit(vlm64, mixed, cou
     assert encode.size == sum(kept.features.nbytes for kept in again.values())
     # beyond the limit, in bytes, they are made again
     size = sum(kept.features.nbytes for kept in first.values())
-    counted.clear()
+    tower_calls.clear()
     for limit, kept in ((size, 3), (size - 1, 2), (0, 0)):
         encode = ImageEncoder(vlm64.family, limit=limit)
         assert all(len(encode(images[:3])) == 3 for _ in range(2)) and len(encode.cache) == kept
-    assert counted == [3, 3, 1, 3, 3]
+    assert tower_calls == [3, 3, 1, 3, 3]
 
 
 @pytest.mark.parametrize("train_vision", [False, True])
-def test_a_step_encodes_each_image_once(vlm64, mixed, counted, train_vision):
+def test_a_step_encodes_each_image_once(vlm64, mixed, tower_calls, train_vision):
     method, batch = build(vlm64, "current", [mixed[0]] * 2, train_vision=train_vision)
-    counted.clear()
+    tower_calls.clear()
     for _ in range(2):
         method(batch)
     # in every step where the tower trains, and then with a gradient
-    assert counted == ([2, 2] if train_vision else [2])
+    assert tower_calls == ([2, 2] if train_vision else [2])
     assert len(method.encode_images.cache) == (0 if train_vision else 2)
     assert all(e.features.requires_grad == train_vision for e in images_of(method, batch).values())
     with torch.no_grad():

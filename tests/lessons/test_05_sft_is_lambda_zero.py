@@ -9,7 +9,7 @@ from plain import inputs, rand, same, tokens, turns_of
 
 from support.adapters import LoRALinear, lora_layers
 from train import Config
-from conftest import assert_close, assert_same, build, gradients, stirred
+from conftest import assert_close, assert_same, build, gradients, stir
 
 
 def forward(vlm, example, labels=None):
@@ -79,7 +79,7 @@ def test_lora_is_on_every_linear_layer_and_starts_from_the_base(vlm64, mixed, vi
     for layer in layers:
         assert layer.scaling == 2 and layer.lora_A.dtype == torch.float32
         assert layer.lora_A.shape == (rank, layer.base.in_features) and not layer.lora_B.any()
-    layer, x = stirred(layers[0].double()), rand(4, layers[0].base.in_features)
+    layer, x = stir(layers[0].double()), rand(4, layers[0].base.in_features)
     naive = layer.base(x) + 2 * x @ layer.lora_A.T @ layer.lora_B.T
     same(layer(x).square().sum(), naive.square().sum(), x, layer.lora_A, layer.lora_B)
     # a large rank is added to the weights, but not to those of 16 bits

@@ -11,7 +11,7 @@ from plain import inputs, run, tokens, turns_of
 import evaluate
 from model import VLM
 from world import loader
-from conftest import TINY, assert_close, build, merged_weights, moved
+from conftest import TINY, assert_close, build, merged_weights, move
 
 # of several tokens, and some where one option begins another
 OPTIONS = [["seven", "two"], ["red disc", "blue", "nine seven two"], ["red", "red disc", "two"],
@@ -99,7 +99,7 @@ def test_words_are_those_of_transformers_own_generate(loaded64, monkeypatch, way
 @pytest.mark.parametrize("rank", [4, 0])
 def test_alpha_loads_a_share_of_the_change(shipped, mixed, tmp_path, rank):
     method, _ = build(copy.deepcopy(shipped), "sft", mixed[:1], lora_rank=rank)
-    trained, start = moved(method.float()).vlm, merged_weights(shipped)
+    trained, start = move(method.float()).vlm, merged_weights(shipped)
     trained.save_adapter(tmp_path)
     for alpha in (1.0, 0.5, 0.0):
         vlm = VLM(TINY)

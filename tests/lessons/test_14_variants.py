@@ -11,7 +11,7 @@ from plain import cosine, eq1, run, target_state, tokens, turns_of
 import baselines
 import train
 from world import loader
-from conftest import assert_same, build, embed, images_of, moved, pair_of, terms_of
+from conftest import assert_same, build, embed, images_of, move, pair_of, terms_of
 
 RECORDS = loader.examples("multi", "train", 6)
 
@@ -22,7 +22,7 @@ def test_the_teacher_follows_slowly(vlm64):
     means = {n: method.teacher.get_buffer(n.replace(".", "/")).clone() for n in weights}
     with torch.no_grad():
         for step in (1, 2):
-            moved(vlm64)
+            move(vlm64)
             method.after_step(step)
             # m rises in a straight line to 1 at step 10
             m = 0.9 + 0.1 * step / 10
@@ -109,7 +109,7 @@ def test_a_centred_target_is_particular_to_its_trajectory(vlm64, loaded64, name,
     rows = method.predictor.pred_embeddings.detach().clone()
     images = images_of(*build(copy.deepcopy(loaded64), "sft", RECORDS))
     # far enough for other neighbours
-    moved(moved(method).predictor, size=1.0)
+    move(move(method).predictor, size=1.0)
     with torch.no_grad():
         records = [(record, example.views.input) for record, example in zip(RECORDS, batch)]
         targets = naive_centred(loaded64, rows, records, images, numbers,
@@ -140,7 +140,7 @@ def test_the_running_mean_follows_the_targets_while_training(vlm64):
         mean = (1 - share) * mean + share * h_R.mean(dim=0)
         torch.testing.assert_close(method.mean, mean, rtol=1e-5, atol=1e-6)
         assert training or torch.equal(method.mean, before)
-        moved(method)
+        move(method)
     assert "mean" not in method.state_dict()
 
 
@@ -169,7 +169,7 @@ def naive_kl(student, teacher, records):
     dict(teacher="start", train_vision=True)], ids=str)
 def test_the_student_learns_the_teachers_distributions(vlm64, loaded64, options):
     method, batch = build(vlm64, "self_distill", RECORDS[:3], **options)
-    moved(method)
+    move(method)
     terms, teacher = terms_of(method, batch), loaded64 if options else vlm64
     assert_same(terms["kl"], naive_kl(vlm64, teacher, RECORDS[:3]), method)
     torch.testing.assert_close(terms["loss"], terms["vlm"] + 5 * terms["kl"])

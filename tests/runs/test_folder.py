@@ -71,10 +71,10 @@ def test_a_checkpoint_replaces_what_an_interruption_left_and_older_ones(tmp_path
         "best.json", "checkpoint-9", "checkpoint-9/whole", "checkpoint-mine",
         "checkpoint-mine/half"]
     write_json(tmp_path / "config.json", {})
-    assert run.finished(tmp_path) == (SimpleNamespace(), tmp_path / "checkpoint-9")
+    assert run.config_and_checkpoint(tmp_path) == (SimpleNamespace(), tmp_path / "checkpoint-9")
     # a name cannot lead out of the run
     write_json(tmp_path / "best.json", dict(checkpoint="../checkpoint-9"))
-    assert run.finished(tmp_path)[1] == tmp_path / "checkpoint-9"
+    assert run.config_and_checkpoint(tmp_path)[1] == tmp_path / "checkpoint-9"
 
 
 def test_the_log_names_each_record_that_was_left_out_once(config, out):
@@ -135,19 +135,19 @@ def test_paths_become_absolute_and_names_on_the_hub_stay(tmp_path, monkeypatch):
 
 
 def test_only_a_run_that_can_continue_is_resumed(config, out):
-    def refused(message, *argv):
+    def refuses(message, *argv):
         with pytest.raises((ValueError, FileNotFoundError), match=message):
             run.read_config(train.config_class, argv)
 
-    refused("takes the run folder")
-    refused("is not a run folder", str(out))
+    refuses("takes the run folder")
+    refuses("is not a run folder", str(out))
     out.mkdir(parents=True)
     write_json(out / "config.json", vars(config) | dict(colour=1))
-    refused("unknown field 'colour'", str(out))
+    refuses("unknown field 'colour'", str(out))
     write_json(out / "config.json", vars(config) | dict(steps=7))
     assert run.read_config(train.config_class, [str(out)]).steps == 7
     write_json(out / "results.json", {})
-    refused("is finished", str(out))
+    refuses("is finished", str(out))
 
 
 def test_the_hint_of_a_collapse_names_what_to_try():
@@ -163,7 +163,7 @@ def test_the_hint_of_a_collapse_names_what_to_try():
 # ---- signals ----
 
 
-def signalled(where: str, number: int) -> None:
+def send_signals(where: str, number: int) -> None:
     if where == "before":
         os.kill(os.getpid(), number)
     # with several processes torchrun sends its own after the terminal's, which undoes nothing
@@ -184,7 +184,7 @@ def test_a_signal_ends_the_program_as_signals_do(tmp_path, number, where):
         file = os.open(said, os.O_WRONLY | os.O_CREAT)
         os.dup2(file, 1), os.dup2(file, 2)
         sys.stdout = sys.stderr = os.fdopen(1, "w", encoding="utf-8")
-        processes.run_program(lambda: signalled(where, number), "stopped; --resume continues")
+        processes.run_program(lambda: send_signals(where, number), "stopped; --resume continues")
         os._exit(0)
     _, status = os.waitpid(child, 0)
     text = said.read_text(encoding="utf-8")

@@ -99,14 +99,14 @@ def contents(out):
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def whole_run(tmp_path_factory):
     """A run from beginning to end: its folder and config."""
     config = train.parse_config([*TINY_RUN, "--out", str(tmp_path_factory.mktemp("a") / "run")])
     return train.train(config), config
 
 
-def test_the_run_folder_holds_what_the_docs_say(finished):
-    out, config = finished
+def test_the_run_folder_holds_what_the_docs_say(whole_run):
+    out, config = whole_run
     best = read_json(out / "best.json")
     assert {path.name for path in out.iterdir()} == {
         "config.json", "inputs.json", "environment.json", "before.json", "log.jsonl",
@@ -143,7 +143,7 @@ def test_steps_without_a_finite_gradient_are_skipped_then_stop(tmp_path, monkeyp
     assert all(torch.isfinite(t).all() for t in state["weights"].values())
 
 
-def test_a_run_interrupted_in_every_way_ends_as_the_uninterrupted_one(finished, tmp_path,
+def test_a_run_interrupted_in_every_way_ends_as_the_uninterrupted_one(whole_run, tmp_path,
                                                                       as_program):
     """Killed at a random moment, asked to end by SIGTERM and by SIGINT, killed again."""
     out, moments = tmp_path / "run", []
@@ -166,7 +166,7 @@ def test_a_run_interrupted_in_every_way_ends_as_the_uninterrupted_one(finished, 
             assert step <= run.read_state(out / "state.safetensors")["step"] < 12
     if not (out / "results.json").is_file():
         as_program(train.__file__, "--resume", out)
-    ended, whole = contents(out), contents(finished[0])
+    ended, whole = contents(out), contents(whole_run[0])
     for key, value in whole.items():
         assert ended[key] == value, (key, moments)
 

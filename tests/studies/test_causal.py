@@ -202,7 +202,7 @@ def test_the_program_asks_a_checkpoint_and_refuses_two_settings(tmp_path, monkey
     assert "| image | grey | right | 2 |" in capsys.readouterr().out
     (seed,) = read_json(file)[causal.BASE]
     assert set(seed["tool image|as it is|right"]) == {ex.id for ex in world}
-    monkeypatch.setattr(causal.run, "finished", lambda path: (
+    monkeypatch.setattr(causal.run, "config_and_checkpoint", lambda path: (
         Config(regime="mixed" if path.name == "a" else "all"), path))
     monkeypatch.setattr(sys, "argv", ["causal.py", "a", "b"])
     with pytest.raises(ValueError, match="a, b differ in base, data or regime"):

@@ -54,7 +54,7 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture
-def shown(monkeypatch, capsys):
+def show_lines(monkeypatch, capsys):
     """The lines that `python analysis/show.py` prints with these options."""
     def run(*options) -> list[str]:
         monkeypatch.setattr(sys, "argv", ["show.py", *map(str, options)])
@@ -68,11 +68,11 @@ def view_of(lines: list[str], name: str) -> list[str]:
     return [*itertools.takewhile(bool, lines[start + 1:])]
 
 
-def test_the_worked_example_and_an_unusual_record_to_the_token(shown, folder):
-    lines = shown("--data", folder, "--pred_tokens", 2)
+def test_the_worked_example_and_an_unusual_record_to_the_token(show_lines, folder):
+    lines = show_lines("--data", folder, "--pred_tokens", 2)
     assert lines[0] == "0001: 'Which digit is on the red disc?' 'seven'"
     assert lines[-len(WORKED):] == WORKED
-    lines = shown("--data", folder, "--row", 1, "--method", "sft")
+    lines = show_lines("--data", folder, "--row", 1, "--method", "sft")
     assert lines[0] == "0002: 'Was\\x1b it €?' 'two'" and lines[4:7] == [
         "       4-13  10 x <|image_pad|>, image 0, 4 x 10 patches, positions 4-4 / 4-5 / 4-8",
         "      14-29  <|vision_end|> W as \\x1b · it · â Ĥ ¬ ? <|im_end|> \\n <|im_start|> "
@@ -80,13 +80,13 @@ def test_the_worked_example_and_an_unusual_record_to_the_token(shown, folder):
         "s     30-33  Answer : ·two <|im_end|>"]
 
 
-def test_rows_are_counted_from_0_and_what_is_missing_is_one_sentence(shown, folder):
-    assert shown("--regime", "multi", "--row", 2)[0].startswith("zoom-train-00002: ")
+def test_rows_are_counted_from_0_and_what_is_missing_is_one_sentence(show_lines, folder):
+    assert show_lines("--regime", "multi", "--row", 2)[0].startswith("zoom-train-00002: ")
     for options, message in ((["--data", folder, "--row", 2], "has no row 2"),
                              (["--data", "nowhere"], "^nowhere/trajectories.jsonl not found"),
                              (["--model", "./nowhere"], "./nowhere")):
         with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
-            shown(*options)
+            show_lines(*options)
         assert "\n" not in str(error.value)
 
 
@@ -100,13 +100,13 @@ def test_rows_are_counted_from_0_and_what_is_missing_is_one_sentence(shown, fold
         "      49-50  2 x latent, positions 37-38", "         51  <|vision_end|>",
         "s     52-60  The ·digit ·is ·seven . ·Answer : ·seven <|im_end|>"]),
     ("direct", "full", ["s     34-37  Answer : ·seven <|im_end|>"])])
-def test_how_the_views_of_a_method_end(shown, folder, options, view, end):
-    lines = shown("--data", folder, "--method", *options.split())
+def test_how_the_views_of_a_method_end(show_lines, folder, options, view, end):
+    lines = show_lines("--data", folder, "--method", *options.split())
     assert view_of(lines, view)[-len(end):] == end
 
 
-def test_the_views_of_the_release(shown, folder):
-    lines = shown("--data", folder, "--method", "strip_calls+release")
+def test_the_views_of_the_release(show_lines, folder):
+    lines = show_lines("--data", folder, "--method", "strip_calls+release")
     assert sum(", image 0, " in line for line in view_of(lines, "target")) == 1
     assert "Which" not in " ".join(view_of(lines, "target"))
     assert [line for line in lines if line.startswith("s")] == [
@@ -114,20 +114,20 @@ def test_the_views_of_the_release(shown, folder):
         "s     57-66  The ·digit ·is ·seven . ·Answer : ·seven <|im_end|> \\n"]
 
 
-def test_views_that_are_not_there_are_not_printed(shown, folder):
-    image = shown("--data", folder, "--method", "target_state", "--target_position", "image")
+def test_views_that_are_not_there_are_not_printed(show_lines, folder):
+    image = show_lines("--data", folder, "--method", "target_state", "--target_position", "image")
     assert [line[:11] for line in image if line.endswith("<- h_R")] == ["      23-26"]
-    recon, direct = (shown("--data", folder, "--method", name) for name in ("recon", "direct"))
+    recon, direct = (show_lines("--data", folder, "--method", name) for name in ("recon", "direct"))
     assert not [line for line in recon if line.startswith(("input", "target"))]
     # beside a trajectory a bare answer has no h_R
     for name, alone in (("both", "sft"), ("with_answers", "pearl")):
-        assert shown("--data", folder, "--method", name) == shown(
+        assert show_lines("--data", folder, "--method", name) == show_lines(
             "--data", folder, "--method", alone) + direct[1:]
     assert not [line for line in direct if "<- h_R" in line]
 
 
 @pytest.mark.parametrize("name", ["qwen3_vl", "idefics3", "gemma3"])
-def test_other_families_without_their_weights(shown, folder, tmp_path, name):
+def test_other_families_without_their_weights(show_lines, folder, tmp_path, name):
     """Against the view and positions that the family gives with its weights."""
     checkpoint, example = build(name, tmp_path / name), read_record(folder, 0)
     family = load_checkpoint(str(checkpoint), torch.float32)[1]
@@ -138,7 +138,7 @@ def test_other_families_without_their_weights(shown, folder, tmp_path, name):
     batch = collate([full], 0)
     positions = family.positions(batch.ids, batch.mask, [image.grid for image in images])[:, 0]
     supervised, image_tokens, end = [], 0, 0
-    for line in view_of(shown("--data", folder, "--model", checkpoint), "full"):
+    for line in view_of(show_lines("--data", folder, "--model", checkpoint), "full"):
         first, *last = map(int, line[1:12].strip().split("-"))
         assert first == end  # no token is left out
         end = (last or [first])[0] + 1
@@ -151,13 +151,13 @@ def test_other_families_without_their_weights(shown, folder, tmp_path, name):
     assert supervised == [n for n, label in enumerate(full.labels) if label != -100]
 
 
-def test_only_a_terminal_gets_colour(shown, folder, monkeypatch):
+def test_only_a_terminal_gets_colour(show_lines, folder, monkeypatch):
     monkeypatch.delenv("NO_COLOR", raising=False)
-    plain = shown("--data", folder)
+    plain = show_lines("--data", folder)
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
-    lines = shown("--data", folder)
+    lines = show_lines("--data", folder)
     green = [line for line in lines if "\033" in line]
     assert [line[:6] for line in green] == ["\033[32ms"] * 2
     assert [line.removeprefix("\033[32m").removesuffix("\033[0m") for line in lines] == plain
     monkeypatch.setenv("NO_COLOR", "1")
-    assert shown("--data", folder) == plain
+    assert show_lines("--data", folder) == plain
