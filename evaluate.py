@@ -23,6 +23,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Literal
 
 import torch
 
@@ -35,7 +36,7 @@ from support.options import option, optional_folder, parse
 from support.processes import progress, run_program
 from support.records import Example
 from support.splits import test_questions
-from support.step import Method
+from support.step import adapt_all, method_of
 
 
 class Evaluator:
@@ -133,29 +134,22 @@ def load_model(path: str | Path, device: str, max_pixels: int = 0, alpha: float 
     if not (Path(path) / "best.json").is_file():
         if alpha != 1:
             raise ValueError(f"--alpha is for a run, and {path} has no best.json")
-        vlm = VLM(path, max_pixels=max_pixels).to(device)
-        return vlm.eval(), SimpleNamespace(data="", regime="", answer_prefix="Answer:"), {}
+        config = SimpleNamespace(method="sft", data="", regime="", answer_prefix="Answer:")
+        return VLM(path, max_pixels=max_pixels).to(device).eval(), config, {}
     config, checkpoint = run.config_and_checkpoint(Path(path))
-    vlm = VLM(config.model, getattr(torch, config.dtype), config.min_pixels, config.max_pixels)
+    vlm = VLM(config.model, getattr(torch, config.dtype), config.min_pixels,
+              max_pixels or config.max_pixels)
     # what answers is a plain VLM: the file of [PRED] and latent predictor is not even opened
     vlm.to(device).load_adapter(checkpoint, alpha)
     return vlm.eval(), config, method_of(config).ways(config, vlm, checkpoint)
-
-
-def method_of(config) -> type[Method]:
-    """The class of a run's method."""
-    # train.py imports this file, not the reverse; Pearl and SFT answer as their base class does
-    if config.method in ("pearl", "sft"):
-        return Method
-    return optional_folder("baselines", f"--method {config.method}").find(config.method)
 
 
 def report(out: Path, config, tests: Sequence[Example], before: list, seconds: float) -> None:
     """Ask the best checkpoint, loaded as a user would; keep its answers and print a table."""
     vlm, config, ways = load_model(out, config.device)
     # `tool` shows trajectories as training did
-    tests = [method_of(config).adapt(example, config) for example in tests]
-    after = answer_questions(Evaluator(vlm, tests, config.answer_prefix), ways=ways)
+    evaluator = Evaluator(vlm, adapt_all(tests, config), config.answer_prefix)
+    after = answer_questions(evaluator, ways=ways)
     best = read_json(out / "best.json")
     write_json(out / "results.json",
                dict(best=best, train_seconds=seconds, answers=after, before=before))
@@ -174,7 +168,7 @@ class Options:
     data: str = option("", "a data folder; default: the run's own, or the world")
     answer_prefix: str = option("", "what starts an answer; default: the run's own, or Answer:")
     alpha: float = option(1.0, "shrink a run's change: W0 + alpha (W - W0)")
-    split: str = option("test", "test or validation")
+    split: Literal["test", "validation"] = option("test", "whose questions")
     per_task: int = option(200, "test questions of each task drawn by world/")
     free_tokens: int = option(0, "tokens of a free answer; 0: what the longest option needs")
     call_limit: int = option(0, "explicit tool use too, with at most so many calls")
@@ -182,23 +176,29 @@ class Options:
     json: str = option("", "write the table and every answer to this file")
     device: str = option("cuda" if torch.cuda.is_available() else "cpu", "any PyTorch device")
 
+    def ask_anew(self) -> bool:
+        """Whether an option changes what is asked, so that a run's stored answers do not serve."""
+        return replace(self, json="", device=Options.device) != Options()
+
 
 def ask(path: str, options: Options) -> list[dict]:
     """The test questions of a run, or one question about one picture."""
+    if bool(options.image) != bool(options.question) or options.image and options.json:
+        raise ValueError("--image and --question need each other, and --json takes neither")
     vlm, config, ways = load_model(path, options.device, options.max_pixels, options.alpha)
     config.data = options.data or config.data
-    prefix = options.answer_prefix or config.answer_prefix
+    config.answer_prefix = prefix = options.answer_prefix or config.answer_prefix
     # explicit tool use is a rival, so it lives in baselines/
     if options.call_limit:
         tool_use = optional_folder("baselines.tool_use", "--call_limit")
         ways["call"] = partial(tool_use.answer, limit=options.call_limit)
     if not options.image:
         questions = test_questions(config, options.per_task, options.split)
+        questions = adapt_all(questions, config)
         return answer_questions(Evaluator(vlm, questions, prefix), options.free_tokens, ways)
     # the right answer is unknown: the first choice fills its place and is not used
-    choices = [choice.strip() for choice in options.options.split(",")]
-    example = Example("the question", "question", Path(options.image), options.question, choices,
-                      choices[0])
+    choices = [*filter(None, map(str.strip, options.options.split(",")))] or [""]
+    example = Example("1", "question", Path(options.image), options.question, choices, choices[0])
     evaluator = Evaluator(vlm, [example], prefix)
     if options.call_limit:
         tool_use.show(evaluator, options.call_limit, Path(options.image).stem)
@@ -216,9 +216,8 @@ def main() -> None:
     path, rest = sys.argv[1] if len(sys.argv) > 1 else "--help", sys.argv[2:]
     options = parse(Options, ["--help"] if path.startswith("-") else rest, __doc__)
     file = Path(path) / "results.json"
-    # stored answers serve as long as no option changes what is asked
-    unchanged = replace(options, json=Options.json, device=Options.device) == Options()
-    records = read_json(file)["answers"] if unchanged and file.is_file() else ask(path, options)
+    anew = options.ask_anew() or not file.is_file()
+    records = ask(path, options) if anew else read_json(file)["answers"]
     if records:
         columns = {path: tables.summarise(records)}
         print(tables.format_table(columns))

@@ -1,7 +1,7 @@
 """What training and answering cost: time and memory of a step, of an answer, of a data folder.
 
     python analysis/benchmark.py steps --steps 20 --train_examples 640    # options of train.py
-    python analysis/benchmark.py answers RUN_OR_MODEL                     # options of evaluate.py
+    python analysis/benchmark.py answers RUN_OR_MODEL                     # --data, --per_task ...
     python analysis/benchmark.py data --records 100000                    # options of train.py
 
 steps: SFT; Pearl with the cached target (the default), with the current model's, with one pass a
@@ -114,10 +114,12 @@ def answers(path: str, options: evaluate.Options) -> dict[str, float]:
             # an evaluator for each way: the next one must not find the picture encoded
             evaluator = evaluate.Evaluator(vlm, [example], config.answer_prefix)
             start = now(options.device)
-            answer(evaluator)
-            times[way].append(1000 * (now(options.device) - start))
+            # None: the question has no tool image
+            if answer(evaluator)[0]:
+                times[way].append(1000 * (now(options.device) - start))
     # the first question warms up
-    return {f"{way}_ms": statistics.median(values[1:]) for way, values in times.items()}
+    return {f"{way}_ms": statistics.median(values[1:] or values) for way, values in times.items()
+            if values}
 
 
 @dataclass

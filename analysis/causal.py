@@ -39,6 +39,7 @@ from model import VLM
 from support import answers, files, processes, run, splits, tables
 from support.images import opened, picture_digest
 from support.records import Example
+from support.step import adapt_all
 from train import Config
 from world import loader
 
@@ -279,9 +280,9 @@ def table(systems: dict[str, list[Results]], distances: dict[str, int]) -> str:
 
 @torch.no_grad()
 def tests_of(vlm: VLM, config, questions: Questions, before: Results, checkpoint=None) -> Results:
-    examples = [evaluate.method_of(config).adapt(ex, config) for ex in questions.trained]
+    examples = adapt_all(questions.trained, config)
     model = Evaluator(vlm.eval(), examples, config.answer_prefix)
-    if config.method.endswith("recon"):
+    if "recon" in config.method.split("+"):
         scale = reconstruction.load_scale(checkpoint, vlm)
         results = latent_tests(model, scale, config.decode_latents)
     else:

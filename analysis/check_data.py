@@ -65,11 +65,15 @@ class Check:
     def token_count(self, example: Example) -> int:
         """The tokens of the longest view that the run makes. Raises ValueError naming an example
         that cannot be trained on, or asked."""
-        chat, images = self.chat, load_images(example, self.chat.family)
+        chat = self.chat
         if example.split == "test":
+            images = load_images(example, chat.family)
             return len(chat.question(example, images, self.forms[example.id]).started.ids)
-        views = train.find_method(self.config.method).views(self.config, chat, example, images)
-        return max(len(view.ids) for view in views)
+        config, method = self.config, train.find_method(self.config.method)
+        # a method may learn from a record in two ways, or only from its answer
+        views = [method.views(config, chat, record, load_images(record, chat.family))
+                 for record in method.records([example], config)]
+        return max(len(view.ids) for part in views for view in part)
 
 
 def check_data(config: train.Config) -> None:

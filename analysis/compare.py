@@ -203,7 +203,7 @@ def markdown(rows: list[dict], reference: str) -> str:
 
 def answers_of(path: Path, options: evaluate.Options) -> dict:
     """The answers of a run or checkpoint, stored or asked for; of a run also its config."""
-    if (path / "results.json").is_file() and not (options.again or options.data):
+    if (path / "results.json").is_file() and not options.ask_anew():
         return read_run(path)
     run = dict(answers=evaluate.ask(str(path), options))
     # a checkpoint has a config.json too, of another kind

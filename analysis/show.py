@@ -23,7 +23,7 @@ from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # before any other `analysis`
 
-from baselines import Recon, variants
+from baselines import Recon, SelfDistill, variants
 from data import View, collate
 from support.chat import Chat
 from support import families, options, processes
@@ -39,6 +39,8 @@ def lines(method: type[Pearl], config, family, example: Example) -> Iterator[str
     images = {image.key: image for image in loaded}
     # what is injected, and where h^_R and h_R stand; no loss reads the embedding of the full view
     views = [("full", full, "latent", "", [])]
+    if issubclass(method, SelfDistill):
+        views.append(("student's", prompt, "", "", []))
     # SFT has no other views, a bare answer no R
     if not issubclass(method, (SFT, Recon)) and not example.bare:
         place = getattr(config, "target_position", "end")

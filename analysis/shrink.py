@@ -21,6 +21,7 @@ import evaluate
 from analysis import figures
 from analysis.compare import arm_of, change_text, difference, mean_std, table_of
 from support import files, processes, splits
+from support.step import adapt_all
 from support.tables import HELD_OUT, overall, summarise
 
 ALPHAS = (1.0, 0.75, 0.65, 0.5, 0.35)
@@ -39,7 +40,7 @@ def answers_of(run: Path, per_task: int, device: str) -> Run:
             vlm, config, _ = evaluate.load_model(run, device, alpha=alpha)
             rights = stored[str(alpha)] = {}
             for split in ("validation", "test"):
-                questions = splits.test_questions(config, per_task, split)
+                questions = adapt_all(splits.test_questions(config, per_task, split), config)
                 evaluator = evaluate.Evaluator(vlm, questions, config.answer_prefix)
                 for record in evaluate.answer_questions(evaluator):
                     for way in record["cost"]:
@@ -58,8 +59,8 @@ def marks(runs: list[Run], alpha: float, way: str, split: str = "test",
 
 
 def accuracies(runs: list[Run], alpha: float, *which) -> list[float]:
-    """In %, of each run. which: see `marks`."""
-    return [100 * sum(own.values()) / len(own) for own in marks(runs, alpha, *which)]
+    """In %, of each run that was asked such questions. which: see `marks`."""
+    return [100 * sum(own.values()) / len(own) for own in marks(runs, alpha, *which) if own]
 
 
 def smallest_alpha(runs: list[Run]) -> float:
@@ -76,7 +77,8 @@ def table(arms: dict[str, list[Run]]) -> str:
     lines = []
     for name, runs in arms.items():
         for alpha in dict.fromkeys((1.0, smallest_alpha(runs))):
-            cells = [mean_std(accuracies(runs, alpha, *which)) for which in COLUMNS.values()]
+            shares = [accuracies(runs, alpha, *which) for which in COLUMNS.values()]
+            cells = [mean_std(values) if values else "-" for values in shares]
             ours, theirs = (marks(other, alpha, "direct")[:len(runs)]
                             for other in (runs, arms[reference]))
             first = name == reference or len(ours) != len(theirs)
@@ -124,6 +126,8 @@ def main() -> None:
     print(table(arms))
     if options.figure:
         start = summarise(files.read_json(options.runs[0] / "results.json")["before"])
+        if HELD_OUT not in start:
+            raise ValueError(f"--figure needs runs that were asked {HELD_OUT}, as the world's are")
         before = [100 * start[task]["direct"][0] for task in (overall(start), HELD_OUT)]
         figure(arms, before).savefig(options.figure)
 

@@ -130,6 +130,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side")
     cut = argv.index("--") if "--" in argv else len(argv)
     args = parser.parse_args(argv[:cut])
+    args.jobs = max(1, args.jobs)
     args.rest = argv[cut + 1:]
     return args
 

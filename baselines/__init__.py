@@ -24,9 +24,12 @@ METHODS = dict(
     two_passes=TwoPasses, centred=Centred, target_state=TargetState, ema=EMA, current=Current,
     self_distill=SelfDistill, sft=SFT, pearl=Pearl)
 
+# what a step of Pearl calls for its latent terms
+TERMS = ("encode_views", "encode_target", "target", "jepa", "nextlat", "prepare")
+
 
 def find(name: str) -> type[Pearl]:
-    """The class for a name, or several joined by +. Raises ValueError with the known names."""
+    """The class for a name, or several joined by +. Raises ValueError."""
     names = name.split("+")
     if unknown := [one for one in names if one not in METHODS]:
         raise ValueError(f"unknown method {unknown[0]!r}: choose from {', '.join(METHODS)}, or "
@@ -34,4 +37,11 @@ def find(name: str) -> type[Pearl]:
     classes = [METHODS[name] for name in METHODS if name in names]
     # a class whose subclass is there too adds nothing
     bases = tuple(cls for cls in classes if sum(issubclass(one, cls) for one in classes) == 1)
+    # a method with a step of its own has no latent terms that another could change
+    own_step = [cls for cls in bases if cls.forward is not Pearl.forward]
+    idle = [cls for cls in bases if cls not in own_step and "records" not in vars(cls)
+            and any(getattr(cls, name) is not getattr(Pearl, name) for name in TERMS)]
+    if own_step and idle:
+        raise ValueError(f"--method {name}: {own_step[0].__name__} has none of the terms that "
+                         f"{idle[0].__name__} changes")
     return bases[0] if len(bases) == 1 else type("Method", bases, {})

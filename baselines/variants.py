@@ -59,7 +59,7 @@ class EMA(Current):
 
     def build_modules(self) -> None:
         if self.target_needs_grad:
-            raise ValueError("vicreg and sigreg send a gradient through h_R, and ema's has none")
+            raise ValueError("vicreg, sigreg and paper need a gradient through R; ema has none")
         super().build_modules()
         self.weights = {name: p for name, p in self.vlm.named_parameters() if p.requires_grad}
         # their averages, in the same order; buffers, because the run's state has those too

@@ -58,19 +58,25 @@ def has_prefix(text: str, prefix: str) -> bool:
     return re.search(_pattern(prefix), text, re.IGNORECASE) is not None
 
 
-def stated_answer(text: str, prefix: str) -> str | None:
-    r"""What follows the last prefix or stands in the last \boxed{} or <answer>, if there is one."""
+def stated_answers(text: str, prefix: str) -> list[str]:
+    r"""What follows each prefix, the last one first, or stands in the last \boxed{} or <answer>."""
     prefix = re.sub(r"(?:<answer>|\\boxed\s*\{)*$", "", prefix.strip())  # found by STATED
-    *before, inside = re.split(_pattern(prefix), text, flags=re.IGNORECASE)
-    stated = inside.strip() if before and prefix else None
-    while marked := STATED.findall(inside):
-        stated = inside = "".join(marked[-1]).strip()
+    ends = [m.end() for m in re.finditer(_pattern(prefix), text, re.IGNORECASE)] if prefix else []
+    stated = [text[end:].strip() for end in reversed(ends)]
+    for n, inside in enumerate(stated or [text]):
+        while marked := STATED.findall(inside):
+            inside = "".join(marked[-1]).strip()
+            stated[n:n + 1] = [inside]
     return stated
 
 
 def says(text: str, options: list[str], prefix: str) -> int | None:
     """The index of the option that a reply gives as its answer; None if it gives none of them."""
-    return option_index(stated_answer(text, prefix) or text, options)
+    stated = stated_answers(text, prefix) or [text]
+    # what follows the last prefix counts, unless an option has the prefix in it
+    count = len(stated) if any(has_prefix(option, prefix) for option in options) else 1
+    indices = [option_index(words, options) for words in stated[:count]]
+    return next((n for n in indices if n is not None), None)
 
 
 def option_index(text: str, options: list[str]) -> int | None:

@@ -95,7 +95,7 @@ class ImageEncoder:
 
 
 def opened(picture: Picture) -> Image.Image:
-    return open_image(picture, "while training") if isinstance(picture, Path) else picture
+    return open_image(picture) if isinstance(picture, Path) else picture
 
 
 def file_version(file: Path) -> tuple[str, int, int]:
@@ -110,10 +110,11 @@ def picture_digest(picture: Picture) -> str:
     return hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest()[:32]
 
 
-def open_image(file: Path | BinaryIO, where: str) -> Image.Image:
+def open_image(file: Path | BinaryIO, where: str = "") -> Image.Image:
     """A picture as the model gets it: upright (as its metadata say), RGB with 8 bits, values of 16
     bits divided by 257, transparency on white. It is read wholly. Raises ValueError or
     FileNotFoundError, which name `where`, the file and the fix."""
+    name = f"{where}: image {file}".removeprefix(": ")
     try:
         # not by its name: Pillow then maps uncompressed TIFF files with their sides swapped
         with (open(file, "rb") if isinstance(file, Path) else nullcontext(file) as content,
@@ -127,10 +128,9 @@ def open_image(file: Path | BinaryIO, where: str) -> Image.Image:
                 ImageOps.exif_transpose(image, in_place=True)
             return as_rgb(image)
     except FileNotFoundError:
-        raise FileNotFoundError(f"{where}: image {file} not found; paths are relative to the "
-                                "data folder") from None
+        raise FileNotFoundError(f"{name} not found") from None
     except Exception as error:  # a decoder may fail in any way on foreign bytes
-        raise ValueError(f"{where}: image {file} cannot be read ({error}); replace it or drop the "
+        raise ValueError(f"{name} cannot be read ({error}); replace it or drop the "
                          "record") from None
 
 

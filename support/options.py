@@ -10,8 +10,8 @@ import torch
 from transformers import HfArgumentParser
 
 # the least values of numbers; of all others it is 0
-LEAST = dict.fromkeys(("steps", "batch", "accumulate", "horizon", "eval_every", "test_per_task"),
-                      1) | dict(train_examples=2, workers=-1, target_layer=-1)
+LEAST = dict(train_examples=2, workers=-1, target_layer=-1) | dict.fromkeys(
+    "steps batch accumulate horizon eval_every test_per_task per_task sample".split(), 1)
 
 
 def option(default, help: str):

@@ -17,13 +17,15 @@ from pathlib import Path
 import numpy as np
 
 from support.answers import (contains, default_form, form_of, has_prefix, normalise, option_index,
-                             stated_answer)
+                             says, stated_answers)
 from support.files import new_folder
 from support.images import Picture, file_version, opened, picture_digest
 from support.processes import progress
 
 FILE = "trajectories.jsonl"
 SPLITS = ("train", "validation", "test")
+# the world's task that no trajectory covers; its bars have highlight's dots
+HELD_OUT = "tallest"
 # kinds of unusual records, and what is said of them
 TWICE = "have one option twice, or in two forms that count as one, and are left out"
 NO_PREFIX = ("have no {prefix!r} in the last text, with which questions are asked and replies "
@@ -126,6 +128,8 @@ def parse(line: bytes, folder: Path = Path()) -> Example:
             raise ValueError(f"field {key!r} must be a list; found {record.get(key)!r:.80}")
     if record["split"] not in (None, *SPLITS):
         raise ValueError(f"split {record['split']!r} is none of {', '.join(SPLITS)}")
+    if record["task"] in ("all", HELD_OUT):
+        raise ValueError(f"the task {record['task']!r} has a meaning in tables: rename it")
     options, steps = [_text(text, "every option") for text in record["options"]], []
     for n, step in enumerate(record["trajectory"]):
         if not isinstance(step, dict) or len(step) != 1 or not step.keys() <= {"text", "image"}:
@@ -172,12 +176,11 @@ def check(example: Example, prefix: str) -> str:
     head, mark, end = text.rpartition(prefix.strip() or "\0")
     if mark and not head[-1:].isalnum() and end.strip(" .") == answer:
         return ""
-    stated = stated_answer(text, prefix)
-    words = text if stated is None else stated
-    option = option_index(words, options)
+    option, stated = says(text, options, prefix), stated_answers(text, prefix)
+    words = stated[0] if stated else text
     right = option is not None and options[option] == answer
     if option is None:
-        others = [o for o in options if stated is not None and not contains(answer, o)]
+        others = [o for o in options if stated and not contains(answer, o)]
         right = contains(words, answer) and not any(contains(words, o) for o in others)
     if not right:
         raise ValueError(f"the last text says {words!r:.80} but the field 'answer' is "

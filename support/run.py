@@ -58,8 +58,10 @@ class Run:
         self.asks_questions = self.writes and not config.shard
         own = f"-{self.rank}" if self.rank else ""
         self.state_file = self.out / f"state{own}.safetensors"
-        self.step, self.best, self.bad, self.seconds = 0, math.inf, 0, 0.0
-        self.stopping, self.faults = False, set()
+        # the last step that is done, and the last one whose update was made or skipped
+        self.step = self.updated = self.bad = 0
+        self.best, self.seconds, self.faults = math.inf, 0.0, set()
+        self.looping = self.stopping = False
 
     def __enter__(self) -> "Run":
         if self.writes:
@@ -75,7 +77,12 @@ class Run:
                 raise ValueError(f"{self.out} is in use by another process: stop it") from None
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, kind, error, trace) -> None:
+        # a faulty record: fix it, and --resume continues; not in the middle of an update
+        if self.looping and isinstance(error, (ValueError, OSError)) and self.updated == self.step:
+            self.stopping = True
+            with suppress(OSError):
+                self.save(self.step)
         if self.writes:
             (self.out / LOCK).unlink(missing_ok=True)
             self.lock.release()
@@ -130,23 +137,19 @@ class Run:
 
     def steps(self, ready: Iterator[list]) -> Iterator[tuple[int, list]]:
         """(number, micro-batches of this process) of each step left, until a signal comes."""
-        config, start = self.config, time.time()
+        config, self.start_time = self.config, time.time() - self.seconds
         # from here on a signal ends the loop after its step, and not in the middle
-        processes.SIGNALS.in_loop = True
+        processes.SIGNALS.in_loop = self.looping = True
         try:
             while self.step < config.steps and not self.stopping:
                 self.step_began = time.time()
                 micro_batches = next(ready)
                 self.waited = time.time() - self.step_began
+                yield self.step + 1, micro_batches
                 self.step += 1
-                yield self.step, micro_batches
-        except (ValueError, OSError):  # a faulty record: fix it, and --resume continues
-            self.stopping = True
-            self.save(self.step)
-            raise
         finally:
             processes.SIGNALS.in_loop = False
-        self.seconds = time.time() - start
+        self.looping, self.seconds = False, time.time() - self.start_time
         if self.step < config.steps and self.writes:
             print(f"stopped after step {self.step}; python train.py --resume {self.out} continues")
 
@@ -163,6 +166,7 @@ class Run:
         if self.bad == 5:
             raise ValueError("five steps in a row without a finite gradient: lower --lr or "
                              f"--lambda_latent; {self.out} has the last good state")
+        self.updated = step
         return not self.bad
 
     def logs(self, step: int) -> bool:
@@ -215,6 +219,7 @@ class Run:
             state["cuda"] = torch.cuda.get_rng_state()
         if self.writes:
             state |= dict(step=step, best=self.best, weights=trained_tensors(self.method),
+                          seconds=time.time() - self.start_time,
                           optimizer=self.optimizer.state_dict(),
                           schedule=self.schedule.state_dict())
         write_state(self.state_file, state)
@@ -225,7 +230,8 @@ class Run:
         if not file.is_file():
             return
         state = read_state(file)
-        self.step, self.best = state["step"], state["best"]
+        self.step = self.updated = state["step"]
+        self.best, self.seconds = state["best"], state["seconds"]
         for name, tensor in trained_tensors(self.method).items():
             saved = state["weights"].get(name)
             if saved is None or saved.shape != tensor.shape:
@@ -338,13 +344,14 @@ def config_and_checkpoint(run: Path) -> tuple[SimpleNamespace, Path]:
             raise FileNotFoundError(f"{run / name} not found: {run} is not a finished run")
     # only the last part of the name, so that it cannot lead out of the run
     name = Path(read_json(run / "best.json")["checkpoint"]).name
-    return SimpleNamespace(**read_json(run / "config.json")), run / name
+    # the folder may have been moved
+    return SimpleNamespace(**read_json(run / "config.json") | dict(out=str(run))), run / name
 
 
 def merge(model_class: Callable, *arguments: str) -> None:
     """RUN DIR [DTYPE]: the run's best checkpoint as an ordinary folder without our code."""
-    if len(arguments) not in (2, 3):
-        raise ValueError("write python train.py --merge RUN DIR, or ... DIR float32")
+    if len(arguments) not in (2, 3) or arguments[2:] not in ((), ("float32",), ("bfloat16",)):
+        raise ValueError("write python train.py --merge RUN DIR, or ... DIR float32, or bfloat16")
     config, checkpoint = config_and_checkpoint(Path(arguments[0]))
     vlm = model_class(config.model, getattr(torch, config.dtype), config.min_pixels,
                       config.max_pixels)

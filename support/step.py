@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from support.options import optional_folder
 from support.records import Example
 
 
@@ -43,6 +44,19 @@ class Method(nn.Module):
 
     def after_step(self, step: int) -> None:
         """Work after the optimiser has moved the weights."""
+
+
+def method_of(config) -> type[Method]:
+    """The class of a run's method, for its questions alone."""
+    # Pearl and SFT, which are in train.py, are asked as their base class is
+    if config.method in ("pearl", "sft"):
+        return Method
+    return optional_folder("baselines", f"--method {config.method}").find(config.method)
+
+
+def adapt_all(examples: Sequence[Example], config) -> list[Example]:
+    """The examples with their trajectories as the run's training showed them."""
+    return [method_of(config).adapt(example, config) for example in examples]
 
 
 class StoredTargets:

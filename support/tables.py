@@ -4,10 +4,8 @@ import math
 from collections import ChainMap
 
 from support.answers import says
-from support.records import Example
+from support.records import HELD_OUT, Example
 
-# the world's task that no trajectory covers; its bars have highlight's dots
-HELD_OUT = "tallest"
 WAYS = ("direct", "free", "tool", "call", "latent")  # evaluate.py explains them
 
 

@@ -7,7 +7,7 @@ from unicodedata import normalize
 import pytest
 
 from support.answers import (AnswerForm, contains, default_form, form_of, forms, has_prefix,
-                             option_index, says, stated_answer)
+                             option_index, says, stated_answers)
 from support.records import Example
 
 # One line: the options, of which the first is said, and after :: all the texts that say it.
@@ -73,7 +73,16 @@ def test_a_text_says_its_option_and_no_other(row, index):
     (r"<answer>Now \boxed{red}</answer> Yes", "<answer>", "red", 0), ("<answer>red", "", "red", 0),
     ("<answer>Answer: red</answer>", "<answer>Answer:", "red</answer>", 0)])
 def test_a_reply_states_one_answer(text, prefix, stated, option):
-    assert stated_answer(text, prefix) == stated and says(text, ["red", "blue"], prefix) == option
+    assert next(iter(stated_answers(text, prefix)), None) == stated
+    assert says(text, ["red", "blue"], prefix) == option
+
+
+def test_an_option_may_hold_the_prefix():
+    options = ["The answer: 5", "The answer: 6"]
+    for text, prefix in (("Answer: The answer: 5", "Answer:"), ("Answer: 5 Answer: The answer: 5.",
+                                                                "answer:")):
+        assert says(text, options, prefix) == 0
+    assert says("Answer: B. No. Answer: it is C", ["A", "B", "C"], "Answer:") is None
 
 
 @pytest.mark.parametrize("answer, text, right", [

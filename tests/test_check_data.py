@@ -89,6 +89,15 @@ def test_what_passes_trains_and_what_is_unusual_is_said(tmp_path, capsys):
     assert (train.train(config_of(tmp_path)) / "results.json").is_file()
 
 
+def test_what_a_method_does_not_read_is_no_fault(tmp_path):
+    steps = [{"text": LONG}, {"image": "0-c.png"}, {"text": "Answer: red"}]
+    config = config_of(folder_of(tmp_path, row0=dict(trajectory=steps)))
+    with pytest.raises(ValueError, match="example 0: .* tokens"):
+        check_data.check_data(config)
+    config.method = "direct"
+    check_data.check_data(config)
+
+
 def test_the_small_world_is_checked_too(capsys):
     check_data.check_data(train.parse_config(["--train_examples", "5", "--test_per_task", "1",
                                               "--regime", "mixed"]))

@@ -107,8 +107,9 @@ def test_what_is_no_picture_names_record_file_and_fix(tmp_path):
         with pytest.raises(ValueError, match=rf"here: image .*b.png cannot be read \(.*({why}).*"
                                              "; replace it or drop the record"):
             open_image(tmp_path / "b.png", "here")
-    with pytest.raises(FileNotFoundError, match="here: image .*c.png not found"):
-        open_image(tmp_path / "c.png", "here")
+    for where, message in (("here", "^here: image .*c.png not found$"), ("", "^image .*not found")):
+        with pytest.raises(FileNotFoundError, match=message):
+            open_image(tmp_path / "c.png", where)
 
 
 def test_pictures_that_use_few_of_their_values_are_noticed(tmp_path):

@@ -89,8 +89,9 @@ def test_a_run_equals_plain_loops(tmp_path, as_program, capsys):
     as_program(train.__file__, "--merge", out, tmp_path / "merged")
     merged = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged")
     assert_close(merged.state_dict(), merged_weights(vlm))
-    with pytest.raises(ValueError, match="--merge RUN DIR"):
-        run.merge(train.VLM, str(out))
+    for wrong in ((str(out),), (str(out), "merged", "fp16")):
+        with pytest.raises(ValueError, match="--merge RUN DIR"):
+            run.merge(train.VLM, *wrong)
 
 
 def test_a_resumed_run_ends_as_an_uninterrupted_one(tmp_path, monkeypatch, as_program):
@@ -139,6 +140,7 @@ def test_help_is_short_for_every_method_and_bad_options_are_named(capsys):
         assert text.count("\n") <= (60 if name == "pearl" else 70) and "--skip_bad" in text, name
     for words, message in (("--steps 0", "--steps must be at least 1, not 0"),
                            ("--lr -1", "--lr must be at least 0"),
+                           ("--method centred --sample 0", "--sample must be at least 1"),
                            ("--device nowhere", "--device nowhere: PyTorch has no such device on")):
         with pytest.raises(SystemExit):
             train.parse_config(words.split())

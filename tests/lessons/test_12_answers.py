@@ -2,6 +2,7 @@
 program before any is asked; the model's own calls are run, and their images appended."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
@@ -66,11 +67,14 @@ def test_a_question_that_cannot_be_asked_is_refused_at_once(vlm64):
 def test_one_question_about_one_picture(tmp_path, capsys):
     Image.new("RGB", (64, 64), "red").save(tmp_path / "a.png")
     options = evaluate.Options(image=str(tmp_path / "a.png"), question="Which colour is it?",
-                               device="cpu", options="red, blue")
+                               device="cpu", options="red,, blue,")
     assert evaluate.ask(TINY, options) == []
     lines = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()]
     assert {words for _, words in lines} == {"red", "blue"}
     assert float(lines[0][0]) >= float(lines[1][0])
+    for wrong in (dict(image=""), dict(question=""), dict(json="a.json")):
+        with pytest.raises(ValueError, match="--image and --question need each other"):
+            evaluate.ask(TINY, replace(options, **wrong))
     # without options, what the model writes
     evaluate.ask(TINY, replace(options, options=""))
     assert len(capsys.readouterr().out.splitlines()) == 1
@@ -98,11 +102,20 @@ def test_the_questions_of_a_checkpoint(monkeypatch):
         max_pixels=0, json="", device="cpu")
     monkeypatch.setattr(evaluate, "test_questions", lambda config, *rest: calls.append(
         (vars(config).copy(), *rest)) or QUESTIONS[:1])
-    for more in (dict(), dict(data="DIR", per_task=7, split="validation")):
+    for more in (dict(), dict(data="DIR", per_task=7, split="validation", answer_prefix="So:")):
         (record,) = evaluate.ask(TINY, replace(options, **more))
     assert record["id"] == QUESTIONS[0].id
-    plain = dict(data="", regime="", answer_prefix="Answer:")
-    assert calls == [(plain, 200, "test"), (plain | dict(data="DIR"), 7, "validation")]
+    plain = dict(method="sft", data="", regime="", answer_prefix="Answer:")
+    other = plain | dict(data="DIR", answer_prefix="So:")
+    assert calls == [(plain, 200, "test"), (other, 7, "validation")]
+
+
+def test_tool_shows_trajectories_as_training_did(vlm64, monkeypatch):
+    config = SimpleNamespace(method="image_first", data="", regime="single", answer_prefix="So:")
+    monkeypatch.setattr(evaluate, "load_model", lambda *_: (vlm64, config, {}))
+    monkeypatch.setattr(evaluate, "answer_questions", lambda evaluator, *_: evaluator.examples)
+    (example, _) = evaluate.ask("", evaluate.Options(per_task=1, device="cpu"))
+    assert not isinstance(example.trajectory[0], str)
 
 
 # ---- the model's own calls ----

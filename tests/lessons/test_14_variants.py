@@ -120,7 +120,7 @@ def test_a_centred_target_is_particular_to_its_trajectory(vlm64, loaded64, name,
 
 @pytest.mark.parametrize("name, reason", [
     *[(f"centred+{other}", "centred needs the frozen") for other in ("current", "ema", "paper")],
-    ("vicreg+ema", "gradient through h_R"), ("sigreg+ema", "gradient through h_R")])
+    ("vicreg+ema", "need a gradient through R"), ("sigreg+ema", "need a gradient through R")])
 def test_targets_that_cannot_be_joined_are_refused(vlm64, name, reason):
     with pytest.raises(ValueError, match=reason):
         build(vlm64, name, RECORDS[:2])
@@ -222,5 +222,9 @@ def test_classes_compose():
     assert baselines.find("release+ema").target is baselines.EMA.target
     config = train.config_class("release+infonce+ema")()
     assert (config.lambda_latent, config.infonce_masked, config.ema) == (0.2, True, 0.996)
+    for name in ("recon+ema", "sft+centred", "self_distill+release", "both+task_mean"):
+        with pytest.raises(ValueError, match="has none of the terms that"):
+            baselines.find(name)
+    assert baselines.find("with_answers+dropout+sft").forward is train.SFT.forward
     with pytest.raises(ValueError, match="unknown method 'nope': choose from with_answers, "):
         train.find_method("pearl+nope")

@@ -71,7 +71,8 @@ def test_a_checkpoint_replaces_what_an_interruption_left_and_older_ones(tmp_path
         "best.json", "checkpoint-9", "checkpoint-9/whole", "checkpoint-mine",
         "checkpoint-mine/half"]
     write_json(tmp_path / "config.json", {})
-    assert run.config_and_checkpoint(tmp_path) == (SimpleNamespace(), tmp_path / "checkpoint-9")
+    assert run.config_and_checkpoint(tmp_path) == (
+        SimpleNamespace(out=str(tmp_path)), tmp_path / "checkpoint-9")
     # a name cannot lead out of the run
     write_json(tmp_path / "best.json", dict(checkpoint="../checkpoint-9"))
     assert run.config_and_checkpoint(tmp_path)[1] == tmp_path / "checkpoint-9"

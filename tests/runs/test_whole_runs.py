@@ -140,7 +140,28 @@ def test_steps_without_a_finite_gradient_are_skipped_then_stop(tmp_path, monkeyp
         train.train(config)
     assert capsys.readouterr().out.count("step skipped") == 5
     state = run.read_state(tmp_path / "run" / "state.safetensors")
-    assert all(torch.isfinite(t).all() for t in state["weights"].values())
+    assert all(torch.isfinite(t).all() for t in state["weights"].values()) and state["step"] == 5
+
+
+def test_a_fault_in_a_step_leaves_the_state_before_it(tmp_path, monkeypatch):
+    numbers, forward = itertools.count(1), train.SFT.forward
+
+    def faulty(*args):
+        if torch.is_grad_enabled() and next(numbers) == 3:
+            raise ValueError("record 7 has no tool image")
+        return forward(*args)
+
+    monkeypatch.setattr(train.SFT, "forward", faulty)
+    config = train.parse_config([*TINY_RUN, "--method", "sft", "--out", str(tmp_path / "run")])
+    with pytest.raises(ValueError, match="record 7"):
+        train.train(config)
+    state = run.read_state(tmp_path / "run" / "state.safetensors")
+    assert state["step"] == 2
+    train.train(config, resume=True)
+    # the time before the fault counts, too
+    assert read_json(tmp_path / "run" / "results.json")["train_seconds"] > state["seconds"] > 0
+    steps = [line["step"] for line in log_of(tmp_path / "run") if line["kind"] == "train"]
+    assert steps == list(range(1, 13))
 
 
 def test_a_run_interrupted_in_every_way_ends_as_the_uninterrupted_one(whole_run, tmp_path,

@@ -3,6 +3,7 @@ base, training set and set of questions are averaged or subtracted; two runs of 
 have two names; the text says how many comparisons were made."""
 
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -141,3 +142,6 @@ def test_the_program_compares_runs_and_a_checkpoint(tmp_path, monkeypatch, capsy
     assert models == ["model"] and tables["model"]["table"]["crop"]["direct"][0] == 0
     assert [row["system"] for row in tables["systems"]] == ["no fine-tuning", "sft", "pearl"]
     assert "| pearl | 1 | 100.0 |" in text
+    # an option that changes the question
+    options = evaluate.Options(alpha=0.5, device="cpu")
+    assert compare.answers_of(Path("a"), options)["answers"] == answers([0]) and models[1:] == ["a"]

@@ -99,6 +99,7 @@ def test_rows_are_counted_from_0_and_what_is_missing_is_one_sentence(show_lines,
     ("recon --latents 2", "full", [
         "      49-50  2 x latent, positions 37-38", "         51  <|vision_end|>",
         "s     52-60  The ·digit ·is ·seven . ·Answer : ·seven <|im_end|>"]),
+    ("self_distill", "student's", ["s     34-37  Answer : ·seven <|im_end|>"]),
     ("direct", "full", ["s     34-37  Answer : ·seven <|im_end|>"])])
 def test_how_the_views_of_a_method_end(show_lines, folder, options, view, end):
     lines = show_lines("--data", folder, "--method", *options.split())

@@ -36,6 +36,10 @@ def test_the_table_and_the_figure_have_every_arm():
     text = shrink.table(arms)
     assert "| a | 1 | 0.65 | 50.0 | 95.0 | 0.0 | 50.0 | - |" in text
     assert "| b | 1 | 0.35 | 50.0 | 100.0 | 0.0 | 50.0 | +0.0 [+0.0, +0.0] |" in text
+    # data of one's own have no held-out task
+    bare = [{alpha: {key: row for key, row in marks.items() if HELD_OUT not in key}
+             for alpha, marks in arms["b"][0].items()}]
+    assert "| 1 | 0.35 | 50.0 | 100.0 | 0.0 | - | - |" in shrink.table(dict(a=bare))
     pytest.importorskip("matplotlib")
     (axis,) = shrink.figure(arms, (40, 60)).axes
     assert [text.get_text() for text in axis.get_legend().get_texts()] == [

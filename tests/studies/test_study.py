@@ -52,7 +52,7 @@ def call(monkeypatch, main, *options):
 def test_an_arm_is_what_follows_method_and_has_a_folder_of_its_own(tmp_path):
     args = study.parse_args(["--out", str(tmp_path), "--seeds", "0", "1", "--", "--batch", "3"])
     assert sorted(args.regimes) == sorted(REGIMES)
-    args.arms = [*study.SYSTEMS, "target_state+sft --target_layer -1", "pearl --lambda_latent 0.2"]
+    args.arms = [*study.SYSTEMS, "target_state --target_layer -1", "pearl --lambda_latent 0.2"]
     jobs = study.plan(args)
     assert len({job.folder for job in jobs}) == len(jobs) == 2 * len(REGIMES) * len(args.arms)
     for job, (seed, regime, arm) in zip(jobs, product(args.seeds, args.regimes, args.arms)):
