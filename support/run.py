@@ -100,11 +100,12 @@ class Run:
             f"{name} records": digest(records)
             for name, records in zip(("training", "validation", "test"), splits)}
         if self.resume:
-            first = read_json(self.out / "inputs.json")
+            file = self.out / "inputs.json"
+            first = read_json(file) if file.is_file() else inputs
             if changed := [name for name in first | inputs if first.get(name) != inputs.get(name)]:
                 raise ValueError(f"{self.out} began with other inputs than it finds now "
-                                 f"({', '.join(changed)}): restore them, or begin a new run with "
-                                 "another --out")
+                                 f"({', '.join(changed)}): restore them, begin a new run with "
+                                 f"another --out, or delete {file} to go on with these")
             self.load_state()
         elif self.writes:
             write_json(self.out / "inputs.json", inputs)

@@ -22,7 +22,7 @@ def options_of(script: str) -> set[str]:
     """The options of a program, as its source names them, and those that it hands on."""
     source = (ROOT / script).read_text(encoding="utf-8")
     found = set(re.findall(r'"(?:--)?([a-z]\w+)"|^    (\w+): \w+ = option', source, re.MULTILINE))
-    handed_on = (OPTIONS if "config" in source else set()) | (
+    handed_on = (OPTIONS if "config" in source and script != "evaluate.py" else set()) | (
         evaluate.Options.__dataclass_fields__.keys() if "evaluate" in script + source else set())
     return handed_on | {"help"}.union(*found)
 
