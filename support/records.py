@@ -24,8 +24,7 @@ from support.processes import progress
 
 FILE = "trajectories.jsonl"
 SPLITS = ("train", "validation", "test")
-# the world's task that no trajectory covers; its bars have highlight's dots
-HELD_OUT = "tallest"
+HELD_OUT = "tallest"  # the world's task that no trajectory covers; its bars have highlight's dots
 # kinds of unusual records, and what is said of them
 TWICE = "have one option twice, or in two forms that count as one, and are left out"
 NO_PREFIX = ("have no {prefix!r} in the last text, with which questions are asked and replies "

@@ -232,7 +232,7 @@ class Run:
             return
         state = read_state(file)
         self.step = self.updated = state["step"]
-        self.best, self.seconds = state["best"], state["seconds"]
+        self.best, self.seconds = state["best"], state.get("seconds", 0.0)
         for name, tensor in trained_tensors(self.method).items():
             saved = state["weights"].get(name)
             if saved is None or saved.shape != tensor.shape:

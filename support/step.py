@@ -56,7 +56,8 @@ def method_of(config) -> type[Method]:
 
 def adapt_all(examples: Sequence[Example], config) -> list[Example]:
     """The examples with their trajectories as the run's training showed them."""
-    return [method_of(config).adapt(example, config) for example in examples]
+    adapt = method_of(config).adapt
+    return [adapt(example, config) for example in examples]
 
 
 class StoredTargets:
