@@ -66,7 +66,7 @@ def test_a_record_is_read_when_it_is_used(dataset, chat, tmp_path, monkeypatch):
     assert dataset[2] is dataset[2] and dataset[2].index == ("train", 2)
     opened, real = [], images.open_image
     monkeypatch.setattr(images, "open_image",
-                        lambda file, where: opened.append(file.name) or real(file, where))
+                        lambda file: opened.append(file.name) or real(file))
     dataset = data.Trajectories(on_disk(tmp_path, [(64, 64)] * 5), "train", views, chat)
     # the first record shows whether the tokenizer is read as its own processor reads it
     assert opened == ["0.png"]
