@@ -171,42 +171,42 @@ Latents = dict[str, Sequence[Tensor]]
 def latent_choices(evaluator: Evaluator, scale, n: int, feed: Latents) -> tuple[Choices, Latents]:
     """The answers of a recon run that feeds itself n latents a time, and the latents it made.
     feed: in place of them; a run beyond the last one there gets the last one's again."""
-    examples, made = evaluator.examples, {ex.id: [] for ex in evaluator.examples}
+    examples, originals = evaluator.examples, {ex.id: [] for ex in evaluator.examples}
 
     def instead(number: int, k: int, latent: Tensor) -> Tensor:
         i = examples[number].id
-        made[i].append(latent.clone())
+        originals[i].append(latent.clone())
         return feed[i][k if k < len(feed[i]) else k % n - n] if i in feed else latent
 
-    return choices_of(evaluator, reconstruction.answer(evaluator, scale, n, instead)), made
+    return choices_of(evaluator, reconstruction.answer(evaluator, scale, n, instead)), originals
 
 
-def replacements(examples: list[Example], made: Latents, n: int) -> dict[str, Latents]:
-    """By test, the latents to feed. made: those that the model made itself, n a run."""
-    std, mean = torch.std_mean(torch.stack(sum(made.values(), [])), dim=0, correction=0)  # (D)
+def replacements(examples: list[Example], originals: Latents, n: int) -> dict[str, Latents]:
+    """By test, the latents to feed. originals: those that the model made itself, n a run."""
+    std, mean = torch.std_mean(torch.stack(sum(originals.values(), [])), dim=0, correction=0)  # (D)
     noise = {}
     for seed, ex in enumerate(examples):
-        size, draw = (max(n, len(made[ex.id])), len(mean)), torch.Generator().manual_seed(seed)
+        size, draw = (max(n, len(originals[ex.id])), len(mean)), torch.Generator().manual_seed(seed)
         noise[ex.id] = mean + std * torch.randn(size, generator=draw).to(mean)
     return {"zeros": {ex.id: torch.zeros(n, len(mean)) for ex in examples}, "noise": noise,
-            "another question's": {ex.id: made[other.id] for ex, other in partners(examples, 0)
-                                   if made[other.id]}}
+            "another question's": {ex.id: originals[other.id] for ex, other in partners(examples, 0)
+                                   if originals[other.id]}}
 
 
 def latent_tests(model: Evaluator, scale, n: int) -> Results:
     """The latents that a recon run feeds itself replaced, as many as before."""
     examples = [ex for ex in model.examples if len(ex.images) > 1]
     evaluator = Evaluator(model.vlm, examples, model.prefix)
-    before, made = latent_choices(evaluator, scale, n, {})
+    before, originals = latent_choices(evaluator, scale, n, {})
     results, own = unreplaced("latents", "its own", examples, before), right(examples, before)
     # at least one latent was fed
     results["latents", "its own", "with latents"] = Result(
-        {i: int(bool(latents)) for i, latents in made.items()})
+        {i: int(bool(latents)) for i, latents in originals.items()})
     for test, choices in (("markers alone", latent_choices(evaluator, scale, 0, {})[0]),
                           ("answered directly", choices_of(evaluator, evaluator.direct()))):
         results["latents", test, RIGHT] = Result(right(examples, choices), own)
     # a model that feeds itself no latents has none to replace
-    tests = replacements(examples, made, n) if any(made.values()) else {}
+    tests = replacements(examples, originals, n) if any(originals.values()) else {}
     for test, feed in tests.items():
         rows = [ex for ex in examples if ex.id in feed]
         choices, _ = latent_choices(evaluator, scale, n, feed)

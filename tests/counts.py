@@ -23,19 +23,19 @@ from world import loader  # noqa: E402
 
 def report(title: str, work) -> None:
     """Print the functions of this repository that run in work(), by file."""
-    found = defaultdict(set)
+    functions = defaultdict(set)
 
     def note(frame, event, argument):
         file, name = Path(frame.f_code.co_filename), frame.f_code.co_qualname
         name = name.partition(".<locals>.<")[0]
         if event == "call" and file.is_relative_to(ROOT) and file != Path(__file__):
-            found[file.relative_to(ROOT)].add(name)
+            functions[file.relative_to(ROOT)].add(name)
 
     sys.setprofile(note)
     work()
     sys.setprofile(None)
-    print(f"{title}: {sum(map(len, found.values()))} functions in {len(found)} files")
-    for file, names in sorted(found.items()):
+    print(f"{title}: {sum(map(len, functions.values()))} functions in {len(functions)} files")
+    for file, names in sorted(functions.items()):
         print(f"    {file}: {', '.join(sorted(names))}")
 
 

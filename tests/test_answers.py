@@ -119,8 +119,8 @@ def test_a_prefix_alone_makes_a_form(prefix, text):
 def test_the_most_frequent_form_of_the_data_is_the_common_one():
     texts = ("Answer: red", "", "Answer: red.", "It is red", "Answer: red.", "So Answer: red.")
     data = [Example("1", "t", None, "q", ["red"], "red", [text] if text else []) for text in texts]
-    found = [form.text("blue") for form in forms(data, "Answer:")]
-    assert found == ["Answer: blue", *["Answer: blue."] * 5]
+    replies = [form.text("blue") for form in forms(data, "Answer:")]
+    assert replies == ["Answer: blue", *["Answer: blue."] * 5]
     assert forms(data[3:4], "Answer:") == [default_form("Answer:")]
 
 

@@ -141,14 +141,14 @@ def test_the_command_line(mmvp, tmp_path, as_program, capsys):
                    "--device", "cpu", "--dtype", "float32")
 
     run(TINY)
-    out, made = capsys.readouterr().out, (tmp_path / "p").read_text(encoding="utf-8")
+    out, lines = capsys.readouterr().out, (tmp_path / "p").read_text(encoding="utf-8")
     assert "pairs, labels corrected" in out
     assert "4 items have one choice twice" in out and "1 of 0, 2 of 0, 99 of 49" in out
-    assert [json.loads(line)["id"] for line in made.splitlines()] == ["1", "2", "99", "100"]
+    assert [json.loads(line)["id"] for line in lines.splitlines()] == ["1", "2", "99", "100"]
     with pytest.raises(SystemExit):
         run("no_such_model")
     assert "must be a new file" in capsys.readouterr().err
-    assert (tmp_path / "p").read_text(encoding="utf-8") == made
+    assert (tmp_path / "p").read_text(encoding="utf-8") == lines
 
 
 def test_scores_by_hand():

@@ -58,10 +58,10 @@ def test_every_fault_is_listed_at_once(tmp_path, as_program, capsys, monkeypatch
                   "line 7: example 6: .*rejected"):
         assert sum(bool(re.search(fault, sentence)) for sentence in listed) == 1, fault
     assert first == "9 faults:" and len(listed) == 9 and sorted(tmp_path.iterdir()) == before
-    shown = capsys.readouterr().out
+    output = capsys.readouterr().out
     for part in ("18 records are well-formed", "24 records (line 16 is the first) have one option "
                  "twice", "s for 1,000 records"):
-        assert part in shown, part
+        assert part in output, part
 
 
 @pytest.mark.parametrize("row, change, why, count", [
@@ -81,11 +81,11 @@ def test_what_passes_trains_and_what_is_unusual_is_said(tmp_path, capsys):
     (tmp_path / "10.png").write_bytes((tmp_path / "0.png").read_bytes())
     Image.new("I;16", (64, 64), 4095).save(tmp_path / "3.png")
     check_data.check_data(config_of(tmp_path))
-    shown = capsys.readouterr().out
+    output = capsys.readouterr().out
     for part in ("12 records are well-formed; 8 train, 2 validation, 2 test", "12 questions",
                  "12 of 12 records (line 1 is the first) have no 'Answer:'",
                  "1 of 2 validation images are also in train", "3.png (15 to 15)"):
-        assert part in shown, part
+        assert part in output, part
     assert (train.train(config_of(tmp_path)) / "results.json").is_file()
 
 

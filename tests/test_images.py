@@ -57,9 +57,9 @@ def test_tiff_files_are_turned_once(tmp_path, compression):
     """Pillow turns them while reading; by name, it maps uncompressed ones with sides swapped."""
     grey = Image.fromarray(CORNERS).convert("RGB")
     for picture in (Image.fromarray(WIDE), *map(grey.convert, ("RGB", "L", "RGBA", "CMYK"))):
-        for value, shown in SHOWN.items():
+        for value, upright in SHOWN.items():
             picture.save(tmp_path / "a.tif", tiffinfo={0x112: value}, compression=compression)
-            assert is_shown_as(tmp_path / "a.tif", shown), (picture.mode, value)
+            assert is_shown_as(tmp_path / "a.tif", upright), (picture.mode, value)
 
 
 def test_metadata_behind_the_pixels_and_in_xml_count(tmp_path):
@@ -81,7 +81,7 @@ def test_every_kind_of_picture_is_shown_as_a_person_sees_it(tmp_path):
     grey, wide = Image.fromarray(CORNERS), Image.fromarray(WIDE)
     clear, turned = np.where(CORNERS == 10, 255, CORNERS), dict(exif=exif(6))
     alpha = Image.merge("LA", [grey, Image.fromarray(np.uint8(CORNERS != 10) * 255)])
-    for name, picture, options, shown in (
+    for name, picture, options, upright in (
             ("a.bmp", grey, {}, CORNERS), ("p.gif", grey.convert("P"), {}, CORNERS),
             ("cmyk.jpg", grey.convert("RGB").convert("CMYK"), {}, CORNERS),
             ("16.png", wide, {}, CORNERS), ("32.tif", wide.convert("I"), {}, CORNERS),
@@ -90,7 +90,7 @@ def test_every_kind_of_picture_is_shown_as_a_person_sees_it(tmp_path):
             ("p.png", grey.convert("P"), dict(transparency=10, **turned), np.rot90(clear, -1)),
             ("wide.png", wide, dict(transparency=2570, **turned), np.rot90(clear, -1))):
         picture.save(tmp_path / name, **options)
-        assert is_shown_as(tmp_path / name, shown), name
+        assert is_shown_as(tmp_path / name, upright), name
         assert open_image(tmp_path / name, "here").mode == "RGB"
     Image.fromarray(np.full((4, 4), 32768, np.uint16)).save(tmp_path / "half.png")
     assert open_image(tmp_path / "half.png", "here").getpixel((0, 0)) == (127, 127, 127)

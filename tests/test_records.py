@@ -39,8 +39,8 @@ def with_ids(*rows):
 
 
 def read(tmp_path, *rows, **options):
-    found = read_folder(folder_of(tmp_path, *rows), **options)
-    return found, found.notes
+    data = read_folder(folder_of(tmp_path, *rows), **options)
+    return data, data.notes
 
 
 @pytest.fixture
@@ -51,10 +51,10 @@ def work(monkeypatch):
     monkeypatch.setattr(images.Image, "open", spies[1])
 
     def counts():
-        found = tuple(spy.call_count for spy in spies)
+        data = tuple(spy.call_count for spy in spies)
         for spy in spies:
             spy.reset_mock()
-        return found
+        return data
 
     return counts
 
@@ -64,16 +64,16 @@ def work(monkeypatch):
 
 def test_lines_are_parsed_once_and_pictures_opened_when_they_are_used(tmp_path, work):
     rows = with_ids(*[dict(WITH_TOOL, split=SPLITS[n % 3], task="uvw"[n % 3]) for n in range(300)])
-    found, _ = read(tmp_path, *rows)
+    data, _ = read(tmp_path, *rows)
     assert work() == (300, 0)
-    assert len(found) == 300 and found.tasks[:4] == ["u", "v", "w", "u"] and len(found[2:9]) == 7
-    tests = pickle.loads(pickle.dumps(found.split("test")))
-    assert len(tests) == 100 and len(pickle.dumps(found)) < 300 * 60 and work() == (0, 0)
+    assert len(data) == 300 and data.tasks[:4] == ["u", "v", "w", "u"] and len(data[2:9]) == 7
+    tests = pickle.loads(pickle.dumps(data.split("test")))
+    assert len(tests) == 100 and len(pickle.dumps(data)) < 300 * 60 and work() == (0, 0)
     example = tests[-1]
-    assert (example.id, example.split, found.subset([5, 3])[1].id) == ("299", "test", "3")
+    assert (example.id, example.split, data.subset([5, 3])[1].id) == ("299", "test", "3")
     assert work() == (2, 0)
     assert [opened(picture).size for picture in example.images] == [(32, 32)] * 2
-    assert work() == (0, 2) and [ex.id for ex in found] == [row["id"] for row in rows]
+    assert work() == (0, 2) and [ex.id for ex in data] == [row["id"] for row in rows]
 
 
 def test_a_run_opens_only_the_pictures_of_its_first_step(tmp_path, work, monkeypatch):
@@ -114,14 +114,14 @@ def test_the_digest_of_records_changes_with_them_and_opens_no_picture(tmp_path, 
 
 def test_what_changed_or_cannot_be_read_says_so_when_it_is_used(tmp_path):
     (tmp_path / "broken.png").write_bytes(b"\x89PNG")
-    found, _ = read(tmp_path, dict(RECORD, image="broken.png"))
+    data, _ = read(tmp_path, dict(RECORD, image="broken.png"))
     message = r"image .*broken.png cannot be read .*; replace it or drop the record"
     with pytest.raises(ValueError, match=message):
-        opened(found[0].image)
+        opened(data[0].image)
     with pytest.raises(ValueError, match=f"{FILE}, line 2: {message}"):
         read(tmp_path, *with_ids(RECORD, dict(NO_SPLIT, image="broken.png")))
     with pytest.raises(ValueError, match=f"{FILE} has changed since it was read"):
-        found[0]
+        data[0]
 
 
 # ---- splits ----
@@ -129,16 +129,16 @@ def test_what_changed_or_cannot_be_read_says_so_when_it_is_used(tmp_path):
 
 def test_a_picture_is_in_one_split_whatever_its_files_are(tmp_path):
     """Ten files of one picture: other names, formats and compression, and one turned by EXIF."""
-    turned, shown = Image.Exif(), np.arange(600, dtype=np.uint8).reshape(10, 20, 3)
+    turned, image = Image.Exif(), np.arange(600, dtype=np.uint8).reshape(10, 20, 3)
     turned[0x112] = 6
     for n in range(9):
-        Image.fromarray(shown).save(tmp_path / f"{n}", "BMP" if n == 8 else "PNG", compress_level=n)
-    Image.fromarray(np.rot90(shown)).save(tmp_path / "9", "PNG", exif=turned)
+        Image.fromarray(image).save(tmp_path / f"{n}", "BMP" if n == 8 else "PNG", compress_level=n)
+    Image.fromarray(np.rot90(image)).save(tmp_path / "9", "PNG", exif=turned)
     rows = with_ids(*[dict(NO_SPLIT, image=f"{n}") for n in range(10)])
     assert len({ex.split for ex in read(tmp_path, *rows)[0]}) == 1
     for split in SPLITS:
-        found, notes = read(tmp_path, *rows[:7], dict(rows[7], split=split), *rows[8:])
-        assert {ex.split for ex in found} == {split} and not notes
+        data, notes = read(tmp_path, *rows[:7], dict(rows[7], split=split), *rows[8:])
+        assert {ex.split for ex in data} == {split} and not notes
 
 
 def test_shares_of_the_splits_and_the_cache_of_what_was_read(tmp_path, work):
@@ -146,10 +146,10 @@ def test_shares_of_the_splits_and_the_cache_of_what_was_read(tmp_path, work):
         Image.new("RGB", (2, 2), (n % 256, n // 256, 0)).save(tmp_path / f"{n}.png")
     rows = with_ids(*[dict(NO_SPLIT, image=f"{n % 300}.png") for n in range(600)])
     cache, picture = tmp_path / "cache.npy", (tmp_path / "8.png").read_bytes()
-    found, _ = read(tmp_path, *rows, cache=cache)
-    shares = [len(found.split(split)) for split in SPLITS]
+    data, _ = read(tmp_path, *rows, cache=cache)
+    shares = [len(data.split(split)) for split in SPLITS]
     assert 430 < shares[0] < 530 and min(shares) > 30 and work()[1] == 300
-    assert (read(tmp_path, *rows, cache=str(cache))[0].table == found.table).all()
+    assert (read(tmp_path, *rows, cache=str(cache))[0].table == data.table).all()
     assert work()[1] == 0
     os.utime(tmp_path / "7.png", (0, 0))
     (tmp_path / "8.png").write_bytes(b"")
@@ -167,8 +167,8 @@ def test_shares_of_the_splits_and_the_cache_of_what_was_read(tmp_path, work):
 def test_pictures_in_two_splits_are_counted(tmp_path):
     pairs = (("train", "a.png"), ("test", "a.png"), ("test", "b.png"), ("validation", "b.png"))
     rows = with_ids(*[dict(RECORD, split=split, image=image) for split, image in pairs])
-    found, notes = read(tmp_path, *rows)
-    assert [ex.split for ex in found] == [split for split, _ in pairs]
+    data, notes = read(tmp_path, *rows)
+    assert [ex.split for ex in data] == [split for split, _ in pairs]
     assert [note.partition(": ")[2].partition(";")[0] for note in notes] == [
         "1 of 2 test images are also in train", "1 of 2 test images are also in validation"]
     (tmp_path / "c.png").write_bytes((tmp_path / "a.png").read_bytes())
@@ -191,8 +191,8 @@ def test_pictures_in_two_splits_are_counted(tmp_path):
 def test_the_last_text_must_say_the_answer(tmp_path, options, answer, text, prefix, right):
     row = dict(RECORD, options=options, answer=answer, trajectory=[{"text": text}])
     if right:
-        found, notes = read(tmp_path, row, answer_prefix=prefix)
-        assert found[0].answer == right and not notes
+        data, notes = read(tmp_path, row, answer_prefix=prefix)
+        assert data[0].answer == right and not notes
     else:
         with pytest.raises(ValueError, match="line 1: the last text says .* but the field"):
             read(tmp_path, row, answer_prefix=prefix)
@@ -203,8 +203,8 @@ def test_unusual_records_are_counted(tmp_path):
              "NoAnswer: x")
     twice = [dict(RECORD, options=options) for options in (["x", "x"], ["x", "y", "y."])]
     rows = with_ids(*[dict(RECORD, trajectory=[{"text": text}]) for text in texts], *twice)
-    found, notes = read(tmp_path, *rows)
-    assert [ex.id for ex in found] == ["0", "1", "2", "3", "4", "5"]
+    data, notes = read(tmp_path, *rows)
+    assert [ex.id for ex in data] == ["0", "1", "2", "3", "4", "5"]
     for count, note in zip(("4 of 8 records (line 2 is the first) have no 'Answer:' in the last",
                             "1 of 8 records (line 4 is the first) give the answer in other words",
                             "2 of 8 records (line 7 is the first) have one option twice"),
@@ -239,8 +239,8 @@ def test_bad_records_are_refused_with_line_and_fix_one_by_one_or_all_at_once(tmp
     for row, (_, message) in zip(rows, BAD):
         with pytest.raises((ValueError, OSError), match=f"{FILE}, line 2: .*({message})"):
             read(tmp_path, first, row)
-    found, _ = read(tmp_path, first, *rows, dict(RECORD, id="last"), problems=problems)
-    assert [ex.id for ex in found] == ["0", "last"] and len(problems) == len(BAD)
+    data, _ = read(tmp_path, first, *rows, dict(RECORD, id="last"), problems=problems)
+    assert [ex.id for ex in data] == ["0", "last"] and len(problems) == len(BAD)
     assert all(f"line {n}: " in problem for n, problem in enumerate(problems, start=2))
     with pytest.raises(FileNotFoundError, match=f"{FILE} not found"):
         read_folder(tmp_path / "nowhere")
@@ -251,8 +251,8 @@ def test_images_may_lie_outside_of_the_folder(tmp_path):
     Image.new("RGB", (9, 9)).save(tmp_path / "other.png")
     os.symlink(tmp_path / "other.png", folder / "link.png")
     names = "link.png", "../other.png", str(tmp_path / "other.png")
-    found, _ = read(folder, *with_ids(*[dict(RECORD, image=name) for name in names]))
-    assert [opened(ex.image).size for ex in found] == [(9, 9)] * 3
+    data, _ = read(folder, *with_ids(*[dict(RECORD, image=name) for name in names]))
+    assert [opened(ex.image).size for ex in data] == [(9, 9)] * 3
 
 
 def test_texts_of_all_scripts_and_separators_survive(tmp_path):
@@ -260,23 +260,23 @@ def test_texts_of_all_scripts_and_separators_survive(tmp_path):
     texts = ["\u202eשלום x", "a\u2028b\u2029c\x85d\x0be x", "👩‍🚀 x", "x " * 2_000_000]
     rows = with_ids(*[dict(RECORD, question=text) for text in texts])
     lines = [json.dumps(row, ensure_ascii=False).encode() + b"\r" for row in rows]
-    found, _ = read(tmp_path, b"\xef\xbb\xbf" + lines[0], b" ", *lines[1:])
-    assert [ex.question for ex in found] == [text.strip() for text in texts]
+    data, _ = read(tmp_path, b"\xef\xbb\xbf" + lines[0], b" ", *lines[1:])
+    assert [ex.question for ex in data] == [text.strip() for text in texts]
 
 
 def test_a_folder_survives_the_round_trip_whatever_its_ids_are(tmp_path, mixed):
     picture, out = Image.new("RGB", (8, 8), "red"), tmp_path / "set"
-    given = mixed + [Example(name, "t", picture, "q", ["x"], "x", ["Answer: x"], split="test")
-                     for name in ("a/b", "../up", "A", "a", "é?*", "record-0", "." * 300)]
-    write_folder(out, given)
-    for one, back in zip(given, read_folder(out), strict=True):
+    examples = mixed + [Example(name, "t", picture, "q", ["x"], "x", ["Answer: x"], split="test")
+                        for name in ("a/b", "../up", "A", "a", "é?*", "record-0", "." * 300)]
+    write_folder(out, examples)
+    for one, back in zip(examples, read_folder(out), strict=True):
         for name in ("id", "task", "question", "options", "answer", "texts", "split"):
             assert getattr(one, name) == getattr(back, name)
         assert [i.tobytes() for i in one.images] == [opened(i).tobytes() for i in back.images]
     with pytest.raises(OSError, match="nothing is overwritten"):
-        write_folder(out, given)
+        write_folder(out, examples)
     with pytest.raises(ValueError, match="have one id"):
-        write_folder(tmp_path / "other", given + given[:1])
+        write_folder(tmp_path / "other", examples + examples[:1])
     assert list(tmp_path.iterdir()) == [out]
 
 

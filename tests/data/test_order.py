@@ -90,13 +90,13 @@ def content(passes):
 def test_workers_prepare_the_same_batches(dataset, workers):
     torch.manual_seed(5)
     state, rows = torch.get_rng_state(), [[3, 0, 5], [1, 2, 4]]
-    found = list(step_batches(dataset, rows, 2, workers))
+    batches = list(step_batches(dataset, rows, 2, workers))
     # dropout must draw the same numbers with and without workers
     assert torch.equal(state, torch.get_rng_state())
-    for step, passes in zip(rows, found, strict=True):
+    for step, passes in zip(rows, batches, strict=True):
         assert content(passes) == content(dataset.micro_batches(step, 2))
     (share,) = step_batches(dataset, rows[:1], 2, workers, 1, 2)
-    assert [ex.index for ex in share[0]] == [ex.index for ex in found[0][1]] and len(share) == 1
+    assert [ex.index for ex in share[0]] == [ex.index for ex in batches[0][1]] and len(share) == 1
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -21,10 +21,10 @@ OPTIONS = {name for method in baselines.METHODS
 def options_of(script: str) -> set[str]:
     """The options of a program, as its source names them, and those that it hands on."""
     source = (ROOT / script).read_text(encoding="utf-8")
-    found = set(re.findall(r'"(?:--)?([a-z]\w+)"|^    (\w+): \w+ = option', source, re.MULTILINE))
+    names = set(re.findall(r'"(?:--)?([a-z]\w+)"|^    (\w+): \w+ = option', source, re.MULTILINE))
     handed_on = (OPTIONS if "config" in source and script != "evaluate.py" else set()) | (
         evaluate.Options.__dataclass_fields__.keys() if "evaluate" in script + source else set())
-    return handed_on | {"help"}.union(*found)
+    return handed_on | {"help"}.union(*names)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -42,8 +42,8 @@ def test_documented_commands_are_understood(page):
         elif script == "analysis/study.py":
             study.plan(study.parse_args(shlex.split(rest)))
         elif (ROOT / script).is_file():
-            given = {word.split("=")[0][2:] for word in words if word.startswith("--")}
-            assert given <= options_of(script), (script, given - options_of(script))
+            words_used = {word.split("=")[0][2:] for word in words if word.startswith("--")}
+            assert words_used <= options_of(script), (script, words_used - options_of(script))
         else:
             assert script.endswith("x.py"), script
         train.parse_config(re.sub(r"--arms.*?(?=--|$)", "", passed_on).split())

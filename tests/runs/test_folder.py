@@ -129,9 +129,9 @@ def test_other_inputs_than_a_run_began_with_are_named(tmp_path, out):
 def test_paths_become_absolute_and_names_on_the_hub_stay(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "model").mkdir()
-    made = run.absolute_paths(train.Config(model="model", data="set", out="~/x"))
-    assert (made.model, made.data) == (str(tmp_path / "model"), str(tmp_path / "set"))
-    assert made.out == str(Path.home() / "x")
+    absolute = run.absolute_paths(train.Config(model="model", data="set", out="~/x"))
+    assert (absolute.model, absolute.data) == (str(tmp_path / "model"), str(tmp_path / "set"))
+    assert absolute.out == str(Path.home() / "x")
     assert run.absolute_paths(train.Config(model="org/name")).model == "org/name"
 
 
@@ -180,15 +180,15 @@ def send_signals(where: str, number: int) -> None:
 @pytest.mark.parametrize("where", ["loop", "before", "twice", "several"])
 def test_a_signal_ends_the_program_as_signals_do(tmp_path, number, where):
     """A shell then sees 128 + number and ends `a && b`."""
-    said, saves = tmp_path / "said", where in ("loop", "several")
+    log, saves = tmp_path / "said", where in ("loop", "several")
     if not (child := os.fork()):
-        file = os.open(said, os.O_WRONLY | os.O_CREAT)
+        file = os.open(log, os.O_WRONLY | os.O_CREAT)
         os.dup2(file, 1), os.dup2(file, 2)
         sys.stdout = sys.stderr = os.fdopen(1, "w", encoding="utf-8")
         processes.run_program(lambda: send_signals(where, number), "stopped; --resume continues")
         os._exit(0)
     _, status = os.waitpid(child, 0)
-    text = said.read_text(encoding="utf-8")
+    text = log.read_text(encoding="utf-8")
     assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == number, text
     assert ("saved" in text) == saves and "Traceback" not in text
     assert ("--resume continues" in text) != saves

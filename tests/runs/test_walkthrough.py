@@ -119,7 +119,7 @@ def test_numbers():
     numbers["From question to answer"] = [
         len(prompt), len(started) - len(prompt), len(question.options), len(question.options[0]),
         before["passes"], len(started), *before["log_probs"], after["log_probs"][0]]
-    for section, found in SECTIONS.items():
-        digits = [len(text.partition(".")[2]) for text in found]
-        assert found == [f"{float(value):,.{count}f}" for value, count in zip(
+    for section, texts in SECTIONS.items():
+        digits = [len(text.partition(".")[2]) for text in texts]
+        assert texts == [f"{float(value):,.{count}f}" for value, count in zip(
             numbers[section], digits, strict=True)], section

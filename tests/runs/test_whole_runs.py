@@ -62,16 +62,16 @@ class Program(CONTEXT.Process):
         self.log = log
         self.start()
 
-    def said(self) -> str:
+    def text(self) -> str:
         return self.log.read_text(encoding="utf-8") if self.log.exists() else ""
 
     def wait_for_step(self, step: int, seconds: float = 120) -> None:
         """Until the loop has printed it, or the program has ended."""
         until = time.time() + seconds
         while self.is_alive():
-            if any(int(n) >= step for n in re.findall(r"^ *(\d+)/\d+ ", self.said(), re.MULTILINE)):
+            if any(int(n) >= step for n in re.findall(r"^ *(\d+)/\d+ ", self.text(), re.MULTILINE)):
                 return
-            assert time.time() < until, self.said()
+            assert time.time() < until, self.text()
             time.sleep(0.002)
 
 
@@ -85,7 +85,7 @@ def together(*args, log: Path) -> None:
             for rank in "01"]
     for program in both:
         program.join()
-    assert [program.exitcode for program in both] == [0, 0], [program.said() for program in both]
+    assert [program.exitcode for program in both] == [0, 0], [program.text() for program in both]
 
 
 def contents(out):
@@ -170,8 +170,8 @@ def test_a_run_interrupted_in_every_way_ends_as_the_uninterrupted_one(whole_run,
     out, moments = tmp_path / "run", []
     for number, step in ((signal.SIGKILL, 4), (signal.SIGTERM, 5), (signal.SIGINT, 8),
                          (signal.SIGKILL, 10)):
-        begun = (out / "config.json").is_file()
-        program = Program(*(["--resume", out] if begun else [*TINY_RUN, "--out", out]),
+        exists = (out / "config.json").is_file()
+        program = Program(*(["--resume", out] if exists else [*TINY_RUN, "--out", out]),
                           log=tmp_path / f"said-{step}")
         program.wait_for_step(step)
         if number == signal.SIGKILL:
@@ -182,8 +182,8 @@ def test_a_run_interrupted_in_every_way_ends_as_the_uninterrupted_one(whole_run,
         program.join()
         if number != signal.SIGKILL and program.exitcode:
             # as signals do, so that `a && b` ends, too
-            assert program.exitcode == -number, program.said()
-            assert "saving after this step" in program.said() and "--resume" in program.said()
+            assert program.exitcode == -number, program.text()
+            assert "saving after this step" in program.text() and "--resume" in program.text()
             assert step <= run.read_state(out / "state.safetensors")["step"] < 12
     if not (out / "results.json").is_file():
         as_program(train.__file__, "--resume", out)

@@ -42,25 +42,25 @@ def test_replaced_latents_are_fed_and_all_else_stays(vlm64, monkeypatch):
     def ask(feed):
         """For each question the inputs behind its prompt (n, D), and the latents it made."""
         inputs.clear()
-        _, made = causal.latent_choices(evaluator, scale, LATENTS, feed)
+        _, originals = causal.latent_choices(evaluator, scale, LATENTS, feed)
         # the first input is the prompt's; the shortest question was asked first
         parts = [part[1:] for part in torch.stack(inputs).split(2 * (LATENTS + 3) + 1)]
         order = sorted(evaluator.examples, key=lambda ex: len(ex.question.split()))
-        return {ex.id: part for ex, part in zip(order, parts)}, made
+        return {ex.id: part for ex, part in zip(order, parts)}, originals
 
-    own_inputs, made = ask({})
-    feeds = causal.replacements(evaluator.examples, made, LATENTS)
+    own_inputs, originals = ask({})
+    feeds = causal.replacements(evaluator.examples, originals, LATENTS)
     assert list(feeds) == ["zeros", "noise", "another question's"]
-    feeds["one run"] = {i: latents[:LATENTS] for i, latents in made.items()}
+    feeds["one run"] = {i: latents[:LATENTS] for i, latents in originals.items()}
     inputs_of = {test: ask(feed)[0] for test, feed in feeds.items()}
     for ex, other in causal.partners(evaluator.examples, 0):
         own, fed = own_inputs[ex.id], {test: x[ex.id] for test, x in inputs_of.items()}
         rest = [n for n in range(len(own)) if n not in PLACES]
         assert all(torch.equal(x[rest], own[rest]) for x in fed.values())
         own, latents = own[PLACES], {test: x[PLACES] for test, x in fed.items()}
-        assert own.std() > 0 and torch.equal(torch.stack(made[ex.id]), own)
+        assert own.std() > 0 and torch.equal(torch.stack(originals[ex.id]), own)
         assert torch.equal(latents["zeros"], torch.zeros_like(own))
-        assert torch.equal(latents["another question's"], torch.stack(made[other.id]))
+        assert torch.equal(latents["another question's"], torch.stack(originals[other.id]))
         # a further run gets the last one's again
         assert torch.equal(latents["one run"], torch.cat([own[:LATENTS]] * 2))
         assert not torch.isclose(latents["noise"], own).all(dim=1).any()
@@ -68,9 +68,9 @@ def test_replaced_latents_are_fed_and_all_else_stays(vlm64, monkeypatch):
 
 def test_noise_by_hand():
     world = scenes.make_world("single", "test", 3)
-    made = {ex.id: [] for ex in world} | {world[0].id: [torch.full((1,), float(n % 4))
-                                                        for n in range(4000)]}
-    feeds = causal.replacements(world, made, 2)
+    originals = {ex.id: [] for ex in world} | {world[0].id: [torch.full((1,), float(n % 4))
+                                                             for n in range(4000)]}
+    feeds = causal.replacements(world, originals, 2)
     # who made none is nobody's partner, and gets noise too
     assert len(feeds["another question's"]) == 1 and len(feeds["noise"][world[1].id]) == 2
     noise = feeds["noise"][world[0].id]
@@ -85,9 +85,9 @@ def test_only_latents_that_were_fed_are_replaced(monkeypatch, fed):
     world = scenes.make_world("single", "test", 2)
 
     def latent_choices(evaluator, scale, n, feed):
-        made = {ex.id: [torch.ones(1)] * (fed and ex is world[0]) * n for ex in world}
+        originals = {ex.id: [torch.ones(1)] * (fed and ex is world[0]) * n for ex in world}
         zero = [fed and n and ex.id in feed and not any(feed[ex.id]) for ex in world]
-        return {ex.id: ex.options[i == 0 and zero[0]] for i, ex in enumerate(world)}, made
+        return {ex.id: ex.options[i == 0 and zero[0]] for i, ex in enumerate(world)}, originals
 
     model = SimpleNamespace(vlm=None, prefix="", examples=world,
                             direct=lambda: [dict(option=1)] * 2)

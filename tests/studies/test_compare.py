@@ -27,8 +27,8 @@ def answers(rights, task="crop", **ways):
 def a_run(method, seed, rights, task="crop", **settings):
     config = dict(method=method, seed=seed, model="bases/tiny", data="", regime="mixed",
                   workers=2, out=f"{method}{seed}") | settings
-    found = answers(rights, task, **dict(latent=None) if "recon" in method else {})
-    return dict(config=config, answers=found, before=answers(rights, task))
+    after = answers(rights, task, **dict(latent=None) if "recon" in method else {})
+    return dict(config=config, answers=after, before=answers(rights, task))
 
 
 def test_wilson_interval_by_hand():

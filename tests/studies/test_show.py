@@ -144,9 +144,9 @@ def test_other_families_without_their_weights(show_lines, folder, tmp_path, name
         assert first == end  # no token is left out
         end = (last or [first])[0] + 1
         supervised += range(first, end) if line[0] == "s" else []
-        if found := re.fullmatch(r"(\d+) x \S+, image \d,.* positions (.*)", line[13:]):
+        if match := re.fullmatch(r"(\d+) x \S+, image \d,.* positions (.*)", line[13:]):
             rows = [f"{row[first]}-{row[end - 1]}" for row in positions.tolist()]
-            assert found[2] == " / ".join(rows) and int(found[1]) == end - first
+            assert match[2] == " / ".join(rows) and int(match[1]) == end - first
             image_tokens += end - first
     assert end == len(full.ids) and image_tokens == full.ids.count(family.lm.config.image_token_id)
     assert supervised == [n for n, label in enumerate(full.labels) if label != -100]

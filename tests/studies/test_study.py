@@ -31,10 +31,10 @@ def programs(monkeypatch):
         commands.append([program, *options])
         if program == "train.py":
             config = train.parse_config(options)
-            made = a_run(config.method, config.seed, [0, 1], regime=config.regime)
+            fake = a_run(config.method, config.seed, [0, 1], regime=config.regime)
             Path(config.out).mkdir()
-            write_json(Path(config.out) / "config.json", made.pop("config"))
-            write_json(Path(config.out) / "results.json", made)
+            write_json(Path(config.out) / "config.json", fake.pop("config"))
+            write_json(Path(config.out) / "results.json", fake)
         else:
             file = options[options.index("--json") + 1]
             write_json(Path(file), dict(answers=answers([1, 1], tool=1, call=1)))
