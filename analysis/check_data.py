@@ -3,8 +3,8 @@
     python analysis/check_data.py --data DIR --model MODEL      # takes the options of train.py
 
 It trains nothing, but the code of a run makes the views and questions (`token_count`), so a fault
-that would stop train.py at some step is found here. The exit status is 1 if there is one. Without
---data the small world is checked.
+that would stop train.py at some step is found here, but not what a variant alone needs of R. The
+exit status is 1 if there is one. Without --data the small world is checked.
 """
 
 import os

@@ -119,15 +119,15 @@ def main() -> None:
     options = parser.parse_args()
     if options.figure:
         figures.refuse(options.figure)
+        start = summarise(files.read_json(options.runs[0] / "results.json")["before"])
+        if HELD_OUT not in start:
+            raise ValueError(f"--figure needs runs that were asked {HELD_OUT}, as the world's are")
     arms: dict[str, list[Run]] = {}
     for run in options.runs:
         own = answers_of(run, options.per_task, options.device)
         arms.setdefault(arm_of(run.resolve().name), []).append(own)
     print(table(arms))
     if options.figure:
-        start = summarise(files.read_json(options.runs[0] / "results.json")["before"])
-        if HELD_OUT not in start:
-            raise ValueError(f"--figure needs runs that were asked {HELD_OUT}, as the world's are")
         before = [100 * start[task]["direct"][0] for task in (overall(start), HELD_OUT)]
         figure(arms, before).savefig(options.figure)
 

@@ -127,10 +127,10 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
                         help="whose questions the table is made of")
     parser.add_argument("--against", default="sft", metavar="ARM",
                         help="the arm that the tables compare the others with")
-    parser.add_argument("--jobs", type=int, default=2, help="runs side by side")
+    parser.add_argument("--jobs", type=int, default=2, choices=range(1, 65), metavar="N",
+                        help="runs side by side")
     cut = argv.index("--") if "--" in argv else len(argv)
     args = parser.parse_args(argv[:cut])
-    args.jobs = max(1, args.jobs)
     args.rest = argv[cut + 1:]
     return args
 

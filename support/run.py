@@ -78,7 +78,7 @@ class Run:
         return self
 
     def __exit__(self, kind, error, trace) -> None:
-        # a faulty record: fix it, and --resume continues; not in the middle of an update
+        # a faulty record must not cost the steps since the last state; half a step is no state
         if self.looping and isinstance(error, (ValueError, OSError)) and self.updated == self.step:
             self.stopping = True
             with suppress(OSError):
