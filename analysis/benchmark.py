@@ -1,8 +1,7 @@
-"""What training and answering cost: time and memory of a step, of an answer, of a data folder.
+"""What training and answering cost: time and memory of a step, time of an answer.
 
     python analysis/benchmark.py steps --steps 20 --train_examples 640    # options of train.py
     python analysis/benchmark.py answers RUN_OR_MODEL                     # --data, --per_task ...
-    python analysis/benchmark.py data --records 100000                    # options of train.py
 
 steps: SFT; Pearl with the cached target (the default), with the current model's, with one pass a
 view too, and with Eq. 2 along R, which needs a gradient there (the paper). The variants take turns
@@ -10,33 +9,25 @@ on the same batches of one model in one process, so that other work on the machi
 them. A row is the median over --steps rounds after two to warm up. Peak GiB, model included: what
 PyTorch allocated on a GPU; 0 on a CPU.
 answers: the median over --per_task questions of each task, one question at a time.
-data: how a run begins on a folder of so many records, two pictures each, of a few hundred files;
-the memory is the main process's. The last line is one JSON object.
+The last line is one JSON object.
 """
 
 import json
-import random
-import resource
 import statistics
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # before any other `analysis`
 
 import torch
-from PIL import Image
 
 import evaluate
 import train
 from data import StepRows
 from model import VLM
 from support import processes, run, splits
-from support.options import option, parse
-from support.records import Example, record_line
+from support.options import parse
 
 VARIANTS = dict(sft="sft", cached="pearl", current="current", two_passes="two_passes+current",
                 paper="paper")
@@ -122,71 +113,12 @@ def answers(path: str, options: evaluate.Options) -> dict[str, float]:
             if values}
 
 
-@dataclass
-class DataConfig(train.Config):
-    records: int = option(10_000, "records of the folder")
-
-
-def write_records(folder: Path, count: int) -> None:
-    """A data folder. All records of a question's picture are of one split."""
-    (folder / "images").mkdir(parents=True)
-    pictures = min(300, count // 4)
-    for n in range(pictures):
-        Image.effect_noise((256, 256), 64).convert("RGB").save(folder / f"images/{n}.png")
-    rng, steps = random.Random(0), ["Look. [crop 0 0 9 9]", Path("tool"), "Red. Answer: red"]
-    with open(folder / "trajectories.jsonl", "w", encoding="utf-8") as file:
-        for n in range(count):
-            first, second = n % pictures, rng.randrange(pictures)
-            split = {0: "validation", 1: "test"}.get(first, "train")
-            example = Example(f"{n}", "colour", Path("question"), f"{n}: which colour?",
-                              ["red", "blue"], "red", steps, split)
-            file.write(record_line(example, [f"images/{first}.png", f"images/{second}.png"]))
-
-
-class TimedRun(run.Run):
-    """A run that asks nothing and notes when its first step began."""
-
-    def validates(self, step: int) -> bool:
-        return False
-
-    def steps(self, ready: Iterator[list]) -> Iterator[tuple[int, list]]:
-        for step, micro_batches in super().steps(ready):
-            self.began = self.began if step > 1 else time.perf_counter()
-            yield step, micro_batches
-
-
-def data(config: DataConfig) -> dict[str, float]:
-    """The start of a run and its steps on a folder of config.records records."""
-    with TemporaryDirectory() as place:
-        config.data, config.out = f"{place}/data", f"{place}/run"
-        write_records(Path(config.data), config.records)
-        # the model alone first, to know its share
-        start = now(config.device)
-        VLM(config.model, getattr(torch, config.dtype)).to(config.device)
-        loaded, model = now(config.device), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        with TimedRun(config, resume=False) as this:
-            this.asks_questions = False
-            train.fit(config, this)
-        log = (Path(config.out) / "log.jsonl").read_text(encoding="utf-8").splitlines()
-    # the first steps wait until the processes that prepare data are there
-    lines = [line for line in map(json.loads, log) if line["kind"] == "train"]
-    lines = lines[1:] or lines
-    waited = sum(line["waited"] * line["ms"] for line in lines) / sum(line["ms"] for line in lines)
-    seconds = this.began - loaded
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return dict(seconds_until_first_step=seconds, seconds_of_the_model=loaded - start,
-                records_per_second=config.records / max(1e-9, seconds - (loaded - start)),
-                gib_above_the_model=(peak - model) / 2 ** 20, share_of_a_step_waiting=waited)
-
-
 def main() -> None:
     command, rest = (sys.argv[1:2] or ["--help"])[0], sys.argv[2:]
     if command == "steps":
         numbers = steps(train.parse_config(rest))
     elif command == "answers" and rest:
         numbers = answers(rest[0], parse(evaluate.Options, ["--per_task", "8", *rest[1:]], __doc__))
-    elif command == "data":
-        numbers = data(parse(DataConfig, ["--steps", "20", *rest], __doc__))
     else:
         sys.exit(__doc__)
     if command != "steps":
