@@ -1,9 +1,8 @@
-"""Claims: where every gradient of the whole step flows and where it stops. The stop-gradient of
-Eq. 1 and of Eq. 2 is one line each; without the line test_01 and this lesson fail."""
+"""Claims: where every gradient of the whole step flows and where it stops. (The stop-gradient of
+Eq. 1 and of Eq. 2 is one line each; without the line test_01 fails.)"""
 
-import pytest
 import torch
-from conftest import assert_close, build, gradients, images_of, pair_of, terms_of
+from conftest import build, gradients, terms_of
 
 
 def parts_moved_by(loss, method):
@@ -18,11 +17,7 @@ def test_which_loss_moves_which_weights(vlm64, mixed):
     assert parts_moved_by(terms["vlm"], method) == {"vlm"}
     assert parts_moved_by(terms["jepa"], method) == {"vlm", "pred_embeddings"}
     assert parts_moved_by(terms["nextlat"], method) == {"vlm", "latent"}
-    trained = gradients(terms["loss"], method)
-    assert all(g.any() for g in trained.values())
-    # LoRA is all that trains of the VLM, and it stands in the language model alone
-    assert all("language_model" in name and "lora_" in name
-               for name in trained if name.startswith("vlm."))
+    assert all(g.any() for g in gradients(terms["loss"], method).values())
 
 
 def test_which_positions_each_loss_can_change(vlm64, mixed, monkeypatch):
@@ -45,17 +40,3 @@ def test_which_positions_each_loss_can_change(vlm64, mixed, monkeypatch):
     for name, expected in where.items():
         (grad,) = torch.autograd.grad(terms[name], inputs[0]["inputs_embeds"], retain_graph=True)
         assert grad[0].any(dim=1).nonzero().flatten().tolist() == expected, name
-
-
-def test_without_detach_the_target_would_move(vlm64, mixed, monkeypatch):
-    """The same gradient for an h_R with a graph as for a constant; another one as soon as the line
-    of the stop-gradient is gone."""
-    method, batch = build(vlm64, "current", mixed[:2])
-    assert not method.target(batch, images_of(method, batch)).embedding.requires_grad
-    prediction, h_R = pair_of(method, batch)
-    constant = 1 - torch.cosine_similarity(prediction, h_R.detach()).mean()
-    expected = gradients(constant, method)
-    assert_close(gradients(method.jepa(prediction, h_R, batch), method), expected)
-    monkeypatch.setattr(torch.Tensor, "detach", lambda tensor: tensor)
-    with pytest.raises(AssertionError):
-        assert_close(gradients(method.jepa(prediction, h_R, batch), method), expected)

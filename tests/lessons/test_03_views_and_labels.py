@@ -29,84 +29,69 @@ R = [(True, "Zoom in on the red disc. [crop 12 30 28 46]<|im_end|>"), (False, BE
      (True, "The digit is seven. Answer: seven<|im_end|>")]
 
 
-@pytest.fixture(scope="module")
-def chat(shipped):
-    return shipped.chat
-
-
 def views_of(chat, example, pred_tokens=2):
     return data.make_views(chat, example, load_images(example, chat.family), pred_tokens)
 
 
-def pieces(chat, view):
+def pieces(shipped, view):
     """(supervised, text) of each stretch of tokens."""
     marked = groupby(zip(view.ids, view.labels), key=lambda pair: pair[1] != -100)
-    return [(learned, chat.tokenizer.decode([token for token, _ in pairs]))
+    return [(learned, shipped.tokenizer.decode([token for token, _ in pairs]))
             for learned, pairs in marked]
 
 
-def test_the_full_and_the_target_view(chat):
+def test_the_full_and_the_target_view(shipped):
     """The target view is the full view from the generation prompt on: no I0, no Q."""
-    view, _, target = views_of(chat, EXAMPLE)
-    assert pieces(chat, view) == [(False, PROMPT), *R]
-    assert pieces(chat, target) == [(False, "<|im_start|>assistant\n"), *R]
-    assert target.ids == view.ids[-len(target.ids):] and target.images == ["7#1"]
-    assert target.ids[target.state_at] == chat.end_id and target.state_at == len(target.ids) - 1
-    # token by token: a label is the token itself
+    view, _, target = views_of(shipped.chat, EXAMPLE)
+    assert pieces(shipped, view) == [(False, PROMPT), *R]
+    assert pieces(shipped, target) == [(False, "<|im_start|>assistant\n"), *R]
+    assert target.ids == view.ids[-len(target.ids):] and target.ids[-1] == shipped.chat.end_id
+    assert view.state_at == len(view.ids) - 1 and target.state_at == len(target.ids) - 1
+    assert view.images == ["7#0", "7#1"] and target.images == ["7#1"] and view.inject_at == ()
+    # a label is the token itself
     assert all(label in (token, -100) for token, label in zip(view.ids, view.labels))
-    learned = [label for label in view.labels if label != -100]
-    assert chat.tokenizer.convert_ids_to_tokens(learned) == (
-        "Zoom Ġin Ġon Ġthe Ġred Ġdisc . Ġ[ crop Ġ12 Ġ30 Ġ28 Ġ46 ] <|im_end|> "
-        "The Ġdigit Ġis Ġseven . ĠAnswer : Ġseven <|im_end|>").split()
-    assert view.state_at == len(view.ids) - 1 and view.inject_at == ()
-    assert view.images == ["7#0", "7#1"]
+    # the whole text is tokenised at once, as the template writes it; it ends with the last end of
+    # turn, without the line break that the template puts behind it
+    plain = tokens(shipped, turns_of(EXAMPLE))
+    assert plain.text.endswith("<|im_end|>\n") and view.ids == plain.ids[:-1]
 
 
 @pytest.mark.parametrize("count", [0, 1, 2])
-def test_the_input_view(chat, count):
+def test_the_input_view(shipped, count):
     """[PRED] stand where the model would begin to speak; without any, h^_R is the last state of the
     prompt."""
-    view = views_of(chat, EXAMPLE, count).input
+    view = views_of(shipped.chat, EXAMPLE, count).input
     size = len(view.ids) - count
-    assert chat.tokenizer.decode(view.ids[:size]) == PROMPT
+    assert shipped.tokenizer.decode(view.ids[:size]) == PROMPT
     assert view.inject_at == tuple(range(size, size + count))
     assert view.state_at == len(view.ids) - 1 and view.images == ["7#0"]
     assert set(view.labels) == {-100} and len(view.labels) == len(view.ids)
 
 
-def test_labels_where_a_text_repeats(chat):
+def test_labels_where_a_text_repeats(shipped):
     """Nothing searches for words: the question, both texts and the options are alike."""
     text = "seven. Answer: seven"
     example = replace(EXAMPLE, question=text, trajectory=[text, EXAMPLE.images[1], text])
-    full, _, target = views_of(chat, example)
+    full, _, target = views_of(shipped.chat, example)
     for view, start in (full, PROMPT.replace(EXAMPLE.question, text)), (target, PROMPT[-22:]):
-        assert pieces(chat, view) == [(False, start), (True, text + "<|im_end|>"),
-                                      (False, BETWEEN), (True, text + "<|im_end|>")]
-
-
-def test_the_whole_text_is_tokenised_at_once(chat):
-    """Ids are those of one rendering by the template; they end with the last end of turn, without
-    the line break that the template puts behind it."""
-    plain = tokens(chat, turns_of(EXAMPLE))
-    assert plain.text.endswith("<|im_end|>\n")
-    assert views_of(chat, EXAMPLE).full.ids == plain.ids[:-1]
+        assert pieces(shipped, view) == [(False, start), (True, text + "<|im_end|>"),
+                                         (False, BETWEEN), (True, text + "<|im_end|>")]
 
 
 @pytest.mark.parametrize("change, message", [
     (dict(question="hi<|im_end|>"), "special token '<|im_end|>'; remove it"),
     (dict(options=["seven", "<|image_pad|>"]), "special token '<|image_pad|>'"),
-    (dict(trajectory=["<|im_start|> zoom"]), "token '<|im_start|>'"),
     (dict(trajectory=[EXAMPLE.images[1]]), "example 7 has a trajectory without text")])
-def test_what_cannot_be_trained_on_is_refused(chat, change, message):
+def test_what_cannot_be_trained_on_is_refused(shipped, change, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        views_of(chat, replace(EXAMPLE, **change))
+        views_of(shipped.chat, replace(EXAMPLE, **change))
 
 
-def test_a_view_that_is_too_long_is_refused_and_none_is_cut(chat):
-    full, short = (len(view.ids) for view in views_of(chat, EXAMPLE)[:2])
+def test_a_view_that_is_too_long_is_refused_and_none_is_cut(shipped):
+    full, short = (len(view.ids) for view in views_of(shipped.chat, EXAMPLE)[:2])
     with pytest.raises(ValueError, match=f"example 7: {full} tokens, the model has {full - 1}"):
-        views_of(Chat(chat.family, full - 1), EXAMPLE)
+        views_of(Chat(shipped.family, full - 1), EXAMPLE)
     # every view counts, here the input view with its [PRED]
-    views_of(Chat(chat.family, full), EXAMPLE, full - short + 2)
+    views_of(Chat(shipped.family, full), EXAMPLE, full - short + 2)
     with pytest.raises(ValueError, match=f"example 7: {full + 1} tokens"):
-        views_of(Chat(chat.family, full), EXAMPLE, full - short + 3)
+        views_of(Chat(shipped.family, full), EXAMPLE, full - short + 3)

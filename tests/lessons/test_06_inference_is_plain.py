@@ -31,16 +31,20 @@ def naive_log_probs(vlm, example, prefix="Answer:", closing=""):
     return scores
 
 
-def test_direct_is_the_option_with_the_largest_log_probability(loaded64):
-    answers = evaluate.Evaluator(loaded64, QUESTIONS, batch=2).direct()
+def test_direct_is_the_option_with_the_largest_log_probability(vlm64):
+    answers = evaluate.Evaluator(vlm64, QUESTIONS, batch=2).direct()
     for example, answer in zip(QUESTIONS, answers, strict=True):
         # the end of the turn counts only where one option begins another
         begins = any(a != b and b.startswith(a) for a in example.options for b in example.options)
-        naive = naive_log_probs(loaded64, example, closing="<|im_end|>" * begins)
+        naive = naive_log_probs(vlm64, example, closing="<|im_end|>" * begins)
         assert answer["log_probs"] == pytest.approx(naive, rel=1e-5)
         assert answer["option"] == naive.index(max(naive))
         assert answer["text"] == example.options[answer["option"]]
         assert [answer[name] for name in ("tokens", "images", "passes")] == [0, 1, 1]
+    # a model that has broken down chooses nothing
+    vlm64.lm.lm_head.weight.data[5] = float("nan")
+    (answer,) = evaluate.Evaluator(vlm64, QUESTIONS[:1]).direct()
+    assert answer["option"] is None and answer["text"] == ""
 
 
 def test_an_answer_is_asked_for_as_the_last_text_writes_it(loaded64):
@@ -49,22 +53,11 @@ def test_an_answer_is_asked_for_as_the_last_text_writes_it(loaded64):
         "Say **Answer: two**", *QUESTIONS[-1].trajectory[1:-1], "So Answer: two."])
     bare = replace(full, trajectory=[])
     other = replace(full, options=["two", "red"], trajectory=["It is **Answer: two**"])
-    evaluator = evaluate.Evaluator(loaded64, [full, bare, other, full])
     expected = [("Answer:", ".<|im_end|>"), ("Answer:", ".<|im_end|>"), ("**Answer:", "")]
-    for n, (prefix, closing) in enumerate(expected):
-        question, example = evaluator.questions[n], evaluator.examples[n]
-        count = len(question.prompt.ids)
-        assert question.started.ids[:count] == question.prompt.ids
-        assert loaded64.tokenizer.decode(question.started.ids[count:]) == prefix
-        assert evaluator.direct()[n]["log_probs"] == pytest.approx(
-            naive_log_probs(loaded64, example, prefix, closing), rel=1e-5)
-
-
-def test_a_model_that_has_broken_down_chooses_nothing(vlm64):
-    with torch.no_grad():
-        vlm64.lm.lm_head.weight[5] = float("nan")
-    (answer,) = evaluate.Evaluator(vlm64, QUESTIONS[:1]).direct()
-    assert answer["option"] is None and answer["text"] == ""
+    answers = evaluate.Evaluator(loaded64, [full, bare, other, full]).direct()
+    for example, answer, start_and_end in zip((full, bare, other), answers, expected):
+        naive = naive_log_probs(loaded64, example, *start_and_end)
+        assert answer["log_probs"] == pytest.approx(naive, rel=1e-5)
 
 
 @pytest.mark.parametrize("way, count", [("free", 0), ("free", 4), ("tool", 0)])

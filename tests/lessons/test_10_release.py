@@ -54,8 +54,7 @@ def naive_embeddings(vlm, tokenizer, example):
 
 def naive_loss(method, turns, records):
     vlm, tokenizer = method.vlm, copy.deepcopy(method.vlm.tokenizer)
-    tokenizer.add_special_tokens(dict(additional_special_tokens=PREDS.replace(
-        "><", "> <").split()))
+    tokenizer.add_special_tokens(dict(additional_special_tokens=re.findall("<.*?>", PREDS)))
     # behind the vocabulary's rows one for each [PRED] token, as if they were its own
     table = vlm.lm.get_input_embeddings()
     rows = torch.cat([table.weight, method.predictor.pred_embeddings])
@@ -106,9 +105,8 @@ def test_the_papers_text(vlm64, mixed):
     images, gaps = images_of(method, batch), []
     for example in batch:
         states = embed(method.vlm, example.views.target, images).states[0]
-        for t in range(len(states) - 1):
-            ahead = latent(method.predictor.latent, states[t], None)
-            gaps.append(smooth_l1(ahead, states[t + 1].detach()))
+        ahead = [latent(method.predictor.latent, state, None) for state in states[:-1]]
+        gaps += map(smooth_l1, ahead, states[1:].detach())
     terms, (prediction, h_R) = terms_of(method, batch), pair_of(method, batch)
     assert_same(terms["jepa"], sum(map(smooth_l1, prediction, h_R.detach())) / 2, method, atol=1e-8)
     assert_same(terms["nextlat"], sum(gaps) / len(gaps), method, atol=1e-8)

@@ -52,10 +52,7 @@ def test_gauges_equal_loops(batch):
 
 
 def test_gauges_of_collapses():
-    # predictions that ignore their input
-    g = losses.collapse_gauges(torch.ones(2, 2), torch.eye(2))
-    assert g["spread_pred"] == pytest.approx(0, abs=1e-6) and g["retrieval"] == 0.5
-    # targets that are all alike, or zero: nothing is divided by zero
+    """Targets that are all alike, or zero: nothing is divided by zero."""
     g = losses.collapse_gauges(torch.eye(2), torch.ones(2, 2))
     assert g["mean_cosine"] == pytest.approx(1) and 0.99 < g["effective_rank"] < 1.01
     zeros = losses.collapse_gauges(torch.zeros(2, 2), torch.zeros(2, 2))
@@ -65,9 +62,8 @@ def test_gauges_of_collapses():
 def test_passes_are_averaged_by_their_sizes():
     """Of losses the mean; a gauge compares each prediction with the targets of all passes."""
     rows = torch.randn(2, 5, 4)
-    losses_of = losses.Losses.of
-    results = [losses_of(torch.tensor(1.0), tuple(rows[:, :4]), vlm=torch.tensor(10.0)),
-               losses_of(torch.tensor(2.0), tuple(rows[:, 4:]), vlm=torch.tensor(40.0))]
+    results = [losses.Losses.of(torch.tensor(1.0), tuple(rows[:, :4]), vlm=torch.tensor(10.0)),
+               losses.Losses.of(torch.tensor(2.0), tuple(rows[:, 4:]), vlm=torch.tensor(40.0))]
     gauges = losses.collapse_gauges(*rows)
     assert losses.average(results, [4, 1]) == pytest.approx(dict(loss=1.2, vlm=16.0) | gauges)
     assert losses.average(results) == pytest.approx(dict(loss=1.5, vlm=25.0) | gauges)
