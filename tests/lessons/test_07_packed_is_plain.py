@@ -1,10 +1,14 @@
 """Claims: full and input view in one forward pass, and in one pass for each, give the losses and
-gradients of one unpadded pass a record."""
+gradients of one unpadded pass a record; a branch sees what is shared and itself."""
 
 import pytest
+import torch
 from plain import eq1, eq3_terms, smooth_l1, target_state
 
+import data
 import train
+from data import View
+from support.step import add_branches, branch_inputs
 from conftest import assert_same, build, embed, images_of, terms_of
 
 
@@ -38,3 +42,19 @@ def test_the_step_equals_one_record_at_a_time(vlm64, loaded64, mixed, monkeypatc
     assert terms.keys() == naive.keys()
     for term, value in naive.items():
         assert_same(terms[term], value, method)
+
+
+def test_the_branch_sees_what_is_shared_and_itself():
+    """Worked example of two rows. The first shares 2 of 4 tokens and has 2 more; the second has the
+    same 3 tokens twice, but one is injected, and so not shared."""
+    full = [View([1, 2, 3, 4], [-100, -100, 3, 4], [], 3), View([5, 6, 7], [-100] * 3, [], 2)]
+    inputs = [View([1, 2, 8, 9], [-100] * 4, [], 3, (2,)), full[1]._replace(inject_at=(2,))]
+    batch = add_branches(full, inputs, lambda views: data.collate(views, 0))
+    assert batch.ids.tolist() == [[1, 2, 3, 4, 8, 9], [5, 6, 7, 0, 7, 0]]
+    assert batch.inject_at.nonzero().tolist() == [[0, 4], [1, 4]]
+    assert batch.shared.tolist() == [2, 2] and batch.state_at.tolist() == [5, 4]
+    positions = torch.tensor([[[0, 1, 2, 3], [0, 1, 2, 0]]])
+    _, mask = branch_inputs(batch, positions, torch.float64)
+    assert (mask[0, 0] == 0).int().tolist() == [
+        [1, 0, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0], [1, 1, 1, 0, 0, 0],
+        [1, 1, 1, 1, 0, 0], [1, 1, 0, 0, 1, 0], [1, 1, 0, 0, 1, 1]]
