@@ -9,7 +9,6 @@ import os
 import subprocess
 import sys
 import tracemalloc
-from collections import Counter
 
 import numpy as np
 import pytest
@@ -23,19 +22,17 @@ from support.splits import read_folder
 from world import tools
 
 
-def scene(seed, size=(600, 400)):
-    """A picture of coloured patches, no two regions of which look alike."""
-    patches = np.random.default_rng(seed).integers(0, 256, (12, 18, 3), dtype=np.uint8)
-    return Image.fromarray(patches).resize(size, Image.Resampling.BICUBIC)
+# patches of colours, no two regions of which look alike
+SCENE = Image.fromarray(np.random.default_rng(7).integers(
+    0, 256, (12, 18, 3), dtype=np.uint8)).resize((600, 400), Image.Resampling.BICUBIC)
 
 
 @pytest.fixture
 def pictures(tmp_path, monkeypatch):
-    """A folder with a scene, a blue crop and a broken file; `convert` takes rows for files."""
+    """A folder with a scene and a blue crop; `convert` takes rows for files."""
     (folder := tmp_path / "pictures").mkdir()
-    scene(7).save(folder / "a.jpg", quality=90)
+    SCENE.save(folder / "a.jpg", quality=90)
     (folder / "crop.png").write_bytes(BLUE_PNG["bytes"])
-    (folder / "broken.jpg").write_bytes((folder / "a.jpg").read_bytes()[:900])
     monkeypatch.setattr(published, "read_list", iter)
     monkeypatch.setattr(published, "thinkmorph_rows", iter)
     return folder
@@ -74,9 +71,9 @@ def thinkmorph(**changed):
                 resoning_thought_1="<image_end><think>It fits.</think>") | changed
 
 
-def trace(*contents, image="a.jpg"):
+def trace(*contents):
     roles = ["system", "user"] + ["assistant", "user"] * len(contents)
-    first = [{"image": image, "text": None, "video": None}, {"text": "Where?", "image": None}]
+    first = [{"image": "a.jpg", "text": None, "video": None}, {"text": "Where?", "image": None}]
     return dict(qid="q1", message_list=[dict(role=role, content=content) for role, content in zip(
         roles, [[{"text": "tools"}], first, *contents])])
 
@@ -95,31 +92,24 @@ ERROR, SIZE = [{"text": "\nCropped image is too small: 12x9\n"}], [{"text": "(Im
     *(("lvr", lvr(**changed), reason) for changed, reason in (
         (dict(bboxes=[[0.5, 0, 0.5, 1]]), "box is empty"), (dict(bboxes=[]), "no box"),
         (dict(bboxes=[[0.5, 0, float("nan"), 1]]), "leaves the image"),
-        (dict(bboxes=[0.1, 0.5]), "not four numbers"), (dict(bboxes=[[0, 0, 1]]), "four numbers"),
-        (dict(image=["b.png"]), "image not found"), (dict(image=["broken.jpg"]), "not readable"),
+        (dict(bboxes=[[0, 0, 1]]), "not four numbers"), (dict(image=["b.png"]), "image not found"),
         (dict(image=["../outside.png"]), "image path leaves the data folder"),
         (dict(image=["a.jpg", "crop.png"]), "2 images beside the question"),
-        (dict(conversations=turns()[:1]), "field missing"),
-        (dict(conversations=turns("half \ud83d")), "half a character"),
-        (dict(conversations=turns(answer="<answer></answer>")), "no answer"))),
+        (dict(conversations=[]), "field missing"), (dict(conversations=turns("\ud83d")), "half"))),
     *(("thinkmorph", thinkmorph(**changed), reason) for changed, reason in (
         (dict(reasoning_image_0=None), "field missing"),
         (dict(problem_image_1=BLUE_PNG), "several images beside the question"),
-        (dict(resoning_thought_0="<think></think>"), "is empty"))),
-    *(("thinkmorph", thinkmorph(resoning_thought_1=words, answer=answer), "another answer")
-      for words, answer in (("<answer>B</answer>", "A"), ("So \\boxed{B}", "A"), ("Answer: B", "A"),
-                            ("Answer: B <answer>A</answer>", "A"), ("It is. Answer: 10", "1"),
-                            ("<answer>know</answer>", "no"))),
+        (dict(resoning_thought_0="<think></think>"), "is empty"),
+        *[(dict(resoning_thought_1=words), "another answer") for words in (
+            "<answer>B</answer>", "Answer: B <answer>A</answer>", "Answer: AB")])),
     *(("pixelreasoner", trace(*contents), reason) for contents, reason in (
         ([[{"video": ["1.png"]}]], "video"), ([[{"text": "no idea"}]], "no boxed answer"),
         ([a_call(target=2), BLUE, END], "was not shown"), ([a_call(), BLUE], "speak in turn"),
         ([[{"text": "Hm."}], [{"text": "Go on."}], END], "with no call"),
         ([a_call(), BLUE + BLUE, END], "2 images answer one call"),
         ([[{"text": a_call()[0]["text"] * 2}], BLUE, END], "several calls"),
-        ([[{"text": "<tool_call>{}</tool_call>"}], BLUE, END], "field missing"),
         ([[{"text": "<tool_call>{</tool_call>"}], BLUE, END], "not JSON"),
-        ([a_call(), BLUE, a_call()], "last turn calls a tool"))),
-    ("pixelreasoner", trace(END, image=None), "0 images beside the question")])
+        ([a_call(), BLUE, a_call()], "last turn calls a tool")))])
 def test_what_cannot_be_used_is_counted(pictures, tmp_path, kind, row, reason, capsys):
     good = dict(lvr=lvr(), thinkmorph=thinkmorph(), pixelreasoner=trace(END))[kind]
     convert_to_folder(kind, [row, good], pictures, tmp_path / "out")
@@ -132,46 +122,49 @@ def test_what_cannot_be_used_is_counted(pictures, tmp_path, kind, row, reason, c
 def test_lvr_boxes_become_calls_and_every_turn_is_counted(pictures, tmp_path, capsys):
     boxes = [[0.1, 0.1, 0.5, 0.5], [0.5, 0.5, 0.9, 0.9], [0.07, 0.29, 0.57, 0.58]]
     plain = turns(answer="<answer>a dog</answer>")
-    rows = [lvr(), lvr(bboxes=boxes[:2]), lvr(bboxes=boxes[:2], conversations=plain + plain),
+    rows = [lvr(), lvr(bboxes=boxes), lvr(bboxes=boxes[:2], conversations=plain + plain),
             # the marks say that the first turn has two boxes
             lvr(bboxes=boxes, conversations=turns(answer="<lvr>\n<lvr>\n<answer>No") + turns()),
-            lvr(bboxes=boxes, conversations=plain + plain), lvr(bboxes=boxes[2:])]
+            lvr(bboxes=boxes, conversations=plain + plain)]
     converted = list(published.convert("lvr", [rows], pictures))
-    ex, two, one, both, exact = (ex for ex in converted if isinstance(ex, Example))
+    ex, three, one, two = (ex for ex in converted if isinstance(ex, Example))
     call, last = ex.texts
     assert (ex.question, ex.answer, last) == ("What is there?", "a dog", "Answer: a dog")
     assert ex.task == "flickr30k" and call.endswith("[crop 50 0 75 50]") and ex.remarks == []
-    assert [*map(check_calls, (ex, two, one, both))] == [1, 2, 1, 2]
-    assert two.texts[1].endswith("[crop 50 50 90 90 of 1]") and "7 29 57 58" in exact.texts[0]
+    assert [*map(check_calls, (ex, three, one, two))] == [1, 3, 1, 2]
+    assert three.texts[2].endswith("[crop 7 29 57 58 of 1]")
     published.write(iter(converted), tmp_path / "out")
     report = capsys.readouterr().out
-    assert "5 records kept, 4 left out" in report and "left out       3  a further turn" in report
-    assert "which box belongs to which; first: lvr-3-4" in report and "lvr-3-2-turn2" in report
+    assert "4 records kept, 4 left out" in report and "left out       3  a further turn" in report
 
 
 def test_questions_on_one_picture_are_on_one_side_with_one_copy(pictures, tmp_path):
     # the same picture under another name, and in another format
     (pictures / "copy.png").write_bytes((pictures / "crop.png").read_bytes())
     Image.open(pictures / "crop.png").save(pictures / "crop.bmp")
+    before = {file: file.read_bytes() for file in pictures.iterdir()}
     rows = [lvr(image=[name]) for name in ("crop.png", "crop.png", "copy.png", "crop.bmp")]
     examples = convert_to_folder("lvr", rows, pictures, tmp_path / "out")
     assert len({ex.split for ex in examples}) == 1
-    assert sorted(image.suffix for image in {ex.image for ex in examples}) == [".bmp", ".png"]
+    bmp, png = sorted({ex.image for ex in examples}, key=lambda image: image.suffix)
+    # it is written once, and a change of it changes no file of the user's
+    for file in (bmp, png):
+        file.write_bytes(b"changed")
+    assert published.save(SCENE, png.stem, tmp_path / "out") and png.read_bytes() == b"changed"
+    assert {file: file.read_bytes() for file in pictures.iterdir()} == before
     others = [Image.new("RGB", (10, 10), (n % 256, n // 256, 9)) for n in range(600)]
-    splits = Counter(published.example("x", "x", im, im, "q", "a", ["a"]).split for im in others)
-    assert splits["train"] > 570 and splits.keys() == {"train", "validation", "test"}
+    splits = [published.example("x", "x", im, im, "q", "a", ["a"]).split for im in others]
+    assert splits.count("train") > 570 and {*splits} == {"train", "validation", "test"}
 
 
 def test_a_long_list_is_read_in_little_memory(tmp_path, monkeypatch):
     values, file = [1, 23, {"a": [1, "],[\\\""]}, "x", None, -1.5, []] * 2, tmp_path / "list.json"
     for chunk in (1, 7, 10000):
         monkeypatch.setattr(common, "CHUNK", chunk)
-        for text in (json.dumps(values), json.dumps(values, indent=1), "[ ]"):
-            file.write_text(text, encoding="utf-8")
-            assert list(common.read_list(file)) == json.loads(text)
-    # of Windows: a byte order mark, other line ends
-    file.write_bytes("\ufeff[\r\n\"Was heißt 犬?\"]\r\n".encode())
-    assert list(common.read_list(file)) == ["Was heißt 犬?"]
+        # of Windows: a byte order mark, other line ends
+        for text in (json.dumps(values), "\ufeff[\r\n\"Was heißt 犬?\"]\r\n", "[ ]"):
+            file.write_bytes(text.encode())
+            assert list(common.read_list(file)) == json.loads(text.removeprefix("\ufeff"))
     for text in (b"{}", b"[1, 2", b"[1, {]", b"[\xe4]"):
         file.write_bytes(text)
         with pytest.raises(ValueError, match="must be a|record 2: not valid|json: not UTF-8"):
@@ -184,24 +177,21 @@ def test_a_long_list_is_read_in_little_memory(tmp_path, monkeypatch):
 
 
 def test_pixelreasoner_crops_errors_and_remarks(pictures, tmp_path, capsys):
-    rows = [trace([{"text": "It is \\boxed{B}"}]), trace(a_call(), SIZE + BLUE, END),
-            trace(a_call(), BLUE, a_call(), BLUE, END),
+    rows = [trace(a_call(), SIZE + BLUE, END), trace(a_call(), BLUE, a_call(), BLUE, END),
             trace(a_call(words="Too small."), ERROR, a_call(words="Wider."), BLUE, END),
             trace(a_call(after=" I will see."), BLUE, END)]
     converted = list(published.convert("pixelreasoner", [rows], pictures))
-    none, one, again, retried, tailed = converted
-    assert none.trajectory == ["It is B Answer: B"] and none.question == "Where?"
+    one, again, retried, tailed = converted
+    assert (one.question, one.answer) == ("Where?", "C")
     assert one.trajectory == ["Look. [crop 10 20 30 40]", pictures / "crop.png", "So C Answer: C"]
-    assert one.answer == "C" and "as published" in one.remarks[0] and "beside" in one.remarks[1]
-    assert again.texts[:2] == ["Look. [crop 10 20 30 40]", "Look. [crop 10 20 30 40 of 1]"]
+    assert "as published" in one.remarks[0] and "beside" in one.remarks[1]
+    assert again.texts[1] == "Look. [crop 10 20 30 40 of 1]"
     assert retried.texts == ["Too small. Wider. [crop 10 20 30 40]", "So C Answer: C"]
     assert "a call that failed" in retried.remarks[0] and "after a call" in tailed.remarks[0]
     published.write(iter(converted), tmp_path / "out")
-    remark = f"with remark       1  {retried.remarks[0]}; first: {retried.id}"
-    assert remark in capsys.readouterr().out
+    assert f"1  {retried.remarks[0]}; first: {retried.id}" in capsys.readouterr().out
     lines = (tmp_path / "out" / FILE).read_text(encoding="utf-8").splitlines()
-    assert [json.loads(line).get("remarks", []) for line in lines] == [
-        ex.remarks for ex in converted]
+    assert [json.loads(line)["remarks"] for line in lines] == [ex.remarks for ex in converted]
 
 
 BOX = (0.3, 0.35, 0.6, 0.8)
@@ -210,10 +200,9 @@ BOX = (0.3, 0.35, 0.6, 0.8)
 @pytest.mark.parametrize("box, region", [
     # padded by a tenth of the image, of the box, not at all; at the edge; in px
     (BOX, (0.2, 0.25, 0.7, 0.9)), (BOX, (0.27, 0.305, 0.63, 0.845)), (BOX, BOX),
-    *((box, (0.5, 0.5, 1, 1)) for box in (
-        (0.5, 0.5, 1, 1), (0.5, 0.5, 1.0, 0.999), (300, 200, 600, 400)))])
+    ((0.5, 0.5, 1.0, 0.999), (0.5, 0.5, 1, 1)), ((300, 200, 600, 400), (0.5, 0.5, 1, 1))])
 def test_the_call_is_that_of_the_region_in_the_published_picture(pictures, tmp_path, box, region):
-    cut = scene(7).crop(tuple(round(v * (600, 400)[n % 2]) for n, v in enumerate(region)))
+    cut = SCENE.crop(tuple(round(v * (600, 400)[n % 2]) for n, v in enumerate(region)))
     # the authors' tool resizes what it cut, and the picture was saved as JPEG
     cut.resize((cut.width * 2 // 28 * 28, cut.height * 2 // 28 * 28)).save(pictures / "cut.jpg")
     rows = [trace(a_call(box), [{"image": "cut.jpg"}], END)]
@@ -224,15 +213,11 @@ def test_the_call_is_that_of_the_region_in_the_published_picture(pictures, tmp_p
 
 # a last thought, the answer field, the last text; the end is about words that are no markup
 MARKUP = r"""
-</image_start><think>It fits.</think><answer>A</answer>  #  A  #  It fits. Answer: A
-It is \boxed{A}.  #  A  #  It is A. Answer: A
 So $\boxed{\text{(A)}}$  #  \boxed{A}  #  So (A) Answer: A
 $\boxed{\boxed{A}}$ at $\fbox {x{y}{z}}.  #  x{y}{z}  #  A at $x{y}{z}. Answer: x{y}{z}
 At \boxed{\frac{1}{2}}  #  \boxed{\frac{1}{2}}  #  At \frac{1}{2} Answer: \frac{1}{2}
 <IMAGE_END> < think >Fits</think ><answer>\boxed{A}  #  <answer>A  #  Fits Answer: A
-It fits. Answer: A  #  A  #  It fits. Answer: A
 It fits.</think>Yes.<answer>A. red</answer>  #  A  #  It fits. Yes. Answer: A
-It fits.</think>Yes, \boxed{A}  #  A  #  It fits. Yes, A Answer: A
 No <answer>B</answer>, but <answer> A  #  A  #  No B , but Answer: A
 So \boxed{A  #  A  #  So A Answer: A
 1 < 2, <b> and <image> or <think>.  #  A  #  1 < 2, <b> and <image> or <think>. Answer: A"""
@@ -247,48 +232,35 @@ def test_no_markup_is_left_in_thinkmorph_and_words_like_it_stay(pictures, case):
     assert ex.texts == ["I will assemble it.", text] and ex.question == question
 
 
-def test_thinkmorph_with_further_pictures_and_without_pyarrow(pictures, tmp_path, monkeypatch):
+def test_thinkmorph_with_further_pictures_and_without_files(pictures, monkeypatch):
     row = thinkmorph(reasoning_image_1=BLUE_PNG, resoning_thought_2="2", full_text_only_thought="x")
     [ex] = published.convert("thinkmorph", [[row]], None)
     assert ex.texts == ["I will assemble it.", "It fits.", "2 Answer: A"]
     assert ex.task == "Jigsaw_Assembly" and "text-only" in ex.remarks[0] and len(ex.images) == 3
     monkeypatch.undo()
-    (tmp_path / "train-0.parquet").touch()
-    monkeypatch.setitem(sys.modules, "pyarrow", None)
-    for folder, message in ((tmp_path, "pip install pyarrow"), (pictures, "hf download")):
-        with pytest.raises((ValueError, FileNotFoundError), match=message):
-            list(published.convert("thinkmorph", [folder], None))
+    with pytest.raises(FileNotFoundError, match="hf download"):
+        list(published.convert("thinkmorph", [pictures], None))
 
 
 def test_the_script_in_any_locale(pictures, tmp_path):
-    rows = [lvr(conversations=turns("Was heißt 犬?", "<answer>Hündin</answer>"))]
-    (tmp_path / "a.json").write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
-    command = [sys.executable, published.__file__, "lvr", *[tmp_path / "a.json"] * 2,
-               "--images", pictures, "--out", tmp_path / "new" / "out"]
-    done = subprocess.run(command, capture_output=True, encoding="utf-8",
+    file, out = tmp_path / "a.json", tmp_path / "new" / "out"
+    rows = [lvr(conversations=turns("Was heißt 犬?"))]
+    file.write_bytes(json.dumps(rows, ensure_ascii=False).encode())
+    done = subprocess.run([sys.executable, published.__file__, "lvr", file, file, "--images",
+                           pictures, "--out", out], capture_output=True, encoding="utf-8",
                           env={**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0"})
     # the second is the progress bar
     assert "2 records kept, 0 left out" in done.stdout and "2 records [" in done.stderr
-    assert [(ex.id, ex.question, ex.answer) for ex in read_folder(tmp_path / "new" / "out")] == [
-        (f"lvr-3-{n}", "Was heißt 犬?", "Hündin") for n in range(2)]
+    assert [(ex.id, ex.question) for ex in read_folder(out)] == [
+        (f"lvr-3-{n}", "Was heißt 犬?") for n in range(2)]
 
 
-def test_no_file_of_the_users_is_touched_and_nothing_is_left_half(pictures, tmp_path):
-    before, out = {file: file.read_bytes() for file in pictures.iterdir()}, tmp_path / "out"
-    convert_to_folder("lvr", [lvr(), lvr()], pictures, out)
-    for file in (out / "images").iterdir():
-        # a copy, written once, so that a later change changes nothing else
-        assert not file.is_symlink() and file.stat().st_nlink == 1
-        file.write_bytes(b"changed")
-        assert published.save(scene(0), file.stem, out) and file.read_bytes() == b"changed"
-    assert {file: file.read_bytes() for file in before} == before
-
+def test_nothing_is_left_half_and_nothing_is_overwritten(pictures, tmp_path):
     def interrupted():
         yield from published.convert("lvr", [[lvr()]], pictures)
         raise KeyboardInterrupt
 
-    for examples, folder, error in ((interrupted(), "new", KeyboardInterrupt),
-                                    (iter([]), "out", FileExistsError)):
-        with pytest.raises(error, match="nothing is overwritten|^$"):
-            published.write(examples, tmp_path / folder)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "pictures"]
+    for out, error in ((tmp_path / "new", KeyboardInterrupt), (pictures, FileExistsError)):
+        with pytest.raises(error):
+            published.write(interrupted(), out)
+    assert [*tmp_path.iterdir()] == [pictures]

@@ -1,57 +1,159 @@
-"""Claims: a study runs every arm in every regime with options that train.py knows, repeats nothing,
-keeps what was interrupted, asks sft for its own tool calls, and asks validation questions where it
-chooses settings; a benchmark's variants share one model."""
+"""Claims: intervals, accuracies and paired differences equal hand-computed ones; only runs of one
+base, training set and set of questions are averaged or subtracted; two runs of one arm and seed
+have two names. A study runs every arm in every regime with options that train.py knows, repeats
+nothing, keeps what was interrupted, asks sft for its own tool calls, and asks validation questions
+where it chooses settings. A benchmark's variants share one model."""
 
 import json
-import sys
+import subprocess
 from itertools import product
 from pathlib import Path
-from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 import evaluate
 import train
-from analysis import benchmark, study
-from analysis.compare import arm_of
-from support.files import write_json
+from analysis import benchmark, compare, study
+from analysis.compare import arm_of, comparison, difference
 from support.adapters import lora_layers
+from support.files import read_json, write_json
+from support.tables import conclusion, format_table, overall, summarise, wilson
 from world.scenes import REGIMES
 
-from test_compare import a_run, answers
+
+def answers(rights, task="crop", **ways):
+    """One answer each; ways: more ways to answer, the same for all."""
+    ways = dict(direct=None) | ways
+    return [{"id": f"{task}{n}", "task": task, "options": list("abcd"), "answer": "a",
+             **{f"{way}_right": right if value is None else value for way, value in ways.items()},
+             "cost": {way: dict(tokens=2, images=1, passes=2) for way in ways}}
+            for n, right in enumerate(rights)]
+
+
+def a_run(method, seed, rights, task="crop", **settings):
+    config = dict(method=method, seed=seed, model="bases/tiny", data="", regime="mixed",
+                  workers=2, out=f"{method}{seed}") | settings
+    after = answers(rights, task, **dict(latent=None) if "recon" in method else {})
+    return dict(config=config, answers=after, before=answers(rights, task))
+
+
+def write_run(folder, run):
+    folder.mkdir()
+    write_json(folder / "config.json", run["config"])
+    write_json(folder / "results.json", dict(answers=run["answers"], before=run["before"]))
+
+
+def test_the_interval_of_a_difference_is_over_seeds_and_questions():
+    draw = np.random.default_rng(1)
+    ours, theirs = (1 * (draw.random((5, 300)) < p) for p in (0.6, 0.5))
+
+    def interval(*sides):
+        return difference(*([dict(enumerate(row)) for row in side] for side in sides))
+
+    mean, low, high = interval(ours, theirs)
+    gaps = 100 * (ours - theirs)
+    # with independent answers seeds, questions and their pairs each add the variance of the mean
+    half = 1.96 * (3 * gaps.var() / gaps.size) ** 0.5
+    assert mean == pytest.approx(gaps.mean()) and high - low == pytest.approx(2 * half, rel=0.2)
+    # seeds that differ by as much as this decide alone, and so do questions
+    seeds = np.repeat([[1], [0]], 300, axis=1)
+    assert interval(seeds, 0 * seeds) == interval(seeds.T, 0 * seeds.T) == (50, 0, 100)
+    # a single seed of the other is compared with each of ours
+    assert interval(seeds, seeds[:1])[0] == -50
+    # questions that one did not answer do not count
+    assert difference([{"a": 1, "b": 0}], [{"a": 0}]) == (100, 100, 100)
+
+
+def test_a_summary_by_hand_has_the_row_all_only_for_several_tasks():
+    # n = 10, 8 right: (8 + 1.9208 -+ 1.96 * sqrt(1.6 + 0.9604)) / 13.8416
+    assert wilson(8, 10) == pytest.approx((0.49016, 0.94332), abs=1e-4)
+    rows = answers([1, 1, 0, 1], free=0, tool=1) + answers([0], "tallest", free=1)
+    table = summarise(rows)
+    assert list(table) == ["crop", "tallest"] and overall(table) == "crop"
+    assert table["crop"]["direct"] == [0.75, *wilson(3, 4)] and table["crop"]["chance"] == 0.25
+    assert table["tallest"].keys() == {"n", "chance", "direct", "free"}
+    # the held-out task is not in it
+    every = summarise(rows + answers([0, 0, 0, 0], "path"))["all"]
+    assert every["n"] == 8 and every["direct"][0] == 0.375
+    text = format_table({"before": table}) + conclusion(summarise(answers([1, 0])), table)
+    for words in (" 75.0 [", "tallest (held out)", "50.0% were right before and 75.0% are now"):
+        assert words in text
+
+
+def test_a_comparison_by_hand():
+    rows, text = comparison({
+        "a": a_run("sft", 0, [1, 0, 0, 0]), "c": a_run("pearl", 0, [1, 1, 1, 0], pred_tokens=4),
+        "b": a_run("sft", 1, [1, 1, 0, 0]) | dict(answers=answers([1, 1, 0, 0], call=1)),
+        "d": a_run("pearl", 1, [1, 1, 1, 0], pred_tokens=4),
+        "e": a_run("pearl", 1, [0, 0, 1, 1], pred_tokens=0),
+        "f": a_run("image_first+recon", 0, [0, 0, 0, 1]), "runs/g": a_run("sft", 0, [1, 1, 1, 1])})
+    # an arm is named by what differs; explicit tool use and a second run of one seed stand alone
+    assert {row["system"]: (row["way"], *row["own"]) for row in rows} == {
+        "no fine-tuning": ("direct", 25), "sft": ("direct", 25, 50), "sft + tools": ("call", 100),
+        "pearl pred_tokens=4": ("direct", 75, 75), "pearl pred_tokens=0": ("direct", 50),
+        "image_first+recon": ("latent", 25), "sft again (runs/g)": ("direct", 100)}
+    differences = {row["system"]: row.get("difference") for row in rows}
+    # over seeds and questions: 0 1 1 0 and 0 0 1 0 are the gaps
+    assert differences["pearl pred_tokens=4"] == pytest.approx((37.5, 0, 87.5))
+    # who guesses is no opponent
+    assert differences["image_first+recon"] is None
+    for cells in ("| system | seeds | `crop` | `crop` - sft [95%] |", "| sft | 2 | 37.5 +/- 17.7 |",
+                  "+recon | 1 | 25.0 | guesses |", "+37.5 [+0.0, +87.5]",
+                  "\n\nComparisons with sft: 3. "):
+        assert cells in text
+
+
+@pytest.mark.parametrize("name, changed", [
+    ("base", dict(model="bases/other")), ("data", dict(data="set")), ("data", dict(regime="multi")),
+    ("questions", dict(task="count"))])
+def test_only_runs_of_one_setting_are_compared(name, changed):
+    runs = {"a": a_run("sft", 0, [1, 0]), "b": a_run("sft", 1, [1, 0], **changed)}
+    with pytest.raises(ValueError, match=f"^a, b differ in {name}: compare runs of one base"):
+        comparison(runs)
+    # a copy of the base, and another order of the questions, make no difference
+    runs["b"] = a_run("sft", 1, [1, 0], model="/elsewhere/tiny", workers=0)
+    runs["b"]["answers"].reverse()
+    assert [row["seeds"] for row in comparison(runs)[0]] == [1, 2]
+
+
+def test_the_program_compares_runs_and_a_checkpoint(tmp_path, monkeypatch, as_program):
+    write_run(tmp_path / "a", a_run("sft", 0, [1, 0]))
+    write_run(tmp_path / "b", a_run("pearl", 0, [1, 1]))
+    asked = []
+    monkeypatch.setattr(evaluate, "ask", lambda path, options: asked.append(path) or answers([0]))
+    monkeypatch.chdir(tmp_path)
+    as_program(compare.__file__, "a", "b", "model", "--device", "cpu", "--json", "all.json")
+    tables = read_json(tmp_path / "all.json")
+    assert asked == ["model"] and tables["model"]["table"]["crop"]["direct"][0] == 0
+    assert [row["system"] for row in tables["systems"]] == ["no fine-tuning", "sft", "pearl"]
+    # an option that changes the question
+    as_program(compare.__file__, "a", "--alpha", 0.5)
+    assert asked == ["model", "a"]
 
 
 @pytest.fixture
-def programs(monkeypatch):
-    """Instead of train.py and evaluate.py: forged files, and the commands that were given."""
-    commands = []
+def commands(monkeypatch):
+    """The commands that were given; instead of train.py and evaluate.py there are forged files."""
+    given = []
 
     def run(command, **_):
         program, options = Path(command[1]).name, command[2:]
-        commands.append([program, *options])
+        given.append(" ".join([program, *options]))
         if program == "train.py":
             config = train.parse_config(options)
-            fake = a_run(config.method, config.seed, [0, 1], regime=config.regime)
-            Path(config.out).mkdir()
-            write_json(Path(config.out) / "config.json", fake.pop("config"))
-            write_json(Path(config.out) / "results.json", fake)
+            write_run(Path(config.out), a_run(config.method, config.seed, [0, 1],
+                                              regime=config.regime))
         else:
-            file = options[options.index("--json") + 1]
-            write_json(Path(file), dict(answers=answers([1, 1], tool=1, call=1)))
-        return SimpleNamespace(returncode="--steps 13" in " ".join(command))
+            write_json(Path(options[-1]), dict(answers=answers([1, 1], tool=1, call=1)))
+        return subprocess.CompletedProcess(command, int("--steps 13" in given[-1]))
 
-    monkeypatch.setattr(study.subprocess, "run", run)
-    return commands
-
-
-def call(monkeypatch, main, *options):
-    monkeypatch.setattr(sys, "argv", ["program", *map(str, options)])
-    main()
+    monkeypatch.setattr(subprocess, "run", run)
+    return given
 
 
 def test_an_arm_is_what_follows_method_and_has_a_folder_of_its_own(tmp_path):
     args = study.parse_args(["--out", str(tmp_path), "--seeds", "0", "1", "--", "--batch", "3"])
-    assert sorted(args.regimes) == sorted(REGIMES)
     args.arms = [*study.SYSTEMS, "target_state --target_layer -1", "pearl --lambda_latent 0.2"]
     jobs = study.plan(args)
     assert len({job.folder for job in jobs}) == len(jobs) == 2 * len(REGIMES) * len(args.arms)
@@ -66,62 +168,51 @@ def test_an_arm_is_what_follows_method_and_has_a_folder_of_its_own(tmp_path):
             study.plan(args)
 
 
-def test_a_study_keeps_what_was_interrupted_and_repeats_nothing(programs, tmp_path, monkeypatch,
-                                                                capsys):
+def test_a_study_keeps_what_was_interrupted_and_repeats_nothing(commands, tmp_path, as_program):
     folder = tmp_path / "study" / "other" / "multi"
     (folder / "sft-seed0").mkdir(parents=True)
     (folder / "sft-seed0" / "log.jsonl").write_text("interrupted", encoding="utf-8")
     options = ["--out", tmp_path / "study", "--base", "other=DIR", "--arms", "sft", "pearl",
                "pearl --pred_tokens 8", "--regimes", "multi", "--seeds", 0, "--jobs", 1, "--",
                "--test_per_task", 9]
-    call(monkeypatch, study.main, *options)
+    as_program(study.__file__, *options)
     log, = folder.glob("sft-seed0.interrupted-*/log.jsonl")
     assert log.read_text(encoding="utf-8") == "interrupted"
-    assert [command[0] for command in programs] == ["train.py", "evaluate.py", *["train.py"] * 2]
-    assert all("--model DIR" in " ".join(command) for command in programs if "--seed" in command)
-    assert "--again --call_limit 3 --per_task 9" in " ".join(programs[1])
-    rows = json.loads((folder.parent / "multi.json").read_text("utf-8"))
+    sft, ask, *others = commands
+    assert len(others) == 2 and all("--model DIR" in given for given in (sft, *others))
+    assert ask.startswith("evaluate.py") and "--again --call_limit 3 --per_task 9" in ask
+    rows = json.loads((folder.parent / "multi.json").read_text(encoding="utf-8"))
     # the direct answers are those of the run
     assert [(row["system"], *row["own"]) for row in rows] == [
         ("no fine-tuning", 50), ("sft", 50), ("sft + tools", 100), ("pearl", 50),
         ("pearl --pred_tokens 8", 50)]
-    capsys.readouterr()
-    call(monkeypatch, study.main, *options)
-    assert len(programs) == 4 and capsys.readouterr().out.count("done before") == 3
-    with pytest.raises(SystemExit, match="1 runs failed"):
-        call(monkeypatch, study.main, "--out", tmp_path / "b", "--arms", "pearl", "--regimes",
-             "multi", "--seeds", 0, "--", "--steps", 13)
+    as_program(study.__file__, *options)
+    assert len(commands) == 4
+    with pytest.raises(SystemExit, match="3 runs failed"):
+        as_program(study.__file__, *options[:1], tmp_path / "b", *options[2:-2], "--steps", 13)
 
 
-def test_settings_are_chosen_on_validation_questions(programs, tmp_path, monkeypatch):
-    call(monkeypatch, study.main, "--out", tmp_path, "--split", "validation", "--arms", "ema",
-         "ema --ema 0.9", "--regimes", "single", "--seeds", 0, "--jobs", 1, "--",
-         "--test_per_task", 9)
-    for train_options, ask in (programs[:2], programs[2:]):
-        assert train.parse_config(train_options[1:]).test_per_task == 1
-        assert "--again --split validation --per_task 9" in " ".join(ask)
+def test_settings_are_chosen_on_validation_questions(commands, tmp_path, as_program):
+    as_program(study.__file__, "--out", tmp_path, "--split", "validation", "--arms", "ema",
+               "ema --ema 0.9", "--regimes", "single", "--seeds", 0, "--jobs", 1, "--",
+               "--test_per_task", 9)
+    for given, ask in (commands[:2], commands[2:]):
+        assert train.parse_config(given.split()[1:]).test_per_task == 1
+        assert "--again --split validation --per_task 9" in ask
     text = (tmp_path / "tiny-vlm" / "single.md").read_text(encoding="utf-8")
     # of the answers to what was asked, and nothing of the run's own test questions
     assert "| ema --ema 0.9 | 1 | 100.0 | - | 100.0 |" in text and "no fine-tuning" not in text
 
 
-@pytest.mark.parametrize("options, name", [
-    ("steps --steps 1 --batch 2 --train_examples 4", "paper_over_sft"),
-    ("answers tiny-vlm --per_task 1", "tool_ms"),
-    ("data --records 40 --steps 2 --batch 2 --workers 0", "share_of_a_step_waiting")])
-def test_a_benchmark_ends_with_one_json_line_and_writes_nothing(tmp_path, monkeypatch, capsys,
-                                                                options, name):
+def test_a_benchmark_writes_one_json_line_and_no_file(tmp_path, monkeypatch, capsys, as_program):
     (tmp_path / "tiny-vlm").symlink_to(Path(train.__file__).parent / "tiny-vlm")
     monkeypatch.chdir(tmp_path)
-    # no run of it asks its questions
-    monkeypatch.setattr(evaluate, "answer_questions", None)
-    call(monkeypatch, benchmark.main, *options.split(), "--device", "cpu")
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])[name] >= 0
+    for options, name in (("steps --steps 1 --batch 2 --train_examples 4", "paper_over_sft"),
+                          ("answers tiny-vlm --per_task 1", "tool_ms")):
+        as_program(benchmark.__file__, *options.split(), "--device", "cpu")
+        assert json.loads(capsys.readouterr().out.splitlines()[-1])[name] >= 0
     assert [file.name for file in tmp_path.iterdir()] == ["tiny-vlm"]
-
-
-def test_all_variants_train_one_model():
     methods = benchmark.build(train.parse_config(["--device", "cpu"]))
     vlm, = {method.vlm for method in methods.values()}
-    # LoRA is there once
+    # the variants train one model, and LoRA is there once
     assert lora_layers(vlm) and not any(lora_layers(x.base) for x in lora_layers(vlm).values())
