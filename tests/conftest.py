@@ -2,6 +2,7 @@
 float64; the norms of transformers compute in float32, so states agree to about seven digits."""
 
 import copy
+import functools
 import itertools
 import json
 import os
@@ -18,7 +19,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
-from transformers.utils import is_torchvision_available  # noqa: E402
 
 import checkpoints  # noqa: E402
 import losses  # noqa: E402
@@ -54,14 +54,12 @@ def vlm64(loaded64):
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory):
     """name -> folder of that checkpoint, built at its first use; not to be changed."""
-    built = dict(tiny=Path(TINY))
-
+    @functools.cache
     def folder(name):
-        if name in checkpoints.TORCHVISION and not is_torchvision_available():
-            pytest.skip("its processor needs torchvision")
-        if name not in built:
-            built[name] = checkpoints.build(name, tmp_path_factory.mktemp(name))
-        return built[name]
+        if name in checkpoints.TORCHVISION:
+            pytest.importorskip("torchvision")
+        built = tmp_path_factory.mktemp(name)
+        return Path(TINY) if name == "tiny" else checkpoints.build(name, built)
 
     return folder
 

@@ -3,7 +3,6 @@ does; what is damaged or cannot be served is refused in one sentence, and nothin
 
 import copy
 import shutil
-import struct
 from pathlib import Path
 
 import pytest
@@ -11,9 +10,10 @@ import torch
 import transformers
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from transformers.utils import is_torchvision_available
 
-from checkpoints import BOTH, BUILDERS, IMAGES, OLD, TEMPLATES, TOKENS, qwen, write
-from conftest import is_torchvision_available, refuses
+from checkpoints import BOTH, BUILDERS, IMAGES, OLD, TEMPLATES, TOKENS, write
+from conftest import refuses
 from data import collate, make_views
 from model import VLM
 from support.chat import Chat
@@ -47,9 +47,6 @@ def record(tool_images, image_first=False):
                    [*steps, "It is se7en. Answer: red"])
 
 
-# ---- text ----
-
-
 @pytest.mark.parametrize("tool_images, image_first, prompt", [
     (0, False, False), (0, False, True), (1, False, False), (1, False, True), (2, False, False),
     (2, True, False)])
@@ -73,16 +70,6 @@ def test_ids_are_those_of_the_familys_own_processor(vlm, tool_images, image_firs
         theirs = copy.copy(family)
         theirs.processor = transformers.AutoProcessor.from_pretrained(family.path)
         assert whole.ids == theirs.own_ids(turns, example.images, prompt)
-
-
-@pytest.mark.parametrize("name, token", [
-    ("llava", "<image>"), ("qwen2_5_vl", "<|vision_end|>"), ("pixtral", "[IMG_BREAK]")])
-def test_marks_of_images_are_reserved_special_or_not(copy_of, name, token):
-    file = copy_of(name) / "tokenizer.json"
-    write(file, added_tokens=[dict(t, special=t["special"] and t["content"] != token)
-                              for t in read_json(file)["added_tokens"]])
-    family = family_of(file.parent)
-    assert token not in family.tokenizer.all_special_tokens and token in family.reserved
 
 
 def test_labels_are_what_the_assistant_says(vlm):
@@ -114,11 +101,14 @@ def test_labels_are_what_the_assistant_says(vlm):
 def test_which_template_counts(copy_of):
     """The processor's before the tokenizer's; of several the default one; a Qwen folder that has
     only the tokenizer's, for text alone, is given Qwen's mark of an image."""
-    for name in ("llava", "idefics3", "qwen3_vl_new"):
-        folder = copy_of(name)
-        before = family_of(folder).processor.chat_template
-        write(folder / TOKENS, chat_template="{{ 'for text only' }}")
-        assert family_of(folder).processor.chat_template == before
+    folder = copy_of("llava")
+    before = family_of(folder).processor.chat_template
+    write(folder / TOKENS, chat_template="{{ 'for text only' }}")
+    assert family_of(folder).processor.chat_template == before
+    (folder / OLD).unlink()
+    for template in (TEMPLATES["QWEN_TEXT_ONLY"], "{{ raise_exception('no') }}"):
+        write(folder / TOKENS, chat_template=template)
+        refuses(folder, "has no chat template that writes a question, its image and an answer")
     folder = copy_of("qwen2_5_vl")
     turns = Chat(family_of(folder), 4096).turns(record(1))
     whole, template = family_of(folder).render(turns), read_json(folder / OLD)["chat_template"]
@@ -129,21 +119,12 @@ def test_which_template_counts(copy_of):
     assert family_of(folder).render(turns) == whole
     write(folder / TOKENS, chat_template=templates[:1])
     refuses(folder, "has no chat template that writes .*the one called default counts.; restore")
-    folder = copy_of("llava")
-    (folder / OLD).unlink()
-    for template in (TEMPLATES["QWEN_TEXT_ONLY"], "{{ raise_exception('no') }}",
-                     "{% for m in messages %}{{ m.role }}: {{ m.content[-1].text }}{% endfor %}"):
-        write(folder / TOKENS, chat_template=template)
-        refuses(folder, "has no chat template that writes a question, its image and an answer")
-
-
-# ---- images ----
 
 
 def test_sizes_of_images(folders):
     """By old and new names; --min_pixels and --max_pixels set them."""
     new = family_of(folders("qwen2_5_vl_new"))
-    for name in ("qwen2_vl", "qwen2_vl_saved_again", "qwen2_5_vl", "qwen2_5_vl_old_size"):
+    for name in ("qwen2_vl", "qwen2_vl_saved_again", "qwen2_5_vl_old_size"):
         old = family_of(folders(name))
         for size in ((60, 40), (500, 30), (1, 1)):
             assert old.image_text(*size) == new.image_text(*size)
@@ -151,37 +132,16 @@ def test_sizes_of_images(folders):
             assert grid.tolist() == [list(old.image_text(*size)[1])]
     with pytest.raises(ValueError, match="aspect ratio"):
         new.image_text(3000, 2)
-    for name, pixels, message in (("qwen3_vl", (5000, None), "from 5000 to 4096 pixels"),
-                                  ("qwen3_vl", (9, 4), "from 9 to 4 pixels"),
-                                  ("llava", (None, 4096), "models have no --min_pixels and --max")):
+    for name, message in (("qwen3_vl", "from 5000 to 4096 pixels"),
+                          ("llava", "models have no --min_pixels and --max_pixels")):
         with pytest.raises(ValueError, match=message):
-            load_family(str(folders(name)), *pixels)
-
-
-@pytest.mark.parametrize("stem, patch, published, counts", [
-    ("Qwen2_5_VL", 14, dict(min_pixels=3136, max_pixels=12845056), [15301, 1230, 4, 256]),
-    ("Qwen3VL", 16, dict(size=dict(shortest_edge=65536, longest_edge=16777216)),
-     [11750, 972, 64, 196])])
-def test_tokens_of_images_with_published_settings(tmp_path, stem, patch, published, counts):
-    """A token has 28 x 28 px in Qwen2.5-VL and 32 x 32 px in Qwen3-VL."""
-    qwen(stem, OLD, published, "QWEN_3", tmp_path, patch)
-    families = [load_family(str(tmp_path), *pixels)
-                for pixels in ((), (256 * 28 ** 2, 1280 * 28 ** 2))]
-    assert counts == [family.image_text(*size)[0].count("<|image_pad|>")
-                      for size in ((4000, 3000), (32, 32)) for family in families]
+            load_family(str(folders(name)), min_pixels=5000)
 
 
 @pytest.mark.parametrize("name, file, change, message", [
-    ("tiny", IMAGES, dict(size=dict(shortest_edge="1", longest_edge="4")),
-     "preprocessor_config.json, .* the size of images is from '1' to '4' pixels: correct shortest"),
-    ("tiny", IMAGES, dict(size=dict(height=64, width=64)), "from None to None"),
+    ("tiny", IMAGES, dict(size=dict(shortest_edge="1")), "from '1' to None pixels: correct short"),
     ("tiny", IMAGES, dict(merge_size=1), "becomes 48 tokens of number 5, and 12 features"),
     ("tiny", IMAGES, dict(patch_size=16), "tokenizer.json of .* does not fit config.json .Runtime"),
-    ("tiny", IMAGES, dict(image_processor_type="CLIPImageProcessor"), "does not fit .*KeyError"),
-    ("tiny", OLD, {}, "chat_template.json, .*cannot be used .KeyError: 'chat_template'"),
-    ("llava", IMAGES, dict(crop_size=dict(height=48, width=48)), "does not fit config.json"),
-    ("llava", BOTH, dict(patch_size=16), "becomes 4 tokens .* and 16 features"),
-    ("gemma3", BOTH, dict(image_seq_length=9), "becomes 9 tokens .* and 4 features"),
     ("idefics3", BOTH, dict(processor_class="Nothing"), "cannot be used"),
     # lost; without its tokenizer.json transformers makes an empty tokenizer without a word
     ("qwen3_vl", IMAGES, None, "cannot be used .OSError"),
@@ -193,10 +153,13 @@ def test_processor_files_that_do_not_fit_the_model(copy_of, name, file, change, 
 
 
 def test_foreign_tokenizers_and_models(folders, copy_of, monkeypatch):
+    """Marks of images are reserved also where a tokenizer does not call them special."""
     file = copy_of("llava") / "tokenizer.json"
     raw = read_json(file)
-    write(file, added_tokens=[*raw["added_tokens"], dict(
-        raw["added_tokens"][-1], id=999, content="new", special=False)])
+    plain = [dict(token, special=token["content"] != "<image>") for token in raw["added_tokens"]]
+    write(file, added_tokens=plain)
+    assert "<image>" in family_of(file.parent).reserved
+    write(file, added_tokens=[*plain, dict(plain[-1], id=999, content="new", special=False)])
     refuses(file.parent, "has tokens for which there is no embedding")
     raw["post_processor"]["single"].append(dict(SpecialToken=dict(id="<s>", type_id=0)))
     write(file, **raw)
@@ -205,21 +168,16 @@ def test_foreign_tokenizers_and_models(folders, copy_of, monkeypatch):
     refuses(folders("llava"), "positions in several rows .of these only qwen2_vl, qwen2_5_vl")
 
 
-# ---- weights and settings ----
-
-
-@pytest.mark.parametrize("name", ["qwen2_5_vl", "llava", "tiny"])
-def test_weights_that_are_not_whole_are_refused_by_name(copy_of, name):
-    file, layer = copy_of(name) / "model.safetensors", "self_attn.q_proj.weight"
+def test_weights_that_are_not_whole_are_refused_by_name(copy_of):
+    file, layer = copy_of("qwen2_5_vl") / "model.safetensors", "self_attn.q_proj.weight"
     whole = load_file(file)
-    keys = [key for key in whole if key.endswith(layer) and "vis" not in key]
+    key, *keys = [key for key in whole if key.endswith(layer)]
     # older versions saved these two, which are computed
     derived = ("model.layers.0.self_attn.rotary_emb.inv_freq", "model.embeddings.position_ids")
     for tensors, message in (
-            ({k: v for k, v in whole.items() if k not in keys}, f"weights in .* lack .*{layer}"),
-            ({k: v for k, v in whole.items() if "vis" not in k}, r"\(\d+ in all\); restore"),
-            (whole | {keys[0]: whole[keys[0]][:3].clone()}, f"another shape of .*{layer}"),
-            (whole | {keys[0]: whole[keys[0]] * float("nan")}, f"{layer} holds values that are no"),
+            ({k: v for k, v in whole.items() if k not in keys}, rf"lack .*{layer}.*\d+ in all\)"),
+            (whole | {key: whole[key][:3].clone()}, f"another shape of .*{layer}"),
+            (whole | {key: whole[key] * float("nan")}, f"{layer} holds values that are no"),
             (whole | {"model.strange.weight": torch.zeros(2)}, "no place for: .*strange.weight"),
             (whole | {key: torch.zeros(2) for key in derived}, None)):
         save_file(tensors, file, dict(format="pt"))
@@ -230,7 +188,7 @@ def test_damaged_weights_and_code_in_a_checkpoint_never_run(copy_of, tmp_path):
     folder, mark = copy_of("tiny"), tmp_path / "mark"
     file = folder / "model.safetensors"
     whole, bomb = file.read_bytes(), f"cos\nsystem\n(S'touch {mark}'\ntR.".encode()
-    for content in (b"", whole[:len(whole) // 2], bomb, struct.pack("<Q", 1 << 60) + whole[8:]):
+    for content in (whole[:len(whole) // 2], bomb):
         file.write_bytes(content)
         refuses(folder, f"{folder}, seen from .*, cannot be loaded")
     file.unlink()
@@ -244,15 +202,11 @@ def test_damaged_weights_and_code_in_a_checkpoint_never_run(copy_of, tmp_path):
 
 def test_of_generation_config_only_the_eos_ids_count(copy_of):
     folder = copy_of("qwen2_5_vl")
-    write(folder / "generation_config.json", eos_token_id=[7], min_new_tokens=6, max_length=3,
-          temperature=9.0, suppress_tokens=[5], num_beams=4, repetition_penalty=0.1)
+    write(folder / "generation_config.json", eos_token_id=[7], min_new_tokens=6, do_sample=True)
     family = family_of(folder)
     greedy = transformers.GenerationConfig(eos_token_id=[7, family.end_id], do_sample=False,
                                            pad_token_id=family.end_id)
     assert family.lm.generation_config.to_diff_dict() == greedy.to_diff_dict()
-
-
-# ---- states and answers ----
 
 
 def own_inputs(family, ids, images):
