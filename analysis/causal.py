@@ -36,7 +36,7 @@ from analysis.compare import BASE, arm_of, change_text, difference, mean_std, ta
 from baselines import reconstruction
 from evaluate import Evaluator
 from model import VLM
-from support import answers, files, processes, run, splits, tables
+from support import answers, processes, run, splits, tables
 from support.images import opened, picture_digest
 from support.records import Example
 from support.step import adapt_all
@@ -318,17 +318,11 @@ def main() -> None:
     parser.add_argument("--model", default="", help="without runs: a checkpoint or hub id")
     parser.add_argument("--data", default="", help="a data folder; default: the runs' own")
     parser.add_argument("--per_task", type=int, default=200, help="test questions of each task")
-    parser.add_argument("--json", type=Path, help="write every mark to this file")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     if bool(args.runs) == bool(args.model):
         parser.error("name RUN folders, or --model")
-    systems, distances = measure_all(args)
-    print(table(systems, distances))
-    if args.json:
-        files.write_json(args.json, {
-            name: [{"|".join(key): marks for key, (marks, _) in seed.items()} for seed in seeds]
-            for name, seeds in systems.items()})
+    print(table(*measure_all(args)))
 
 
 if __name__ == "__main__":

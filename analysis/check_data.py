@@ -9,7 +9,6 @@ exit status is 1 if there is one. Without --data the small world is checked.
 
 import os
 import sys
-import time
 from collections import Counter
 from itertools import chain
 from pathlib import Path
@@ -78,7 +77,7 @@ class Check:
 
 def check_data(config: train.Config) -> None:
     """Print what the data hold. Raises ValueError listing all faults."""
-    start, faults, notes = time.time(), [], []
+    faults, notes = [], []
     family = families.load_family(config.model, config.min_pixels, config.max_pixels)
     chat = Chat(family, family.lm.config.text_config.max_position_embeddings)
     examples = list(chain(*splits.load_splits(config))) if not config.data else splits.read_folder(
@@ -113,9 +112,6 @@ def check_data(config: train.Config) -> None:
     print(f"  the longest text has {max((tokens for *_, tokens, _ in checked), default=0)} tokens")
     for note in notes:
         print(f"note: {note}")
-    seconds = time.time() - start
-    print(f"checked in {seconds:.0f} s, {1000 * seconds / max(1, len(checked)):.1f} s for 1,000 "
-          "records")
     # an image may have been opened twice: to find its split, and to check it
     if faults := list(dict.fromkeys(faults)):
         count = f"{len(faults)} fault{'s' * (len(faults) > 1)}:"

@@ -174,7 +174,6 @@ def row_of(name: str, way: str, seeds: dict[int, dict], against: dict[int, dict]
                                        [marks(against[seed], "direct") for seed in both])
     costs = [r["cost"][way] for run in seeds.values() for r in run["answers"] if way in r["cost"]]
     row["cost"] = {k: statistics.mean(c[k] for c in costs) for k in ("tokens", "images", "passes")}
-    row["cost"]["failed"] = sum("failed" in c for c in costs) / len(costs)
     return row
 
 

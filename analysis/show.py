@@ -53,10 +53,6 @@ def lines(method: type[Pearl], config, family, example: Example) -> Iterator[str
     for name, view, injected, embedding, places in views:
         yield f"\n{name} view, {len(view.ids)} tokens"
         yield from tokens(family, images, view, injected, embedding, places)
-    longest = max(len(view.ids) for _, view, *_ in views)
-    limit = family.lm.config.text_config.max_position_embeddings
-    if longest > limit:
-        yield f"\ntoo long to train on: {longest} tokens, the model has {limit} positions"
 
 
 def tokens(family, images: dict, view: View, injected: str, embedding: str,

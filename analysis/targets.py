@@ -2,10 +2,8 @@
 
     python analysis/targets.py                               # the shipped model: half a minute
     python analysis/targets.py --model MODEL --data DIR      # yours; takes the options of train.py
-    python analysis/targets.py --layers                      # every layer and position of R; early
-                                 layers of `word` hold the answer's own word; a minute
-    python analysis/targets.py --runs RUN [RUN ...]          # after training: a line for each arm,
-                                 from its validation trajectories and its best model
+    python analysis/targets.py --layers                      # every layer and position of R
+    python analysis/targets.py --runs RUN [RUN ...]          # after training: a line for each arm
 
 The table has shares of the squared length of h_R: common to all trajectories, dependent on the
 task, on the answer within the task (and by chance, with shuffled answers), and the rest. If hardly
@@ -37,14 +35,14 @@ from analysis.compare import arm_of, mean_std, table_of
 from baselines.variants import Examples, Images, mean_at, positions, read_all, states_entering
 from data import Trajectories
 from model import VLM
-from support import files, options, processes, splits
+from support import options, processes, splits
 from support.records import Example
 from support.run import config_and_checkpoint
 
 # the header and the digits of each column
 COLUMNS = dict(common=("common", 3), task=("task", 3), answer=("answer", 3),
                answer_by_chance=("by chance", 3), rest=("rest", 3), mean_cosine=("mean cosine", 3),
-               effective_rank=("rank", 1), ms=("ms per step", 0))
+               effective_rank=("rank", 1))
 POSITIONS = ("end", "word", "words", "image")
 Place = tuple[int, str]  # a layer and a position
 
@@ -173,9 +171,7 @@ def runs_report(runs: list[Path], device: str) -> str:
         examples = list(splits.load_splits(replace(config, test_per_task=1))[1])
         # the new LoRA layers are zero, so the method's model is the trained one
         numbers = numbers_of(train.find_method(config.method)(vlm, config), examples)
-        # validations included
-        ms = 1000 * files.read_json(run / "results.json")["train_seconds"] / config.steps
-        arms.setdefault(arm_of(run.name), []).append(numbers | dict(ms=ms))
+        arms.setdefault(arm_of(run.name), []).append(numbers)
     return table(arms)
 
 

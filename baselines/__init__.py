@@ -4,7 +4,7 @@ A name of --method finds its class here, and several names joined by + make one 
 mlp_head+vicreg is `class Method(MLPHead, VICReg)`. Each class calls super() for the rest.
 """
 
-from baselines.anti_collapse import BiasHead, InfoNCE, MLPHead, RunningMean, SIGReg, VICReg
+from baselines.anti_collapse import InfoNCE, MLPHead, RunningMean, SIGReg, VICReg
 from baselines.release import Paper, Release
 from baselines.reconstruction import Recon
 from baselines.training_records import (Both, Direct, ImageFirst, SelfDistill, StripCalls,
@@ -18,7 +18,7 @@ from train import SFT, Pearl
 METHODS = dict(
     with_answers=WithAnswers, image_first=ImageFirst, strip_calls=StripCalls,
     both=Both, direct=Direct, recon=Recon, no_nextlat=NoNextLat, nextlat_factor=NextLatFactor,
-    paper=Paper, release=Release, bias_head=BiasHead, mlp_head=MLPHead, running_mean=RunningMean,
+    paper=Paper, release=Release, mlp_head=MLPHead, running_mean=RunningMean,
     infonce=InfoNCE, vicreg=VICReg, sigreg=SIGReg, no_jepa=NoJEPA, shuffled=Shuffled,
     random=RandomTarget, task_mean=TaskMean, answer_mean=AnswerMean, dropout=Dropout,
     two_passes=TwoPasses, centred=Centred, target_state=TargetState, ema=EMA, current=Current,

@@ -3,8 +3,6 @@ keeps two of them apart (losses.jepa_loss says why). One more is EMA in variants
 Letters: B batch (one pass, in one process), D hidden size, P width of a projection, S slices.
 """
 
-from typing import Literal
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -37,22 +35,6 @@ class MLPHead(Pearl):
     def encode_views(self, batch: Examples, images: Images) -> tuple[Encoded, Tensor]:
         full, prediction = super().encode_views(batch, images)
         return full, prediction + self.head(prediction)
-
-
-class BiasHead(Pearl):
-    """h^_R + b, with b (D) from zero: the least that can remove a direction common to all.
-
-    Source: "How Does SimSiam Avoid Collapse" (ICLR 2022): SimSiam's predictor has to remove the
-    vector that all embeddings share.
-    """
-
-    def build_modules(self) -> None:
-        super().build_modules()
-        self.bias = nn.Parameter(torch.zeros(self.vlm.dim))
-
-    def encode_views(self, batch: Examples, images: Images) -> tuple[Encoded, Tensor]:
-        full, prediction = super().encode_views(batch, images)
-        return full, prediction + self.bias.to(prediction.dtype)
 
 
 class RunningMean(Current):
@@ -107,18 +89,17 @@ class VICReg(Current):
 
     class Options:
         vicreg: float = option(1.0, "weight of VICReg's terms beside L_JEPA")
-        vicreg_terms: Literal["both", "std"] = option("both", "variance and covariance; variance")
 
     target_needs_grad = True
 
     def jepa(self, prediction: Tensor, target: Tensor, batch: Examples) -> Tensor:
         # Eq. 1 stops the gradient at the target; this term sends one through it
-        term = vicreg(target, self.config.vicreg_terms) if len(target) > 1 else target.new_zeros(())
+        term = vicreg(target) if len(target) > 1 else target.new_zeros(())
         return super().jepa(prediction, target, batch) + self.config.vicreg * term
 
 
-def vicreg(h: Tensor, terms: str = "both") -> Tensor:
-    """v + c / 25 on x = sqrt(D) h / |h|, h (B, D); terms="std": v alone.
+def vicreg(h: Tensor) -> Tensor:
+    """v + c / 25 on x = sqrt(D) h / |h|, h (B, D).
 
         v = mean over D of max(0, 1 - sqrt(var(x_d) + 1e-4))
         c = 1/D * sum over d != e of cov(x)_de^2            var, cov: divided by B - 1
@@ -134,7 +115,7 @@ def vicreg(h: Tensor, terms: str = "both") -> Tensor:
     variance = covariance.diagonal()
     v = F.relu(1 - (variance + 1e-4).sqrt()).mean()
     c = (covariance.square().sum() - variance.square().sum()) / x.shape[1]
-    return v if terms == "std" else v + c / 25
+    return v + c / 25
 
 
 class SIGReg(Current):

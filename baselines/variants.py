@@ -55,7 +55,6 @@ class EMA(Current):
 
     class Options:
         ema: float = option(0.996, "m: the teacher keeps this share of its weights in each step")
-        ema_rises: bool = option(False, "m rises to 1 at the last step in a straight line (I-JEPA)")
 
     def build_modules(self) -> None:
         if self.target_needs_grad:
@@ -80,10 +79,8 @@ class EMA(Current):
     @torch.no_grad()
     def after_step(self, step: int) -> None:
         super().after_step(step)
-        rise = step / self.config.steps if self.config.ema_rises else 0.0
-        momentum = self.config.ema + (1 - self.config.ema) * rise
         for average, weight in zip(self.teacher.buffers(), self.weights.values()):
-            average.lerp_(weight, 1 - momentum)
+            average.lerp_(weight, 1 - self.config.ema)
 
 
 class TargetState(Pearl):

@@ -11,9 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Iterator, TextIO
 
-CHUNK = 1 << 20  # characters read at a time
-# between two values of a JSON list, or behind the last one
-SEPARATOR = re.compile(r"\s*(?:,\s*|(?=\]))")
+from support.answers import option_index
+
 PLACEHOLDER = r"<\s*/?\s*\|?(?:image|lvr)\w*\|?\s*>"
 EDGES = re.compile(rf"(?i)^(?:\s*{PLACEHOLDER})+|(?:{PLACEHOLDER}\s*)+$")
 PAIR = re.compile(r"(?is)\s*<\s*(think|answer)\s*>\s*(.*?)\s*<\s*/\s*\1\s*>\s*")
@@ -36,29 +35,16 @@ def text_file(file: Path) -> Iterator[TextIO]:
         raise ValueError(f"{file}: not UTF-8 (byte {error.start}); save it as UTF-8") from None
 
 
-def read_list(file: Path) -> Iterator:
-    """The values of a JSON list. Raises ValueError naming the file and the invalid record."""
-    # one at a time: the file may be larger than the memory
-    decoder, record = json.JSONDecoder(), 1
+def read_list(file: Path) -> list:
+    """The values of a JSON list. Raises ValueError naming the file."""
     with text_file(file) as text:
-        buffer = text.read(CHUNK)
-        if not (opening := re.match(r"\s*\[\s*", buffer)):
-            raise ValueError(f"{file} must be a JSON list of records")
-        start = opening.end()
-        while not buffer.startswith("]", start):
-            try:
-                value, end = decoder.raw_decode(buffer, start)
-            except json.JSONDecodeError:
-                end = len(buffer)
-            # without its separator a value may be cut off: 12 of 123
-            if after := SEPARATOR.match(buffer, end):
-                yield value
-                start, record = after.end(), record + 1
-                continue
-            more = text.read(max(CHUNK, len(buffer) - start))
-            if not more:
-                raise ValueError(f"{file}, record {record}: not valid JSON, or the file is cut off")
-            buffer, start = (buffer[start:] + more).lstrip(), 0
+        try:
+            values = json.load(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{file}: not valid JSON, or cut off ({error})") from None
+    if not isinstance(values, list):
+        raise ValueError(f"{file} must be a JSON list of records")
+    return values
 
 
 def parquet_rows(files: list[Path]) -> Iterator[dict]:
@@ -104,9 +90,5 @@ def split_answer(text: str) -> tuple[str, str]:
 
 
 def alike(one: str, other: str) -> bool:
-    """Whether two spellings are one answer, without marks and case; also "(B)" and "B. red"."""
-    one, other = (re.sub(r"[\s$().,:;*\"'\[\]]+", " ", text).strip().casefold()
-                  for text in (one, other))
-    # a letter alone stands for the choice that begins with it
-    short, long = sorted((one, other), key=len)
-    return one == other or (len(short) == 1 and short.isalpha() and long.split(" ")[0] == short)
+    """Whether two spellings are one answer; "(B)" is "B. red"."""
+    return option_index(one, [other]) is not None

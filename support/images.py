@@ -150,10 +150,7 @@ def as_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "F":
         raise ValueError("floating-point pixels: save it with 8 or 16 bits")
     if image.mode.startswith("I"):  # convert() would clip all above 255 to white
-        values = np.asarray(image)
-        grey = (values / 257).clip(0, 255).astype(np.uint8)
-        clear = image.info.get("transparency", -1)  # the grey that is transparent
-        image = Image.fromarray(np.where(values == clear, np.uint8(255), grey))
+        image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

@@ -82,9 +82,6 @@ class Example:
 
 def write_folder(out: Path, examples: list[Example]) -> None:
     """Write `examples` as out/trajectories.jsonl and out/images/*.png. `out` must not exist yet."""
-    ids = [ex.id for ex in examples]
-    if len(set(ids)) < len(ids):
-        raise ValueError(f"two of the examples for {out} have one id; ids must be unique")
     with new_folder(Path(out)) as folder:
         (folder / "images").mkdir()
         with open(folder / FILE, "w", encoding="utf-8") as file:
@@ -93,7 +90,7 @@ def write_folder(out: Path, examples: list[Example]) -> None:
                 stem = ex.id if re.fullmatch(r"[a-z0-9_+-]{1,99}", ex.id) else f"record.{row}"
                 names = [f"images/{stem}-{n}.png" for n in range(len(ex.images))]
                 for name, image in zip(names, ex.images):
-                    opened(image).save(folder / on_disk(name))
+                    opened(image).save(folder / name)
                 file.write(record_line(ex, names))
 
 
@@ -136,13 +133,13 @@ def parse(line: bytes, folder: Path = Path()) -> Example:
                              f"found {step!r:.80}")
         [(kind, value)] = step.items()
         value = _text(value, f"trajectory step {n}: {kind}")
-        steps.append(value if kind == "text" else folder / on_disk(value))
+        steps.append(value if kind == "text" else folder / value)
     name, task, image, question, answer = (_text(record.get(key), f"field {key!r}") for key in (
         "id", "task", "image", "question", "answer"))
     # most answers are an option to the letter, which takes no comparison of forms
     if answer not in options and (right := option_index(answer, options)) is not None:
         answer = options[right]
-    return Example(name, task, folder / on_disk(image), question, options, answer, steps,
+    return Example(name, task, folder / image, question, options, answer, steps,
                    record["split"] or "")
 
 
@@ -187,11 +184,6 @@ def check(example: Example, prefix: str) -> str:
     if not has_prefix(text, prefix):
         return NO_PREFIX
     return OTHER_WORDS if option is None else ""
-
-
-def on_disk(name: str) -> str:
-    # a file's name is UTF-8 on the disk, even where the locale has another encoding
-    return os.fsdecode(name.encode("utf-8"))
 
 
 def short_hash(content: bytes) -> int:

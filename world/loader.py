@@ -8,9 +8,8 @@ from pathlib import Path
 
 from support.processes import run_program
 from support.records import SPLITS, Example, write_folder
-from world.scenes import HELD_OUT, REGIMES, TASKS, make_example, make_world
-
-examples = make_world  # trajectories of a regime (world/README.md)
+from world.scenes import HELD_OUT, REGIMES, TASKS, make_example
+from world.scenes import make_world as examples  # trajectories of a regime (world/README.md)
 
 
 def questions(regime: str, per_task: int, split: str = "test", seed: int = 0) -> list[Example]:
@@ -28,7 +27,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the scenes")
     args = parser.parse_args()
     records = [ex for split, share in zip(SPLITS, (1, 4, 4))
-               for ex in make_world(args.regime, split, max(1, args.count // share), args.seed)]
+               for ex in examples(args.regime, split, max(1, args.count // share), args.seed)]
     write_folder(args.out, records)
     print(f"wrote {len(records)} examples to {args.out}")
 
