@@ -22,13 +22,10 @@ MODULES = {".".join(file.relative_to(ROOT).with_suffix("").parts): file for file
 
 def imports(tree) -> set[str]:
     """Dotted names: of `from support import images`, support and support.images."""
-    names = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-    return names
+    nodes = [node for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom))]
+    return {name for node in nodes for alias in node.names for name in (
+        (alias.name,) if isinstance(node, ast.Import)
+        else (node.module, f"{node.module}.{alias.name}"))}
 
 
 def test_imports_go_one_way_and_in_no_circle():
@@ -57,6 +54,9 @@ def test_the_house_is_small():
     # comments on a line of their own, in the six files: one for eight lines
     text = [line.strip() for file in CORE for line in LINES[file] if line.strip()]
     assert 8 * sum(line.startswith("#") for line in text) >= len(text)
-    core, source, tests = (sum(len(LINES[f]) for f in files) for files in (CORE, SOURCE, TESTS))
-    assert core <= 1200 and source <= 8573 and tests <= 6114, (core, source, tests)
+    # docs/one_page.py, a second telling of the core, has a budget of its own
+    house = [file for file in SOURCE if file.parent.name != "docs"]
+    core, source, tests = (sum(len(LINES[f]) for f in files) for files in (CORE, house, TESTS))
+    assert core <= 1200 and source <= 8300 and tests <= 5200, (core, source, tests)
+    assert len(LINES[ROOT / "docs" / "one_page.py"]) <= 135
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
