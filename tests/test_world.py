@@ -116,9 +116,8 @@ def test_the_worlds_splits_have_the_sizes_of_the_options():
     training, validation, tests = splits.load_splits(CONFIG())
     assert [ex.id for ex in training] == [ex.id for ex in scenes.make_world("mixed", "train", 40)]
     assert [ex.split for ex in validation] == ["validation"] * 4
-    tasks = [*scenes.REGIMES["mixed"], scenes.HELD_OUT]
-    assert [(ex.task, ex.split) for ex in tests] == [
-        (task, "test") for task in tasks for _ in range(3)]
+    tasks = [task for task in [*scenes.REGIMES["mixed"], scenes.HELD_OUT] for _ in range(3)]
+    assert [(ex.task, ex.split) for ex in tests] == [(task, "test") for task in tasks]
     assert len(splits.load_splits(CONFIG(train_examples=4))[1]) == 2
     every = loader.questions("", 1, "validation")
     assert [(ex.task, ex.split) for ex in every] == [(task, "validation") for task in scenes.TASKS]

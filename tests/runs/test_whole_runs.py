@@ -5,18 +5,17 @@ train.py runs as a process of its own, forked from one that has everything impor
 and import PyTorch takes longer than any of these runs.
 """
 
-import dataclasses
 import itertools
 import multiprocessing
 import os
 import random
-import re
 import runpy
 import shutil
 import signal
 import socket
 import sys
 import time
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -37,55 +36,25 @@ TESTS = Path(__file__).resolve().parents[1]
 os.environ["PYTHONPATH"] = os.pathsep.join(map(str, (TESTS.parent, TESTS, TESTS / "runs")))
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["test_whole_runs"])
-TINY_RUN = ["--device", "cpu", "--steps", "12", "--batch", "2", "--train_examples", "20",
-            "--test_per_task", "1", "--eval_every", "3", "--lora_rank", "2", "--lr", "5e-3",
-            "--method", "dropout+pearl"]
+TINY_RUN = ("--device cpu --steps 12 --batch 2 --train_examples 20 --test_per_task 1 "
+            "--eval_every 3 --lora_rank 2 --lr 5e-3 --method dropout+pearl").split()
 SHARED_RUN = [*TINY_RUN, "--accumulate", "4", "--steps", "3", "--method", "shuffled"]
 
 
-def train_program(args: list[str], log: str, env: dict[str, str]) -> None:
+def train_program(args: list[str], log: Path, env: dict[str, str]) -> None:
     os.environ.update(env)
-    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    for descriptor, stream in ((1, sys.stdout), (2, sys.stderr)):
-        os.dup2(file, descriptor)
-        stream.reconfigure(line_buffering=True)
-    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     sys.argv = [train.__file__, *args]
-    runpy.run_path(train.__file__, run_name="__main__")
+    with open(log, "a", buffering=1, encoding="utf-8") as file:
+        with redirect_stdout(file), redirect_stderr(file):
+            runpy.run_path(train.__file__, run_name="__main__")
 
 
-class Program(CONTEXT.Process):
-    """`python train.py ARGS`, begun at once; its output is in the file `log`."""
-
-    def __init__(self, *args, log: Path, **env: str):
-        super().__init__(target=train_program, args=([*map(str, args)], str(log), env))
-        self.log = log
-        self.start()
-
-    def text(self) -> str:
-        return self.log.read_text(encoding="utf-8") if self.log.exists() else ""
-
-    def wait_for_step(self, step: int, seconds: float = 120) -> None:
-        """Until the loop has printed it, or the program has ended."""
-        until = time.time() + seconds
-        while self.is_alive():
-            if any(int(n) >= step for n in re.findall(r"^ *(\d+)/\d+ ", self.text(), re.MULTILINE)):
-                return
-            assert time.time() < until, self.text()
-            time.sleep(0.002)
-
-
-def together(*args, log: Path) -> None:
-    """Two processes, as torchrun starts them, to their end."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    both = [Program(*args, log=log.with_suffix(f".{rank}"), RANK=rank, LOCAL_RANK=rank,
-                    WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port, OMP_NUM_THREADS="1")
-            for rank in "01"]
-    for program in both:
-        program.join()
-    assert [program.exitcode for program in both] == [0, 0], [program.text() for program in both]
+def program(*args, log: Path, **env: str):
+    """`python train.py ARGS`, begun at once; what it prints is in the file `log`."""
+    log.touch()
+    process = CONTEXT.Process(target=train_program, args=([*map(str, args)], log, env))
+    process.start()
+    return process
 
 
 def contents(out):
@@ -100,117 +69,96 @@ def contents(out):
 
 @pytest.fixture(scope="module")
 def whole_run(tmp_path_factory):
-    """A run from beginning to end: its folder and config."""
-    config = train.parse_config([*TINY_RUN, "--out", str(tmp_path_factory.mktemp("a") / "run")])
-    return train.train(config), config
+    """The folder of a run from beginning to end."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    return train.train(train.parse_config([*TINY_RUN, "--out", str(out)]))
 
 
 def test_the_run_folder_holds_what_the_docs_say(whole_run):
-    out, config = whole_run
-    best = read_json(out / "best.json")
+    out, best = whole_run, read_json(whole_run / "best.json")
     assert {path.name for path in out.iterdir()} == {
         "config.json", "inputs.json", "environment.json", "before.json", "log.jsonl",
         "state.safetensors", "best.json", "results.json", best["checkpoint"]}
     assert {path.name for path in (out / best["checkpoint"]).iterdir()} == {
         "adapter_model.safetensors", "adapter_config.json", "predictor.safetensors"}
-    assert read_json(out / "config.json") == dataclasses.asdict(config)
-    environment = read_json(out / "environment.json")
-    assert torch.__version__.startswith(environment["packages"]["torch"])
-    assert environment["threads"] == torch.get_num_threads() and environment["command"]
-    lines = log_of(out)
-    valid = {line["step"]: line["loss"] for line in lines if line["kind"] == "valid"}
+    assert read_json(out / "environment.json")["threads"] == torch.get_num_threads()
+    valid = {line["step"]: line["loss"] for line in log_of(out) if line["kind"] == "valid"}
     assert list(valid) == [3, 6, 9, 12] and best["step"] == min(valid, key=valid.get)
-    assert [line["step"] for line in lines if line["kind"] == "train"] == list(range(1, 13))
-    for line in lines:
+    for line in log_of(out):
         assert {"vlm", "jepa", "nextlat", "r2", "spread_pred", "effective_rank", "mean_cosine",
                 "retrieval"} <= line.keys()
 
 
-def test_steps_without_a_finite_gradient_are_skipped_then_stop(tmp_path, monkeypatch, capsys):
-    factors, forward = itertools.chain([1.0], itertools.repeat(float("nan"))), train.SFT.forward
+@pytest.mark.parametrize("faulty, message, done", [
+    (range(2, 7), "five steps in a row", 5), ([3], "record 7", 2)])
+def test_a_fault_in_a_step_leaves_the_state_before_it(tmp_path, monkeypatch, faulty, message, done):
+    """Steps without a finite gradient are skipped; the fifth in a row is a fault."""
+    numbers, real = itertools.count(1), train.SFT.forward
 
-    def broken(*args):
-        result = forward(*args)
-        factor = next(factors) if torch.is_grad_enabled() else 1.0
-        return result._replace(total=result.total * factor)
+    def forward(*args):
+        result = real(*args)
+        if not result.total.requires_grad or next(numbers) not in faulty:
+            return result
+        if message == "record 7":
+            raise ValueError(message)
+        return result._replace(total=result.total * float("nan"))
 
-    monkeypatch.setattr(train.SFT, "forward", broken)
+    monkeypatch.setattr(train.SFT, "forward", forward)
     config = train.parse_config([*TINY_RUN, "--method", "sft", "--out", str(tmp_path / "run")])
-    with pytest.raises(ValueError, match="five steps in a row"):
-        train.train(config)
-    assert capsys.readouterr().out.count("step skipped") == 5
-    state = run.read_state(tmp_path / "run" / "state.safetensors")
-    assert all(torch.isfinite(t).all() for t in state["weights"].values()) and state["step"] == 5
-
-
-def test_a_fault_in_a_step_leaves_the_state_before_it(tmp_path, monkeypatch):
-    numbers, forward = itertools.count(1), train.SFT.forward
-
-    def faulty(*args):
-        if torch.is_grad_enabled() and next(numbers) == 3:
-            raise ValueError("record 7 has no tool image")
-        return forward(*args)
-
-    monkeypatch.setattr(train.SFT, "forward", faulty)
-    config = train.parse_config([*TINY_RUN, "--method", "sft", "--out", str(tmp_path / "run")])
-    with pytest.raises(ValueError, match="record 7"):
+    with pytest.raises(ValueError, match=message):
         train.train(config)
     state = run.read_state(tmp_path / "run" / "state.safetensors")
-    assert state["step"] == 2
+    assert all(tensor.isfinite().all() for tensor in state["weights"].values())
+    assert state["step"] == done
+    # the rest of the run; the time before the fault counts, too
     train.train(config, resume=True)
-    # the time before the fault counts, too
     assert read_json(tmp_path / "run" / "results.json")["train_seconds"] > state["seconds"] > 0
     steps = [line["step"] for line in log_of(tmp_path / "run") if line["kind"] == "train"]
     assert steps == list(range(1, 13))
 
 
-def test_a_run_interrupted_in_every_way_ends_as_the_uninterrupted_one(whole_run, tmp_path,
-                                                                      as_program):
+def test_a_run_interrupted_in_every_way_ends_as_the_uninterrupted_one(whole_run, tmp_path):
     """Killed at a random moment, asked to end by SIGTERM and by SIGINT, killed again."""
-    out, moments = tmp_path / "run", []
-    for number, step in ((signal.SIGKILL, 4), (signal.SIGTERM, 5), (signal.SIGINT, 8),
-                         (signal.SIGKILL, 10)):
-        exists = (out / "config.json").is_file()
-        program = Program(*(["--resume", out] if exists else [*TINY_RUN, "--out", out]),
-                          log=tmp_path / f"said-{step}")
-        program.wait_for_step(step)
-        if number == signal.SIGKILL:
-            moments.append(random.uniform(0, 0.1))
-            time.sleep(moments[-1])
-        if program.is_alive():
-            os.kill(program.pid, number)
-        program.join()
-        if number != signal.SIGKILL and program.exitcode:
+    out, moments = tmp_path / "run", (random.uniform(0, 0.1), 0, 0, random.uniform(0, 0.1))
+    numbers = signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGKILL
+    for number, step, moment in zip(numbers, (4, 5, 8, 10), moments):
+        begun, log = (out / "config.json").is_file(), tmp_path / f"said-{step}"
+        process = program(*(["--resume"] if begun else [*TINY_RUN, "--out"]), out, log=log)
+        while process.is_alive() and f"\n{step:5d}/" not in log.read_text(encoding="utf-8"):
+            time.sleep(0.002)
+        time.sleep(moment)
+        if process.is_alive():
+            os.kill(process.pid, number)
+        process.join()
+        if number != signal.SIGKILL and process.exitcode:
             # as signals do, so that `a && b` ends, too
-            assert program.exitcode == -number, program.text()
-            assert "saving after this step" in program.text() and "--resume" in program.text()
+            text = log.read_text(encoding="utf-8")
+            assert process.exitcode == -number and "--resume" in text, text
             assert step <= run.read_state(out / "state.safetensors")["step"] < 12
     if not (out / "results.json").is_file():
-        as_program(train.__file__, "--resume", out)
-    ended, whole = contents(out), contents(whole_run[0])
+        program("--resume", out, log=tmp_path / "said").join()
+    ended, whole = contents(out), contents(whole_run)
     for key, value in whole.items():
         assert ended[key] == value, (key, moments)
 
 
-# ---- several processes ----
+def together(*args, log: Path) -> None:
+    """Two processes, as torchrun starts them, to their end."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    both = [program(*args, log=log, RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2",
+                    MASTER_ADDR="127.0.0.1", MASTER_PORT=port) for rank in "01"]
+    for process in both:
+        process.join()
+    assert [process.exitcode for process in both] == [0, 0], log.read_text(encoding="utf-8")
 
 
-@pytest.fixture(scope="module")
-def alone_trained(tmp_path_factory):
-    """One process makes all four passes of a step; beside it a copy of its folder after two."""
-    out = tmp_path_factory.mktemp("one") / "run"
-    config = train.parse_config([*SHARED_RUN, "--out", str(out)])
-    half = shutil.copytree(train_until(config, 2), out.with_name("half"))
-    train.train(config, resume=True)
-    return out, half
-
-
-def test_sharding_wants_several_processes_and_frozen_weights(monkeypatch):
-    with pytest.raises(ValueError, match="with torchrun and two or more"):
-        train.train(train.Config(device="cpu", shard=True))
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="with --lora_rank"):
-        train.train(train.Config(device="cpu", shard=True, lora_rank=0))
+@pytest.mark.parametrize("world_size, lora_rank", [("1", 64), ("2", 0)])
+def test_sharding_wants_several_processes_and_frozen_weights(monkeypatch, world_size, lora_rank):
+    monkeypatch.setenv("WORLD_SIZE", world_size)
+    with pytest.raises(ValueError, match="torchrun and two or more, and with --lora_rank above 0"):
+        train.train(train.Config(device="cpu", shard=True, lora_rank=lora_rank))
 
 
 def test_each_process_holds_half_of_every_frozen_weight(vlm64):
@@ -223,18 +171,19 @@ def test_each_process_holds_half_of_every_frozen_weight(vlm64):
         assert p.requires_grad or p.to_local().numel() == p.numel() // 2, name
 
 
-@pytest.mark.parametrize("way", ["begun by two", "sharded", "begun by one"])
-def test_two_processes_train_as_one(alone_trained, tmp_path, way):
+def test_two_processes_train_as_one(tmp_path):
     """The same passes, so the same weights; a run that one process began is continued by two."""
-    alone, half = alone_trained
-    out = half if way == "begun by one" else tmp_path / "run"
-    begin = ["--resume", half] if way == "begun by one" else [*SHARED_RUN, "--out", out]
-    shard = ["--shard", "--gradient_checkpointing"] * (way == "sharded")
-    together(*begin, *shard, log=tmp_path / "said")
-    one, two = (run.read_state(folder / "state.safetensors")["weights"] for folder in (alone, out))
-    torch.testing.assert_close(one, two, rtol=1e-3, atol=2e-5)
-    one, two = (log_of(folder)[-1] for folder in (alone, out))
-    assert two["kind"] == "valid" and two["loss"] == pytest.approx(one["loss"], rel=1e-3)
-    if shard:
-        vlm, _, _ = evaluate.load_model(out, "cpu")
-        assert evaluate.Evaluator(vlm, scenes.make_world("mixed", "test", 1)).direct()
+    config = train.parse_config([*SHARED_RUN, "--out", str(tmp_path / "alone")])
+    shutil.copytree(train_until(config, 2), tmp_path / "half")
+    alone = train.train(config, resume=True)
+    shard = ["--shard", "--gradient_checkpointing"]
+    for name, words in dict(begun=[*SHARED_RUN, "--out"], half=["--resume"],
+                            sharded=[*SHARED_RUN, *shard, "--out"]).items():
+        together(*words, tmp_path / name, log=tmp_path / f"said-{name}")
+        one, two = (run.read_state(out / "state.safetensors")["weights"]
+                    for out in (alone, tmp_path / name))
+        torch.testing.assert_close(one, two, rtol=1e-3, atol=2e-5)
+        one, two = (log_of(out)[-1] for out in (alone, tmp_path / name))
+        assert two["kind"] == "valid" and two["loss"] == pytest.approx(one["loss"], rel=1e-3), name
+    vlm, _, _ = evaluate.load_model(tmp_path / "sharded", "cpu")
+    assert evaluate.Evaluator(vlm, scenes.make_world("mixed", "test", 1)).direct()

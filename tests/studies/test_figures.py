@@ -202,9 +202,8 @@ def test_a_finished_run_is_read_by_its_own_model(tmp_path, monkeypatch):
     for layer in lora_layers(method.vlm.lm).values():
         torch.nn.init.normal_(layer.lora_B, std=0.2)
     trained = targets.numbers_of(method, world)["mean_cosine"]
-    write_run(folder, method, train_seconds=3.0)
+    write_run(folder, method)
     monkeypatch.setattr(splits, "load_splits", lambda config: (world, world, world))
     cells = targets.runs_report([folder], "cpu").splitlines()[2].strip("| ").split(" | ")
-    assert cells[0] == "pearl --lr 1" and cells[-1] == "1500"
-    assert float(cells[-3]) == pytest.approx(trained, abs=1e-3)
+    assert cells[0] == "pearl --lr 1" and float(cells[-2]) == pytest.approx(trained, abs=1e-3)
     assert abs(trained - before["mean_cosine"]) > 0.01
