@@ -69,7 +69,7 @@ def test_ids_must_be_those_of_the_familys_own_processor(shipped):
 
 def test_batches_are_padded_on_the_right_or_on_the_left():
     views = [View([1, 2, 3], [-100, 2, 3], ["a"], 2, (1, 2)), View([5], [5], ["b", "c"], 0, (0,))]
-    right, left = (data.collate(views, pad_id=9, left=left) for left in (False, True))
+    right, left = data.collate(views, pad_id=9), data.collate(views, pad_id=9, left=True)
     assert right.ids.tolist() == [[1, 2, 3], [5, 9, 9]]
     assert right.labels.tolist() == [[-100, 2, 3], [5, -100, -100]]
     assert right.mask.tolist() == [[True, True, True], [True, False, False]]
