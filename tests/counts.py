@@ -2,8 +2,7 @@
 
     python tests/counts.py
 
-The folder is checked already, images and targets are encoded. A lambda or a comprehension belongs
-to the function that holds it.
+The folder is checked, images and targets are encoded. A lambda belongs to its function.
 """
 
 import sys

@@ -79,11 +79,12 @@ def test_a_fork_of_the_six_files_trains_answers_and_merges(fork, as_program, cap
         example for split, count in (("train", 6), ("validation", 2), ("test", 2))
         for example in scenes.make_world("single", split, count)])
     small = "--data set --steps 2 --batch 2 --lora_rank 2 --device cpu --workers 0"
-    as_program("train.py", "--out", "run", *small.split())
-    assert "direct" in capsys.readouterr().out
-    as_program("evaluate.py", "run")
+    for method in ("sft", "pearl"):
+        as_program("train.py", "--method", method, "--out", method, *small.split())
+        assert "direct" in capsys.readouterr().out
+    as_program("evaluate.py", "pearl")
     assert "crop" in capsys.readouterr().out
-    as_program("train.py", "--merge", "run", "merged")
+    as_program("train.py", "--merge", "pearl", "merged")
     assert (fork / "merged" / "config.json").is_file()
     assert sys.modules["train"].__file__ == str(fork / "train.py")
     for words, room in (("--method ema", "baselines"), ("--out none --device cpu", "world")):
