@@ -121,8 +121,6 @@ def main() -> None:
         numbers = answers(rest[0], parse(evaluate.Options, ["--per_task", "8", *rest[1:]], __doc__))
     else:
         sys.exit(__doc__)
-    if command != "steps":
-        print(*(f"{name.replace('_', ' '):28s}{n:10.2f}" for name, n in numbers.items()), sep="\n")
     print(json.dumps({name: round(n, 3) for name, n in numbers.items()}))
 
 

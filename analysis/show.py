@@ -1,5 +1,5 @@
-"""What a run trains on: the views of one record, token by token. The most frequent fault in
-fine-tuning VLMs is a wrong label mask, and people find it by looking.
+"""What a run trains on: the views of one record, of any length, token by token. The most frequent
+fault in fine-tuning VLMs is a wrong label mask, and people find it by looking.
 
     python analysis/show.py                                     # the world's first training example
     python analysis/show.py --row 7 --data DIR --model MODEL    # a record of yours, MODEL's tokens

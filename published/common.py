@@ -11,8 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Iterator, TextIO
 
-from support.answers import option_index
-
 PLACEHOLDER = r"<\s*/?\s*\|?(?:image|lvr)\w*\|?\s*>"
 EDGES = re.compile(rf"(?i)^(?:\s*{PLACEHOLDER})+|(?:{PLACEHOLDER}\s*)+$")
 PAIR = re.compile(r"(?is)\s*<\s*(think|answer)\s*>\s*(.*?)\s*<\s*/\s*\1\s*>\s*")
@@ -90,5 +88,8 @@ def split_answer(text: str) -> tuple[str, str]:
 
 
 def alike(one: str, other: str) -> bool:
-    """Whether two spellings are one answer; "(B)" is "B. red"."""
-    return option_index(one, [other]) is not None
+    """Whether two spellings are one answer, without marks and case; also "(B)" and "B. red"."""
+    one, other = (re.findall(r"[^\s$().,:;*\"'\[\]]+", text.casefold()) for text in (one, other))
+    # a letter alone stands for the choice that begins with it
+    short, long = sorted((one, other), key=len)
+    return one == other or (short == long[:1] and len(short[0]) == 1 and short[0].isalpha())

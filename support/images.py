@@ -150,7 +150,9 @@ def as_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "F":
         raise ValueError("floating-point pixels: save it with 8 or 16 bits")
     if image.mode.startswith("I"):  # convert() would clip all above 255 to white
-        image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
+        values, clear = np.asarray(image), image.info.get("transparency", -1)
+        grey = np.where(values == clear, 255, (values / 257).clip(0, 255))
+        image = Image.fromarray(grey.astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

@@ -81,7 +81,7 @@ class Example:
 
 
 def write_folder(out: Path, examples: list[Example]) -> None:
-    """Write `examples` as out/trajectories.jsonl and out/images/*.png. `out` must not exist yet."""
+    """Write `examples`, each with its own id, as trajectories.jsonl and images/*.png of `out`."""
     with new_folder(Path(out)) as folder:
         (folder / "images").mkdir()
         with open(folder / FILE, "w", encoding="utf-8") as file:

@@ -2,7 +2,7 @@
 
     python tests/counts.py
 
-The folder is checked, images and targets are encoded. A lambda belongs to its function.
+Counted once images and targets are encoded. A lambda belongs to the function that holds it.
 """
 
 import sys
@@ -56,7 +56,7 @@ if __name__ == "__main__":
         again.encode_images = evaluator.encode_images
         return again.direct()
 
-    # once before they are counted: images and targets are kept
+    # one run of each first: images and targets are then kept
     evaluator.direct()
     batch, _ = line()
     report("a training step (at most 26 in 9)", lambda: method(batch))

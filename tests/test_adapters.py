@@ -144,7 +144,7 @@ def test_a_saved_adapter_stays_beside_bfloat16_weights_and_in_float32(tmp_path):
 
 @pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl_new", "llava", "gemma3", "idefics3"])
 def test_a_merged_checkpoint_is_the_bases_files_and_other_weights(tmp_path, name):
-    """To the byte, so its config.json has the names that transformers 4 and servers read."""
+    """To the byte, config.json too, whatever names it has."""
     base, out = build(name, tmp_path / "base"), tmp_path / "merged"
     if name == "qwen3_vl_new":  # beside chat_template.json transformers allows no such folder
         (base / "chat_templates").mkdir()

@@ -57,7 +57,7 @@ def test_which_metadata_turn_the_picture(tmp_path):
 
 
 def test_every_kind_of_picture_is_shown_as_a_person_sees_it(tmp_path):
-    """Greys of 8 and 16 bits, palettes; the darkest quarter clear and so white; also turned."""
+    """Greys of 8 and 16 bits, palettes; in three the darkest quarter is clear, and so white."""
     grey, wide = Image.fromarray(CORNERS), Image.fromarray(CORNERS.astype(np.uint16) * 257)
     clear, turned = np.where(CORNERS == 10, 255, CORNERS), dict(exif=exif(6))
     alpha = Image.merge("LA", [grey, Image.fromarray(np.uint8(CORNERS != 10) * 255)])
@@ -66,7 +66,7 @@ def test_every_kind_of_picture_is_shown_as_a_person_sees_it(tmp_path):
             ("cmyk.jpg", grey.convert("RGB").convert("CMYK"), {}, CORNERS),
             ("16.png", wide, {}, CORNERS), ("32.tif", wide.convert("I"), {}, CORNERS),
             ("p.png", grey.convert("P"), dict(transparency=10, **turned), np.rot90(clear, -1)),
-            ("wide.png", wide, turned, np.rot90(CORNERS, -1))):
+            ("wide.png", wide, dict(transparency=2570, **turned), np.rot90(clear, -1))):
         picture.save(tmp_path / name, **options)
         assert is_shown_as(tmp_path / name, upright), name
         assert open_image(tmp_path / name, "here").mode == "RGB"

@@ -45,7 +45,7 @@ def records_of(folder):
     return [json.loads(line) for line in (folder / "trajectories.jsonl").open(encoding="utf-8")]
 
 
-def test_losses_and_gradients_are_those_of_the_projects_step(page, folder, vlm64):
+def test_losses_gradients_and_answers_are_those_of_the_project(page, folder, vlm64):
     # the project's step on the four training records, with the page's weights
     step = train.Pearl(vlm64, train.Config(device="cpu", lora_rank=0)).double()
     step.predictor.pred_embeddings.data.copy_(page.pred.data)
@@ -65,9 +65,6 @@ def test_losses_and_gradients_are_those_of_the_projects_step(page, folder, vlm64
         pairs += zip(one.parameters(), other.parameters(), strict=True)
     for one, other in pairs:
         torch.testing.assert_close(one.grad, other.grad, rtol=1e-5, atol=1e-6)
-
-
-def test_its_answers_are_those_of_the_projects_evaluation(page, folder, vlm64):
     answers = evaluate.Evaluator(vlm64.eval(), read_folder(folder)).direct()
     for record, answer in zip(records_of(folder), answers, strict=True):
         assert page.accuracy([record]) == 100 * (answer["text"] == record["answer"])

@@ -105,7 +105,7 @@ def test_the_digest_of_records_changes_with_them_and_opens_no_picture(tmp_path, 
 
 
 def test_a_picture_is_in_one_split_whatever_its_files_are(tmp_path):
-    """Ten files of one picture elsewhere: other names, formats, compression, one turned by EXIF."""
+    """Ten files of one picture, outside of the folder: other formats, one turned by EXIF."""
     turned, image = Image.Exif(), np.arange(600, dtype=np.uint8).reshape(10, 20, 3)
     turned[0x112] = 6
     for n in range(9):

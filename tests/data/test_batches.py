@@ -91,9 +91,9 @@ def trajectories(shipped):
                    chat=Chat(shipped.family, 2048))
 
 
-def on_disk(folder, count):
-    """Records that are no list, so that nothing made of them is kept, with pictures on disk. The
-    picture of number 3 is too thin."""
+def with_files(folder, count):
+    """A tuple of records with pictures on disk, of which the fourth is too thin. (Only of a list is
+    kept what was made of its records.)"""
     for n in range(count):
         Image.new("RGB", (2000, 4) if n == 3 else (64, 64)).save(folder / f"{n}.png")
     return tuple(Example(f"r{n}", "zoom", folder / f"{n}.png", "Which?", ["a", "b"], "a",
@@ -127,7 +127,7 @@ def test_a_record_is_read_when_it_is_used(trajectories, tmp_path, monkeypatch):
     assert dataset[2] is dataset[2] and dataset[2].index == ("train", 2)
     opened, real = [], images.open_image
     monkeypatch.setattr(images, "open_image", lambda file: opened.append(file.name) or real(file))
-    dataset = trajectories(on_disk(tmp_path, 3))
+    dataset = trajectories(with_files(tmp_path, 3))
     # the first record shows whether the tokenizer is read as its own processor reads it
     assert opened == ["0.png"]
     for _ in range(2):
@@ -159,7 +159,7 @@ def test_workers_prepare_the_same_batches(trajectories, workers):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_faulty_record_is_one_sentence_or_left_out(trajectories, tmp_path, workers):
     """No more than one in a hundred is left out."""
-    records = on_disk(tmp_path, 100)
+    records = with_files(tmp_path, 100)
     strict, lenient = trajectories(records), trajectories(records, skip=True)
     # the next record takes its place
     ((one, other),), _ = step_batches(lenient, [[3, 0], [1, 3]], 2, workers)

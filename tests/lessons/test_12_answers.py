@@ -76,7 +76,7 @@ def test_one_question_about_one_picture(tmp_path, capsys):
 
 
 def test_the_questions_of_a_checkpoint(monkeypatch):
-    """By these defaults; the options go before what a run was trained with."""
+    """By the defaults that change an answer; the options go before what a run was trained with."""
     options, calls = evaluate.Options(device="cpu"), []
     assert (options.again, options.alpha, options.free_tokens, options.call_limit,
             options.max_pixels) == (False, 1.0, 0, 0, 0)

@@ -32,7 +32,7 @@ def test_the_teacher_follows_slowly(vlm64):
 
 
 def test_controls_put_something_else_in_the_place_of_h_R(loaded64):
-    records = [RECORDS[n] for n in (1, 5, 0)]  # of one task; the first two have the same answer
+    records = [RECORDS[n] for n in (1, 5, 0)]  # zoom: zero, zero and two
     method, batch = build(copy.deepcopy(loaded64), "pearl", records)
     prediction, (a, b, c) = method(batch).pair
     random = [torch.randn(128, generator=torch.Generator().manual_seed(1_000_003 * 2 + n)).double()

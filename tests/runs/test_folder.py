@@ -35,7 +35,7 @@ def test_one_run_has_the_folder_and_leaves_what_it_did_not_make(config, out):
         with pytest.raises(ValueError, match="is in use by another process"):
             run.Run(config, resume=True).__enter__()
         raise ValueError("bad data")
-    # nothing of a failed start
+    # a failed start leaves nothing
     assert not out.exists()
     out.mkdir()  # an empty folder of the user's is used, and stays
     with run.Run(config, resume=False):
@@ -78,7 +78,9 @@ def test_a_state_comes_back_as_it_was_or_not_at_all(tmp_path):
     run.write_state(file, state)
     torch.testing.assert_close(run.read_state(file), state, rtol=0, atol=0)
     # nothing of a pickle is executed
-    for spoil, message in ((lambda: torch.save(state, file), "not a whole safetensors file"),
+    for spoil, message in ((lambda: file.write_bytes(file.read_bytes()[:-3]), "not a whole safet"),
+                           (lambda: torch.save(state, file), "not a whole safetensors file"),
+                           (lambda: run.write_state(file, dict(x=tensor / 0)), "are not finite"),
                            (lambda: save_file(dict(a=tensor), file), "another version")):
         spoil()
         with pytest.raises(ValueError, match=message):

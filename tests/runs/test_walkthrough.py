@@ -96,7 +96,7 @@ def of_the_losses(vlm, method, record):
         "Eq. 4 and the optimiser": [
             vlm_loss, CONFIG.lambda_latent, jepa, nextlat, total, norm, method.clip, lora, added,
             frozen, CONFIG.lr, *after, total_after, CONFIG.lr,
-            math.ceil(method.warmup * CONFIG.steps), CONFIG.steps, 0]}  # 0: as in lesson 8
+            math.ceil(method.warmup * CONFIG.steps), CONFIG.steps, 0]}  # 0: the first rate
 
 
 def test_numbers():

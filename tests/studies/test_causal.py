@@ -52,6 +52,7 @@ def test_replaced_latents_are_fed_and_all_else_stays(vlm64, monkeypatch):
     for ex, other in causal.partners(evaluator.examples, 0):
         own, all_inputs = torch.stack(originals[ex.id]), own_inputs[ex.id]
         assert own.std() > 0 and torch.equal(own, all_inputs[PLACES])
+        assert not torch.isclose(feeds["noise"][ex.id], own).any()
         # a further run gets the last one's again
         expected = {"zeros": own * 0, "noise": feeds["noise"][ex.id], "one run": own[[0, 1, 2] * 2],
                     OTHER: torch.stack(originals[other.id])}

@@ -1,4 +1,4 @@
-"""Claims: what show.py prints of a folder, of the world, of other model families and of other
+"""Claims: what show.py prints of a folder, of other model families and of other
 methods is what their runs read (a full view to the token is tested with docs/walkthrough.md);
 it needs no weights; only a terminal gets colour."""
 
