@@ -1,16 +1,18 @@
-"""Claims: InfoNCE, VICReg, SIGReg and the MLP head equal plain loops in the step, where they get
-the current model's h_R with the gradient that each of them needs."""
+"""Claims: InfoNCE, VICReg, SIGReg and the MLP head, with the current model's h_R and the gradient
+that each of them needs, and self-distillation equal plain loops in the step."""
 
 import math
 
 import pytest
 import torch
-from plain import cosine, eq1
+from plain import cosine, eq1, run, tokens, turns_of
 from torch.nn.functional import gelu
 
 import train
-from conftest import assert_same, build, pair_of, terms_of
+from world import loader
+from conftest import assert_same, build, move, pair_of, terms_of
 
+RECORDS = loader.examples("multi", "train", 3)
 # task and answer of the records; the first two are a group
 GROUPS = [("zoom", "two"), ("zoom", "two"), ("path", "two"), ("zoom", "six")]
 
@@ -91,3 +93,30 @@ def test_where_a_rival_has_nothing_to_do(vlm64, mixed):
         assert method.jepa(h, h, batch) == pytest.approx(0, abs=1e-9)
     with pytest.raises(ValueError, match="--method infonce needs --batch 2"):
         build(vlm64, "infonce", mixed[:1], lora_rank=0, batch=1)[0](batch)
+
+
+def naive_kl(student, teacher, records):
+    """Mean over the tokens with which both texts end of KL(teacher || student)."""
+    terms = []
+    for record in records:
+        full = tokens(student, turns_of(record))
+        answer = tokens(student, [turns_of(record)[0], ("assistant", [f"Answer: {record.answer}"])])
+        log_p = run(teacher, full.ids, full.images)[1].detach().log_softmax(dim=-1)
+        log_q = run(student, answer.ids, answer.images)[1].log_softmax(dim=-1)
+        # ": seven" and the end of the turn, without the line break behind it; "Answer" has a blank
+        # before it in the trajectory
+        assert full.ids[-4:] == answer.ids[-4:] and full.ids[-5] != answer.ids[-5]
+        # the logits before a token predict it
+        terms += [(p.exp() * (p - q)).sum() for p, q in zip(log_p[-5:-2], log_q[-5:-2])]
+    return sum(terms) / len(terms)
+
+
+@pytest.mark.parametrize("options", [
+    dict(), dict(teacher="start", lora_rank=0), dict(teacher="start", train_vision=True)], ids=str)
+def test_the_student_learns_the_teachers_distributions(vlm64, loaded64, options):
+    method, batch = build(vlm64, "self_distill", RECORDS, **options)
+    move(method)
+    terms, teacher = terms_of(method, batch), loaded64 if options else vlm64
+    assert_same(terms["kl"], naive_kl(vlm64, teacher, RECORDS), method)
+    torch.testing.assert_close(terms["loss"], terms["vlm"] + 5 * terms["kl"])
+    torch.testing.assert_close(terms["vlm"], train.SFT.forward(method, batch).total)
