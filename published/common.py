@@ -38,7 +38,7 @@ def read_list(file: Path) -> list:
     with text_file(file) as text:
         try:
             values = json.load(text)
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:
             raise ValueError(f"{file}: not valid JSON, or cut off ({error})") from None
     if not isinstance(values, list):
         raise ValueError(f"{file} must be a JSON list of records")

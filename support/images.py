@@ -150,8 +150,8 @@ def as_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "F":
         raise ValueError("floating-point pixels: save it with 8 or 16 bits")
     if image.mode.startswith("I"):  # convert() would clip all above 255 to white
-        values, clear = np.asarray(image), image.info.get("transparency", -1)
-        grey = np.where(values == clear, 255, (values / 257).clip(0, 255))
+        values, transparent = np.asarray(image), image.info.get("transparency", -1)
+        grey = np.where(values == transparent, 255, (values / 257).clip(0, 255))
         image = Image.fromarray(grey.astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")

@@ -25,8 +25,8 @@ LETTERS = {
 
 @pytest.mark.parametrize("letters, replies", LETTERS.items())
 def test_letters(letters, replies):
-    found = {reply: benchmarks.letters_in(reply, letters[2]) for reply in replies.split("|")}
-    assert found == dict.fromkeys(found, letters[:2])
+    letters_of = {reply: benchmarks.letters_in(reply, letters[2]) for reply in replies.split("|")}
+    assert letters_of == dict.fromkeys(letters_of, letters[:2])
 
 
 @pytest.fixture

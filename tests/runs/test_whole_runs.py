@@ -123,8 +123,8 @@ def test_a_run_interrupted_in_every_way_ends_as_the_uninterrupted_one(whole_run,
     out, moments = tmp_path / "run", (random.uniform(0, 0.1), 0, 0, random.uniform(0, 0.1))
     numbers = signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGKILL
     for number, step, moment in zip(numbers, (4, 5, 8, 10), moments):
-        begun, log = (out / "config.json").is_file(), tmp_path / f"said-{step}"
-        process = program(*(["--resume"] if begun else [*TINY_RUN, "--out"]), out, log=log)
+        resumes, log = (out / "config.json").is_file(), tmp_path / f"log-{step}"
+        process = program(*(["--resume"] if resumes else [*TINY_RUN, "--out"]), out, log=log)
         limit, steps = time.monotonic() + 120, re.compile(r"\n +(\d+)/")
         while process.is_alive() and time.monotonic() < limit and step > max(
                 map(int, steps.findall(log.read_text(encoding="utf-8"))), default=0):
@@ -180,9 +180,9 @@ def test_two_processes_train_as_one(tmp_path):
     shutil.copytree(train_until(config, 2), tmp_path / "half")
     alone = train.train(config, resume=True)
     shard = ["--shard", "--gradient_checkpointing"]
-    for name, words in dict(begun=[*SHARED_RUN, "--out"], half=["--resume"],
+    for name, words in dict(whole=[*SHARED_RUN, "--out"], half=["--resume"],
                             sharded=[*SHARED_RUN, *shard, "--out"]).items():
-        together(*words, tmp_path / name, log=tmp_path / f"said-{name}")
+        together(*words, tmp_path / name, log=tmp_path / f"log-{name}")
         one, two = (run.read_state(out / "state.safetensors")["weights"]
                     for out in (alone, tmp_path / name))
         torch.testing.assert_close(one, two, rtol=1e-3, atol=2e-5)

@@ -66,12 +66,12 @@ def test_only_latents_that_were_fed_are_replaced(shipped, monkeypatch, count):
     """A model that feeds itself so many latents for its first question, whose answer changes if
     they become zero, and that never answers the second one."""
     one, two = world = scenes.make_world("single", "test", 2)
-    made, fed = {one.id: [torch.tensor([n % 4.0]) for n in range(count)], two.id: []}, []
+    latents, fed = {one.id: [torch.tensor([n % 4.0]) for n in range(count)], two.id: []}, []
 
     def latent_choices(evaluator, scale, n, feed):
         fed.append(feed)
         zero = n and one.id in feed and not any(feed[one.id])
-        return {one.id: one.options[zero], two.id: None}, made
+        return {one.id: one.options[zero], two.id: None}, latents
 
     monkeypatch.setattr(causal, "latent_choices", latent_choices)
     monkeypatch.setattr(Evaluator, "direct", lambda self: [dict(option=1)] * 2)

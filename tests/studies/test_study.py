@@ -120,36 +120,36 @@ def test_only_runs_of_one_setting_are_compared(name, changed):
 def test_the_program_compares_runs_and_a_checkpoint(tmp_path, monkeypatch, as_program):
     write_run(tmp_path / "a", a_run("sft", 0, [1, 0]))
     write_run(tmp_path / "b", a_run("pearl", 0, [1, 1]))
-    asked = []
-    monkeypatch.setattr(evaluate, "ask", lambda path, options: asked.append(path) or answers([0]))
+    models = []
+    monkeypatch.setattr(evaluate, "ask", lambda path, options: models.append(path) or answers([0]))
     monkeypatch.chdir(tmp_path)
     as_program(compare.__file__, "a", "b", "model", "--device", "cpu", "--json", "all.json")
     tables = read_json(tmp_path / "all.json")
-    assert asked == ["model"] and tables["model"]["table"]["crop"]["direct"][0] == 0
+    assert models == ["model"] and tables["model"]["table"]["crop"]["direct"][0] == 0
     assert [row["system"] for row in tables["systems"]] == ["no fine-tuning", "sft", "pearl"]
     # an option that changes the question
     as_program(compare.__file__, "a", "--alpha", 0.5)
-    assert asked == ["model", "a"]
+    assert models == ["model", "a"]
 
 
 @pytest.fixture
 def commands(monkeypatch):
     """The commands that were given; instead of train.py and evaluate.py there are forged files."""
-    given = []
+    commands = []
 
     def run(command, **_):
         program, options = Path(command[1]).name, command[2:]
-        given.append(" ".join([program, *options]))
+        commands.append(" ".join([program, *options]))
         if program == "train.py":
             config = train.parse_config(options)
             write_run(Path(config.out), a_run(config.method, config.seed, [0, 1],
                                               regime=config.regime))
         else:
             write_json(Path(options[-1]), dict(answers=answers([1, 1], tool=1, call=1)))
-        return subprocess.CompletedProcess(command, int("--steps 13" in given[-1]))
+        return subprocess.CompletedProcess(command, int("--steps 13" in commands[-1]))
 
     monkeypatch.setattr(subprocess, "run", run)
-    return given
+    return commands
 
 
 def test_an_arm_is_what_follows_method_and_has_a_folder_of_its_own(tmp_path):
@@ -179,7 +179,7 @@ def test_a_study_keeps_what_was_interrupted_and_repeats_nothing(commands, tmp_pa
     log, = folder.glob("sft-seed0.interrupted-*/log.jsonl")
     assert log.read_text(encoding="utf-8") == "interrupted"
     sft, ask, *others = commands
-    assert len(others) == 2 and all("--model DIR" in given for given in (sft, *others))
+    assert len(others) == 2 and all("--model DIR" in command for command in (sft, *others))
     assert ask.startswith("evaluate.py") and "--again --call_limit 3 --per_task 9" in ask
     rows = json.loads((folder.parent / "multi.json").read_text(encoding="utf-8"))
     # the direct answers are those of the run
@@ -196,8 +196,8 @@ def test_settings_are_chosen_on_validation_questions(commands, tmp_path, as_prog
     as_program(study.__file__, "--out", tmp_path, "--split", "validation", "--arms", "ema",
                "ema --ema 0.9", "--regimes", "single", "--seeds", 0, "--jobs", 1, "--",
                "--test_per_task", 9)
-    for given, ask in (commands[:2], commands[2:]):
-        assert train.parse_config(given.split()[1:]).test_per_task == 1
+    for command, ask in (commands[:2], commands[2:]):
+        assert train.parse_config(command.split()[1:]).test_per_task == 1
         assert "--again --split validation --per_task 9" in ask
     text = (tmp_path / "tiny-vlm" / "single.md").read_text(encoding="utf-8")
     # of the answers to what was asked, and nothing of the run's own test questions
