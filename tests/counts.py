@@ -39,13 +39,11 @@ def report(title: str, work) -> None:
 
 
 if __name__ == "__main__":
-    folder = Path(tempfile.mkdtemp()) / "data"
-    records.write_folder(folder, [record for split in ("train", "validation", "test")
-                                  for record in loader.examples("single", split, 2)])
-    config, questions = train.Config(data=str(folder), device="cpu"), loader.questions("single", 1)
+    folder, config = Path(tempfile.mkdtemp()) / "data", train.Config(device="cpu")
+    records.write_folder(folder, loader.examples("single", "train", 2))
+    examples, questions = splits.read_folder(folder), loader.questions("single", 1)
     evaluator = evaluate.Evaluator(VLM(config.model), questions)
     method = train.Pearl(VLM(config.model), config)
-    examples = splits.read_splits(config)["train"]
 
     def line():
         (batch,) = train.dataset(method, examples, "train").micro_batches([0, 1], 2)
