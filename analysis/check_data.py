@@ -99,8 +99,8 @@ def check_data(config: train.Config) -> None:
                      f"them; stretch the values to the range: {', '.join(few)}")
     if config.data:
         notes = examples.notes + notes
-        usable = examples.subset([row for row, (*_, own) in enumerate(checked)
-                                  if not any(fault for fault, _ in own.values())])
+        usable = examples[[row for row, (*_, own) in enumerate(checked)
+                           if not any(fault for fault, _ in own.values())]]
         try:
             splits.limit({split: usable.split(split) for split in SPLITS}, config)
         except ValueError as error:

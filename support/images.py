@@ -43,9 +43,8 @@ def load_images(example, family) -> list[LoadedImage]:
     """The images of an example (support/records.py), I0 first, each opened once."""
     loaded = []
     for n, picture in enumerate(example.images):
-        key = f"{example.id}#{n}"
-        if isinstance(picture, Path):
-            key, picture = str(picture), opened(picture)
+        key = str(picture) if isinstance(picture, Path) else f"{example.id}#{n}"
+        picture = opened(picture)
         try:
             text, grid = family.image_text(*picture.size)
         except ValueError as error:
@@ -100,7 +99,11 @@ def opened(picture: Picture) -> Image.Image:
 
 def file_version(file: Path) -> tuple[str, int, int]:
     """(path, time in ns, bytes) of the file: another content under its name is another version."""
-    status = os.stat(file)
+    try:
+        status = os.stat(file)
+    except (OSError, ValueError):  # ValueError: no file can have this name
+        raise FileNotFoundError(f"image {file} not found; paths are relative to the data "
+                                "folder") from None
     return str(file), status.st_mtime_ns, status.st_size
 
 

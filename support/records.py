@@ -10,14 +10,16 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import groupby, islice
 from pathlib import Path
 
 import numpy as np
 
-from support.answers import (contains, default_form, form_of, has_prefix, normalise, option_index,
-                             says, stated_answers)
+from support.answers import (contains, forms, has_prefix, normalise, option_index, says,
+                             stated_answers)
 from support.files import new_folder
 from support.images import Picture, file_version, opened, picture_digest
 from support.processes import progress
@@ -25,12 +27,7 @@ from support.processes import progress
 FILE = "trajectories.jsonl"
 SPLITS = ("train", "validation", "test")
 HELD_OUT = "tallest"  # the world's task that no trajectory covers; its bars have highlight's dots
-# kinds of unusual records, and what is said of them
 TWICE = "have one option twice, or in two forms that count as one, and are left out"
-NO_PREFIX = ("have no {prefix!r} in the last text, with which questions are asked and replies "
-             "read: give --answer_prefix as these texts have it")
-OTHER_WORDS = ("give the answer in other words than the option's; a reply in such words counts as "
-               "wrong")
 
 
 @dataclass
@@ -51,8 +48,7 @@ class Example:
     answer: str
     trajectory: list[str | Picture] = field(default_factory=list)
     split: str = "train"
-    # True: the trajectory is the bare answer
-    bare: bool = False
+    bare: bool = False  # True: the trajectory is the bare answer
 
     def __post_init__(self):
         # the texts of R; all images, I0 first, then the tool images I1..IN
@@ -66,18 +62,16 @@ class Example:
             if isinstance(steps[n - 1], str) and not isinstance(steps[n], str):
                 steps[n - 1:n + 1] = steps[n], steps[n - 1]
         joined = []
-        for step in steps:  # texts that now meet are one turn of the assistant
-            if joined and isinstance(step, str) and isinstance(joined[-1], str):
-                joined[-1] += " " + step
-            else:
-                joined.append(step)
+        # texts that now meet are one turn of the assistant
+        for are_texts, run in groupby(steps, lambda step: isinstance(step, str)):
+            run = [" ".join(run)] if are_texts else run
+            joined += run
         return replace(self, trajectory=joined)
 
     def answer_only(self, answer_prefix: str) -> "Example":
         """No trajectory: the answer straight after the question, as the last text writes it."""
-        form = form_of(self.texts[-1], self.answer, answer_prefix) if self.texts else None
-        text = (form or default_form(answer_prefix)).text(self.answer)
-        return replace(self, bare=True, trajectory=[text])
+        (form,) = forms([self], answer_prefix)
+        return replace(self, bare=True, trajectory=[form.text(self.answer)])
 
 
 def write_folder(out: Path, examples: list[Example]) -> None:
@@ -156,7 +150,7 @@ def _text(value, name: str) -> str:
 
 
 def check(example: Example, prefix: str) -> str:
-    """The kind of unusual record, or "". A record of the kind TWICE cannot be used.
+    """What is unusual, said of such records, or "". A record that is TWICE cannot be used.
 
     prefix: what last texts put before the answer. A text that says none of the options literally
     must contain the answer's words, whole, and no other option's. Raises ValueError.
@@ -182,8 +176,10 @@ def check(example: Example, prefix: str) -> str:
         raise ValueError(f"the last text says {words!r:.80} but the field 'answer' is "
                          f"{answer!r:.80}; correct one of them")
     if not has_prefix(text, prefix):
-        return NO_PREFIX
-    return OTHER_WORDS if option is None else ""
+        return (f"have no {prefix!r} in the last text, with which questions are asked and replies "
+                "read: give --answer_prefix as these texts have it")
+    return "" if option is not None else (
+        "give the answer in other words than the option's; a reply in such words counts as wrong")
 
 
 def short_hash(content: bytes) -> int:
@@ -197,8 +193,8 @@ def short_hash(content: bytes) -> int:
 ROW = np.dtype([
     # where its line starts, in bytes, and the line's number
     ("start", np.int64), ("line", np.int32),
-    # index in SPLITS, -1 if it has none yet; index in the names of the tasks
-    ("split", np.int8), ("task", np.int32),
+    # index in SPLITS, -1 if it has none yet; hash of its task's name, in this process
+    ("split", np.int8), ("task", np.int64),
     # hash of the line and of its pictures' sizes and times
     ("digest", np.uint64),
     # hash of the question's picture: of its pixels if they were read, else of its name
@@ -207,51 +203,39 @@ ROW = np.dtype([
 
 @dataclass(eq=False)
 class Records(Sequence):
-    """The records of a folder, or some of them: `records[row]` is an Example, a slice is Records.
+    """The records of a folder, or some of them: `records[row]` is an Example; of several rows (a
+    slice, a list, a mask) it is Records.
 
     A line is parsed when its record is used; no picture is opened. Raises ValueError naming the
     file if it has changed.
     """
 
-    folder: Path
-    # of the file of records
+    path: Path  # of the file of records
     version: tuple[str, int, int]
     table: np.ndarray  # (N,) of ROW
-    task_names: list[str]
-    # a sentence, with a count, for each kind of unusual record in the folder
-    notes: list[str]
+    notes: list[str]  # a sentence, with a count, for each kind of unusual record in the folder
 
     def __len__(self) -> int:
         return len(self.table)
 
     def __getitem__(self, row):
-        if isinstance(row, slice):
-            return self.subset(range(len(self))[row])
-        # raises IndexError, which ends a loop
-        kept = self.table[row]
-        with open(self.folder / FILE, "rb") as file:
+        kept = self.table[row]  # raises IndexError, which ends a loop
+        if kept.ndim:
+            return replace(self, table=kept)
+        with open(self.path, "rb") as file:
             # in another file the line may start elsewhere
-            if file_version(self.folder / FILE) != self.version:
-                raise ValueError(f"{self.folder / FILE} has changed since it was read; leave the "
-                                 "data alone while they are in use")
+            if file_version(self.path) != self.version:
+                raise ValueError(f"{self.path} has changed since it was read; leave the data alone "
+                                 "while they are in use")
             file.seek(kept["start"])
-            line = file.readline()
-        return replace(parse(line, self.folder), split=(*SPLITS, "")[kept["split"]])
-
-    def subset(self, rows: Iterable[int]) -> "Records":
-        """The records of these rows, in this order."""
-        return replace(self, table=self.table[np.asarray(rows, dtype=np.int64)])
+            example = parse(file.readline(), self.path.parent)
+        return replace(example, split=(*SPLITS, "")[kept["split"]])
 
     def split(self, name: str) -> "Records":
-        return self.subset(np.flatnonzero(self.table["split"] == SPLITS.index(name)))
-
-    @property
-    def tasks(self) -> list[str]:
-        """The task of each record; no line is read."""
-        return [self.task_names[code] for code in self.table["task"]]
+        return self[self.table["split"] == SPLITS.index(name)]
 
     def where(self, row: int) -> str:
-        return f"{self.folder / FILE}, line {self.table[row]['line']}"
+        return f"{self.path}, line {self.table[row]['line']}"
 
 
 def digest(records: Sequence[Example]) -> str:
@@ -278,37 +262,35 @@ def scan(folder: Path, answer_prefix: str, problems: list[str] | None) -> Record
     """
     path, total = folder / FILE, sum(1 for _ in read_lines(folder / FILE))
     version, table, used = file_version(path), np.zeros(total, ROW), 0
-    # hash of an id -> its line; task -> its code; kind of unusual record -> its lines
-    ids: dict[int, int] = {}
-    tasks: dict[str, int] = {}
-    unusual: dict[str, list[int]] = {}
+    ids: dict[int, int] = {}  # hash of an id -> its line
+    unusual: dict[str, list[int]] = defaultdict(list)  # what `check` says -> its lines
     for line, number, start in progress(read_lines(path), "reading records", total):
         try:
             example = parse(line, folder)
             kind = check(example, answer_prefix)
             if kind != TWICE and (first := ids.setdefault(hash(example.id), number)) != number:
                 raise ValueError(f"id {example.id!r} was used on line {first}; ids must be unique")
-            stamps = [stamp(file) for file in example.images]
+            # sizes and times; a hash of numbers is the same in all processes
+            stamps = [hash(file_version(file)[1:]) for file in example.images]
         except (ValueError, OSError) as error:
-            error = type(error)(f"{path}, line {number}: {error}")
+            problem = f"{path}, line {number}: {error}"
             if problems is None:
-                raise error from None
-            problems.append(str(error))
+                raise type(error)(problem) from None
+            problems.append(problem)
             continue
         if kind:
-            unusual.setdefault(kind, []).append(number)
-        if kind == TWICE:
-            continue
-        split, task = example.split, tasks.setdefault(example.task, len(tasks))
-        table[used] = (start, number, SPLITS.index(split) if split else -1, task,
-                       short_hash(line.strip() + repr(stamps).encode()),
-                       short_hash(os.fsencode(example.image)))
-        used += 1
-    notes = [f"{path}: {len(lines)} of {total} records (line {lines[0]} is the first) "
-             f"{kind.format(prefix=answer_prefix)}" for kind, lines in unusual.items()]
+            unusual[kind].append(number)
+        if kind != TWICE:
+            split = SPLITS.index(example.split) if example.split else -1
+            table[used] = (start, number, split, hash(example.task),
+                           short_hash(line.strip() + repr(stamps).encode()),
+                           short_hash(os.fsencode(example.image)))
+            used += 1
+    notes = [f"{path}: {len(lines)} of {total} records (line {lines[0]} is the first) {kind}"
+             for kind, lines in unusual.items()]
     if not used and not problems:
         raise ValueError("; ".join([f"{path} holds no record that can be used", *notes]))
-    return Records(folder, version, table[:used], list(tasks), notes)
+    return Records(path, version, table[:used], notes)
 
 
 def read_lines(path: Path) -> Iterator[tuple[bytes, int, int]]:
@@ -325,23 +307,13 @@ def read_lines(path: Path) -> Iterator[tuple[bytes, int, int]]:
             start += len(line)
 
 
-def stamp(file: Path) -> int:
-    """A hash of a picture's time and size, the same in all processes."""
-    try:
-        return hash(file_version(file)[1:])
-    except (OSError, ValueError):  # ValueError: no file can have this name
-        raise FileNotFoundError(f"image {file} not found; paths are relative to the data "
-                                "folder") from None
-
-
 def read_record(folder: str | Path, row: int) -> Example:
     """The record in this row, from 0, for a look at it: no other line is parsed, and no answer is
     checked. Raises ValueError also if there is no such row."""
     path = Path(folder) / FILE
-    for count, (line, number, _) in enumerate(read_lines(path)):
-        if count == row:
-            try:
-                return parse(line, Path(folder))
-            except ValueError as error:
-                raise ValueError(f"{path}, line {number}: {error}") from None
+    for line, number, _ in islice(read_lines(path), row, row + 1):
+        try:
+            return parse(line, path.parent)
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: {error}") from None
     raise ValueError(f"{path} has no row {row}; they are counted from 0")

@@ -6,11 +6,11 @@ of the picture's pixels (8 : 1 : 1). The pixels count and not the file: the same
 otherwise or under another name, stays on its side.
 """
 
-import itertools
 import os
 import random
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,7 @@ from support.files import whole
 from support.images import file_version, open_image, picture_digest
 from support.options import optional_folder
 from support.processes import first_process_first, progress
-from support.records import FILE, SPLITS, Example, Records, scan, short_hash
+from support.records import SPLITS, Example, Records, scan, short_hash
 
 
 def load_splits(config) -> tuple[Sequence[Example], ...]:
@@ -39,7 +39,7 @@ def limit(splits: dict[str, Sequence[Example]], config) -> tuple[Sequence[Exampl
                            for split, least in zip(SPLITS, (2, 2, 1)))
     rng = random.Random(0)
     valid = at_most(valid, max(2, config.train_examples // 10), rng, [""] * len(valid))
-    return train, valid, at_most(tests, config.test_per_task, rng, tests.tasks)
+    return train, valid, at_most(tests, config.test_per_task, rng, tests.table["task"].tolist())
 
 
 def test_questions(config, per_task_count: int, split: str = "test") -> Sequence[Example]:
@@ -76,7 +76,7 @@ def at_most(records, count: int, rng: random.Random, groups: Sequence) -> Sequen
     for group in dict.fromkeys(groups):
         own = [row for row, other in enumerate(groups) if other == group]
         rows += own if len(own) <= count else rng.sample(own, count)
-    return records.subset(rows)
+    return records[rows]
 
 
 # ---- a folder ----------------------------------------------------------------------------------
@@ -94,39 +94,30 @@ def read_folder(folder: str | Path, answer_prefix: str = "Answer:",
     ValueError or FileNotFoundError naming file, line and fix.
     """
     records = scan(Path(folder), answer_prefix, problems)
-    table = records.table
-    if by_pixels or (table["split"] < 0).any():
-        table["picture"] = pixel_hashes(records, cache and Path(cache), problems)
-        table["split"] = give_splits(table["split"], table["picture"])
-    records.notes += shared_pictures(records.folder / FILE, table["split"], table["picture"])
+    if by_pixels or (records.table["split"] < 0).any():
+        records.table["picture"] = pixel_hashes(records, cache and Path(cache), problems)
+    give_splits(records)
     return records
 
 
-def give_splits(named: np.ndarray, pictures: np.ndarray) -> np.ndarray:
-    """(N,) int8, a split for each record, as an index in SPLITS.
-
-    named: (N,) int8, the split that each record names; -1: none. pictures: (N,) uint64, a hash of
-    its question's picture.
-    """
-    distinct, picture_of = np.unique(pictures, return_inverse=True)  # (P,), (N,)
-    splits_of = np.zeros(len(distinct), np.int8)  # bit s: a record of the picture names split s
-    for code in range(len(SPLITS)):
-        splits_of[picture_of[named == code]] |= 1 << code
-    by_hash = np.select([distinct % 10 == 0, distinct % 10 == 1], [2, 1], 0)
+def give_splits(records: Records) -> None:
+    """Give a split to each record without one, and note which splits share pictures."""
+    splits = records.table["split"]
+    pictures, picture_of = np.unique(records.table["picture"], return_inverse=True)  # (P,), (N,)
+    # (P, 3): a record of the picture is in the split; those with -1, in none, get a last column
+    members = np.zeros((len(pictures), len(SPLITS) + 1), bool)
+    members[picture_of, splits] = True
+    members = members[:, :-1]
+    by_hash = np.select([pictures % 10 == 0, pictures % 10 == 1], [2, 1], 0)
     # pictures with one named split keep to it; with several there is no right one
-    inherited = np.select([splits_of == 1, splits_of == 2, splits_of == 4], [0, 1, 2], by_hash)
-    return np.where(named < 0, inherited[picture_of], named).astype(np.int8)
-
-
-def shared_pictures(file: Path, splits: np.ndarray, pictures: np.ndarray) -> list[str]:
-    """A sentence for each two splits of a file of records that share pictures. (N,), (N,)"""
-    distinct = [np.unique(pictures[splits == code]) for code in range(len(SPLITS))]
-    sentences = []
-    for one, other in itertools.combinations(range(len(SPLITS)), 2):
-        if shared := len(np.intersect1d(distinct[one], distinct[other])):
-            sentences.append(f"{file}: {shared} of {len(distinct[other])} {SPLITS[other]} images "
-                             f"are also in {SPLITS[one]}; give all records of an image one split")
-    return sentences
+    inherited = np.where(members.sum(axis=1) == 1, members.argmax(axis=1), by_hash)
+    splits[:] = np.where(splits < 0, inherited[picture_of], splits)
+    members[picture_of, splits] = True
+    for (one, in_one), (other, in_other) in combinations(zip(SPLITS, members.T), 2):
+        if shared := (in_one & in_other).sum():
+            records.notes.append(
+                f"{records.path}: {shared} of {in_other.sum()} {other} images are also in {one}; "
+                "give all records of an image one split")
 
 
 def pixel_hashes(records, cache: Path | None, problems: list[str] | None) -> np.ndarray:
