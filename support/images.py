@@ -64,14 +64,13 @@ def with_pixels(images: list[LoadedImage], family, skip=()) -> list[LoadedImage]
 
 @dataclass
 class ImageEncoder:
-    """The vision tower with a memory of `limit` bytes: while the tower is frozen, each image is
-    encoded once. Of a tower that trains nothing is kept."""
+    """The vision tower with a memory: while the tower is frozen, each image is encoded once. Of a
+    tower that trains nothing is kept."""
 
     family: Any
     frozen: bool = True
-    limit: float = 2e9
+    limit: float = 2e9  # bytes that `cache` may still take
     cache: dict[str, EncodedImage] = field(default_factory=dict)
-    size: int = 0  # bytes in `cache`
 
     def __call__(self, images: list[LoadedImage]) -> dict[str, EncodedImage]:
         """Features by key; the images that have none yet are encoded in one call."""
@@ -84,13 +83,10 @@ class ImageEncoder:
                 features = self.family.features(pixels)
             for image, tensor in zip(new, features):
                 encoded[image.key] = EncodedImage(tensor, image.grid)
-                if self.frozen and self.size + tensor.nbytes <= self.limit:
+                if self.frozen and tensor.nbytes <= self.limit:
                     self.cache[image.key] = encoded[image.key]
-                    self.size += tensor.nbytes
+                    self.limit -= tensor.nbytes
         return encoded
-
-
-# ---- pictures -----------------------------------------------------------------------------------
 
 
 def opened(picture: Picture) -> Image.Image:
@@ -142,8 +138,7 @@ def few_values(file: Path, image: Image.Image) -> str:
     of classes as pixels), else "". image: the picture as the model gets it."""
     with Image.open(file) as header:
         deep = header.mode.startswith("I")
-    lows, highs = zip(*image.getextrema())
-    low, high = min(lows), max(highs)
+    low, high = np.min(image), np.max(image)
     # nothing above a quarter of white, or 16-bit values within some quarter of their range
     return f"{low} to {high}" if high < 64 or (deep and 0 < high - low < 64) else ""
 

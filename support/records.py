@@ -8,7 +8,6 @@ record is used. Every fault is one sentence that names file, line and fix.
 
 import hashlib
 import json
-import os
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -18,8 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from support.answers import (contains, forms, has_prefix, normalise, option_index, says,
-                             stated_answers)
+from support import answers
 from support.files import new_folder
 from support.images import Picture, file_version, opened, picture_digest
 from support.processes import progress
@@ -70,7 +68,7 @@ class Example:
 
     def answer_only(self, answer_prefix: str) -> "Example":
         """No trajectory: the answer straight after the question, as the last text writes it."""
-        (form,) = forms([self], answer_prefix)
+        (form,) = answers.forms([self], answer_prefix)
         return replace(self, bare=True, trajectory=[form.text(self.answer)])
 
 
@@ -98,15 +96,11 @@ def record_line(ex: Example, names: list[str]) -> str:
     return json.dumps(record, ensure_ascii=False) + "\n"
 
 
-# ---- one line of trajectories.jsonl -------------------------------------------------------------
-
-
 def parse(line: bytes, folder: Path = Path()) -> Example:
     """The record of a line, its answer as the option has it; split "" if it names none. Nothing
     that takes a comparison of words is checked (`check`). Raises ValueError."""
     try:
-        # without a byte order mark
-        record = json.loads(line.strip().decode("utf-8-sig"))
+        record = json.loads(line.strip().decode("utf-8-sig"))  # without a byte order mark
     except (ValueError, RecursionError) as error:
         reason = str(error).replace("line 1 ", "")
         raise ValueError(f"not valid JSON in UTF-8 ({reason}); write one object a line") from None
@@ -131,7 +125,7 @@ def parse(line: bytes, folder: Path = Path()) -> Example:
     name, task, image, question, answer = (_text(record.get(key), f"field {key!r}") for key in (
         "id", "task", "image", "question", "answer"))
     # most answers are an option to the letter, which takes no comparison of forms
-    if answer not in options and (right := option_index(answer, options)) is not None:
+    if answer not in options and (right := answers.option_index(answer, options)) is not None:
         answer = options[right]
     return Example(name, task, folder / image, question, options, answer, steps,
                    record["split"] or "")
@@ -150,15 +144,13 @@ def _text(value, name: str) -> str:
 
 
 def check(example: Example, prefix: str) -> str:
-    """What is unusual, said of such records, or "". A record that is TWICE cannot be used.
-
-    prefix: what last texts put before the answer. A text that says none of the options literally
-    must contain the answer's words, whole, and no other option's. Raises ValueError.
-    """
+    """What is unusual, said of such records, or "". A record that is TWICE cannot be used. prefix:
+    what last texts put before the answer. A text that says none of the options literally must
+    contain the answer's words, whole, and no other option's. Raises ValueError."""
     options, answer = example.options, example.answer
     if not example.trajectory or not isinstance(text := example.trajectory[-1], str):
         raise ValueError("the trajectory must end in a text that gives the answer")
-    if len(set(map(normalise, options))) < len(options):
+    if len(set(map(answers.normalise, options))) < len(options):
         return TWICE
     if answer not in options:
         raise ValueError(f"answer {answer!r:.80} is not among the options {options!r:.200}")
@@ -166,16 +158,17 @@ def check(example: Example, prefix: str) -> str:
     head, mark, end = text.rpartition(prefix.strip() or "\0")
     if mark and not head[-1:].isalnum() and end.strip(" .") == answer:
         return ""
-    option, stated = says(text, options, prefix), stated_answers(text, prefix)
+    option, stated = answers.says(text, options, prefix), answers.stated_answers(text, prefix)
     words = stated[0] if stated else text
     right = option is not None and options[option] == answer
     if option is None:
-        others = [o for o in options if stated and not contains(answer, o)]
-        right = contains(words, answer) and not any(contains(words, o) for o in others)
+        inside = [other for other in options if answers.contains(words, other)]
+        alone = all(answers.contains(answer, other) for other in inside)
+        right = answer in inside and (alone or not stated)
     if not right:
         raise ValueError(f"the last text says {words!r:.80} but the field 'answer' is "
                          f"{answer!r:.80}; correct one of them")
-    if not has_prefix(text, prefix):
+    if not answers.has_prefix(text, prefix):
         return (f"have no {prefix!r} in the last text, with which questions are asked and replies "
                 "read: give --answer_prefix as these texts have it")
     return "" if option is not None else (
@@ -187,16 +180,12 @@ def short_hash(content: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big")
 
 
-# ---- a folder, read lazily ----------------------------------------------------------------------
-
 # what is kept of a record
 ROW = np.dtype([
-    # where its line starts, in bytes, and the line's number
-    ("start", np.int64), ("line", np.int32),
-    # index in SPLITS, -1 if it has none yet; hash of its task's name, in this process
-    ("split", np.int8), ("task", np.int64),
-    # hash of the line and of its pictures' sizes and times
-    ("digest", np.uint64),
+    ("start", np.int64), ("line", np.int32),  # where its line starts, in bytes, and its number
+    ("split", np.int8),  # index in SPLITS, -1 if it has none yet
+    ("task", np.int64),  # hash of its name
+    ("digest", np.uint64),  # hash of the line and of its pictures' sizes and times
     # hash of the question's picture: of its pixels if they were read, else of its name
     ("picture", np.uint64)])
 
@@ -204,11 +193,8 @@ ROW = np.dtype([
 @dataclass(eq=False)
 class Records(Sequence):
     """The records of a folder, or some of them: `records[row]` is an Example; of several rows (a
-    slice, a list, a mask) it is Records.
-
-    A line is parsed when its record is used; no picture is opened. Raises ValueError naming the
-    file if it has changed.
-    """
+    slice, a list, a mask) it is Records. A line is parsed when its record is used; no picture is
+    opened. Raises ValueError naming the file if it has changed."""
 
     path: Path  # of the file of records
     version: tuple[str, int, int]
@@ -223,8 +209,7 @@ class Records(Sequence):
         if kept.ndim:
             return replace(self, table=kept)
         with open(self.path, "rb") as file:
-            # in another file the line may start elsewhere
-            if file_version(self.path) != self.version:
+            if file_version(self.path) != self.version:  # the line may start elsewhere
                 raise ValueError(f"{self.path} has changed since it was read; leave the data alone "
                                  "while they are in use")
             file.seek(kept["start"])
@@ -239,11 +224,8 @@ class Records(Sequence):
 
 
 def digest(records: Sequence[Example]) -> str:
-    """16 hex digits that other records would not have.
-
-    Of a folder: of lines, and of pictures' sizes and times, so that no picture is opened. Of
-    records in memory: of texts and pixels.
-    """
+    """16 hex digits that other records would not have: of a folder's lines and its pictures' sizes
+    and times, so that no picture is opened; of texts and pixels of records in memory."""
     if isinstance(records, Records):
         content = records.table["digest"].tobytes()
     else:
@@ -255,11 +237,8 @@ def digest(records: Sequence[Example]) -> str:
 
 
 def scan(folder: Path, answer_prefix: str, problems: list[str] | None) -> Records:
-    """The records of all lines that can be used, with the splits that they name.
-
-    Pictures must exist, and are not opened. problems: gets every error, and those records are left
-    out; None: the first one is raised, as ValueError or FileNotFoundError.
-    """
+    """The records of all lines that can be used, with the splits that they name. Pictures must
+    exist, and are not opened. problems: see support.splits.read_folder."""
     path, total = folder / FILE, sum(1 for _ in read_lines(folder / FILE))
     version, table, used = file_version(path), np.zeros(total, ROW), 0
     ids: dict[int, int] = {}  # hash of an id -> its line
@@ -284,7 +263,7 @@ def scan(folder: Path, answer_prefix: str, problems: list[str] | None) -> Record
             split = SPLITS.index(example.split) if example.split else -1
             table[used] = (start, number, split, hash(example.task),
                            short_hash(line.strip() + repr(stamps).encode()),
-                           short_hash(os.fsencode(example.image)))
+                           short_hash(bytes(example.image)))
             used += 1
     notes = [f"{path}: {len(lines)} of {total} records (line {lines[0]} is the first) {kind}"
              for kind, lines in unusual.items()]
@@ -300,8 +279,7 @@ def read_lines(path: Path) -> Iterator[tuple[bytes, int, int]]:
                                 "README, data format)")
     start = 0
     with open(path, "rb") as file:
-        # a line ends at a line feed and nowhere else
-        for number, line in enumerate(file, start=1):
+        for number, line in enumerate(file, start=1):  # a line ends at a line feed alone
             if not line.isspace():
                 yield line, number, start
             start += len(line)

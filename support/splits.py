@@ -24,13 +24,12 @@ from support.records import SPLITS, Example, Records, scan, short_hash
 
 def load_splits(config) -> tuple[Sequence[Example], ...]:
     """Training, validation and test records. Raises ValueError for a split with too few."""
-    count, tests = config.train_examples, config.test_per_task
-    if not config.data:
-        world = optional_folder("world.loader", "a run without --data")
-        return (world.examples(config.regime, "train", count),
-                world.examples(config.regime, "validation", max(2, count // 10)),
-                world.questions(config.regime, tests))
-    return limit(read_splits(config), config)
+    if config.data:
+        return limit(read_splits(config), config)
+    world, count = optional_folder("world.loader", "a run without --data"), config.train_examples
+    return (world.examples(config.regime, "train", count),
+            world.examples(config.regime, "validation", max(2, count // 10)),
+            world.questions(config.regime, config.test_per_task))
 
 
 def limit(splits: dict[str, Sequence[Example]], config) -> tuple[Sequence[Example], ...]:
@@ -56,8 +55,7 @@ def read_splits(config) -> dict[str, Sequence[Example]]:
     cache = Path(config.out).parent / "pictures.npy" if getattr(config, "out", "") else None
     with first_process_first():
         records = read_folder(config.data, config.answer_prefix, cache)
-    # of several processes, which all read the folder, one prints
-    if os.environ.get("RANK", "0") == "0":
+    if os.environ.get("RANK", "0") == "0":  # all processes read the folder, one prints
         for note in records.notes:
             print(f"note: {note}")
     return {split: records.split(split) for split in SPLITS}
@@ -79,23 +77,16 @@ def at_most(records, count: int, rng: random.Random, groups: Sequence) -> Sequen
     return records[rows]
 
 
-# ---- a folder ----------------------------------------------------------------------------------
-
-
-def read_folder(folder: str | Path, answer_prefix: str = "Answer:",
-                cache: str | Path | None = None, problems: list[str] | None = None,
-                by_pixels: bool = False) -> Records:
-    """Check every line of a folder in the format above, in one pass.
-
-    The pictures of all questions are opened only if a record names no split, or with by_pixels, to
-    find the same picture in two splits whatever its files are called. cache: a file that keeps what
-    was read of them.
-    problems: gets every error, and those records are left out; None: the first one is raised, as
-    ValueError or FileNotFoundError naming file, line and fix.
-    """
+def read_folder(folder: str | Path, answer_prefix: str = "Answer:", cache: Path | None = None,
+                problems: list[str] | None = None, by_pixels: bool = False) -> Records:
+    """The records of a folder, every line checked, in one pass. The pictures of all questions are
+    opened only if a record names no split, or with by_pixels, to find the same picture in two
+    splits whatever its files are called. cache: see `pixel_hashes`. problems: gets every error, and
+    those records are left out; None: the first one is raised, as ValueError or FileNotFoundError
+    naming file, line and fix."""
     records = scan(Path(folder), answer_prefix, problems)
     if by_pixels or (records.table["split"] < 0).any():
-        records.table["picture"] = pixel_hashes(records, cache and Path(cache), problems)
+        records.table["picture"] = pixel_hashes(records, cache, problems)
     give_splits(records)
     return records
 
@@ -120,13 +111,10 @@ def give_splits(records: Records) -> None:
                 "give all records of an image one split")
 
 
-def pixel_hashes(records, cache: Path | None, problems: list[str] | None) -> np.ndarray:
-    """(N,) uint64, a hash of the pixels of each question's picture. Every file is read once.
-
-    records: support.records.Records. cache: a file that keeps the hashes; a picture of the same
-    size and time is not read again, also after an interruption. One process at a time writes it.
-    problems: gets an error for each picture that cannot be read; None: the first one is raised.
-    """
+def pixel_hashes(records: Records, cache: Path | None, problems: list[str] | None) -> np.ndarray:
+    """(N,) uint64, a hash of the pixels of each question's picture; 0 of one with a problem. Every
+    file is read once. cache: a file that keeps the hashes; a picture of the same size and time is
+    not read again, also after an interruption. One process at a time writes it."""
     try:
         known = dict(np.load(cache).tolist()) if cache and cache.is_file() else {}
     except (ValueError, EOFError):
