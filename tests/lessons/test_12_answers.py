@@ -64,9 +64,8 @@ def test_one_question_about_one_picture(tmp_path, capsys):
     options = evaluate.Options(image=str(tmp_path / "a.png"), question="Which colour is it?",
                                device="cpu", options="red,, blue,")
     assert evaluate.ask(TINY, options) == []
-    lines = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()]
-    assert {words for _, words in lines} == {"red", "blue"}
-    assert float(lines[0][0]) >= float(lines[1][0])
+    best, one, least, other = capsys.readouterr().out.split()
+    assert {one, other} == {"red", "blue"} and float(best) >= float(least)
     for wrong in (dict(image=""), dict(question=""), dict(json="a.json")):
         with pytest.raises(ValueError, match="--image and --question need each other"):
             evaluate.ask(TINY, replace(options, **wrong))
@@ -83,8 +82,7 @@ def test_the_questions_of_a_checkpoint(monkeypatch):
     monkeypatch.setattr(evaluate, "test_questions", lambda config, *rest: calls.append(
         (vars(config).copy(), *rest)) or QUESTIONS[:1])
     for more in (dict(), dict(data="DIR", per_task=7, split="validation", answer_prefix="So:")):
-        (record,) = evaluate.ask(TINY, replace(options, **more))
-    assert record["id"] == QUESTIONS[0].id
+        assert evaluate.ask(TINY, replace(options, **more))[0]["id"] == QUESTIONS[0].id
     plain = dict(method="sft", data="", regime="", answer_prefix="Answer:")
     other = plain | dict(data="DIR", answer_prefix="So:")
     assert calls == [(plain, 200, "test"), (other, 7, "validation")]

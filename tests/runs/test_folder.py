@@ -21,22 +21,17 @@ from conftest import log_of
 
 
 @pytest.fixture
-def out(tmp_path):
-    return tmp_path / "runs" / "a"
+def config(tmp_path):
+    return train.Config(out=str(tmp_path / "runs" / "a"), device="cpu")
 
 
-@pytest.fixture
-def config(out):
-    return train.Config(out=str(out), device="cpu")
-
-
-def test_one_run_has_the_folder_and_leaves_what_it_did_not_make(config, out):
+def test_one_run_has_the_folder_and_leaves_what_it_did_not_make(config):
+    out = Path(config.out)
     with pytest.raises(ValueError, match="bad data"), run.Run(config, resume=False):
         with pytest.raises(ValueError, match="is in use by another process"):
             run.Run(config, resume=True).__enter__()
         raise ValueError("bad data")
-    # a failed start leaves nothing
-    assert not out.exists()
+    assert not out.exists()  # a failed start leaves nothing
     out.mkdir()  # an empty folder of the user's is used, and stays
     with run.Run(config, resume=False):
         pass
@@ -63,12 +58,11 @@ def test_a_checkpoint_replaces_what_an_interruption_left_and_older_ones(tmp_path
         SimpleNamespace(out=str(tmp_path)), tmp_path / "checkpoint-9")
 
 
-def test_the_log_names_each_record_that_was_left_out_once(config, out):
-    dataset = SimpleNamespace(faults={3: "line 4: no image"})
+def test_the_log_names_each_record_that_was_left_out_once(config):
     with run.Run(config, resume=False) as current:
         for step in (5, 6):
-            current.save(step, dataset)
-    assert log_of(out) == [dict(kind="left out", step=5, fault="line 4: no image")]
+            current.save(step, SimpleNamespace(faults={3: "line 4: no image"}))
+    assert log_of(config.out) == [dict(kind="left out", step=5, fault="line 4: no image")]
 
 
 def test_a_state_comes_back_as_it_was_or_not_at_all(tmp_path):
@@ -96,12 +90,12 @@ def test_a_failed_write_leaves_the_last_good_file(tmp_path, monkeypatch):
     assert read_json(file) == dict(step=1) and len(list(tmp_path.iterdir())) == 1
 
 
-def test_other_inputs_than_a_run_began_with_are_named(tmp_path, out):
+def test_other_inputs_than_a_run_began_with_are_named(tmp_path):
     """Large weights are told apart by pieces."""
-    weights = tmp_path / "model.safetensors"
+    weights, out = tmp_path / "model.safetensors", tmp_path / "run"
     weights.write_bytes(bytes(64 << 20) + b"start")
     began = dict.fromkeys(("training records", "validation records"), run.digest([]))
-    out.mkdir(parents=True)
+    out.mkdir()
     write_json(out / "inputs.json", began | run.base_digests(str(tmp_path)) | dict(old="1"))
     weights.write_bytes(bytes(64 << 20) + b"other")
     with run.Run(train.Config(model=str(tmp_path), out=str(out), device="cpu"), True) as current:
@@ -117,8 +111,8 @@ def test_paths_become_absolute_and_names_on_the_hub_stay(tmp_path, monkeypatch):
     assert run.absolute_paths(train.Config(model="org/name")).model == "org/name"
 
 
-def test_only_a_run_that_can_continue_is_resumed(config, out):
-    saved = vars(config) | dict(steps=7)
+def test_only_a_run_that_can_continue_is_resumed(config):
+    saved, out = vars(config) | dict(steps=7), Path(config.out)
     out.mkdir(parents=True)
     for words, files, message in (
             ([], {}, "takes the run folder"),
@@ -143,20 +137,18 @@ def test_the_hint_of_a_collapse_names_what_to_try():
         assert not run.collapse_hint(metrics, False)
 
 
-@pytest.mark.parametrize("sent, in_loop, world_size, saves", [
-    ([signal.SIGTERM], True, "1", True), ([signal.SIGINT], False, "1", False),
-    ([signal.SIGINT, signal.SIGTERM], True, "1", False),
+@pytest.mark.parametrize("sent, in_loop, world, saves", [
+    ([signal.SIGINT], False, "1", False), ([signal.SIGINT, signal.SIGTERM], True, "1", False),
     # with several processes torchrun sends its own after the terminal's, which undoes nothing
     ([signal.SIGINT, signal.SIGTERM], True, "2", True)])
-def test_a_signal_ends_the_program_as_signals_do(monkeypatch, capfd, sent, in_loop, world_size,
-                                                 saves):
+def test_a_signal_ends_the_program_as_signals_do(monkeypatch, capfd, sent, in_loop, world, saves):
     """A shell then sees 128 + number and ends `a && b`."""
     def main():
         for number in sent:
             os.kill(os.getpid(), number)
         print("saved")
 
-    monkeypatch.setenv("WORLD_SIZE", world_size)
+    monkeypatch.setenv("WORLD_SIZE", world)
     monkeypatch.setattr(processes.SIGNALS, "in_loop", in_loop)
     program = multiprocessing.get_context("fork").Process(
         target=processes.run_program, args=(main, "stopped; --resume continues"))
