@@ -203,5 +203,4 @@ def test_the_documents_record_is_read(tmp_path):
     page = Path(train.__file__).with_name("docs").joinpath("data.md").read_text(encoding="utf-8")
     record, _ = json.JSONDecoder().raw_decode(page[page.index('{"id"'):])
     record["image"], record["trajectory"][1]["image"] = "a.png", "b.png"
-    [example] = read(tmp_path, record)
-    assert (example.answer, len(example.images)) == ("seven", 2)
+    assert len(read(tmp_path, record)[0].images) == 2
