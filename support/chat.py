@@ -38,14 +38,6 @@ class Question(NamedTuple):
     tool: View | None
 
 
-class Speech(NamedTuple):
-    """The place of an assistant's turn in the rendered text, in characters."""
-
-    start: int  # the generation prompt ends here and the model's own tokens begin
-    words: int  # the first character of the words; some templates put a blank before it
-    end: int  # the end-of-turn token begins here
-
-
 class Conversation(NamedTuple):
     """A rendered conversation, with each image expanded to its tokens."""
 
@@ -56,7 +48,6 @@ class Conversation(NamedTuple):
     # characters: bisect(ends, position) is the first token that reaches beyond a position
     ends: list[int]
     turn_starts: list[int]
-    speeches: list[Speech]
 
 
 class Chat:
@@ -114,7 +105,7 @@ class Chat:
             turn, rendered = whole[len(rendered):], whole
             starts.append(len(text))
             if role == "assistant":
-                speeches.append(self._speech(turn, parts[0], len(text)))
+                speeches.append([len(text) + place for place in self._speech(turn, parts[0])])
             # an image becomes as many image tokens as its size asks for
             first, *rest = turn.split(self.family.placeholder)
             assert len(rest) == sum(not isinstance(part, str) for part in parts), turn
@@ -125,16 +116,17 @@ class Chat:
         # differently (a mark before its first word, merged newlines), and models saw whole texts.
         ids, spans = self.family.encode(text)
         # supervised: from the first word up to and with the end-of-turn token
-        labels = [token if any(s.start < end and start <= s.end for s in speeches) else -100
+        labels = [token if any(first < end and start <= last for first, last in speeches) else -100
                   for token, (start, end) in zip(ids, spans)]
         ends, stop = [end for _, end in spans], len(ids)
         # h_R is the state of the end-of-turn token, so nothing may follow it
         while not prompt and not layout and labels[stop - 1] == -100:
             stop -= 1
-        return Conversation(text, ids[:stop], labels[:stop], ends[:stop], starts, speeches)
+        return Conversation(text, ids[:stop], labels[:stop], ends[:stop], starts)
 
-    def _speech(self, turn: str, words: str, start: int) -> Speech:
-        """The place of the words in an assistant's turn that begins at `start`."""
+    def _speech(self, turn: str, words: str) -> tuple[int, int]:
+        """Where in an assistant's turn the model's own tokens begin, and where its end-of-turn
+        token begins, in characters."""
         # from the end of the turn, because a template may pad its beginning
         opening = turn.removesuffix(words + self.ending)
         if opening == turn or opening.strip() != self.header.strip():
@@ -142,10 +134,8 @@ class Chat:
                              f"to {turn!r}; give the checkpoint another chat_template.jinja")
         # a blank between header and words belongs to the words: the model has to write it
         header = self.header if opening.startswith(self.header) else opening
-        # blanks behind the words too: the end-of-turn token begins after them
-        blanks = len(self.ending) - len(self.ending.lstrip())
-        first = start + len(opening)
-        return Speech(start + len(header), first, first + len(words) + blanks)
+        # blanks behind the words too
+        return len(header), len(turn) - len(self.ending.lstrip())
 
     def question(self, example: Example, images: list[LoadedImage], form: AnswerForm) -> Question:
         """A test question. form: how its answer is written. Raises ValueError naming an example
@@ -153,9 +143,11 @@ class Chat:
         turns, whole, ends = self.turns(example), [], []
         # each option is tokenised as training would: inside the whole answer
         for option in example.options:
-            answer = self.conversation([turns[0], ("assistant", [form.text(option)])], images[:1])
+            words = form.text(option)
+            answer = self.conversation([turns[0], ("assistant", [words])], images[:1])
             whole.append(answer.ids)
-            prefix_end = answer.speeches[0].words + len(form.prefix)
+            # the text ends with the words and the template's ending
+            prefix_end = len(answer.text) - len(words + self.ending) + len(form.prefix)
             # the option's own tokens end here; its full stop and the end of the turn follow
             ends.append(bisect(answer.ends, prefix_end + len(form.gap) + len(option) - 1) + 1)
         # the prompt is what all options share, up to the end of the prefix
