@@ -62,7 +62,6 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
 
 def add_lora(model: nn.Module, rank: int, alpha: float, dropout: float) -> None:
     """Freeze `model`, then put a LoRALinear around each of its nn.Linear layers."""
-    # frozen first, because the new layers bring trainable parameters
     model.requires_grad_(False)
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear):
@@ -101,16 +100,15 @@ def save_adapter(lm: nn.Module, path: str, folder: Path) -> None:
     # absolute, so that the base is found from any folder
     base, layers = Path(path).expanduser(), lora_layers(lm)
     config = dict(base_model_name_or_path=str(base.resolve()) if base.is_dir() else path)
+    # all that trains, LoRA's by PEFT's names
+    tensors = {re.sub(r"(.+\.lora_[AB])", r"base_model.model.\1.weight", name): p
+               for name, p in lm.named_parameters() if p.requires_grad}
     if layers:
-        tensors = {f"base_model.model.{name}.lora_{part}.weight": getattr(layer, f"lora_{part}")
-                   for name, layer in layers.items() for part in "AB"}
         first = next(iter(layers.values()))
         rank = len(first.lora_A)
         config |= dict(peft_type="LORA", task_type="CAUSAL_LM", r=rank, bias="none",
                        lora_alpha=first.scaling * rank, lora_dropout=first.dropout.p,
                        target_modules=sorted(layers), inference_mode=True)
-    else:
-        tensors = {name: p for name, p in lm.named_parameters() if p.requires_grad}
     file = folder / ("adapter_model.safetensors" if layers else "model.safetensors")
     write_tensors(tensors, file, dict(format="pt"))
     write_json(folder / "adapter_config.json", config)
@@ -133,17 +131,16 @@ def read_adapter(folder: Path, lm: nn.Module, path: str) -> Adapter:
                              "merge that adapter with PEFT's merge_and_unload")
     if not isinstance(config.get("lora_alpha"), int | float):
         raise ValueError(f"{file} describes no LoRA of PEFT: it has no lora_alpha")
-    file, state, pairs = folder / "adapter_model.safetensors", lm.state_dict(), {}
+    file, pairs = folder / "adapter_model.safetensors", {}
     # an adapter may have the names of an older transformers, which renames them in checkpoints too
-    renamings = [r for r in get_model_conversion_mapping(lm) if isinstance(r, WeightRenaming)]
+    rules = [r for r in get_model_conversion_mapping(lm) if isinstance(r, WeightRenaming)]
     # the tensors say which layers have a pair: target_modules may be a pattern
     for key, tensor in read_tensors(file, lm.device)[0].items():
         match = re.fullmatch(r"base_model\.model\.(.+)\.lora_([AB])\.weight", key)
         if not match:
             raise ValueError(f"{file} holds {key}, which is no low-rank pair of a linear layer: "
                              "merge that adapter with PEFT's merge_and_unload")
-        name, _ = rename_source_key(f"{match[1]}.weight", renamings, [], lm.base_model_prefix,
-                                    state)
+        name, _ = rename_source_key(f"{match[1]}.weight", rules, [], lm.base_model_prefix, shapes)
         pairs.setdefault(name, {})[match[2]] = tensor
     for name, pair in pairs.items():
         sizes = {part: tuple(tensor.shape) for part, tensor in pair.items()}
