@@ -15,12 +15,11 @@ def answer_record(example: Example, answers_by_way: dict[str, dict], prefix: str
     record = dict(id=example.id, task=example.task, options=example.options, answer=example.answer,
                   cost={})
     for way, answer in answers_by_way.items():
-        text, option = answer["text"], answer.get("option")
+        text = answer["text"]
+        option = answer["option"] if "option" in answer else says(text, example.options, prefix)
         # a tool call that fails gives no answer, and the direct one counts
         if answer.get("failed"):
             text, option = f"({answer['failed']})", answers_by_way["direct"]["option"]
-        elif "option" not in answer:
-            option = says(text, example.options, prefix)
         record[way], record[f"{way}_right"] = text, option == example.options.index(example.answer)
         record["cost"][way] = {name: value for name, value in answer.items()
                                if name not in ("text", "option", "log_probs")}
@@ -44,8 +43,7 @@ def summarise(records: list[dict]) -> dict[str, dict]:
         chance = sum(1 / len(r["options"]) for r in rows) / len(rows)
         table[task] = dict(n=len(rows), chance=chance)
         for way in WAYS:
-            scored = [r[f"{way}_right"] for r in rows if f"{way}_right" in r]
-            if scored:
+            if scored := [r[f"{way}_right"] for r in rows if f"{way}_right" in r]:
                 table[task][way] = [sum(scored) / len(scored), *wilson(sum(scored), len(scored))]
     return table
 
@@ -79,11 +77,10 @@ def format_table(columns: dict[str, dict[str, dict]]) -> str:
 def conclusion(before: dict, after: dict) -> str:
     """The last table in words. before, after: see `summarise`."""
     total = overall(after)
-    was, now = (100 * table[total]["direct"][0] for table in (before, after))
-    text = (f"In words: from image and question alone (direct) {was:.1f}% were right before and "
-            f"{now:.1f}% are now.")
+    was, now = (table[total]["direct"][0] for table in (before, after))
+    text = (f"In words: from image and question alone (direct) {was:.1%} were right before and "
+            f"{now:.1%} are now.")
     if "tool" in after[total]:
-        skill = 100 * after[total]["tool"][0]
-        text += (f"\nWith the expert's tool (tool) {skill:.1f}%: how well the trajectories were "
-                 "learned. \"free\" is low where the model begins with its plan.")
+        text += (f"\nWith the expert's tool (tool) {after[total]['tool'][0]:.1%}: how well the "
+                 "trajectories were learned. \"free\" is low where the model begins with its plan.")
     return text
