@@ -66,10 +66,9 @@ class Chat:
         opening, _, self.ending = turn.partition("Xyz")
         # training turns must begin with the tokens that inference begins with, up to blanks
         if opening.strip() != self.header.strip() or not self.ending.strip():
-            raise ValueError(
-                "the model's chat template does not write an assistant's turn as generation "
-                f"prompt, text, end of turn: {self.header!r} and {turn!r}; give the checkpoint "
-                "another chat_template.jinja")
+            raise ValueError("the model's chat template does not write an assistant's turn as "
+                             f"generation prompt, text, end of turn: {self.header!r} and {turn!r}; "
+                             "give the checkpoint another chat_template.jinja")
 
     def turns(self, example: Example) -> list[Turn]:
         """Raises ValueError if a text holds what the template uses as its own markup."""
@@ -143,15 +142,13 @@ class Chat:
         turns, whole, ends = self.turns(example), [], []
         # each option is tokenised as training would: inside the whole answer
         for option in example.options:
-            words = form.text(option)
-            answer = self.conversation([turns[0], ("assistant", [words])], images[:1])
+            answer = self.conversation([turns[0], ("assistant", [form.text(option)])], images[:1])
             whole.append(answer.ids)
-            # the text ends with the words and the template's ending
-            prefix_end = len(answer.text) - len(words + self.ending) + len(form.prefix)
             # the option's own tokens end here; its full stop and the end of the turn follow
-            ends.append(bisect(answer.ends, prefix_end + len(form.gap) + len(option) - 1) + 1)
+            end = len(answer.text) - len(form.closing + self.ending)
+            ends.append(bisect(answer.ends, end - 1) + 1)
         # the prompt is what all options share, up to the end of the prefix
-        start = bisect(answer.ends, prefix_end)
+        start = bisect(answer.ends, end - len(form.gap + option))
         # a tokenizer may join the prefix's last letters with an option's first ones
         while any(ids[:start] != whole[0][:start] for ids in whole):
             start -= 1
