@@ -37,8 +37,7 @@ class Family:
     """A checkpoint's conversations as token ids and its images as features. Raises ValueError, one
     sentence, for a checkpoint that cannot be served."""
 
-    # an image as text, for a template that only takes strings
-    markup = ""
+    markup = ""  # an image as text, for a template that only takes strings
 
     def __init__(self, path: str, lm: PreTrainedModel, min_pixels=None, max_pixels=None):
         # texts: what stands for an image, by size; pixels: changed settings of the image processor
@@ -57,7 +56,14 @@ class Family:
         # where the tokens of one image see each other, and not where layers have a window.
         layers = getattr(lm.config.text_config, "layer_types", None) or ["full_attention"]
         self.packs = "token_type_ids" not in self.types and set(layers) == {"full_attention"}
-        self.reserved = self._reserved_tokens()
+        # reserved: what no text of an example may contain: special tokens, and marks of images and
+        # videos, which some tokenizers call plain; but not every added word (Gemma's line breaks)
+        pattern = r".*(image|video|vision|boi|eoi).*_(token|id|index)"
+        marks = [mark if isinstance(mark, str) else self.tokenizer.convert_ids_to_tokens(mark)
+                 for key, mark in (vars(self.processor) | lm.config.to_dict()).items()
+                 if mark and re.fullmatch(pattern, key)]
+        special = [t.content for t in self.tokenizer.added_tokens_decoder.values() if t.special]
+        self.reserved = {*marks, *special, *self.tokenizer.all_special_tokens} - {None}
         self._fit_template()
         self._check_image()
 
@@ -71,8 +77,7 @@ class Family:
         return AutoProcessor.from_pretrained(self.path)
 
     def render(self, turns: list[Turn], add_generation_prompt: bool = False) -> str:
-        """The conversation as text, a placeholder for every image. Raises ValueError with the
-        template's own reason."""
+        """The conversation as text, a placeholder for every image. Raises ValueError."""
         messages, images = [], 0
         for role, parts in turns:
             content = [dict(type="text", text=part) if isinstance(part, str)
@@ -131,16 +136,6 @@ class Family:
                              "tokenizer has no eos token: no answer would stop")
         self.end_id: int = self.tokenizer.convert_tokens_to_ids(self.end_token)
 
-    def _reserved_tokens(self) -> set[str]:
-        """What no text of an example may contain: special tokens, and marks of images and videos,
-        which some tokenizers call plain; but not every added word (Gemma's line breaks, HTML)."""
-        pattern = r".*(image|video|vision|boi|eoi).*_(token|id|index)"
-        marks = [mark if isinstance(mark, str) else self.tokenizer.convert_ids_to_tokens(mark)
-                 for key, mark in (vars(self.processor) | self.lm.config.to_dict()).items()
-                 if mark and re.fullmatch(pattern, key)]
-        special = [t.content for t in self.tokenizer.added_tokens_decoder.values() if t.special]
-        return {*marks, *special, *self.tokenizer.all_special_tokens} - {None}
-
     @torch.no_grad()
     def _check_image(self) -> None:
         """One image on trial: the processor must make as many tokens as the vision tower."""
@@ -198,7 +193,7 @@ class Family:
         return BatchFeature(tensors).to(self.lm.device, self.lm.dtype)
 
     def positions(self, ids: Tensor, mask: Tensor, grids: list) -> Tensor:
-        """(A, B, T) from ids and mask (B, T) and the grids of the images in them."""
+        """(A, B, T) from ids and mask (B, T), on the CPU, and the grids of the images in them."""
         return (mask.long().cumsum(dim=1) - 1).clamp_min(0)[None]  # (1, B, T)
 
     def states(self, inputs_embeds: Tensor, position_ids: Tensor, is_image: Tensor, levels: Tensor,
@@ -214,8 +209,7 @@ class Family:
         the language model, as `VLM.lm_inputs` makes them."""
         if not self.types:
             # embeddings, because families take the pixels of several images in different ways
-            inputs = embed()
-            return {key: inputs[key] for key in ("inputs_embeds", "attention_mask")}
+            return dict(inputs_embeds=embed()["inputs_embeds"], attention_mask=batch.mask.long())
         is_image = (batch.ids == self.lm.config.image_token_id).long()
         return dict(input_ids=batch.ids, attention_mask=batch.mask.long(),
                     **dict.fromkeys(self.types, is_image), **self._batch(pixels))
@@ -270,12 +264,11 @@ class QwenFamily(Family):
         return [torch.stack(image) for image in zip(*levels)]
 
     def positions(self, ids: Tensor, mask: Tensor, grids: list) -> Tensor:
-        # on the CPU: these are hundreds of small steps, and on a GPU each would be a kernel
-        ids, device, grid = ids.cpu(), ids.device, torch.tensor(grids) if grids else None
+        grid = torch.tensor(grids) if grids else None
         # without the token types the model would silently count in one row
         is_image = (ids == self.lm.config.image_token_id).int()
         return self.lm.model.get_rope_index(ids, mm_token_type_ids=is_image, image_grid_thw=grid,
-                                            attention_mask=mask.cpu().long())[0].to(device)
+                                            attention_mask=mask.long())[0]
 
     def states(self, inputs_embeds: Tensor, position_ids: Tensor, is_image: Tensor, levels: Tensor,
                **rest):
@@ -291,8 +284,7 @@ FAMILIES = dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl"), QwenFamily)
 def load_checkpoint(path: str, dtype: torch.dtype, min_pixels: int | None = None,
                     max_pixels: int | None = None) -> tuple[PreTrainedModel, Family]:
     """The model and its family. path: a checkpoint folder, a hub id, or a run or adapter folder,
-    whose adapter is then merged. Raises ValueError, one sentence, if it cannot be loaded or served.
-    """
+    whose adapter is then merged. Raises ValueError, one sentence, for what cannot be served."""
     base, adapters = resolve(path)
     name = base if base == path else f"{base} (the base of {path})"
     # no pickle and no code of the checkpoint: what is downloaded is only data
