@@ -137,8 +137,7 @@ def load_model(path: str | Path, device: str, max_pixels: int = 0, alpha: float 
         config = SimpleNamespace(method="sft", data="", regime="", answer_prefix="Answer:")
         return VLM(path, max_pixels=max_pixels).to(device).eval(), config, {}
     config, checkpoint = run.config_and_checkpoint(Path(path))
-    vlm = VLM(config.model, getattr(torch, config.dtype), config.min_pixels,
-              max_pixels or config.max_pixels)
+    vlm = VLM(config.model, config.dtype, config.min_pixels, max_pixels or config.max_pixels)
     # what answers is a plain VLM: the file of [PRED] and latent predictor is not even opened
     vlm.to(device).load_adapter(checkpoint, alpha)
     return vlm.eval(), config, method_of(config).ways(config, vlm, checkpoint)

@@ -43,7 +43,7 @@ class VLM(nn.Module):
     Raises ValueError, one sentence, for a path that is no supported VLM checkpoint.
     """
 
-    def __init__(self, path: str | Path, dtype: torch.dtype = torch.float32,
+    def __init__(self, path: str | Path, dtype: torch.dtype | str = torch.float32,
                  min_pixels: int | None = None, max_pixels: int | None = None):
         super().__init__()
         self.path = str(path)

@@ -201,7 +201,7 @@ def fit(config: Config, this_run: run.Run) -> tuple | None:
     """The training loop. this_run: folder, state and signals of the run (support/run.py). Returns
     (test examples, answers before, seconds), or None if a signal ended it."""
     torch.manual_seed(config.seed)
-    vlm = VLM(config.model, getattr(torch, config.dtype), config.min_pixels, config.max_pixels)
+    vlm = VLM(config.model, config.dtype, config.min_pixels, config.max_pixels)
     examples = train_examples, valid_examples, tests = splits.load_splits(config)
     # a question that cannot be asked stops the run here, before training
     evaluator = evaluate.Evaluator(vlm, tests, config.answer_prefix)

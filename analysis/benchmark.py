@@ -43,7 +43,7 @@ def now(device: str) -> float:
 
 def build(config: train.Config) -> dict[str, train.Pearl]:
     """The variants by name, all around one model."""
-    vlm = VLM(config.model, getattr(torch, config.dtype), config.min_pixels, config.max_pixels)
+    vlm = VLM(config.model, config.dtype, config.min_pixels, config.max_pixels)
     methods = {}
     for name, method in VARIANTS.items():
         methods[name] = train.find_method(method)(vlm, config).train()

@@ -301,7 +301,7 @@ def measure_all(args) -> tuple[dict[str, list[Results]], dict[str, int]]:
     questions = questions_of(base, args.per_task)
     if not questions.trained:
         raise ValueError("there is no test question of a trained task: name other --data")
-    vlm = VLM(base.model, getattr(torch, base.dtype)).to(args.device)
+    vlm = VLM(base.model, base.dtype).to(args.device)
     before = tests_of(vlm, base, questions, {})
     systems = {BASE: [before]}
     for path, (config, checkpoint) in zip(args.runs, runs):

@@ -166,7 +166,7 @@ def embeddings(folder: Path | None, config: train.Config,
     h_R is by the model that the run predicts: the starting model if its target is frozen. A run
     without [PRED] rows has K = 0: h^_R is the state of the last prompt token.
     """
-    start = VLM(config.model, getattr(torch, config.dtype), config.min_pixels, config.max_pixels)
+    start = VLM(config.model, config.dtype, config.min_pixels, config.max_pixels)
     vlm, kind, rows = start.to(config.device), train.find_method(config.method), None
     if folder:
         vlm = evaluate.load_model(folder, config.device)[0]

@@ -155,7 +155,7 @@ def report(config: train.Config, all_layers: bool) -> str:
     examples = list(splits.load_splits(replace(config, test_per_task=1))[0][:config.train_examples])
     read_by = (f"read by {config.model}, {len(examples)} trajectories of "
                f"{config.data or config.regime}")
-    vlm = VLM(config.model, getattr(torch, config.dtype), config.min_pixels, config.max_pixels)
+    vlm = VLM(config.model, config.dtype, config.min_pixels, config.max_pixels)
     method = train.find_method(config.method)(vlm, config)
     if all_layers:
         return (f"States of R {read_by}; the highest layer is the state behind the final norm\n\n"

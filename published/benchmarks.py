@@ -227,7 +227,7 @@ def main() -> None:
     if (Path(args.model) / "best.json").is_file():
         vlm = evaluate.load_model(args.model, args.device)[0]
     else:
-        vlm = VLM(args.model, dtype=getattr(torch, args.dtype)).to(args.device).eval()
+        vlm = VLM(args.model, args.dtype).to(args.device).eval()
     records = []
     for item, reply in zip(items, replies(vlm, items, args.tokens, args.batch)):
         strict, lenient = letters_in(reply, "".join(item.choices))

@@ -184,19 +184,18 @@ def merge(lm: nn.Module, adapter: Adapter, dtype: torch.dtype | None = None) -> 
     return max(0.0, 1 - (error / change) ** 0.5) if change else 1.0
 
 
-def save_merged(vlm, checkpoint: Path, out: Path, dtype: torch.dtype | None = None) -> float:
+def save_merged(vlm, checkpoint: Path, out: Path, dtype: str = "") -> float:
     """Write the model with an adapter (`checkpoint`) merged into it as an ordinary checkpoint: new
-    weights, and all other files of the base to the byte. dtype: of the weights; None: the one in
-    the base's config.json. Returns what `merge` does. Raises FileExistsError."""
+    weights, and all other files of the base to the byte. dtype: name of the weights' type; "": the
+    one in the base's config.json. Returns what `merge` does. Raises FileExistsError."""
     lm, source = vlm.lm, Path(vlm.family.path)
     if not source.is_dir():
         source = Path(snapshot_download(vlm.family.path, allow_patterns=list(COPIED)))
     config = read_json(source / "config.json")
     stored = config.get("dtype") or config.get("torch_dtype") or ""
-    dtype = dtype or getattr(torch, stored, lm.dtype)
-    name = str(dtype).removeprefix("torch.")
+    dtype = dtype or str(getattr(torch, stored, lm.dtype)).removeprefix("torch.")
     with new_folder(out) as partial:
-        share = merge(lm, read_adapter(checkpoint, lm, vlm.path), dtype)
+        share = merge(lm, read_adapter(checkpoint, lm, vlm.path), getattr(torch, dtype))
         lm.save_pretrained(partial)
         # lm's is our greedy one; the base's own is copied below
         (partial / "generation_config.json").unlink(missing_ok=True)
@@ -206,9 +205,9 @@ def save_merged(vlm, checkpoint: Path, out: Path, dtype: torch.dtype | None = No
                 copy.parent.mkdir(exist_ok=True)
                 shutil.copyfile(file, copy)
         # transformers would load the weights in the type that the base had
-        if stored and stored != name:
+        if stored and stored != dtype:
             text = (source / "config.json").read_text(encoding="utf-8")
-            write_text(partial / "config.json", text.replace(f'"{stored}"', f'"{name}"'))
+            write_text(partial / "config.json", text.replace(f'"{stored}"', f'"{dtype}"'))
         # older checkpoints have the images' size in the first file, newer ones nested in the second
         for file in (partial / "preprocessor_config.json", partial / "processor_config.json"):
             settings = read_json(file) if vlm.family.pixels and file.is_file() else {}
@@ -218,5 +217,5 @@ def save_merged(vlm, checkpoint: Path, out: Path, dtype: torch.dtype | None = No
                 write_json(file, settings)
     print(f"{out} loads with transformers' AutoModelForImageTextToText and AutoProcessor (Qwen: "
           "inputs made without AutoProcessor need mm_token_type_ids, or answers differ silently); "
-          f"{share:.0%} of what training changed survives in {name}")
+          f"{share:.0%} of what training changed survives in {dtype}")
     return share

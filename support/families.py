@@ -281,7 +281,7 @@ class QwenFamily(Family):
 FAMILIES = dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl"), QwenFamily)
 
 
-def load_checkpoint(path: str, dtype: torch.dtype, min_pixels: int | None = None,
+def load_checkpoint(path: str, dtype: torch.dtype | str, min_pixels: int | None = None,
                     max_pixels: int | None = None) -> tuple[PreTrainedModel, Family]:
     """The model and its family. path: a checkpoint folder, a hub id, or a run or adapter folder,
     whose adapter is then merged. Raises ValueError, one sentence, for what cannot be served."""

@@ -354,10 +354,8 @@ def merge(model_class: Callable, *arguments: str) -> None:
     if len(arguments) not in (2, 3) or arguments[2:] not in ((), ("float32",), ("bfloat16",)):
         raise ValueError("write python train.py --merge RUN DIR, or ... DIR float32, or bfloat16")
     config, checkpoint = config_and_checkpoint(Path(arguments[0]))
-    vlm = model_class(config.model, getattr(torch, config.dtype), config.min_pixels,
-                      config.max_pixels)
-    dtypes = [getattr(torch, name) for name in arguments[2:]]
-    adapters.save_merged(vlm, checkpoint, Path(arguments[1]), *dtypes)
+    vlm = model_class(config.model, config.dtype, config.min_pixels, config.max_pixels)
+    adapters.save_merged(vlm, checkpoint, Path(arguments[1]), *arguments[2:])
 
 
 def log(out: Path, kind: str, record: dict) -> str:

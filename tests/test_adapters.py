@@ -162,11 +162,11 @@ def test_a_merged_checkpoint_is_the_bases_files_and_other_weights(tmp_path, name
     one, other = (load(files.pop("model.safetensors")) for files in (before, after))
     assert before == after and one.keys() == other.keys()
     assert_merged(out, vlm)
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in ("float32", "bfloat16"):
         plain = VLM(base, dtype)
-        save_merged(plain, tmp_path, tmp_path / str(dtype), dtype)
-        lm = AutoModelForImageTextToText.from_pretrained(tmp_path / str(dtype))
-        assert lm.dtype == dtype and torch.equal(logits(lm), logits(plain.lm))
+        save_merged(plain, tmp_path, tmp_path / dtype, dtype)
+        lm = AutoModelForImageTextToText.from_pretrained(tmp_path / dtype)
+        assert f"torch.{dtype}" == str(lm.dtype) and torch.equal(logits(lm), logits(plain.lm))
     with pytest.raises(FileExistsError, match="merged exists already"):
         save_merged(VLM(base), tmp_path, out)
 
