@@ -51,9 +51,8 @@ class Conversation(NamedTuple):
 
 
 class Chat:
-    """Renders conversations for one model. family: tokenizer, template, placeholder of images
-    (support/families.py). Raises ValueError for a template that does not write an assistant's turn
-    as generation prompt, text, end of turn."""
+    """Renders conversations for one model, of a Family. Raises ValueError for a template that does
+    not write an assistant's turn as generation prompt, text, end of turn."""
 
     def __init__(self, family, max_tokens: int):
         self.family, self.tokenizer, self.max_tokens = family, family.tokenizer, max_tokens
@@ -92,9 +91,9 @@ class Chat:
                      prompt: bool = False, layout: bool = False) -> Conversation:
         """The turns as tokens. images: those of the turns, in order. prompt: the generation prompt
         follows. layout: with what the template writes after the last end-of-turn token (Qwen: a
-        newline). Raises ValueError if the template rewrites earlier turns or changes the
-        assistant's text."""
-        # `rendered` has one placeholder per image; in `text` the placeholders are expanded
+        newline). Raises ValueError if the template rewrites earlier turns or the texts."""
+        # `rendered` has one placeholder per image; in `text` the placeholders are expanded;
+        # speeches: where in `text` the assistant's own tokens begin, and its end-of-turn token
         rendered, text, starts, speeches, images = "", "", [], [], iter(images)
         for n, (role, parts) in enumerate(turns):
             whole = self.family.render(turns[:n + 1])
@@ -104,7 +103,17 @@ class Chat:
             turn, rendered = whole[len(rendered):], whole
             starts.append(len(text))
             if role == "assistant":
-                speeches.append([len(text) + place for place in self._speech(turn, parts[0])])
+                # from the end of the turn, because a template may pad its beginning
+                opening = turn.removesuffix(parts[0] + self.ending)
+                if opening == turn or opening.strip() != self.header.strip():
+                    raise ValueError("the model's chat template changes the assistant's text "
+                                     f"{parts[0]!r} to {turn!r}; give the checkpoint another "
+                                     "chat_template.jinja")
+                # a blank between header and words belongs to the words: the model has to write it
+                header = self.header if opening.startswith(self.header) else opening
+                # blanks behind the words too: the end-of-turn token begins after them
+                end = len(text) + len(turn) - len(self.ending.lstrip())
+                speeches.append((len(text) + len(header), end))
             # an image becomes as many image tokens as its size asks for
             first, *rest = turn.split(self.family.placeholder)
             assert len(rest) == sum(not isinstance(part, str) for part in parts), turn
@@ -123,22 +132,8 @@ class Chat:
             stop -= 1
         return Conversation(text, ids[:stop], labels[:stop], ends[:stop], starts)
 
-    def _speech(self, turn: str, words: str) -> tuple[int, int]:
-        """Where in an assistant's turn the model's own tokens begin, and where its end-of-turn
-        token begins, in characters."""
-        # from the end of the turn, because a template may pad its beginning
-        opening = turn.removesuffix(words + self.ending)
-        if opening == turn or opening.strip() != self.header.strip():
-            raise ValueError(f"the model's chat template changes the assistant's text {words!r} "
-                             f"to {turn!r}; give the checkpoint another chat_template.jinja")
-        # a blank between header and words belongs to the words: the model has to write it
-        header = self.header if opening.startswith(self.header) else opening
-        # blanks behind the words too
-        return len(header), len(turn) - len(self.ending.lstrip())
-
     def question(self, example: Example, images: list[LoadedImage], form: AnswerForm) -> Question:
-        """A test question. form: how its answer is written. Raises ValueError naming an example
-        that cannot be asked, because of a special token in its texts or its length."""
+        """A test question. form: how its answer is written. A ValueError names the example."""
         turns, whole, ends = self.turns(example), [], []
         # each option is tokenised as training would: inside the whole answer
         for option in example.options:

@@ -10,8 +10,7 @@ WAYS = ("direct", "free", "tool", "call", "latent")  # evaluate.py explains them
 
 
 def answer_record(example: Example, answers_by_way: dict[str, dict], prefix: str) -> dict:
-    """What a run keeps of an example's answers: for each way the text, whether it is right, and
-    its cost."""
+    """What a run keeps of an example's answers: each way's text, whether it is right, its cost."""
     record = dict(id=example.id, task=example.task, options=example.options, answer=example.answer,
                   cost={})
     for way, answer in answers_by_way.items():
