@@ -6,7 +6,7 @@ import re
 import shutil
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -68,15 +68,6 @@ def add_lora(model: nn.Module, rank: int, alpha: float, dropout: float) -> None:
             model.set_submodule(name, LoRALinear(module, rank, alpha, dropout))
 
 
-class Adapter(NamedTuple):
-    """On disk: of LoRA alpha / r, and A (r, in) and B (out, r) by parameter; of full fine-tuning no
-    pairs, and the trained weights by parameter."""
-
-    scaling: float
-    pairs: dict[str, dict[str, Tensor]]
-    weights: dict[str, Tensor]
-
-
 def resolve(path: str) -> tuple[str, list[Path]]:
     """(checkpoint folder or hub id, adapters to merge into it, in this order). path: either of
     these two, a run folder, or an adapter folder as we or PEFT write it."""
@@ -114,15 +105,16 @@ def save_adapter(lm: nn.Module, path: str, folder: Path) -> None:
     write_json(folder / "adapter_config.json", config)
 
 
-def read_adapter(folder: Path, lm: nn.Module, path: str) -> Adapter:
-    """An adapter of ours or PEFT's for the model from `path`. ValueError if it does not fit."""
+def read_adapter(folder: Path, lm: nn.Module, path: str) -> tuple[float, dict[str, Any]]:
+    """An adapter of ours or PEFT's for the model from `path`: alpha / r, and by parameter A (r, in)
+    and B (out, r) in a dict, or after full fine-tuning W. ValueError if it does not fit."""
     shapes = {name: tuple(p.shape) for name, p in lm.named_parameters()}
     file = folder / "model.safetensors"
     if file.is_file():
         weights, _ = read_tensors(file, lm.device)
         if foreign := [name for name in weights if shapes.get(name) != weights[name].shape]:
             raise ValueError(f"{file} belongs to another model: {path} has no such {foreign[0]}")
-        return Adapter(1.0, {}, weights)
+        return 1.0, weights
     file = folder / "adapter_config.json"
     config = read_json(file)
     for field, plain in PLAIN.items():
@@ -148,35 +140,37 @@ def read_adapter(folder: Path, lm: nn.Module, path: str) -> Adapter:
         if sizes != dict(A=(rank, width), B=(out, rank)):
             raise ValueError(f"{file} has {sizes} for {name}, of r = {rank} in adapter_config.json "
                              f"and ({out}, {width}) in {path}: it is for another model")
-    return Adapter(config["lora_alpha"] / config["r"], pairs, {})
+    return config["lora_alpha"] / config["r"], pairs
 
 
 def load_adapter(lm: nn.Module, path: str, folder: Path, alpha: float) -> None:
     """Put a saved A and B beside the weights, or all trained weights in their place. A and B are
     not added: a sum in bfloat16 would lose small changes. alpha: the share of the change."""
-    adapter, start = read_adapter(folder, lm, path), lm.state_dict()
-    lm.load_state_dict({name: torch.lerp(start[name], weight.to(start[name]), alpha)
-                        for name, weight in adapter.weights.items()}, strict=False)
-    for name, pair in adapter.pairs.items():
-        name, rank = name.removesuffix(".weight"), len(pair["A"])
-        layer = LoRALinear(lm.get_submodule(name), rank, alpha * adapter.scaling * rank)
-        layer.lora_A.data.copy_(pair["A"])
-        layer.lora_B.data.copy_(pair["B"])
-        lm.set_submodule(name, layer)
+    (scaling, changes), weights = read_adapter(folder, lm, path), lm.state_dict()
+    for name, change in changes.items():
+        if isinstance(change, Tensor):
+            weights[name].lerp_(change.to(weights[name]), alpha)
+        else:
+            layer_name, rank = name.removesuffix(".weight"), len(change["A"])
+            layer = LoRALinear(lm.get_submodule(layer_name), rank, alpha * scaling * rank)
+            layer.lora_A.data.copy_(change["A"])
+            layer.lora_B.data.copy_(change["B"])
+            lm.set_submodule(layer_name, layer)
 
 
 @torch.no_grad()
-def merge(lm: nn.Module, adapter: Adapter, dtype: torch.dtype | None = None) -> float:
+def merge(lm: nn.Module, scaling: float, changes: dict[str, Any],
+          dtype: torch.dtype | None = None) -> float:
     """Put an adapter into the weights, and all weights into dtype (None: their own). Returns the
     share of the change that survives: 1 - |rounding error| / |change|, at least 0."""
     change = error = 0.0
     for name, weight in lm.named_parameters():
         old = weight.detach()
-        new = adapter.weights.get(name, old)
+        new = changes.get(name, old)
         # added in float32 (or float64) and rounded once: small changes vanish in bfloat16
-        if pair := adapter.pairs.get(name):
+        if isinstance(new, dict):
             wide = torch.promote_types(old.dtype, torch.float32)
-            new = old.to(wide) + adapter.scaling * pair["B"].to(wide) @ pair["A"].to(wide)
+            new = old.to(wide) + scaling * new["B"].to(wide) @ new["A"].to(wide)
         weight.data = new.to(dtype or old.dtype)
         if new is not old:
             change += (new.float() - old.float()).square().sum().item()
@@ -195,7 +189,7 @@ def save_merged(vlm, checkpoint: Path, out: Path, dtype: str = "") -> float:
     stored = config.get("dtype") or config.get("torch_dtype") or ""
     dtype = dtype or str(getattr(torch, stored, lm.dtype)).removeprefix("torch.")
     with new_folder(out) as partial:
-        share = merge(lm, read_adapter(checkpoint, lm, vlm.path), getattr(torch, dtype))
+        share = merge(lm, *read_adapter(checkpoint, lm, vlm.path), getattr(torch, dtype))
         lm.save_pretrained(partial)
         # lm's is our greedy one; the base's own is copied below
         (partial / "generation_config.json").unlink(missing_ok=True)

@@ -132,8 +132,8 @@ class Family:
         self.closing = "" if end else self.tokenizer.eos_token or ""
         self.end_token: str = end[0] if end else self.closing
         if not self.end_token:
-            raise ValueError(f"the chat template of {self.path} ends a turn with no token, and the "
-                             "tokenizer has no eos token: no answer would stop")
+            raise ValueError(f"{self.path} has no token that ends a turn, neither in its chat "
+                             "template nor as its tokenizer's eos token: no answer would stop")
         self.end_id: int = self.tokenizer.convert_tokens_to_ids(self.end_token)
 
     @torch.no_grad()
@@ -310,7 +310,7 @@ def load_checkpoint(path: str, dtype: torch.dtype | str, min_pixels: int | None 
     lm.generation_config = GenerationConfig(do_sample=False, eos_token_id=sorted(ends),
                                             pad_token_id=family.end_id)
     for folder in adapters:
-        merge(lm, read_adapter(folder, lm, base))
+        merge(lm, *read_adapter(folder, lm, base))
     return lm, family
 
 

@@ -14,7 +14,7 @@ import train
 from checkpoints import build, write
 from conftest import TINY, merged_weights, move, refuses, stir
 from model import VLM
-from support.adapters import Adapter, merge, resolve, save_merged
+from support.adapters import merge, resolve, save_merged
 from support.families import load_checkpoint, load_family
 
 ADAPTER, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -127,10 +127,10 @@ def test_a_merge_is_rounded_once():
     lm = torch.nn.Sequential(torch.nn.Linear(1, 1, bias=False)).to(torch.bfloat16)
     lm[0].weight.data[:] = 1 + 2 ** -7  # bfloat16's step here
     pair = dict(A=torch.tensor([[2 ** -7]]), B=torch.tensor([[1.501]]))
-    share = merge(lm, Adapter(1.0, {"0.weight": pair}, {}))
+    share = merge(lm, 1.0, {"0.weight": pair})
     assert lm[0].weight.item() == 1 + 3 * 2 ** -7
     assert share == pytest.approx(1 - 0.499 / 1.501, 1e-4)
-    assert merge(lm, Adapter(1.0, {"0.weight": pair}, {}), torch.float32) > 0.999
+    assert merge(lm, 1.0, {"0.weight": pair}, torch.float32) > 0.999
 
 
 def test_a_saved_adapter_stays_beside_bfloat16_weights_and_in_float32(tmp_path):
