@@ -1,10 +1,8 @@
 """LoRA: a low-rank update beside each frozen linear layer. r is its rank. Adapters: the base that
 they belong to, LoRA on disk in PEFT's format, merged checkpoints."""
 
-import math
 import re
 import shutil
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +33,7 @@ class LoRALinear(nn.Module):
         self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, device=device))
         # B is zero, so training starts from W
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, device=device))
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        nn.init.kaiming_uniform_(self.lora_A, a=5 ** 0.5)
         # The sum W + (alpha / r) B A takes less work than A and B apart if the rank is this large.
         # In 16 bits it would lose small changes.
         large = 2 * rank >= min(base.weight.shape) and not dropout
@@ -193,7 +191,7 @@ def save_merged(vlm, checkpoint: Path, out: Path, dtype: str = "") -> float:
         lm.save_pretrained(partial)
         # lm's is our greedy one; the base's own is copied below
         (partial / "generation_config.json").unlink(missing_ok=True)
-        for file in chain(*map(source.glob, COPIED)):
+        for file in (file for pattern in COPIED for file in source.glob(pattern)):
             if file.is_file() and not file.match("*.index.json"):
                 copy = partial / file.relative_to(source)
                 copy.parent.mkdir(exist_ok=True)
