@@ -60,7 +60,7 @@ class Chat:
         # a template is a program: we learn what it puts around words from words that we know
         prompt = [("user", ["Q"])]
         question = self.family.render(prompt)
-        self.header = self.family.render(prompt, add_generation_prompt=True)[len(question):]
+        self.header = self.family.render(prompt, prompt=True)[len(question):]
         turn = self.family.render([*prompt, ("assistant", ["Xyz"])])[len(question):]
         opening, _, self.ending = turn.partition("Xyz")
         # training turns must begin with the tokens that inference begins with, up to blanks
@@ -82,8 +82,7 @@ class Chat:
         return [("user", [example.image, example.question]), *steps]
 
     def prompt(self, turns: list[Turn], images: list[LoadedImage]) -> View:
-        """A conversation and the generation prompt: of <I0, Q>, all that inference sees. Nothing is
-        supervised."""
+        """A conversation and the generation prompt, as inference sees it; nothing is supervised."""
         ids = self.conversation(turns, images, prompt=True).ids
         return View(ids, [-100] * len(ids), [image.key for image in images], len(ids) - 1)
 
@@ -119,7 +118,7 @@ class Chat:
             assert len(rest) == sum(not isinstance(part, str) for part in parts), turn
             text += first + "".join(next(images).text + piece for piece in rest)
         if prompt:
-            text += self.family.render(turns, add_generation_prompt=True)[len(rendered):]
+            text += self.family.render(turns, prompt=True)[len(rendered):]
         # The whole text is tokenised at once. Many tokenizers treat a piece that stands alone
         # differently (a mark before its first word, merged newlines), and models saw whole texts.
         ids, spans = self.family.encode(text)

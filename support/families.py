@@ -76,8 +76,9 @@ class Family:
                              f"positions in several rows (of these only {', '.join(FAMILIES)})")
         return AutoProcessor.from_pretrained(self.path)
 
-    def render(self, turns: list[Turn], add_generation_prompt: bool = False) -> str:
-        """The conversation as text, a placeholder for every image. Raises ValueError."""
+    def render(self, turns: list[Turn], prompt: bool = False) -> str:
+        """The conversation as text, a placeholder for every image. prompt: the generation prompt
+        follows. Raises ValueError."""
         messages, images = [], 0
         for role, parts in turns:
             content = [dict(type="text", text=part) if isinstance(part, str)
@@ -92,13 +93,11 @@ class Family:
             if self.single_image_only and images > 1:
                 raise ValueError("this model sees an image in another way when others stand beside "
                                  "it: train on bare answers (--method direct), or choose another")
-            return self.processor.apply_chat_template(
-                messages, add_generation_prompt=add_generation_prompt)
+            return self.processor.apply_chat_template(messages, add_generation_prompt=prompt)
 
-    def own_ids(self, turns: list[Turn], images: list[Image.Image],
-                add_generation_prompt: bool = False) -> list[int]:
-        """What the family's own processor makes of a conversation and its images."""
-        text = self.render(turns, add_generation_prompt)
+    def own_ids(self, turns: list[Turn], images: list, prompt: bool = False) -> list[int]:
+        """The ids that the family's own processor makes of a conversation and its images."""
+        text = self.render(turns, prompt)
         with one_sentence(f"the processor of {self.path} refuses the conversation"):
             out = self.processor(text=[text], images=[images], add_special_tokens=self.adds_bos)
         return list(out["input_ids"][0])
@@ -303,8 +302,7 @@ def load_checkpoint(path: str, dtype: torch.dtype | str, min_pixels: int | None 
                              f"({len(names)} in all); restore the checkpoint's files")
     check_finite(dict(lm.named_parameters()), base)
     family = load_family(path, min_pixels, max_pixels, lm)
-    # Greedy answers up to the end of a turn. Of generation_config.json only the eos ids count:
-    # sampling, penalties and minimum lengths would change answers without a word.
+    # of generation_config.json only the eos ids count: the rest would change answers silently
     ends = lm.generation_config.eos_token_id or []
     ends = {family.end_id, *([ends] if isinstance(ends, int) else ends)}
     lm.generation_config = GenerationConfig(do_sample=False, eos_token_id=sorted(ends),
