@@ -39,8 +39,7 @@ def summarise(records: list[dict]) -> dict[str, dict]:
         groups["all"] = [r for r in records if r["task"] != HELD_OUT]
     table = {}
     for task, rows in groups.items():
-        chance = sum(1 / len(r["options"]) for r in rows) / len(rows)
-        table[task] = dict(n=len(rows), chance=chance)
+        table[task] = dict(n=len(rows), chance=sum(1 / len(r["options"]) for r in rows) / len(rows))
         for way in WAYS:
             if scored := [r[f"{way}_right"] for r in rows if f"{way}_right" in r]:
                 table[task][way] = [sum(scored) / len(scored), *wilson(sum(scored), len(scored))]
