@@ -15,7 +15,7 @@ import transformers as hf
 from tokenizers import (AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers,
                         processors, trainers)
 
-from support.files import read_json
+from support.files import read_json, write_json
 
 HEADS = dict(num_hidden_layers=2, num_attention_heads=2, hidden_size=32, intermediate_size=48)
 TEXT = HEADS | dict(num_key_value_heads=1, head_dim=16, max_position_embeddings=4096)
@@ -101,17 +101,15 @@ TOKENS, PLAIN = "tokenizer_config.json", "PreTrainedTokenizerFast"
 
 def write(file: Path, **fields) -> None:
     """Sets fields of a JSON file."""
-    fields = (read_json(file) if file.is_file() else {}) | fields
-    file.write_text(json.dumps(fields, indent=2), encoding="utf-8")
+    write_json(file, (read_json(file) if file.is_file() else {}) | fields)
 
 
 def checkpoint(folder: Path, stem: str, processor, template: str, layout: str, text: dict,
-               vision: dict, kind: str = PLAIN, settings=(), **config) -> None:
-    """stem: of transformers' class names. kind: class of the tokenizer. settings: more of
-    processor_config.json. config: ids of tokens as the tokens."""
+               vision: dict, roles: dict, kind: str = PLAIN, settings=(), **config) -> None:
+    """stem: of transformers' class names. roles: tokens whose ids config.json has. kind: class of
+    the tokenizer. settings: more of processor_config.json."""
     tokenizer = getattr(processor, "tokenizer", processor)
-    config |= {key: tokenizer.convert_tokens_to_ids(token) for key, token in config.items()
-               if key.endswith("_token_id")}
+    config |= {f"{role}_id": tokenizer.vocab[token] for role, token in roles.items()}
     config = getattr(hf, f"{stem}Config")(
         text_config=TEXT | text | dict(vocab_size=len(tokenizer)), vision_config=VISION | vision,
         **config)
@@ -158,8 +156,8 @@ def qwen(folder, stem: str, layout: str, preprocessor: dict, tokenizers_template
     settings = dict(image_processor=patches | preprocessor,
                     video_processor=patches | dict(size=EDGES, video_processor_type=videos))
     checkpoint(folder, stem, tokenizer, "QWEN_3" if third else "QWEN_2", layout,
-               dict(num_hidden_layers=3, rope_parameters=rope), vision, "Qwen2Tokenizer", settings,
-               **{f"{key}_id": role for key, role in roles.items()})
+               dict(num_hidden_layers=3, rope_parameters=rope), vision, roles, "Qwen2Tokenizer",
+               settings)
     if tokenizers_template:
         write(folder / TOKENS, chat_template=TEMPLATES[tokenizers_template])
 
@@ -172,8 +170,8 @@ def llava_like(folder, stem, tokenizer, template, layout, text="llama", kind=PLA
         images(size=dict(shortest_edge=32), crop_size=SQUARE, **pins), tokenizer(), patch_size=8,
         vision_feature_select_strategy="default", num_additional_image_tokens=1)
     clip = dict(model_type="clip_vision_model", image_size=32, projection_dim=32)
-    checkpoint(folder, stem, processor, template, layout, dict(model_type=text), clip, kind,
-               image_token_id="<image>", **pins)
+    checkpoint(folder, stem, processor, template, layout, dict(model_type=text), clip,
+               dict(image_token="<image>"), kind, **pins)
 
 
 def llava_onevision(folder):
@@ -184,7 +182,7 @@ def llava_onevision(folder):
         num_image_tokens=16, vision_feature_select_strategy="full")
     checkpoint(folder, "LlavaOnevision", processor, "ONEVISION", OLD, dict(model_type="qwen2"),
                dict(model_type="siglip_vision_model", image_size=32, vision_use_head=False),
-               image_grid_pinpoints=PINS, image_token_id="<image>", video_token_id="<video>")
+               dict(image_token="<image>", video_token="<video>"), image_grid_pinpoints=PINS)
 
 
 def mistral(folder, stem: str, template: str, layout: str) -> None:
@@ -196,9 +194,8 @@ def mistral(folder, stem: str, template: str, layout: str) -> None:
                                          patch_size=dict(height=8, width=8))
     checkpoint(folder, stem, hf.PixtralProcessor(images, tokenizer, patch_size=8, **merge),
                template, layout, dict(model_type="mistral"),
-               dict(model_type="pixtral", image_size=64, head_dim=16), **merge,
-               vision_feature_layer=-1, vision_feature_select_strategy="full",
-               image_token_id="[IMG]")
+               dict(model_type="pixtral", image_size=64, head_dim=16), dict(image_token="[IMG]"),
+               vision_feature_layer=-1, vision_feature_select_strategy="full", **merge)
 
 
 def idefics3(folder, bos: str, layout: str) -> None:
@@ -209,8 +206,8 @@ def idefics3(folder, bos: str, layout: str) -> None:
     images = hf.Idefics3ImageProcessorPil(size=dict(longest_edge=64),
                                           max_image_size=dict(longest_edge=32))
     checkpoint(folder, "Idefics3", hf.Idefics3Processor(images, tokenizer, image_seq_len=4),
-               "IDEFICS", layout, dict(model_type="llama"), dict(image_size=32), scale_factor=2,
-               image_token_id="<image>", pad_token_id="<pad>")
+               "IDEFICS", layout, dict(model_type="llama"), dict(image_size=32),
+               dict(image_token="<image>", pad_token="<pad>"), scale_factor=2)
 
 
 def gemma3(folder):
@@ -226,8 +223,7 @@ def gemma3(folder):
                                    image_seq_length=4)
     layers = dict(sliding_window=8, layer_types=["sliding_attention", "full_attention"])
     checkpoint(folder, "Gemma3", processor, "GEMMA", OLD, layers | dict(query_pre_attn_scalar=16),
-               dict(image_size=32), "GemmaTokenizer", mm_tokens_per_image=4,
-               **{f"{key}_id": role for key, role in roles.items()})
+               dict(image_size=32), roles, "GemmaTokenizer", mm_tokens_per_image=4)
 
 
 def internvl(folder):
@@ -239,8 +235,8 @@ def internvl(folder):
     processor = hf.InternVLProcessor(images, tokenizer, hf.InternVLVideoProcessor(),
                                      image_seq_length=4)
     checkpoint(folder, "InternVL", processor, "INTERNVL", NEW, dict(model_type="qwen2"),
-               dict(image_size=[32, 32], patch_size=[8, 8]), downsample_ratio=0.5,
-               image_seq_length=4, image_token_id="<IMG_CONTEXT>")
+               dict(image_size=[32, 32], patch_size=[8, 8]), dict(image_token="<IMG_CONTEXT>"),
+               downsample_ratio=0.5, image_seq_length=4)
 
 
 # name -> builder and its arguments
