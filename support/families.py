@@ -103,8 +103,7 @@ class Family:
         return list(out["input_ids"][0])
 
     def encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """Token ids of a whole conversation, with its images expanded, and their spans in
-        characters; a token that the tokenizer adds has the span (0, 0)."""
+        """Token ids of a text, and their spans in characters; (0, 0): the tokenizer adds it."""
         out = self.tokenizer(text, add_special_tokens=self.adds_bos, return_offsets_mapping=True)
         return out["input_ids"], out["offset_mapping"]
 
@@ -204,8 +203,7 @@ class Family:
                              **{key: is_image.long() for key in self.types}, **rest)
 
     def prompt(self, batch, pixels: list[dict[str, Tensor]], embed) -> dict:
-        """The arguments of `generate`. pixels: `inputs` of the batch's images; embed(): inputs of
-        the language model, as `VLM.lm_inputs` makes them."""
+        """Arguments of `generate`. pixels: the images' `inputs`; embed(): the `VLM.lm_inputs`."""
         if not self.types:
             # embeddings, because families take the pixels of several images in different ways
             return dict(inputs_embeds=embed()["inputs_embeds"], attention_mask=batch.mask.long())
@@ -314,8 +312,7 @@ def load_checkpoint(path: str, dtype: torch.dtype | str, min_pixels: int | None 
 
 def load_family(path: str, min_pixels: int | None = None, max_pixels: int | None = None,
                 lm: PreTrainedModel | None = None) -> Family:
-    """The family alone. lm: its model; None: one with shapes and no weights, which is enough for
-    tokens and positions."""
+    """The family alone. lm: its model; None: one without weights, enough for tokens, positions."""
     base, _ = resolve(path)
     if lm is None:
         with one_sentence(f"{base} cannot be loaded"), torch.device("meta"):

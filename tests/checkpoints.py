@@ -241,9 +241,7 @@ def internvl(folder):
 
 # name -> builder and its arguments
 BUILDERS = dict(
-    # the same template in both files
     qwen2_vl=(qwen, "Qwen2VL", OLD, QWEN_2, "QWEN_2"),
-    # the tokenizer's template is for text only
     qwen2_5_vl=(qwen, "Qwen2_5_VL", OLD, QWEN_2, "QWEN_TEXT_ONLY"),
     # by an older transformers: `size` too has the old keys, or it alone
     qwen2_vl_saved_again=(qwen, "Qwen2VL", OLD, QWEN_2 | dict(size=PIXELS), "QWEN_2"),

@@ -82,13 +82,12 @@ def test_labels_are_what_the_assistant_says(vlm):
         for reader in (family, load_family(family.path)):
             chat, images = Chat(reader, 4096), load_images(example, reader)
             chat.check_ids(example, images)
-            full = chat.conversation(chat.turns(example), images)
+            full, _, target = make_views(chat, example, images, 1)
             learned = [label for label in full.labels if label != -100]
             assert full.ids[-1] == family.end_id
             assert learned.count(family.end_id) == len(example.texts)
             words = family.tokenizer.decode(learned, skip_special_tokens=True)
             assert "".join(words.split()) == "".join("".join(example.texts).split())
-            target = make_views(chat, example, images, 1).target
             assert (target.ids[:1] == bos) == (full.ids[:1] == bos)
             assert bos * 2 not in (full.ids[:2], target.ids[:2])
             rest = 1 - len(target.ids)
