@@ -14,20 +14,22 @@ import json
 import re
 import sys
 from collections import defaultdict
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from string import ascii_uppercase as LETTERS
-from typing import Iterable, NamedTuple
+from typing import Iterable
 
 import torch
+from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import evaluate  # noqa: E402
-from model import VLM  # noqa: E402
-from published.common import open_boxes, parquet_rows, text_file  # noqa: E402
-from support.files import write_text  # noqa: E402
-from support.images import Picture, load_images, open_image  # noqa: E402
-from support.processes import run_program  # noqa: E402
-from support.records import Example  # noqa: E402
+import evaluate
+from model import VLM
+from published.common import open_boxes, parquet_rows, read_text
+from support.files import write_text
+from support.images import load_images, open_image
+from support.processes import run_program
+from support.records import Example
 
 INSTRUCTION = "Answer with the option's letter from the given choices directly."
 MMVP_WRONG = {100, 280}  # confirmed wrong labels (lmms-eval, issue 1018, which counts from 0)
@@ -35,15 +37,15 @@ MMVP_WRONG = {100, 280}  # confirmed wrong labels (lmms-eval, issue 1018, which 
 NO_NOUNS = "and|or|nor|not|but|is|because|since|vs"
 
 
-class Item(NamedTuple):
-    source: str  # file and item, for error messages
-    id: str
-    group: str  # category (V*), number of the pair (MMVP), configuration (BLINK)
-    images: list[Picture]
-    prompt: str
-    choices: dict[str, str]  # letter -> text
-    label: str  # the letters that count as right: several where choices repeat the right text
-    corrected: str  # the same without the known label errors
+@dataclass
+class Item(Example):
+    """Its `id` is file, row and item, for error messages; its `task` the category (V*), the number
+    of the pair (MMVP) or the configuration (BLINK); its `options` are letters."""
+
+    name: str = ""
+    choices: dict[str, str] = field(default_factory=dict)  # letter -> text
+    label: str = ""  # the letters that count as right: several where choices repeat the right text
+    corrected: str = ""  # the same without the known label errors
 
 
 def choices_in(text: str) -> dict[str, str]:
@@ -56,11 +58,8 @@ def choices_in(text: str) -> dict[str, str]:
     return choices
 
 
-def make_item(where: str, name: str, group: str, images: list[Picture], words: str,
-              choices: dict[str, str], label: str) -> Item:
-    for image in images:
-        if isinstance(image, Path):
-            open_image(image, where)  # raises if it cannot be read
+def make_item(where: str, name: str, group: str, images: list[Image.Image], words: str,
+              choices: dict[str, str], label: str, wrong: bool = False) -> Item:
     # a label such as B, B. or (b)
     match = re.fullmatch(r"\(?([A-Za-z])\)?\.?", str(label).strip())
     if not match or match[1].upper() not in choices:
@@ -68,16 +67,20 @@ def make_item(where: str, name: str, group: str, images: list[Picture], words: s
                          f"{', '.join(choices)}")
     text = choices[match[1].upper()]
     right = "".join(letter for letter in choices if choices[letter] == text)
+    # of two choices, the other one is right where the label is wrong
+    corrected = "".join(letter for letter in choices if (letter in right) != wrong)
     options = "\n".join(f"{letter}. {choice}" for letter, choice in choices.items())
     prompt = f"{words}\nOptions:\n{options}\n{INSTRUCTION}"
-    return Item(where, str(name), group, images, prompt, choices, right, right)
+    return Item(where, group, images[0], prompt, [*choices], right[0], images[1:], name=str(name),
+                choices=choices, label=right, corrected=corrected)
 
 
 def vstar_item(row: dict, where: str, file: Path) -> Item:
     words = row["text"]
+    item = make_item(where, row["question_id"], row["category"], [
+        open_image(file.parent / row["image"], where)], words, choices_in(words), row["label"])
     # as published: the words have options and instruction
-    return make_item(where, row["question_id"], row["category"], [file.parent / row["image"]],
-                     words, choices_in(words), row["label"])._replace(prompt=words)
+    return replace(item, question=words)
 
 
 def mmvp_item(row: dict, where: str, file: Path) -> Item:
@@ -86,12 +89,10 @@ def mmvp_item(row: dict, where: str, file: Path) -> Item:
     index = int(row["Index"])
     # the hub has the name with a blank, and much code without
     folder = "MMVP Images" if (file.parent / "MMVP Images").is_dir() else "MMVP_Images"
-    image, pair = file.parent / folder / f"{index}.jpg", (index - 1) // 2  # items 1 and 2 are one
-    item = make_item(where, str(index), str(pair), [image], row["Question"],
-                     choices_in(row["Options"]), row["Correct Answer"])
-    # of two choices, the other one is right
-    others = "".join(letter for letter in item.choices if letter not in item.label)
-    return item._replace(corrected=others) if index in MMVP_WRONG else item
+    image = open_image(file.parent / folder / f"{index}.jpg", where)
+    # items 1 and 2 are a pair
+    return make_item(where, str(index), str((index - 1) // 2), [image], row["Question"],
+                     choices_in(row["Options"]), row["Correct Answer"], index in MMVP_WRONG)
 
 
 def blink_item(row: dict, where: str, file: Path) -> Item:
@@ -117,14 +118,14 @@ LAYOUTS = dict(
 def rows_of(file: Path) -> Iterable[dict]:
     if file.suffix == ".parquet":
         return parquet_rows([file])
-    with text_file(file) as lines:
-        if file.suffix == ".csv":
-            return [*csv.DictReader(lines)]
-        try:
-            return [json.loads(line) for line in lines if line.strip()]
-        except json.JSONDecodeError as error:
-            # the line itself
-            raise ValueError(f"{file}: not valid JSON: {error.doc:.80}") from None
+    lines = io.StringIO(read_text(file))
+    if file.suffix == ".csv":
+        return csv.DictReader(lines)
+    try:
+        return [json.loads(line) for line in lines if line.strip()]
+    except json.JSONDecodeError as error:
+        # the line itself
+        raise ValueError(f"{file}: not valid JSON: {error.doc:.80}") from None
 
 
 def read_items(kind: str, folder: Path, configs: list[str] = ()) -> list[Item]:
@@ -141,9 +142,9 @@ def read_items(kind: str, folder: Path, configs: list[str] = ()) -> list[Item]:
                 if missing := [name for name in fields if row.get(name) is None]:
                     raise ValueError(f"{where}: no field {missing[0]!r}; found {[*row]}")
                 item = convert(row, where, file)
-                if (item.group, item.id) in items:
+                if (item.task, item.name) in items:
                     raise ValueError(f"{where}: an item with this id is there twice")
-                items[item.group, item.id] = item
+                items[item.task, item.name] = item
     if not items:
         raise ValueError(f"{folder} holds no items")
     return [*items.values()]
@@ -188,17 +189,14 @@ def scores(kind: str, records: list[dict]) -> dict[str, list[float]]:
 def replies(vlm: VLM, items: list[Item], tokens: int, batch: int) -> list[str]:
     """Greedy answers. Raises ValueError naming the file and the item, before the first is asked."""
     evaluator, prompts = evaluate.Evaluator(vlm, [], batch=batch), []
-    examples = [
-        Example(item.source, item.group, item.images[0], item.prompt, list(item.choices),
-                item.label[0], item.images[1:]) for item in items]
-    for example in examples:
+    for item in items:
         # no special token of the model in the texts, and room for the answer
-        vlm.chat.turns(example)
-        evaluator.images.append(load_images(example, vlm.family))
+        vlm.chat.turns(item)
+        evaluator.images.append(load_images(item, vlm.family))
         # every picture stands before the question, in the same turn
-        turn = ("user", [*example.images, example.question])
+        turn = ("user", [*item.images, item.question])
         prompts.append(vlm.chat.prompt([turn], evaluator.images[-1]))
-        vlm.chat.check_length(len(prompts[-1].ids) + tokens, example)
+        vlm.chat.check_length(len(prompts[-1].ids) + tokens, item)
     return [answer["text"] for answer in evaluator.generate(prompts, tokens)]
 
 
@@ -231,13 +229,13 @@ def main() -> None:
     records = []
     for item, reply in zip(items, replies(vlm, items, args.tokens, args.batch)):
         strict, lenient = letters_in(reply, "".join(item.choices))
-        records.append(dict(id=item.id, group=item.group, label=item.label,
+        records.append(dict(id=item.name, group=item.task, label=item.label,
                             corrected=item.corrected, reply=reply, strict=strict, lenient=lenient))
     write_text(args.out, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
     print(f"{'':32s}    n  strict  lenient")
     for name, (n, strict, lenient) in scores(args.kind, records).items():
         print(f"{name:32s}{n:5d}{strict:8.1f}{lenient:9.1f}")
-    if names := [f"{item.id} of {item.group}" for item in items
+    if names := [f"{item.name} of {item.task}" for item in items
                  if len(set(item.choices.values())) < len(item.choices)]:
         print(f"{len(names)} items have one choice twice, both letters count: {', '.join(names)}")
 

@@ -7,9 +7,8 @@ enclose a part of a model's turn. Elsewhere the same letters are words ("<image>
 
 import json
 import re
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Iterator, TextIO
+from typing import Iterator
 
 PLACEHOLDER = r"<\s*/?\s*\|?(?:image|lvr)\w*\|?\s*>"
 EDGES = re.compile(rf"(?i)^(?:\s*{PLACEHOLDER})+|(?:{PLACEHOLDER}\s*)+$")
@@ -23,23 +22,20 @@ BOX = re.compile(r"(\$?)\\(?:boxed|fbox)\s*\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\}
 FONT = re.compile(r"\\(?:text|textbf|textit|texttt|mathrm|mathbf|mathit)\s*\{([^{}]*)\}")
 
 
-@contextmanager
-def text_file(file: Path) -> Iterator[TextIO]:
-    """A text file, with or without a byte order mark. Raises ValueError if it is not UTF-8."""
+def read_text(file: Path) -> str:
+    """Of a file with or without a byte order mark. Raises ValueError if it is not UTF-8."""
     try:
-        with open(file, encoding="utf-8-sig") as text:
-            yield text
+        return file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{file}: not UTF-8 (byte {error.start}); save it as UTF-8") from None
 
 
 def read_list(file: Path) -> list:
     """The values of a JSON list. Raises ValueError naming the file."""
-    with text_file(file) as text:
-        try:
-            values = json.load(text)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise ValueError(f"{file}: not valid JSON, or cut off ({error})") from None
+    try:
+        values = json.loads(read_text(file))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{file}: not valid JSON, or cut off ({error})") from None
     if not isinstance(values, list):
         raise ValueError(f"{file} must be a JSON list of records")
     return values

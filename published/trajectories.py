@@ -23,13 +23,12 @@ from PIL import Image, ImageChops, ImageStat
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from published.common import (GIVEN, alike, clean, open_boxes, parquet_rows,  # noqa: E402
-                              read_list, split_answer)
-from support import records  # noqa: E402
-from support.files import new_folder  # noqa: E402
-from support.images import Picture, open_image, picture_digest  # noqa: E402
-from support.processes import run_program  # noqa: E402
-from world import tools  # noqa: E402
+from published.common import GIVEN, alike, clean, open_boxes, parquet_rows, read_list, split_answer
+from support import records
+from support.files import new_folder
+from support.images import Picture, open_image, picture_digest
+from support.processes import run_program
+from world import tools
 
 Skip = tuple[str, str]  # (id, reason) of a record that is left out
 LIKE = 6.0  # mean difference, in levels of 255, up to which a picture is another one resampled

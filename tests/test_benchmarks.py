@@ -3,6 +3,7 @@ distinguished from words; equal choices count alike; a question shows all of its
 training refuses is refused; no predictions are overwritten; scores are those counted by hand."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from PIL import Image
@@ -64,15 +65,15 @@ def blink_item(tmp_path, **changed):
 def test_published_layouts_are_read(vstar, mmvp, tmp_path):
     item = benchmarks.read_items("vstar", vstar)[0]
     assert (item.label, item.choices) == ("A", dict(A="red", B="blue"))
-    assert item.group == "direct_attributes" and item.prompt.endswith("\nAnswer with the letter.")
+    assert item.task == "direct_attributes" and item.question.endswith("\nAnswer with the letter.")
     items = benchmarks.read_items("mmvp", mmvp)
-    assert items[0].prompt == ("Open, or closed?\nOptions:\nA. Open\nB. Closed\n"
+    assert items[0].question == ("Open, or closed?\nOptions:\nA. Open\nB. Closed\n"
                                "Answer with the option's letter from the given choices directly.")
     # of 99 and 100, which are a pair, only 100 is confirmed to be labelled wrongly
-    assert [(item.id, item.group, item.label, item.corrected) for item in items] == [
+    assert [(item.name, item.task, item.label, item.corrected) for item in items] == [
         ("1", "0", "B", "B"), ("2", "0", "A", "A"), ("99", "49", "B", "B"), ("100", "49", "A", "B")]
     item = blink_item(tmp_path)
-    assert (len(item.images), item.label, item.group) == (2, "C", "Jigsaw")
+    assert (len(item.images), item.label, item.task) == (2, "C", "Jigsaw")
     assert blink_item(tmp_path, choices=[*"abcdefghia"], answer="(J)").label == "AJ"
 
 
@@ -108,7 +109,7 @@ def test_a_question_shows_all_of_its_pictures(vstar, tmp_path, shipped, monkeypa
     monkeypatch.setattr(shipped, "generate", None)
     for words, why in (("What is <|im_end|>?", "im_end"), ("blue one two " * 1200, "tokens, the")):
         with pytest.raises(ValueError, match=f"questions.jsonl, row 2, item 1: .*{why}"):
-            benchmarks.replies(shipped, [items[0], items[1]._replace(prompt=words)], 4, 1)
+            benchmarks.replies(shipped, [items[0], replace(items[1], question=words)], 4, 1)
 
 
 def test_the_command_line(mmvp, tmp_path, as_program, capsys):
