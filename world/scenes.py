@@ -1,9 +1,7 @@
 """The small world: scenes from a seed, questions that need a tool, and the expert's trajectories.
 
-A task has three functions: `sample` makes a spec at random, `draw` paints it, `solve` writes a text
-for each of the expert's calls. A spec is a dict of plain numbers and words; "family" in it is the
-task's name. The hash of its repr decides the split, so no two splits share a scene, and a change to
-a key or to the order of keys would change the scenes.
+README.md says what a task and a spec are. The hash of a spec's repr decides its split, so a change
+to a key or to the order of keys would change the scenes. "family" in a spec is the task's name.
 """
 
 import zlib
@@ -81,33 +79,22 @@ def _call(plan: str, tool: str, *numbers: int) -> str:
 
 
 # ---- crop: read the digit on one of five objects; zoom: smaller digits, in four panels ----
-def _about_first(rng: np.random.Generator, objects: list) -> Spec:
-    *_, shape, colour, digit = objects[0]
-    return _question(rng, f"Which digit is on the {colour} {shape}?", DIGITS[digit])
-
-
-def sample_crop(rng: np.random.Generator) -> Spec:
-    """Five objects (x, y, radius, shape, colour, digit)."""
-    objects = []
-    # a place of its own on a 3 x 3 grid keeps objects apart, a colour of its own makes "the" unique
-    for cell, colour in zip(_choose(rng, range(9), 5), _choose(rng, list(COLOURS), 5)):
-        r = int(rng.integers(15, 19))
-        dx, dy = (int(v) for v in rng.integers(r - 20, 21 - r, 2))
-        x, y = 21 + 43 * (cell % 3) + dx, 21 + 43 * (cell // 3) + dy
-        objects.append((x, y, r, SHAPES[int(rng.integers(4))], colour, int(rng.integers(10))))
-    return dict(family="crop", objects=objects, height=8, **_about_first(rng, objects))
-
-
-def sample_zoom(rng: np.random.Generator) -> Spec:
-    """One object in each panel; the smaller the digit, the more crops it takes (1 to 3)."""
-    calls, objects = int(rng.integers(1, 4)), []
-    r, height = {1: (16, 14), 2: (13, 11), 3: (12, 8)}[calls]
-    for panel, colour in zip(_choose(rng, range(4), 4), _choose(rng, list(COLOURS), 4)):
-        x, y = (int(v) for v in rng.integers(r + 3, 61 - r, 2))
-        x, y = x + 64 * (panel % 2), y + 64 * (panel // 2)
-        objects.append((x, y, r, SHAPES[int(rng.integers(4))], colour, int(rng.integers(10))))
-    return dict(family="zoom", objects=objects, height=height, calls=calls,
-                **_about_first(rng, objects))
+def sample_objects(rng: np.random.Generator, zoom: bool = False) -> Spec:
+    """Five objects (x, y, radius, shape, colour, digit) on a 3 x 3 grid. zoom: one in each panel;
+    the smaller their digits, the more crops it takes to read one (1 to 3)."""
+    spec, radius, cells, side, margin = dict(objects=[], height=8), None, 3, 43, 1
+    if zoom:
+        calls, cells, side, margin = int(rng.integers(1, 4)), 2, 64, 3
+        radius, height = {1: (16, 14), 2: (13, 11), 3: (12, 8)}[calls]
+        spec = dict(objects=[], height=height, calls=calls)
+    # a cell of its own keeps objects apart, a colour of its own makes "the" unique
+    for cell, colour in zip(_choose(rng, range(cells ** 2), 5), _choose(rng, list(COLOURS), 5)):
+        r = radius or int(rng.integers(15, 19))
+        x, y = (int(v) for v in rng.integers(r + margin, side - margin - r, 2))
+        spec["objects"].append((x + side * (cell % cells), y + side * (cell // cells), r,
+                                SHAPES[int(rng.integers(4))], colour, int(rng.integers(10))))
+    *_, shape, colour, digit = spec["objects"][0]
+    return spec | _question(rng, f"Which digit is on the {colour} {shape}?", DIGITS[digit])
 
 
 def panel_of(x: int, y: int) -> str:
@@ -167,11 +154,10 @@ def sample_highlight(rng: np.random.Generator, digits: bool = False) -> Spec:
     bars = [(4 + 21 * i, heights[i], colours[i], i in dots, int(rng.integers(10)))
             for i in range(6)]
     _, _, colour, _, digit = tallest(dotted(bars))
+    question = ("Which dotted bar is the tallest?", colour, colours)
     if digits:
-        return dict(family="highlight+crop", bars=bars, **_question(
-            rng, "Which digit is under the tallest dotted bar?", DIGITS[digit]))
-    return dict(family="highlight", bars=bars,
-                **_question(rng, "Which dotted bar is the tallest?", colour, colours))
+        question = ("Which digit is under the tallest dotted bar?", DIGITS[digit])
+    return dict(bars=bars, **_question(rng, *question))
 
 
 def sample_tallest(rng: np.random.Generator) -> Spec:
@@ -181,7 +167,7 @@ def sample_tallest(rng: np.random.Generator) -> Spec:
     ranks = _choose(rng, range(8), 6)
     ranks = [10 if rank == max(ranks) else rank for rank in ranks]
     bars = [(x, 18 + 8 * rank, *rest) for (x, _, *rest), rank in zip(bars, ranks)]
-    return dict(family="tallest", bars=bars, **_question(
+    return dict(bars=bars, **_question(
         rng, "Which bar is the tallest?", tallest(bars)[2], [bar[2] for bar in bars]))
 
 
@@ -223,7 +209,7 @@ def sample_depth(rng: np.random.Generator) -> Spec:
         if len(marks) == 2 and abs(balls[marks[0]][3] - balls[marks[1]][3]) >= 2:
             names = _choose(rng, list(COLOURS), 2)
             # balls are in the order of nearness
-            return dict(family="depth", balls=balls, marks=list(zip(marks, names)),
+            return dict(balls=balls, marks=list(zip(marks, names)),
                         question=f"Which mark is nearer, {names[0]} or {names[1]}?",
                         answer=names[marks.index(max(marks))], options=names)
 
@@ -259,10 +245,9 @@ def sample_jigsaw(rng: np.random.Generator) -> Spec:
     frames = _choose(rng, list(COLOURS), 4)
     # the content of each frame: 0 the right piece, 1 the same upside down, 2 and 3 other pictures'
     order = _choose(rng, range(4), 4)
-    return dict(family="jigsaw", pictures=[_sample_picture(rng) for _ in range(3)],
-                hole=int(rng.integers(4)), order=order, frames=frames,
-                question="Which piece completes the picture?", answer=frames[order.index(0)],
-                options=_choose(rng, frames, 4))
+    return dict(pictures=[_sample_picture(rng) for _ in range(3)], hole=int(rng.integers(4)),
+                order=order, frames=frames, question="Which piece completes the picture?",
+                answer=frames[order.index(0)], options=_choose(rng, frames, 4))
 
 
 def draw_jigsaw(spec: Spec) -> Image.Image:
@@ -307,13 +292,11 @@ def sample_path(rng: np.random.Generator, digits: bool = False) -> Spec:
             break
     colours = _choose(rng, list(COLOURS), 4)
     ends = [int(v) for v in rng.integers(0, 10, 4)]
-    spec = dict(family="path", walks=walks, colours=colours, digits=ends,
+    spec = dict(walks=walks, colours=colours, digits=ends,
                 question="Where does the route from the ring end?",
                 answer=colours[0], options=_choose(rng, colours, 4))
-    if digits:
-        spec |= dict(family="path+crop", **_question(
-            rng, "Which digit is at the end of the route from the ring?", DIGITS[ends[0]]))
-    return spec
+    question = "Which digit is at the end of the route from the ring?"
+    return spec | _question(rng, question, DIGITS[ends[0]]) if digits else spec
 
 
 def node_xy(node: tuple[int, int]) -> tuple[int, int]:
@@ -348,7 +331,7 @@ def solve_path(spec: Spec) -> Iterator[str]:
 # conclusion: what the expert says of the last tool output
 Task = namedtuple("Task", "sample draw solve conclusion", defaults=["The digit is {answer}."])
 TASKS: dict[str, Task] = {
-    "crop": Task(sample_crop, draw_objects, solve_objects),
+    "crop": Task(sample_objects, draw_objects, solve_objects),
     "highlight": Task(sample_highlight, draw_bars, solve_highlight,
                       "The {answer} bar is the tallest."),
     "depth": Task(sample_depth, draw_balls, lambda spec: [_call("Look at the depth.", "depth")],
@@ -356,7 +339,7 @@ TASKS: dict[str, Task] = {
     "jigsaw": Task(sample_jigsaw, draw_jigsaw, lambda spec: [_call("Try the pieces.", "jigsaw")],
                    "The {answer} piece fits."),
     "path": Task(sample_path, draw_routes, solve_path, "It ends at the {answer} disc."),
-    "zoom": Task(sample_zoom, draw_objects, solve_objects),
+    "zoom": Task(partial(sample_objects, zoom=True), draw_objects, solve_objects),
     "highlight+crop": Task(partial(sample_highlight, digits=True), draw_bars, solve_highlight),
     "path+crop": Task(partial(sample_path, digits=True), draw_routes, solve_path),
     HELD_OUT: Task(sample_tallest, draw_bars, lambda spec: []),
@@ -374,7 +357,7 @@ def make_spec(task: str, split: str, index: int, seed: int) -> Spec:
     words = (zlib.crc32(word.encode()) for word in (split, task))
     rng = np.random.default_rng([seed, *words, index])
     while True:
-        spec = TASKS[task].sample(rng)
+        spec = dict(family=task) | TASKS[task].sample(rng)
         if zlib.crc32(repr(spec).encode()) % 16 in BUCKETS[split]:
             return spec
 

@@ -1,9 +1,6 @@
 """The tools, which are functions from image to image, and the calls that name them in a text.
 
-A call is written [name a b c ...]. It acts on the last image, or, as [name a b c ... of 1], on the
-image with that number; coordinates are hundredths of width or height, from 0 to 100. Trajectories
-of the world hold calls and their outputs; explicit tool use (evaluate.py) runs the calls that a
-model writes. Crop and highlight fit any image; depth, jigsaw and path fit scenes of the world.
+README.md says what a call means. Numbers are hundredths of width or height, from 0 to 100.
 """
 
 import re
