@@ -6,9 +6,8 @@
      on tool outputs.
   2. Language: the language model learns dialogues on the features of the frozen tower. Most are
      about one to three of these images: captions, boxes, short answers such as "Answer: seven".
-     Some have no image ("Repeat: ..."): they train the embedding of every word. Two auxiliary heads
-     teach what a large model knows by itself: where an image token is in its image, and an
-     end-of-turn state that sums up the turn. The checkpoint does not keep them.
+     Some have no image ("Repeat: ..."): they train the embedding of every word. The checkpoint
+     does not keep the heads of the two auxiliary losses.
 """
 
 import itertools
@@ -17,7 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,7 +25,6 @@ import torch
 import torch.nn.functional as F
 import transformers
 from PIL import Image
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
@@ -36,27 +34,9 @@ sys.path.insert(0, str(HERE.parent))  # before any other `world`
 from support.options import option, parse
 from world import scenes, tools
 
-SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>",
-           "<|image_pad|>", "<|video_pad|>"]
 PATCH, MERGE = 8, 2  # as in preprocessor_config.json
 COLOURS, SHAPES, DIGITS = list(scenes.COLOURS), scenes.SHAPES, scenes.DIGITS
 QA = tuple[str, str]  # a question about a picture and its answer
-
-
-def build_tokenizer(texts: list[str]) -> transformers.PreTrainedTokenizerFast:
-    """Byte-level BPE, which can write any text. The words of the world and the numbers from 0 to
-    100 are one token each."""
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    bpe.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=704, special_tokens=SPECIAL, show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>",
-        additional_special_tokens=SPECIAL[1:],
-        # ChatML with the image tokens of the Qwen-VL family, without a system turn
-        chat_template=(HERE / "chat_template.jinja").read_text(encoding="utf-8"))
 
 
 # ---- pictures with dense labels and with questions ----
@@ -100,8 +80,8 @@ class Labels:
         return self.values.reshape(n, 2, n, 2, -1).swapaxes(1, 2).reshape(n * n, 4, -1)
 
 
-def answer(*words: str | int) -> str:
-    return f"Answer: {' '.join(map(str, words))}"
+def ask(question: str, *answer: str | int) -> QA:
+    return question, f"Answer: {' '.join(map(str, answer))}"
 
 
 def captions(*things: str) -> list[QA]:
@@ -116,20 +96,19 @@ def describe_objects(labels: Labels, spec: dict):
     for x, y, r, shape, colour, digit in objects:
         labels.area(x - r, y - r, x + r, y + r, colour)
         labels.put(x, y, r / 20, digit=digit, shape=SHAPES.index(shape), **{colour: 1})
-        rows += [(f"Which digit is on the {colour} {shape}?", answer(DIGITS[digit]))] * 3
-        place = answer(*scenes.box(x, y, r, labels.origin, labels.size))
-        rows += [(f"Where is the {colour} {shape}?", place)] * 3
-        rows += [(f"What shape is the {colour} object?", answer(shape))] * 3
+        place = scenes.box(x, y, r, labels.origin, labels.size)
+        rows += [ask(f"Which digit is on the {colour} {shape}?", DIGITS[digit])] * 3
+        rows += [ask(f"Where is the {colour} {shape}?", *place)] * 3
+        rows += [ask(f"What shape is the {colour} object?", shape)] * 3
         if shapes.count(shape) == 1:
-            rows.append((f"What colour is the {shape}?", answer(colour)))
-    rows.append(("How many objects are there?", answer(DIGITS[len(objects)])))
+            rows.append(ask(f"What colour is the {shape}?", colour))
+    rows.append(ask("How many objects are there?", DIGITS[len(objects)]))
     # a caption reads from top to bottom and from left to right
     in_order = sorted(objects, key=lambda o: (o[1] // 40, o[0]))
     rows += captions(*(f"{o[4]} {o[3]} {DIGITS[o[5]]}" for o in in_order)) * 2
     if spec["family"] == "zoom":
         for x, y, _, shape, colour, _ in objects:
-            question = f"Which panel is the {colour} {shape} in?"
-            rows += [(question, answer(scenes.panel_of(x, y)))] * 2
+            rows += [ask(f"Which panel is the {colour} {shape} in?", scenes.panel_of(x, y))] * 2
     return rows, []
 
 
@@ -137,27 +116,26 @@ def describe_bars(labels: Labels, spec: dict):
     bars, dotted = spec["bars"], scenes.dotted(spec["bars"])
     left, _, tallest, *_ = scenes.tallest(dotted)
     dotted_colours = [bar[2] for bar in dotted]
-    rows = [("Which bar is the tallest?", answer(scenes.tallest(bars)[2])),
-            ("Which bar is the shortest?", answer(min(bars, key=lambda bar: bar[1])[2])),
-            ("Which bars are dotted?", answer(*dotted_colours)),
-            ("Which colours are the bars?", answer(*(bar[2] for bar in bars))),
+    rows = [ask("Which bar is the tallest?", scenes.tallest(bars)[2]),
+            ask("Which bar is the shortest?", min(bars, key=lambda bar: bar[1])[2]),
+            ask("Which bars are dotted?", *dotted_colours),
+            ask("Which colours are the bars?", *(bar[2] for bar in bars)),
             *captions(*(bar[2] + " bar" + " dotted" * bar[3] for bar in bars))]
     for x, height, colour, has_dot, digit in bars:
         labels.area(x, 110 - height, x + 14, 110, colour)
-        flags = {colour: 1, "dotted": has_dot, "answer": colour == tallest}
-        labels.put(x + 7, 103, height / 100, **flags)
+        labels.put(x + 7, 103, height / 100, dotted=has_dot, answer=colour == tallest,
+                   **{colour: 1})
         place = map(scenes.percent, (x - 1, 108 - height, x + 16))
-        rows.append((f"Where is the {colour} bar?", answer(*place, 87)))
+        rows.append(ask(f"Where is the {colour} bar?", *place, 87))
         if spec["family"] == "highlight+crop":
             labels.put(x + 7, 119, digit=digit)
-            place = answer(*scenes.box(x + 7, 118, 9))
-            rows += [(f"Which digit is under the {colour} bar?", answer(DIGITS[digit])),
-                     (f"Where is the digit under the {colour} bar?", place)]
-    place = answer(*scenes.box(left + 7, 118, 9))
-    return rows, [("Which bright bar is the tallest?", answer(tallest)),
-                  ("Which bars are bright?", answer(*dotted_colours)),
+            rows += [ask(f"Which digit is under the {colour} bar?", DIGITS[digit]),
+                     ask(f"Where is the digit under the {colour} bar?", *scenes.box(x + 7, 118, 9))]
+    return rows, [ask("Which bright bar is the tallest?", tallest),
+                  ask("Which bars are bright?", *dotted_colours),
                   *captions(*(f"{c} bar" for c in dotted_colours), f"{tallest} tallest"),
-                  (f"Where is the digit under the {tallest} bar?", place)]
+                  ask(f"Where is the digit under the {tallest} bar?",
+                      *scenes.box(left + 7, 118, 9))]
 
 
 def describe_balls(labels: Labels, spec: dict):
@@ -168,9 +146,9 @@ def describe_balls(labels: Labels, spec: dict):
     for i, name in spec["marks"]:
         x, y, _, z = spec["balls"][i]
         labels.put(x, y, 0.15, near=(z + 1) / 16, answer=name == nearer, **{name: 1})
-        rows.append((f"Where is the {name} mark?", answer(*map(scenes.percent, (x, y)))))
+        rows.append(ask(f"Where is the {name} mark?", *map(scenes.percent, (x, y))))
     rows += captions(*(f"{name} mark" for _, name in spec["marks"]))
-    return rows, [("Which mark is brighter?", answer(nearer)), *captions(f"{nearer} brighter")]
+    return rows, [ask("Which mark is brighter?", nearer), *captions(f"{nearer} brighter")]
 
 
 def describe_pieces(labels: Labels, spec: dict):
@@ -178,14 +156,14 @@ def describe_pieces(labels: Labels, spec: dict):
     for (x, y), frame in zip(tools.PIECES, spec["frames"]):
         for flag in (frame, "answer") if frame == right else (frame,):
             labels.area(x, y, x + 42, y + 42, flag)
-    rows = [("Which colours are the frames?", answer(*spec["frames"])),
+    rows = [ask("Which colours are the frames?", *spec["frames"]),
             *captions(*(f"{frame} frame" for frame in spec["frames"]))]
-    return rows, [("What colour is the frame?", answer(right)), *captions(f"{right} frame")]
+    return rows, [ask("What colour is the frame?", right), *captions(f"{right} frame")]
 
 
 def describe_routes(labels: Labels, spec: dict):
     routes = [[scenes.node_xy(node) for node in walk] for walk in spec["walks"]]
-    rows = [("Where is the ring?", answer(*map(scenes.percent, routes[0][0])))] * 2
+    rows = [ask("Where is the ring?", *map(scenes.percent, routes[0][0]))] * 2
     rows += captions("ring", *(f"{colour} disc" for colour in spec["colours"]))
     for points, colour, digit in zip(routes, spec["colours"], spec["digits"]):
         flag = "route" if points is routes[0] else "other route"
@@ -193,15 +171,16 @@ def describe_routes(labels: Labels, spec: dict):
             for point in np.linspace(start, stop, 7):
                 labels.put(*point, **{flag: 1})
         labels.put(*points[-1], 0.5, **{colour: 1})
-        rows.append((f"Where is the {colour} disc?", answer(*scenes.box(*points[-1], 11))))
+        rows.append(ask(f"Where is the {colour} disc?", *scenes.box(*points[-1], 11)))
         if spec["family"] == "path+crop":
             labels.put(*points[-1], digit=digit)
-            rows.append((f"Which digit is on the {colour} disc?", answer(DIGITS[digit])))
+            rows.append(ask(f"Which digit is on the {colour} disc?", DIGITS[digit]))
     labels.put(*routes[0][0], 0.5, ring=1)
     labels.put(*routes[0][-1], answer=1)
-    end, place = spec["colours"][0], answer(*scenes.box(*routes[0][-1], 11))
-    return rows, [("Which disc does the pink route reach?", answer(end)),
-                  *captions(f"pink route, {end} disc"), (f"Where is the {end} disc?", place)]
+    end = spec["colours"][0]
+    return rows, [ask("Which disc does the pink route reach?", end),
+                  *captions(f"pink route, {end} disc"),
+                  ask(f"Where is the {end} disc?", *scenes.box(*routes[0][-1], 11))]
 
 
 # The tasks of the pretraining, how often each is drawn, and its description. A list of its own: the
@@ -217,7 +196,7 @@ def describe(spec: dict) -> tuple[Labels, list[QA], list[QA]]:
     labels = Labels(8)
     rows, tool_rows = TASKS[spec["family"]][1](labels, spec)
     # the task's own question, which is one of the object questions
-    task_rows = [] if "objects" in spec else [(spec["question"], answer(spec["answer"]))] * 5
+    task_rows = [] if "objects" in spec else [ask(spec["question"], spec["answer"])] * 5
     return labels, task_rows + rows, tool_rows
 
 
@@ -226,29 +205,29 @@ def close_up(image: Image.Image, x: int, y: int, r: int, digit: int, below: int 
     """A crop around (x, y); the digit is `below` px under the centre of what `name` names."""
     labels = Labels(4, (x - r, y - r), 2 * r)
     labels.put(x, y + below, digit=digit)
-    questions = [("Which digit is this?", answer(DIGITS[digit])), *captions(name + DIGITS[digit])]
+    questions = [ask("Which digit is this?", DIGITS[digit]), *captions(name + DIGITS[digit])]
     return tools.crop(image, *scenes.box(x, y, r)), labels, questions
 
 
 def object_crop(spec: dict, image: Image.Image, rng: random.Random):
     """A crop of a panel, of an object, or of the digit on it."""
-    x, y, r, shape, colour, digit = rng.choice(spec["objects"])
+    x, y, r, shape, colour, digit = thing = rng.choice(spec["objects"])
     kind = rng.choice(("panel", "object", "mark")) if spec["family"] == "zoom" else "object"
     if kind == "panel":
+        # which has this object alone
         corner = (64 * (x >= 64), 64 * (y >= 64))
         labels = Labels(8, corner, 64)
-        inside = [o for o in spec["objects"] if all(c <= v < c + 64 for c, v in zip(corner, o))]
         out = tools.crop(image, *scenes.box(corner[0] + 32, corner[1] + 32, 32))
-        return out, labels, describe_objects(labels, dict(family="panel", objects=inside))[0]
+        return out, labels, describe_objects(labels, dict(family="panel", objects=[thing]))[0]
     below, name = scenes.digit_offset(r, shape), f"{colour} {shape}"
     if kind == "mark":
         out, labels, questions = close_up(image, x, y + below, 7, digit)
     else:
         out, labels, questions = close_up(image, x, y, r, digit, below, f"{name} ")
         labels.put(x, y, shape=SHAPES.index(shape))
-        questions += [("What is this?", answer(name)),
-                      (f"Which digit is on the {name}?", answer(DIGITS[digit])),
-                      ("Where is the mark?", answer(*scenes.box(r, r + below, 7, size=2 * r)))]
+        questions += [ask("What is this?", name),
+                      ask(f"Which digit is on the {name}?", DIGITS[digit]),
+                      ask("Where is the mark?", *scenes.box(r, r + below, 7, size=2 * r))]
     labels.area(0, 0, scenes.SIZE, scenes.SIZE, colour)
     return out, labels, questions
 
@@ -322,6 +301,7 @@ def fit(stage: str, modules, lr: float, steps: int, batches: Iterator, losses_of
     parameters = [p for module in modules for p in module.parameters()]
     adam = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=0.05)
     schedule = transformers.get_cosine_schedule_with_warmup(adam, min(200, steps // 10), steps)
+    losses_of = torch.autocast(parameters[0].device.type, torch.bfloat16)(losses_of)
     start = time.time()
     for step, batch in zip(range(1, steps + 1), batches):
         sum(losses_of(batch).values()).backward()
@@ -340,13 +320,13 @@ OUTPUTS = dict(flags=len(FLAGS), digit=10, shape=len(SHAPES), measure=3, colour=
 LABELS = dict(flags=len(FLAGS), digit=1, shape=1, measure=3, colour=3)
 
 
-def features(model, pictures: list[Picture], device, noise: float):
+def features(model, pictures: list[Picture], noise: float):
     """(tokens, 128) of each picture; the labels of all tokens and the mean colours of their cells,
     (all tokens, 4, channels)."""
-    pixels, labels = (torch.from_numpy(np.concatenate(parts)).to(device).float() for parts in (
-        [p.patches for p in pictures], [p.labels for p in pictures]))
+    pixels, labels = (torch.from_numpy(np.concatenate(parts)).to(model.device).float()
+                      for parts in zip(*((p.patches, p.labels) for p in pictures)))
     labels = torch.cat([labels, pixels.view(-1, 4, 3, PATCH ** 2).mean(dim=-1)], dim=-1)
-    grid = torch.tensor([p.grid for p in pictures], device=device)
+    grid = torch.tensor([p.grid for p in pictures], device=model.device)
     pixels = pixels + noise * torch.randn_like(pixels)
     return model.model.get_image_features(pixels, grid, return_dict=True).pooler_output, labels
 
@@ -365,16 +345,14 @@ def dense_losses(out: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Ten
     return losses
 
 
-def train_vision(model, pool, valid, steps: int, device) -> None:
+def train_vision(model, pool, valid, steps: int) -> None:
     head = nn.Sequential(nn.LayerNorm(128, elementwise_affine=False),
-                         nn.Linear(128, 4 * sum(OUTPUTS.values()))).to(device)
+                         nn.Linear(128, 4 * sum(OUTPUTS.values()))).to(model.device)
     rng = random.Random(0)
 
     def losses_of(pictures: list[Picture]) -> dict[str, torch.Tensor]:
-        with torch.autocast(torch.device(device).type, torch.bfloat16):
-            states, labels = features(model, pictures, device, 0.06)
-            out = head(torch.cat(states)).unflatten(-1, (4, -1))
-        return dense_losses(out.float(), labels)
+        states, labels = features(model, pictures, 0.06)
+        return dense_losses(head(torch.cat(states)).unflatten(-1, (4, -1)).float(), labels)
 
     batches = (rng.choices(pool, k=64) for _ in range(steps))
     fit("vision", [model.model.visual, head], 1e-3, steps, batches, losses_of, valid[:400])
@@ -392,16 +370,16 @@ class Talker:
     """Writes dialogues as token ids of the chat template."""
 
     def __init__(self, tokenizer):
-        self.encode = lru_cache(maxsize=None)(lambda text: tuple(tokenizer.encode(text)))
+        self.encode = cache(lambda text: tuple(tokenizer.encode(text)))
         self.words = [i for i in range(len(tokenizer)) if i not in tokenizer.all_special_ids]
 
     def exchanges(self, rng: random.Random, pool: list[Picture]):
-        """(picture or None, question ids, reply ids) of each exchange of a dialogue."""
+        """([a new picture], question ids, reply ids) of each exchange of a dialogue."""
         # without pictures: the assistant repeats random words
         if rng.random() < 0.15:
             for _ in range(rng.choice((1, 2))):
                 words = rng.choices(self.words, k=rng.randint(3, 14))
-                yield None, [*self.encode("Repeat: "), *words], words
+                yield [], [*self.encode("Repeat: "), *words], words
             return
         for _ in range(rng.choice((1, 2, 2, 3))):
             picture = rng.choice(pool)
@@ -415,17 +393,16 @@ class Talker:
                 question, reply = chosen[-1]
                 chosen[-1] = (f"Describe, then answer. {question}", f"{wordless[0][1]} {reply}")
             for n, (question, reply) in enumerate(chosen):
-                yield (None if n else picture), self.encode(question), self.encode(reply)
+                yield [] if n else [picture], self.encode(question), self.encode(reply)
 
     def dialogue(self, rng: random.Random, pool: list[Picture]) -> Dialogue:
         talk = Dialogue([], [], [], [])
         end, newline = self.encode("<|im_end|>\n")
-        for picture, question, reply in self.exchanges(rng, pool):
-            image = ""
-            if picture:
-                talk.pictures.append(picture)
-                image = f"<|vision_start|>{'<|image_pad|>' * len(picture.labels)}<|vision_end|>"
-            prompt = [*self.encode(f"<|im_start|>user\n{image}"), *question,
+        for pictures, question, reply in self.exchanges(rng, pool):
+            talk.pictures.extend(pictures)
+            images = "".join("<|vision_start|>" + "<|image_pad|>" * len(picture.labels)
+                             + "<|vision_end|>" for picture in pictures)
+            prompt = [*self.encode(f"<|im_start|>user\n{images}"), *question,
                       *self.encode("<|im_end|>\n<|im_start|>assistant\n")]
             talk.ids.extend([*prompt, *reply, end, newline])
             talk.labels.extend([-100] * len(prompt) + [*reply, end, -100])
@@ -434,64 +411,60 @@ class Talker:
 
 
 @torch.no_grad()
-def add_features(model, pictures: list[Picture], device) -> None:
+def add_features(model, pictures: list[Picture]) -> None:
     for i in range(0, len(pictures), 200):
-        states, _ = features(model, pictures[i:i + 200], device, 0.0)
+        states, _ = features(model, pictures[i:i + 200], 0.0)
         for picture, of_picture in zip(pictures[i:], states):
             picture.features = of_picture.to(torch.float16)
 
 
-def language_losses(rows: list[Dialogue], model, heads, device,
-                    summary: float) -> dict[str, torch.Tensor]:
+def language_losses(rows: list[Dialogue], model, heads, summary: float) -> dict[str, torch.Tensor]:
     """words: L_VLM of the assistant's turns. place: row and column of each image token, from the
     states after two layers. summary: the words of a turn, from its end-of-turn state."""
     ids, labels = pad_sequence([torch.tensor([r.ids, r.labels]).T for r in rows], True,
-                               -100).to(device).unbind(-1)
+                               -100).to(model.device).unbind(-1)
     # token 0 pads
     mask, ids, is_image = (ids != -100).long(), ids.clamp(min=0), ids == model.config.image_token_id
     pictures = [picture for r in rows for picture in r.pictures]
-    grid = torch.tensor([picture.grid for picture in pictures], device=device)
+    grid = torch.tensor([picture.grid for picture in pictures], device=model.device)
     # the features are frozen, and get a little noise
-    vision = torch.cat([picture.features for picture in pictures]).float()
+    vision = torch.cat([picture.features.float() for picture in pictures])
     vision = vision + 0.05 * vision.std() * torch.randn_like(vision)
     embeds = model.get_input_embeddings()(ids).masked_scatter(is_image[..., None], vision)
     position_ids, _ = model.model.get_rope_index(ids, is_image.int(), grid, attention_mask=mask)
-    with torch.autocast(torch.device(device).type, torch.bfloat16):
-        out = model.model.language_model(inputs_embeds=embeds, attention_mask=mask,
-                                         position_ids=position_ids, output_hidden_states=True)
-        # the state at a token predicts the next one
-        next_ids = labels[:, 1:]
-        logits = model.lm_head(out.last_hidden_state[:, :-1][next_ids != -100])
-        losses = dict(words=F.cross_entropy(logits.float(), next_ids[next_ids != -100]))
-        places = torch.cat([torch.cartesian_prod(torch.arange(h), torch.arange(w))
-                            for h, w in (grid[:, 1:] // MERGE).tolist()])  # (tokens, 2)
-        guess = heads["place"](out.hidden_states[2][is_image]).float().view(-1, 2, 4)
-        losses["place"] = 0.2 * F.cross_entropy(guess.transpose(1, 2), places.to(device))
-        turns, at, words = zip(*((n, *end) for n, r in enumerate(rows) for end in r.ends))
-        guess = heads["summary"](out.last_hidden_state[turns, at]).float()
-        has_word = torch.stack([F.one_hot(torch.tensor(part), guess.shape[-1]).amax(0)
-                                for part in words])
-        losses["summary"] = summary * F.binary_cross_entropy_with_logits(
-            guess, has_word.to(guess))
-    return losses
+    out = model.model.language_model(inputs_embeds=embeds, attention_mask=mask,
+                                     position_ids=position_ids, output_hidden_states=True)
+    # the state at a token predicts the next one
+    next_ids = labels[:, 1:]
+    logits = model.lm_head(out.last_hidden_state[:, :-1][next_ids != -100])
+    # (tokens, 2)
+    places = torch.cat([torch.ones(size).nonzero() for size in (grid[:, 1:] // MERGE).tolist()])
+    place = heads["place"](out.hidden_states[2][is_image]).float().view(-1, 2, 4).transpose(1, 2)
+    turns, at, words = zip(*((n, *end) for n, r in enumerate(rows) for end in r.ends))
+    word = heads["summary"](out.last_hidden_state[turns, at]).float()
+    has_word = torch.stack([F.one_hot(torch.tensor(part), word.shape[-1]).amax(0)
+                            for part in words]).to(word)
+    return dict(words=F.cross_entropy(logits.float(), next_ids[next_ids != -100]),
+                place=0.2 * F.cross_entropy(place, places.to(model.device)),
+                summary=summary * F.binary_cross_entropy_with_logits(word, has_word))
 
 
-def train_language(model, tokenizer, pool, valid, steps: int, device, summary: float) -> None:
+def train_language(model, tokenizer, pool, valid, steps: int, summary: float) -> None:
     """The language model learns the dialogues; summary: the weight of that loss."""
     for pictures in (pool, valid):
-        add_features(model, pictures, device)
-    heads = nn.ModuleDict(dict(
-        place=nn.Linear(128, 8), summary=nn.Linear(128, len(model.lm_head.weight)))).to(device)
+        add_features(model, pictures)
+    heads = nn.ModuleDict(dict(place=nn.Linear(128, 8), summary=nn.Linear(
+        128, model.lm_head.out_features))).to(model.device)
     talker, rng, same = Talker(tokenizer), random.Random(1), random.Random(0)
 
     def batches() -> Iterator[list[Dialogue]]:
         # four of 32 at a time, by length: dialogues of similar length need little padding
         while True:
-            rows = [talker.dialogue(rng, pool) for _ in range(128)]
-            rows.sort(key=lambda row: len(row.ids))
+            rows = sorted((talker.dialogue(rng, pool) for _ in range(128)),
+                          key=lambda row: len(row.ids))
             yield from (rows[n:n + 32] for n in range(0, 128, 32))
 
-    losses_of = partial(language_losses, model=model, heads=heads, device=device, summary=summary)
+    losses_of = partial(language_losses, model=model, heads=heads, summary=summary)
     fit("language", [model.model.language_model, heads], 1.5e-3, steps, batches(), losses_of,
         [talker.dialogue(same, valid) for _ in range(64)])
 
@@ -514,7 +487,9 @@ def main() -> None:
         sys.exit(f"--out {args.out} exists already or is not given: choose a new folder")
     out.mkdir(parents=True)
     torch.manual_seed(args.seed)
-    tokenizer = build_tokenizer(tokenizer_texts(args.seed))
+    # byte-level BPE with one token for a word of the world and for a number from 0 to 100
+    tokenizer = transformers.AutoTokenizer.from_pretrained(HERE).train_new_from_iterator(
+        tokenizer_texts(args.seed), 704, show_progress=False)
     model = transformers.Qwen2_5_VLForConditionalGeneration(
         transformers.AutoConfig.from_pretrained(HERE)).to(args.device)
     model.generation_config = transformers.GenerationConfig.from_pretrained(HERE)
@@ -522,12 +497,14 @@ def main() -> None:
     pool, valid = make_pool(args.scenes, args.seed), make_pool(300, args.seed + 10_000)
     print(f"{len(pool)} pictures drawn in {time.time() - start:.0f} s", flush=True)
     torch.manual_seed(args.seed)
-    train_vision(model, pool, valid, args.vision_steps, args.device)
+    train_vision(model, pool, valid, args.vision_steps)
     torch.manual_seed(args.seed)
-    train_language(model, tokenizer, pool, valid, args.language_steps, args.device, args.summary)
+    train_language(model, tokenizer, pool, valid, args.language_steps, args.summary)
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
-    (out / "preprocessor_config.json").write_bytes((HERE / "preprocessor_config.json").read_bytes())
+    # these stay as they are
+    for name in ("preprocessor_config.json", "tokenizer_config.json"):
+        (out / name).write_bytes((HERE / name).read_bytes())
     print(f"saved {out} after {(time.time() - start) / 60:.1f} minutes")
 
 
