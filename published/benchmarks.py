@@ -3,8 +3,7 @@
     python published/benchmarks.py vstar vstar_bench --model MODEL_OR_RUN --out predictions.jsonl
     python published/benchmarks.py blink BLINK --configs Counting Jigsaw --model ... --out ...
 
-Decoding is greedy, at most four tokens. --out gets a line for each item. Strict score: the answer
-is the right letter. Lenient score: it names the right letter and no other (see letters_in).
+Decoding is greedy. README.md says how answers are scored.
 """
 
 import argparse

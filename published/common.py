@@ -1,9 +1,5 @@
-r"""Shared by both readers: text files, parquet rows, texts without markup.
-
-Published texts carry the markup of the models that they were made for. It is known by its place: a
-placeholder (<image>, <lvr>) is at the start or the end of a turn, and <think>, <answer> or \boxed{}
-enclose a part of a model's turn. Elsewhere the same letters are words ("<image> or <img>?").
-"""
+"""Shared by both readers: text files, parquet rows, texts without markup, which is known by its
+place (README.md): elsewhere the same letters are words ("<image> or <img>?")."""
 
 import json
 import re

@@ -3,9 +3,6 @@
     python published/trajectories.py lvr lvr_sft.json --images IMAGES --out DIR
     python published/trajectories.py thinkmorph Jigsaw_Assembly Visual_Search --out DIR
     python published/trajectories.py pixelreasoner data.json --images UNZIPPED --out DIR
-
-Records are converted one at a time. The report counts changes (a record's field "remarks") and what
-was left out, with reasons. After an interruption the same command starts from the beginning.
 """
 
 import argparse
