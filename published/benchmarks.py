@@ -104,14 +104,10 @@ def blink_item(row: dict, where: str, file: Path) -> Item:
                      row["answer"])
 
 
-# name on the hub, files, and the fields that a row must have, its id first
-LAYOUTS = dict(
-    vstar=(vstar_item, "craigwu/vstar_bench", "test_questions.jsonl",
-           ("question_id", "image", "text", "label", "category")),
-    mmvp=(mmvp_item, "MMVP/MMVP", "Questions.csv",
-          ("Index", "Question", "Options", "Correct Answer")),
-    blink=(blink_item, "BLINK-Benchmark/BLINK", "*/val-*.parquet",
-           ("idx", "question", "choices", "answer")))
+# name on the hub, files, and the field that is a row's id
+LAYOUTS = dict(vstar=(vstar_item, "craigwu/vstar_bench", "test_questions.jsonl", "question_id"),
+               mmvp=(mmvp_item, "MMVP/MMVP", "Questions.csv", "Index"),
+               blink=(blink_item, "BLINK-Benchmark/BLINK", "*/val-*.parquet", "idx"))
 
 
 def rows_of(file: Path) -> Iterable[dict]:
@@ -129,18 +125,20 @@ def rows_of(file: Path) -> Iterable[dict]:
 
 def read_items(kind: str, folder: Path, configs: list[str] = ()) -> list[Item]:
     """All items of a benchmark. FileNotFoundError for another layout; ValueError names the item."""
-    (convert, layout, pattern, fields), items = LAYOUTS[kind], {}
+    (convert, layout, pattern, key), items = LAYOUTS[kind], {}
     for config in configs or ["*"]:
         name = pattern.replace("*", config, 1)
         if not (files := sorted(folder.glob(name))):
             raise FileNotFoundError(f"{folder} holds no {name}; expected the layout of {layout}")
         for file in files:
             for number, row in enumerate(rows_of(file), start=1):
-                where = f"{file}, row {number}, item {row.get(fields[0])}"
+                where = f"{file}, row {number}, item {row.get(key)}"
                 # a CSV row that is too short has None
-                if missing := [name for name in fields if row.get(name) is None]:
-                    raise ValueError(f"{where}: no field {missing[0]!r}; found {[*row]}")
-                item = convert(row, where, file)
+                row = {name: value for name, value in row.items() if value is not None}
+                try:
+                    item = convert(row, where, file)
+                except KeyError as error:
+                    raise ValueError(f"{where}: no field {error}; found {[*row]}") from None
                 if (item.task, item.name) in items:
                     raise ValueError(f"{where}: an item with this id is there twice")
                 items[item.task, item.name] = item

@@ -59,8 +59,13 @@ def convert(kind: str, sources: list[Path], images: Path | None) -> Iterator[Con
 
 
 def example(name: str, task: str, picture: Picture, image: Image.Image, question: str, answer: str,
-            steps: list[str | Picture], remarks: list[str] = ()) -> Converted:
-    # image: the picture, read
+            words: str, steps: list[str | Picture], remarks: list[str] = ()) -> Converted:
+    # image: the picture, read; words: of the last text, and they may give the answer already
+    if match := GIVEN.search(words):
+        if not alike(match[1], answer):
+            raise ValueError(OTHER_ANSWER)
+        words = words[:match.start()]
+    steps = [*steps, f"{words} Answer: {answer}".strip()]
     texts = [question, answer, *(step for step in steps if isinstance(step, str))]
     if not all(texts):
         raise ValueError("no question, no answer, or a text of the trajectory is empty")
@@ -100,15 +105,6 @@ def crop_text(words: str, box: list[int], of: int = 0) -> str:
     return f"{words} [crop {' '.join(map(str, box))}{f' of {of}' if of else ''}]".strip()
 
 
-def last_text(words: str, answer: str) -> str:
-    # the words may give the answer already
-    if match := GIVEN.search(words):
-        if not alike(match[1], answer):
-            raise ValueError(OTHER_ANSWER)
-        words = words[:match.start()]
-    return f"{words} Answer: {answer}".strip()
-
-
 def lvr(name: str, row: dict, images: Path) -> Iterator[Converted | Skip]:
     # {dataset, question_id, image: [path], conversations: [{from, value}], bboxes: [[...]]}; boxes
     # are x0, y0, x1, y1 in [0, 1]
@@ -128,9 +124,8 @@ def lvr(name: str, row: dict, images: Path) -> Iterator[Converted | Skip]:
         look = "Look closer at the region that matters." if not steps else "Look here, too."
         # each crop is of the question's picture, not of the crop before
         steps += [crop_text(look, box, of=1 if steps else 0), tools.crop(image, *box)]
-    steps.append(last_text(words if answer else "", answer or words))
     yield example(name, str(row.get("dataset", "lvr")), path, image, clean(turns[0]),
-                  answer or words, steps)
+                  answer or words, words if answer else "", steps)
 
 
 def thinkmorph_rows(folder: Path) -> Iterator[dict]:
@@ -160,8 +155,9 @@ def thinkmorph(name: str, row: dict, _: None) -> Iterator[Converted]:
     if stated and not alike(stated, answer):
         raise ValueError(OTHER_ANSWER)
     remarks = ["its text-only reasoning is left out"] if row.get("full_text_only_thought") else []
-    image, steps = images["problem_image_0"], [*steps, last_text(words, answer)]
-    yield example(name, row["folder"], image, image, clean(row["question"]), answer, steps, remarks)
+    image = images["problem_image_0"]
+    yield example(name, row["folder"], image, image, clean(row["question"]), answer, words, steps,
+                  remarks)
 
 
 def pixelreasoner(name: str, row: dict, images: Path) -> Iterator[Converted]:
@@ -198,7 +194,7 @@ def pixelreasoner(name: str, row: dict, images: Path) -> Iterator[Converted]:
     if "<tool_call>" in last or not answer:
         raise ValueError("its last turn calls a tool, or has no boxed answer at its end")
     yield example(name, "pixelreasoner", path, image, clean(" ".join(contents(first, "text"))),
-                  answer, [*steps, last_text(words, answer)], remarks)
+                  answer, words, steps, remarks)
 
 
 def run_call(call: str, pictures: list[Image.Image],

@@ -149,7 +149,7 @@ def test_questions_on_one_picture_are_on_one_side_with_one_copy(pictures, tmp_pa
     assert published.save(SCENE, png.stem, tmp_path / "out") and png.read_bytes() == b"changed"
     assert {file: file.read_bytes() for file in pictures.iterdir()} == before
     others = [Image.new("RGB", (10, 10), (n % 256, n // 256, 9)) for n in range(600)]
-    splits = [published.example("x", "x", im, im, "q", "a", ["a"]).split for im in others]
+    splits = [published.example("x", "x", im, im, "q", "a", "", []).split for im in others]
     assert splits.count("train") > 570 and {*splits} == {"train", "validation", "test"}
 
 

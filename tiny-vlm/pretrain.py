@@ -331,28 +331,25 @@ def features(model, pictures: list[Picture], noise: float):
     return model.model.get_image_features(pixels, grid, return_dict=True).pooler_output, labels
 
 
-def dense_losses(out: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
-    """out (tokens, 4, outputs), labels (tokens, 4, channels) -> means over the labels there are."""
-    guess = dict(zip(OUTPUTS, out.split([*OUTPUTS.values()], dim=-1)))
-    truth = dict(zip(LABELS, labels.split([*LABELS.values()], dim=-1)))
-    losses = dict(flags=10 * F.binary_cross_entropy_with_logits(guess["flags"], truth["flags"]))
-    for name in ("digit", "shape"):
-        classes = truth[name].nan_to_num(-100).long().flatten()
-        losses[name] = F.cross_entropy(guess[name].flatten(0, 1), classes)
-    for name, weight in (("measure", 3), ("colour", 1)):
-        known = ~truth[name].isnan()
-        losses[name] = weight * F.mse_loss(guess[name][known], truth[name][known])
-    return losses
-
-
 def train_vision(model, pool, valid, steps: int) -> None:
     head = nn.Sequential(nn.LayerNorm(128, elementwise_affine=False),
                          nn.Linear(128, 4 * sum(OUTPUTS.values()))).to(model.device)
     rng = random.Random(0)
 
     def losses_of(pictures: list[Picture]) -> dict[str, torch.Tensor]:
+        """Means over the labels that there are."""
         states, labels = features(model, pictures, 0.06)
-        return dense_losses(head(torch.cat(states)).unflatten(-1, (4, -1)).float(), labels)
+        out = head(torch.cat(states)).unflatten(-1, (4, -1)).float()  # (tokens, 4, outputs)
+        guess = dict(zip(OUTPUTS, out.split([*OUTPUTS.values()], dim=-1)))
+        truth = dict(zip(LABELS, labels.split([*LABELS.values()], dim=-1)))
+        losses = dict(flags=10 * F.binary_cross_entropy_with_logits(guess["flags"], truth["flags"]))
+        for name in ("digit", "shape"):
+            classes = truth[name].nan_to_num(-100).long().flatten()
+            losses[name] = F.cross_entropy(guess[name].flatten(0, 1), classes)
+        for name, weight in (("measure", 3), ("colour", 1)):
+            known = ~truth[name].isnan()
+            losses[name] = weight * F.mse_loss(guess[name][known], truth[name][known])
+        return losses
 
     batches = (rng.choices(pool, k=64) for _ in range(steps))
     fit("vision", [model.model.visual, head], 1e-3, steps, batches, losses_of, valid[:400])
@@ -410,14 +407,6 @@ class Talker:
         return talk
 
 
-@torch.no_grad()
-def add_features(model, pictures: list[Picture]) -> None:
-    for i in range(0, len(pictures), 200):
-        states, _ = features(model, pictures[i:i + 200], 0.0)
-        for picture, of_picture in zip(pictures[i:], states):
-            picture.features = of_picture.to(torch.float16)
-
-
 def language_losses(rows: list[Dialogue], model, heads, summary: float) -> dict[str, torch.Tensor]:
     """words: L_VLM of the assistant's turns. place: row and column of each image token, from the
     states after two layers. summary: the words of a turn, from its end-of-turn state."""
@@ -451,8 +440,11 @@ def language_losses(rows: list[Dialogue], model, heads, summary: float) -> dict[
 
 def train_language(model, tokenizer, pool, valid, steps: int, summary: float) -> None:
     """The language model learns the dialogues; summary: the weight of that loss."""
-    for pictures in (pool, valid):
-        add_features(model, pictures)
+    parts = [part[n:n + 200] for part in (pool, valid) for n in range(0, len(part), 200)]
+    with torch.no_grad():
+        for part in parts:
+            for picture, states in zip(part, features(model, part, 0.0)[0]):
+                picture.features = states.to(torch.float16)
     heads = nn.ModuleDict(dict(place=nn.Linear(128, 8), summary=nn.Linear(
         128, model.lm_head.out_features))).to(model.device)
     talker, rng, same = Talker(tokenizer), random.Random(1), random.Random(0)

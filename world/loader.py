@@ -13,8 +13,7 @@ from world.scenes import make_world as examples  # trajectories of a regime (wor
 
 
 def questions(regime: str, per_task: int, split: str = "test", seed: int = 0) -> list[Example]:
-    """Questions of each task of the regime, then of the task that no trajectory covers; regime "":
-    of every task."""
+    """Of each task of the regime, then of the task that no trajectory covers; "": of every task."""
     tasks = dict.fromkeys([*REGIMES[regime], HELD_OUT]) if regime else TASKS
     return [make_example(task, split, i, seed) for task in tasks for i in range(per_task)]
 

@@ -233,21 +233,19 @@ def draw_balls(spec: Spec) -> Image.Image:
 
 
 # ---- jigsaw: which framed piece completes the picture ----
-def _sample_picture(rng: np.random.Generator) -> tuple:
-    """Four similar corner colours, and a stroke (x0, y0, x1, y1, grey), of a 72 x 72 picture."""
-    base = rng.integers(60, 196, 3)
-    corners = tuple(tuple(int(v) for v in base + rng.integers(-50, 51, 3)) for _ in range(4))
-    stroke = tuple(int(v) for v in (*rng.integers(0, 73, 4), rng.integers(0, 256)))
-    return corners, (stroke,)
-
-
 def sample_jigsaw(rng: np.random.Generator) -> Spec:
+    """Pictures of 72 x 72 px: four similar corner colours, and a stroke (x0, y0, x1, y1, grey)."""
     frames = _choose(rng, list(COLOURS), 4)
     # the content of each frame: 0 the right piece, 1 the same upside down, 2 and 3 other pictures'
-    order = _choose(rng, range(4), 4)
-    return dict(pictures=[_sample_picture(rng) for _ in range(3)], hole=int(rng.integers(4)),
-                order=order, frames=frames, question="Which piece completes the picture?",
-                answer=frames[order.index(0)], options=_choose(rng, frames, 4))
+    order, pictures = _choose(rng, range(4), 4), []
+    for _ in range(3):
+        base = rng.integers(60, 196, 3)
+        corners = tuple(tuple(int(v) for v in base + rng.integers(-50, 51, 3)) for _ in range(4))
+        stroke = tuple(int(v) for v in (*rng.integers(0, 73, 4), rng.integers(0, 256)))
+        pictures.append((corners, (stroke,)))
+    return dict(pictures=pictures, hole=int(rng.integers(4)), order=order, frames=frames,
+                question="Which piece completes the picture?", answer=frames[order.index(0)],
+                options=_choose(rng, frames, 4))
 
 
 def draw_jigsaw(spec: Spec) -> Image.Image:
