@@ -148,9 +148,7 @@ def read_items(kind: str, folder: Path, configs: list[str] = ()) -> list[Item]:
 
 
 def letters_in(text: str, letters: str) -> tuple[str, str]:
-    """(strict, lenient) answer letter; "" where there is none, or more than one."""
-    # strict: A, (A), A., "A. red", "Answer: A", "A is right"; lenient: also "It is A"; none: "A man
-    # is", "I think" (English words), "A and B"
+    """(strict, lenient) answer letter (README.md); "" where there is none, or more than one."""
     text = re.sub(r"[*_`\"$\[\]{}]+", " ", open_boxes(text)[0]).strip()
     letter = rf"(?<!\w)(?<!\w['’-])([{letters}])(?!['’-]?\w)"
     # the article or the pronoun, unless "option" or the like is before it

@@ -17,14 +17,13 @@ from pathlib import Path
 from typing import Iterator
 
 from PIL import Image, ImageChops, ImageStat
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from published.common import GIVEN, alike, clean, open_boxes, parquet_rows, read_list, split_answer
 from support import records
 from support.files import new_folder
 from support.images import Picture, open_image, picture_digest
-from support.processes import run_program
+from support.processes import progress, run_program
 from world import tools
 
 Skip = tuple[str, str]  # (id, reason) of a record that is left out
@@ -239,7 +238,7 @@ def write(examples: Iterator[Converted | Skip], out: Path) -> None:
     with new_folder(out) as folder:
         (folder / "images").mkdir()
         with open(folder / records.FILE, "x", encoding="utf-8", newline="\n") as file:
-            for ex in tqdm(examples, unit=" records"):
+            for ex in progress(examples, unit=" records"):
                 if isinstance(ex, tuple):
                     name, reason = ex
                     left_out[reason].append(name)

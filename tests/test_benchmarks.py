@@ -4,6 +4,7 @@ training refuses is refused; no predictions are overwritten; scores are those co
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -31,59 +32,52 @@ def test_letters(letters, replies):
 
 
 @pytest.fixture
-def vstar(tmp_path):
-    """Three items with the files and fields of craigwu/vstar_bench."""
-    (folder := tmp_path / "vstar").mkdir()
+def sets(tmp_path):
+    """Folders with the files and fields of craigwu/vstar_bench and of MMVP/MMVP."""
+    (vstar := tmp_path / "vstar").mkdir()
     row = dict(text="What colour (a word)?\n(A) red\n(B) blue\nAnswer with the letter.", label="A",
                category="direct_attributes")
-    for n in range(3):
-        Image.new("RGB", (60, 40), (80 * n, 30, 60)).save(folder / f"sa_{n}.jpg")
     lines = [json.dumps(row | dict(image=f"sa_{n}.jpg", question_id=n)) for n in range(3)]
-    (folder / "test_questions.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    return folder
+    (vstar / "test_questions.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    (mmvp := tmp_path / "mmvp" / "MMVP Images").mkdir(parents=True)
+    table = "Index,Question,Options,Correct Answer\n" + "".join(
+        f'{n},"Open, or closed?",(a) Open (b) Closed,({"ab"[n % 2]})\n' for n in (1, 2, 99, 100))
+    (mmvp.parent / "Questions.csv").write_text(table, encoding="utf-8")
+    for n, file in enumerate([*(vstar / f"sa_{n}.jpg" for n in range(3)),
+                              *(mmvp / f"{n}.jpg" for n in (1, 2, 99, 100))]):
+        Image.new("RGB", (60, 40), (30 * n, 30, 60)).save(file)
+    return tmp_path
 
 
-@pytest.fixture
-def mmvp(tmp_path):
-    """Four items with the files and fields of MMVP/MMVP."""
-    (folder := tmp_path / "mmvp" / "MMVP Images").mkdir(parents=True)
-    table = "Index,Question,Options,Correct Answer\n"
-    for n in (1, 2, 99, 100):
-        Image.new("RGB", (60, 40), (2 * n, 0, 0)).save(folder / f"{n}.jpg")
-        table += f'{n},"Open, or closed?",(a) Open (b) Closed,({"ab"[n % 2]})\n'
-    (folder.parent / "Questions.csv").write_bytes(table.encode())
-    return folder.parent
-
-
-def blink_item(tmp_path, **changed):
+def blink_item(**changed):
     """An item of a row with the fields of BLINK-Benchmark/BLINK."""
     row = dict(idx="val_Jigsaw_1", question="Which?", sub_task="Jigsaw", choices=["x", "y", "z"],
                answer="(C)", image_1=BLUE_PNG, image_2=BLUE_PNG, image_3=None) | changed
-    return benchmarks.blink_item(row, "here", tmp_path / "Jigsaw" / "val-0.parquet")
+    return benchmarks.blink_item(row, "here", Path("Jigsaw", "val-0.parquet"))
 
 
-def test_published_layouts_are_read(vstar, mmvp, tmp_path):
-    item = benchmarks.read_items("vstar", vstar)[0]
+def test_published_layouts_are_read(sets):
+    item = benchmarks.read_items("vstar", sets / "vstar")[0]
     assert (item.label, item.choices) == ("A", dict(A="red", B="blue"))
     assert item.task == "direct_attributes" and item.question.endswith("\nAnswer with the letter.")
-    items = benchmarks.read_items("mmvp", mmvp)
+    items = benchmarks.read_items("mmvp", sets / "mmvp")
     assert items[0].question == ("Open, or closed?\nOptions:\nA. Open\nB. Closed\n"
                                "Answer with the option's letter from the given choices directly.")
     # of 99 and 100, which are a pair, only 100 is confirmed to be labelled wrongly
     assert [(item.name, item.task, item.label, item.corrected) for item in items] == [
         ("1", "0", "B", "B"), ("2", "0", "A", "A"), ("99", "49", "B", "B"), ("100", "49", "A", "B")]
-    item = blink_item(tmp_path)
+    item = blink_item()
     assert (len(item.images), item.label, item.task) == (2, "C", "Jigsaw")
-    assert blink_item(tmp_path, choices=[*"abcdefghia"], answer="(J)").label == "AJ"
+    assert blink_item(choices=[*"abcdefghia"], answer="(J)").label == "AJ"
 
 
-def test_what_is_not_the_published_layout_is_named(vstar, mmvp, tmp_path):
+def test_what_is_not_the_published_layout_is_named(sets):
     for kind, (_, name, *_) in benchmarks.LAYOUTS.items():
         with pytest.raises(FileNotFoundError, match=f"holds no .*; expected the layout of {name}"):
-            benchmarks.read_items(kind, tmp_path)
+            benchmarks.read_items(kind, sets)
     with pytest.raises(ValueError, match="here: no image"):
-        blink_item(tmp_path, image_1=None, image_2=None)
-    lines, table = vstar / "test_questions.jsonl", mmvp / "Questions.csv"
+        blink_item(image_1=None, image_2=None)
+    lines, table = sets / "vstar" / "test_questions.jsonl", sets / "mmvp" / "Questions.csv"
     for file, content, message in (
             (lines, b'{"text": 1}', "row 1, item None: no field 'question_id'"),
             (lines, b"{\n", "test_questions.jsonl: not valid JSON: {"), (lines, b"\n", "no items"),
@@ -96,8 +90,8 @@ def test_what_is_not_the_published_layout_is_named(vstar, mmvp, tmp_path):
             benchmarks.read_items(file.parent.name, file.parent)
 
 
-def test_a_question_shows_all_of_its_pictures(vstar, tmp_path, shipped, monkeypatch):
-    items = [*benchmarks.read_items("vstar", vstar), blink_item(tmp_path)]
+def test_a_question_shows_all_of_its_pictures(sets, shipped, monkeypatch):
+    items = [*benchmarks.read_items("vstar", sets / "vstar"), blink_item()]
     counts, generate = [], shipped.generate
     monkeypatch.setattr(shipped, "generate", lambda views, *rest: counts.extend(
         len(view.images) for view in views) or generate(views, *rest))
@@ -112,11 +106,12 @@ def test_a_question_shows_all_of_its_pictures(vstar, tmp_path, shipped, monkeypa
             benchmarks.replies(shipped, [items[0], replace(items[1], question=words)], 4, 1)
 
 
-def test_the_command_line(mmvp, tmp_path, as_program, capsys):
+def test_the_command_line(sets, as_program, capsys):
     """Equal choices are named, and an old file is refused before a model is loaded."""
-    table, out = mmvp / "Questions.csv", tmp_path / "predictions"
+    folder, out = sets / "mmvp", sets / "predictions"
+    table = folder / "Questions.csv"
     table.write_bytes(table.read_bytes().replace(b"Closed", b"Open"))
-    command = [benchmarks.__file__, "mmvp", mmvp, "--out", out, "--device", "cpu", "--model"]
+    command = [benchmarks.__file__, "mmvp", folder, "--out", out, "--device", "cpu", "--model"]
     as_program(*command, TINY)
     assert "4 items have one choice twice, both letters count: 1 of 0, 2" in capsys.readouterr().out
     lines = out.read_text(encoding="utf-8")

@@ -17,10 +17,12 @@ from support.records import FILE, Example
 from support.splits import read_folder
 from world import tools
 
-
 # patches of colours, no two regions of which look alike
 SCENE = Image.fromarray(np.random.default_rng(7).integers(
     0, 256, (12, 18, 3), dtype=np.uint8)).resize((600, 400), Image.Resampling.BICUBIC)
+Image.new("RGB", (40, 40), "blue").save(file := io.BytesIO(), format="PNG")
+BLUE_PNG = {"bytes": file.getvalue()}
+BOX = (0.3, 0.35, 0.6, 0.8)
 
 
 @pytest.fixture
@@ -54,10 +56,6 @@ def turns(question="<image>\nWhat is there?", answer="<lvr>\n<answer> a dog </an
 def lvr(**changed):
     return dict(dataset="flickr30k", question_id=3, image=["a.jpg"], conversations=turns(),
                 bboxes=[[0.5, 0.0, 0.745, 0.5]]) | changed
-
-
-Image.new("RGB", (40, 40), "blue").save(file := io.BytesIO(), format="PNG")
-BLUE_PNG = {"bytes": file.getvalue()}
 
 
 def thinkmorph(**changed):
@@ -153,11 +151,8 @@ def test_questions_on_one_picture_are_on_one_side_with_one_copy(pictures, tmp_pa
     assert splits.count("train") > 570 and {*splits} == {"train", "validation", "test"}
 
 
-def test_a_json_list_is_read_or_named(tmp_path):
+def test_what_is_no_json_list_is_named(tmp_path):
     file = tmp_path / "list.json"
-    # as Windows writes it: a byte order mark, other line ends
-    file.write_bytes("\ufeff[\r\n\"Was heißt 犬?\"]\r\n".encode())
-    assert common.read_list(file) == ["Was heißt 犬?"]
     for text, message in ((b"{}", "must be a"), (b"[1, 2", "not valid JSON"),
                           (b"[1, {]", "cut off .*column 6"), (b"[\xe4]", "not UTF-8")):
         file.write_bytes(text)
@@ -181,9 +176,6 @@ def test_pixelreasoner_crops_errors_and_remarks(pictures, tmp_path, capsys):
     assert f"1  {retried.remarks[0]}; first: {retried.id}" in capsys.readouterr().out
     lines = (tmp_path / "out" / FILE).read_text(encoding="utf-8").splitlines()
     assert [json.loads(line)["remarks"] for line in lines] == [ex.remarks for ex in converted]
-
-
-BOX = (0.3, 0.35, 0.6, 0.8)
 
 
 @pytest.mark.parametrize("box, region", [
@@ -232,22 +224,22 @@ def test_thinkmorph_with_further_pictures_and_without_files(pictures, monkeypatc
         list(published.convert("thinkmorph", [pictures], None))
 
 
-def test_the_program(pictures, tmp_path, as_program, capsys):
+def test_the_program_overwrites_nothing_and_leaves_nothing_half(pictures, tmp_path, as_program):
     file, out = tmp_path / "a.json", tmp_path / "new" / "out"
-    rows = [lvr(conversations=turns("Was heißt 犬?"))]
-    file.write_bytes(json.dumps(rows, ensure_ascii=False).encode())
-    as_program(published.__file__, "lvr", file, file, "--images", pictures, "--out", out)
-    assert "2 records kept, 0 left out" in capsys.readouterr().out
+    # as Windows writes it: a byte order mark, other line ends
+    rows = json.dumps([lvr(conversations=turns("Was heißt 犬?"))], ensure_ascii=False, indent=1)
+    file.write_text("\ufeff" + rows, encoding="utf-8", newline="\r\n")
+    command = published.__file__, "lvr", file, file, "--images", pictures, "--out", out
+    as_program(*command)
     assert [(ex.id, ex.question) for ex in read_folder(out)] == [
         (f"lvr-3-{n}", "Was heißt 犬?") for n in range(2)]
+    with pytest.raises(SystemExit, match="nothing is overwritten"):
+        as_program(*command)
 
-
-def test_nothing_is_left_half_and_nothing_is_overwritten(pictures, tmp_path):
     def interrupted():
         yield from published.convert("lvr", [[lvr()]], pictures)
         raise KeyboardInterrupt
 
-    for out, error in ((tmp_path / "new", KeyboardInterrupt), (pictures, FileExistsError)):
-        with pytest.raises(error):
-            published.write(interrupted(), out)
-    assert [*tmp_path.iterdir()] == [pictures]
+    with pytest.raises(KeyboardInterrupt):
+        published.write(interrupted(), tmp_path / "half")
+    assert {*tmp_path.iterdir()} == {pictures, file, out.parent}

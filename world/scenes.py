@@ -90,7 +90,7 @@ def sample_objects(rng: np.random.Generator, zoom: bool = False) -> Spec:
     # a cell of its own keeps objects apart, a colour of its own makes "the" unique
     for cell, colour in zip(_choose(rng, range(cells ** 2), 5), _choose(rng, list(COLOURS), 5)):
         r = radius or int(rng.integers(15, 19))
-        x, y = (int(v) for v in rng.integers(r + margin, side - margin - r, 2))
+        x, y = rng.integers(r + margin, side - margin - r, 2).tolist()
         spec["objects"].append((x + side * (cell % cells), y + side * (cell // cells), r,
                                 SHAPES[int(rng.integers(4))], colour, int(rng.integers(10))))
     *_, shape, colour, digit = spec["objects"][0]
@@ -199,8 +199,8 @@ def sample_depth(rng: np.random.Generator) -> Spec:
     while True:
         # from 0, far, to 15, near: a near ball covers a far one
         nearness = sorted(_choose(rng, range(16), 6))
-        balls = [tuple(int(v) for v in (*rng.integers(24, 105, 2), rng.integers(16, 24) + z // 3))
-                 + (z,) for z in nearness]
+        balls = [(*rng.integers(24, 105, 2).tolist(), int(rng.integers(16, 24)) + z // 3, z)
+                 for z in nearness]
         # the mark is at the centre, which no nearer ball may cover
         visible = [i for i, (x, y, _, _) in enumerate(balls)
                    if all((x - a) ** 2 + (y - b) ** 2 > (r + 6) ** 2
@@ -289,7 +289,7 @@ def sample_path(rng: np.random.Generator, digits: bool = False) -> Spec:
         if len(walks[0]) >= 4 and all(len(walk) >= 2 for walk in walks):
             break
     colours = _choose(rng, list(COLOURS), 4)
-    ends = [int(v) for v in rng.integers(0, 10, 4)]
+    ends = rng.integers(0, 10, 4).tolist()
     spec = dict(walks=walks, colours=colours, digits=ends,
                 question="Where does the route from the ring end?",
                 answer=colours[0], options=_choose(rng, colours, 4))
@@ -364,15 +364,14 @@ def make_example(task: str, split: str, index: int, seed: int) -> Example:
     """R is each call of the expert with its output, then the conclusion and the answer."""
     _, draw, solve, conclusion = TASKS[task]
     spec = make_spec(task, split, index, seed)
-    images, steps = [draw(spec)], []
+    steps = [draw(spec)]
     for call in solve(spec):
         # a call acts on the previous image
-        images.append(call_tool(call, images[-1]))
-        steps += [call, images[-1]]
-    if steps:
+        steps += [call, call_tool(call, steps[-1])]
+    if steps[1:]:
         steps.append((conclusion + " Answer: {answer}").format(answer=spec["answer"]))
-    return Example(f"{task}-{split}-{index:05d}", task, images[0], spec["question"],
-                   spec["options"], spec["answer"], steps, split)
+    return Example(f"{task}-{split}-{index:05d}", task, steps[0], spec["question"],
+                   spec["options"], spec["answer"], steps[1:], split)
 
 
 def make_world(regime: str, split: str, count: int, seed: int = 0) -> list[Example]:
