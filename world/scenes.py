@@ -16,9 +16,7 @@ from support.records import Example
 from support.tables import HELD_OUT
 from world.tools import FRAME, HOLE, PIECES, RING, ROUTE_SHADE, call_tool
 
-Spec = dict
-# px; the shipped model reads 64 x 64, so a crop shows it more than the whole image does
-SIZE = 128
+SIZE = 128  # px; the shipped model reads 64 x 64, so a crop shows it more than the image does
 COLOURS = dict(red=(215, 45, 45), green=(40, 165, 65), blue=(60, 95, 225), yellow=(230, 215, 60),
                purple=(150, 55, 190), orange=(240, 140, 35))
 DARK = {name: tuple(v * 3 // 10 for v in colour) for name, colour in COLOURS.items()}
@@ -43,13 +41,13 @@ def _choose(rng: np.random.Generator, items, count: int) -> list:
     return [items[int(i)] for i in rng.permutation(len(items))[:count]]
 
 
-def _question(rng: np.random.Generator, question: str, answer: str, candidates=DIGITS) -> Spec:
+def _question(rng: np.random.Generator, question: str, answer: str, candidates=DIGITS) -> dict:
     """The end of a spec. The options are the answer and up to three other candidates, shuffled."""
     others = _choose(rng, [c for c in candidates if c != answer], 3)
     return dict(question=question, answer=answer, options=_choose(rng, [answer, *others], 4))
 
 
-def _canvas(spec: Spec, low: int = 20, high: int = 60) -> tuple[Image.Image, ImageDraw.ImageDraw]:
+def _canvas(spec: dict, low: int = 20, high: int = 60) -> tuple[Image.Image, ImageDraw.ImageDraw]:
     """A dark background with noise, the same for the same spec, and a pen for it."""
     rng = np.random.default_rng(zlib.crc32(repr(spec).encode()))
     noise = Image.fromarray(rng.integers(low, high, (32, 32, 3), dtype=np.uint8))
@@ -70,8 +68,7 @@ def percent(pixels: float, size: int = SIZE) -> int:
 def box(x: float, y: float, r: float, origin=(0, 0), size: int = SIZE) -> tuple[int, ...]:
     """Left, top, right, bottom of the square around (x, y), in hundredths of an image of `size` px
     whose corner is at `origin`."""
-    x, y = x - origin[0], y - origin[1]
-    return tuple(percent(v, size) for v in (x - r, y - r, x + r, y + r))
+    return tuple(percent(v - o, size) for v, o in zip((x - r, y - r, x + r, y + r), origin * 2))
 
 
 def _call(plan: str, tool: str, *numbers: int) -> str:
@@ -79,7 +76,7 @@ def _call(plan: str, tool: str, *numbers: int) -> str:
 
 
 # ---- crop: read the digit on one of five objects; zoom: smaller digits, in four panels ----
-def sample_objects(rng: np.random.Generator, zoom: bool = False) -> Spec:
+def sample_objects(rng: np.random.Generator, zoom: bool = False) -> dict:
     """Five objects (x, y, radius, shape, colour, digit) on a 3 x 3 grid. zoom: one in each panel;
     the smaller their digits, the more crops it takes to read one (1 to 3)."""
     spec, radius, cells, side, margin = dict(objects=[], height=8), None, 3, 43, 1
@@ -106,7 +103,7 @@ def digit_offset(r: int, shape: str) -> int:
     return r // 4 if shape == "triangle" else 0
 
 
-def draw_objects(spec: Spec) -> Image.Image:
+def draw_objects(spec: dict) -> Image.Image:
     image, draw = _canvas(spec)
     # only zoom has panels, and lines between them
     for line in ((64, 0, 64, SIZE), (0, 64, SIZE, 64)) if "calls" in spec else ():
@@ -122,7 +119,7 @@ def draw_objects(spec: Spec) -> Image.Image:
     return image
 
 
-def solve_objects(spec: Spec) -> Iterator[str]:
+def solve_objects(spec: dict) -> Iterator[str]:
     x, y, r, shape, colour, _ = spec["objects"][0]
     count, corner, size = spec.get("calls", 1), (0, 0), SIZE
     # each call acts on the previous crop, so its box counts from that crop's corner
@@ -145,11 +142,10 @@ def dotted(bars: list[tuple]) -> list[tuple]:
     return [bar for bar in bars if bar[3]]
 
 
-def sample_highlight(rng: np.random.Generator, digits: bool = False) -> Spec:
+def sample_highlight(rng: np.random.Generator, digits: bool = False) -> dict:
     """Six bars (left, height, colour, whether it has a dot, digit)."""
     colours = _choose(rng, list(COLOURS), 6)
-    # no two bars have the same height
-    heights = _choose(rng, range(18, 102, 3), 6)
+    heights = _choose(rng, range(18, 102, 3), 6)  # no two bars have the same height
     dots = rng.permutation(6)[:int(rng.integers(2, 4))]
     bars = [(4 + 21 * i, heights[i], colours[i], i in dots, int(rng.integers(10)))
             for i in range(6)]
@@ -160,7 +156,7 @@ def sample_highlight(rng: np.random.Generator, digits: bool = False) -> Spec:
     return dict(bars=bars, **_question(rng, *question))
 
 
-def sample_tallest(rng: np.random.Generator) -> Spec:
+def sample_tallest(rng: np.random.Generator) -> dict:
     """Large bars that need no tool. No trajectory is about this question."""
     bars = sample_highlight(rng)["bars"]
     # the tallest bar is at least 24 px taller than any other
@@ -171,7 +167,7 @@ def sample_tallest(rng: np.random.Generator) -> Spec:
         rng, "Which bar is the tallest?", tallest(bars)[2], [bar[2] for bar in bars]))
 
 
-def draw_bars(spec: Spec) -> Image.Image:
+def draw_bars(spec: dict) -> Image.Image:
     image, draw = _canvas(spec)
     for x, height, colour, has_dot, digit in spec["bars"]:
         draw.rectangle((x, 110 - height, x + 14, 110), fill=COLOURS[colour])
@@ -182,7 +178,7 @@ def draw_bars(spec: Spec) -> Image.Image:
     return image
 
 
-def solve_highlight(spec: Spec) -> Iterator[str]:
+def solve_highlight(spec: dict) -> Iterator[str]:
     digits = spec["family"] == "highlight+crop"
     # one box for each dotted bar, down to its foot or to the digit below it
     boxes = [(percent(x - 1), percent(108 - height), percent(x + 16), 100 if digits else 87)
@@ -194,11 +190,10 @@ def solve_highlight(spec: Spec) -> Iterator[str]:
 
 
 # ---- depth: which of two marked balls is nearer ----
-def sample_depth(rng: np.random.Generator) -> Spec:
+def sample_depth(rng: np.random.Generator) -> dict:
     """Six balls (x, y, radius, nearness), of which two bear a mark."""
     while True:
-        # from 0, far, to 15, near: a near ball covers a far one
-        nearness = sorted(_choose(rng, range(16), 6))
+        nearness = sorted(_choose(rng, range(16), 6))  # 15 is near: it covers what is farther
         balls = [(*rng.integers(24, 105, 2).tolist(), int(rng.integers(16, 24)) + z // 3, z)
                  for z in nearness]
         # the mark is at the centre, which no nearer ball may cover
@@ -214,12 +209,11 @@ def sample_depth(rng: np.random.Generator) -> Spec:
                         answer=names[marks.index(max(marks))], options=names)
 
 
-def draw_balls(spec: Spec) -> Image.Image:
+def draw_balls(spec: dict) -> Image.Image:
     image, draw = _canvas(spec, 20, 40)
     rng = np.random.default_rng(zlib.crc32(repr(spec).encode()) + 1)
     for x, y, r, z in spec["balls"]:
-        # near is bright
-        level = 60 + 11 * z
+        level = 60 + 11 * z  # near is bright
         draw.ellipse((x - r, y - r, x + r, y + r), fill=(level,) * 3, outline=(20, 20, 20))
         # dark and bright flecks: one spot alone does not show how bright the ball is
         for _ in range(10):
@@ -233,7 +227,7 @@ def draw_balls(spec: Spec) -> Image.Image:
 
 
 # ---- jigsaw: which framed piece completes the picture ----
-def sample_jigsaw(rng: np.random.Generator) -> Spec:
+def sample_jigsaw(rng: np.random.Generator) -> dict:
     """Pictures of 72 x 72 px: four similar corner colours, and a stroke (x0, y0, x1, y1, grey)."""
     frames = _choose(rng, list(COLOURS), 4)
     # the content of each frame: 0 the right piece, 1 the same upside down, 2 and 3 other pictures'
@@ -248,7 +242,7 @@ def sample_jigsaw(rng: np.random.Generator) -> Spec:
                 options=_choose(rng, frames, 4))
 
 
-def draw_jigsaw(spec: Spec) -> Image.Image:
+def draw_jigsaw(spec: dict) -> Image.Image:
     image, draw = _canvas(spec, 10, 30)
     left, top, pictures = HOLE * (spec["hole"] % 2), HOLE * (spec["hole"] // 2), []
     for corners, ((*line, grey),) in spec["pictures"]:
@@ -275,13 +269,12 @@ def _sample_walk(rng: np.random.Generator, length: int, occupied: set) -> list:
         occupied.add((x, y))
         free = [(a, b) for a, b in ((x + 1, y), (x - 1, y), (x, y + 1), (x, y - 1))
                 if (a, b) not in occupied and 0 <= a < 5 and 0 <= b < 5]
-        # where none is free, the walk ends here
-        if free:
+        if free:  # else the walk ends here
             x, y = free[int(rng.integers(len(free)))]
     return walk
 
 
-def sample_path(rng: np.random.Generator, digits: bool = False) -> Spec:
+def sample_path(rng: np.random.Generator, digits: bool = False) -> dict:
     """Four walks without a common node. The first starts at the ring; each ends in a disc."""
     while True:
         lengths, occupied = [int(rng.integers(3, 7)), *map(int, rng.integers(1, 5, 3))], set()
@@ -301,24 +294,23 @@ def node_xy(node: tuple[int, int]) -> tuple[int, int]:
     return 14 + 25 * node[0], 14 + 25 * node[1]
 
 
-def draw_routes(spec: Spec) -> Image.Image:
+def draw_routes(spec: dict) -> Image.Image:
     image, draw = _canvas(spec)
     digits = spec["family"] == "path+crop"
     r = 10 if digits else 8
-    for n, (walk, colour, digit) in enumerate(zip(spec["walks"], spec["colours"], spec["digits"])):
+    for walk, colour, digit in zip(spec["walks"], spec["colours"], spec["digits"]):
         points = [node_xy(node) for node in walk]
         draw.line(points, fill=(ROUTE_SHADE,) * 3, width=4, joint="curve")
         x, y = points[-1]
         draw.ellipse((x - r, y - r, x + r, y + r), fill=COLOURS[colour])
         if digits:
             _draw_digit(image, digit, x, y, 12, DARK[colour])
-        if n == 0:
-            x, y = points[0]
-            draw.ellipse((x - 8, y - 8, x + 8, y + 8), outline=RING, width=4)
+    x, y = node_xy(spec["walks"][0][0])
+    draw.ellipse((x - 8, y - 8, x + 8, y + 8), outline=RING, width=4)
     return image
 
 
-def solve_path(spec: Spec) -> Iterator[str]:
+def solve_path(spec: dict) -> Iterator[str]:
     start, end = (node_xy(spec["walks"][0][n]) for n in (0, -1))
     yield _call("Trace the route.", "path", *map(percent, start))
     if spec["family"] == "path+crop":
@@ -340,17 +332,14 @@ TASKS: dict[str, Task] = {
     "zoom": Task(partial(sample_objects, zoom=True), draw_objects, solve_objects),
     "highlight+crop": Task(partial(sample_highlight, digits=True), draw_bars, solve_highlight),
     "path+crop": Task(partial(sample_path, digits=True), draw_routes, solve_path),
-    HELD_OUT: Task(sample_tallest, draw_bars, lambda spec: []),
-}
-REGIMES = dict(single=["crop"],  # one tool, one call
-               mixed=["crop", "highlight", "depth", "jigsaw", "path"],  # several tools, one call
-               multi=["zoom"],  # one tool, one to three calls
-               all=["highlight+crop", "path+crop", "zoom"])  # several tools, several calls
+    HELD_OUT: Task(sample_tallest, draw_bars, lambda spec: [])}
+REGIMES = dict(single=["crop"], mixed=["crop", "highlight", "depth", "jigsaw", "path"],
+               multi=["zoom"], all=["highlight+crop", "path+crop", "zoom"])
 # a spec's hash modulo 16 names its split
 BUCKETS = dict(test=range(2), validation=range(2, 4), train=range(4, 10), pretrain=range(10, 16))
 
 
-def make_spec(task: str, split: str, index: int, seed: int) -> Spec:
+def make_spec(task: str, split: str, index: int, seed: int) -> dict:
     """The index-th scene of a task and split."""
     words = (zlib.crc32(word.encode()) for word in (split, task))
     rng = np.random.default_rng([seed, *words, index])
@@ -366,8 +355,7 @@ def make_example(task: str, split: str, index: int, seed: int) -> Example:
     spec = make_spec(task, split, index, seed)
     steps = [draw(spec)]
     for call in solve(spec):
-        # a call acts on the previous image
-        steps += [call, call_tool(call, steps[-1])]
+        steps += [call, call_tool(call, steps[-1])]  # it acts on the previous image
     if steps[1:]:
         steps.append((conclusion + " Answer: {answer}").format(answer=spec["answer"]))
     return Example(f"{task}-{split}-{index:05d}", task, steps[0], spec["question"],

@@ -39,8 +39,7 @@ def highlight(image: Image.Image, *boxes: int) -> Image.Image:
 def depth(image: Image.Image) -> Image.Image:
     """Estimate depth from shading: grey without texture, bright is near. Marks stay visible."""
     pixels = np.asarray(image, dtype=np.int16)
-    # (H, W) only the marks have a colour
-    marks = (pixels.max(-1) - pixels.min(-1)) > 90
+    marks = (pixels.max(-1) - pixels.min(-1)) > 90  # (H, W): only the marks have a colour
     # the median removes the flecks
     grey = image.convert("L").filter(ImageFilter.MedianFilter(9)).filter(ImageFilter.BoxBlur(2))
     level = np.clip((np.asarray(grey, dtype=np.float32) - 30) * 1.25, 0, 255).astype(np.uint8)
@@ -78,12 +77,10 @@ def path(image: Image.Image, x: int, y: int) -> Image.Image:
     h, w = pixels.shape[:2]
     row, column = y * h // 100, x * w // 100
     top, left = max(0, row - 6), max(0, column - 6)
-    # (H, W) routes and the ring are the only bright grey
-    route = pixels.min(-1) > ROUTE_SHADE - 45
+    route = pixels.min(-1) > ROUTE_SHADE - 45  # (H, W): nothing else is bright grey but the ring
     region = Image.fromarray(route.astype(np.uint8)).copy()  # a copy may be painted
     for dy, dx in np.argwhere(route[top:row + 7, left:column + 7]).tolist():
-        if region.getpixel((left + dx, top + dy)) == 1:
-            ImageDraw.floodfill(region, (left + dx, top + dy), 2)
+        ImageDraw.floodfill(region, (left + dx, top + dy), 2)
     pixels[np.asarray(region) == 2] = ROUTE_PAINT
     return Image.fromarray(pixels)
 
