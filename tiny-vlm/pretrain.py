@@ -6,11 +6,9 @@
      on tool outputs.
   2. Language: the language model learns dialogues on the features of the frozen tower. Most are
      about one to three of these images: captions, boxes, short answers such as "Answer: seven".
-     Some have no image ("Repeat: ..."): they train the embedding of every word. The checkpoint
-     does not keep the heads of the two auxiliary losses.
+     Some have no image ("Repeat: ..."): they train the embedding of every word.
 """
 
-import itertools
 import random
 import sys
 import time
@@ -74,11 +72,6 @@ class Labels:
         inside = (x0 <= self.x) & (self.x <= x1) & (y0 <= self.y) & (self.y <= y1)
         self.values[inside, CHANNEL[name]] = 1
 
-    def tokens(self) -> np.ndarray:
-        """(tokens, 4, channels): the four cells of each merged token, raster order."""
-        n = self.cells // 2
-        return self.values.reshape(n, 2, n, 2, -1).swapaxes(1, 2).reshape(n * n, 4, -1)
-
 
 def ask(question: str, *answer: str | int) -> QA:
     return question, f"Answer: {' '.join(map(str, answer))}"
@@ -103,8 +96,7 @@ def describe_objects(labels: Labels, spec: dict):
         if shapes.count(shape) == 1:
             rows.append(ask(f"What colour is the {shape}?", colour))
     rows.append(ask("How many objects are there?", DIGITS[len(objects)]))
-    # a caption reads from top to bottom and from left to right
-    in_order = sorted(objects, key=lambda o: (o[1] // 40, o[0]))
+    in_order = sorted(objects, key=lambda o: (o[1] // 40, o[0]))  # top to bottom, left to right
     rows += captions(*(f"{o[4]} {o[3]} {DIGITS[o[5]]}" for o in in_order)) * 2
     if spec["family"] == "zoom":
         for x, y, _, shape, colour, _ in objects:
@@ -167,7 +159,7 @@ def describe_routes(labels: Labels, spec: dict):
     rows += captions("ring", *(f"{colour} disc" for colour in spec["colours"]))
     for points, colour, digit in zip(routes, spec["colours"], spec["digits"]):
         flag = "route" if points is routes[0] else "other route"
-        for start, stop in itertools.pairwise(points):
+        for start, stop in zip(points, points[1:]):
             for point in np.linspace(start, stop, 7):
                 labels.put(*point, **{flag: 1})
         labels.put(*points[-1], 0.5, **{colour: 1})
@@ -213,8 +205,7 @@ def object_crop(spec: dict, image: Image.Image, rng: random.Random):
     """A crop of a panel, of an object, or of the digit on it."""
     x, y, r, shape, colour, digit = thing = rng.choice(spec["objects"])
     kind = rng.choice(("panel", "object", "mark")) if spec["family"] == "zoom" else "object"
-    if kind == "panel":
-        # which has this object alone
+    if kind == "panel":  # which has this object alone
         corner = (64 * (x >= 64), 64 * (y >= 64))
         labels = Labels(8, corner, 64)
         out = tools.crop(image, *scenes.box(corner[0] + 32, corner[1] + 32, 32))
@@ -267,8 +258,7 @@ def tokenizer_texts(seed: int, count: int = 300) -> list[str]:
     """Texts that make the tokenizer: the dialogues of `count` scenes, numbers, and trajectories, so
     that their words are few tokens (training embeds no trajectory)."""
     texts = [text for _, _, rows in make_pictures(count, seed) for row in rows for text in row]
-    texts += [f"{a} {b}" for a in range(101) for b in range(101)]
-    texts += ["user\n", "assistant\n"] * 100
+    texts += [f"{a} {b}" for a in range(101) for b in range(101)] + ["user\n", "assistant\n"] * 100
     texts += [f"Answer: {word}." for word in (*COLOURS, *SHAPES, *DIGITS)] * 50
     return texts + [text for task in TASKS for i in range(40)
                     for text in scenes.make_example(task, "pretrain", i, 0).texts]
@@ -291,7 +281,10 @@ def make_pool(count: int, seed: int) -> list[Picture]:
         # the edge of the image may cut a crop short: then labels and tokens do not match
         if grid[1:] == (labels.cells, labels.cells):
             patches = out["pixel_values"].astype(np.float16)
-            pool.append(Picture(patches, grid, labels.tokens(), questions))
+            # the four cells of each merged token, in raster order
+            n = labels.cells // 2
+            cells = labels.values.reshape(n, 2, n, 2, -1).swapaxes(1, 2).reshape(n * n, 4, -1)
+            pool.append(Picture(patches, grid, cells, questions))
     return pool
 
 
@@ -372,8 +365,7 @@ class Talker:
 
     def exchanges(self, rng: random.Random, pool: list[Picture]):
         """([a new picture], question ids, reply ids) of each exchange of a dialogue."""
-        # without pictures: the assistant repeats random words
-        if rng.random() < 0.15:
+        if rng.random() < 0.15:  # without pictures: the assistant repeats random words
             for _ in range(rng.choice((1, 2))):
                 words = rng.choices(self.words, k=rng.randint(3, 14))
                 yield [], [*self.encode("Repeat: "), *words], words
@@ -385,8 +377,7 @@ class Talker:
             chosen = rng.choices(with_words, k=rng.choice((1, 2, 3)))
             if rng.random() < 0.3:
                 chosen[0] = rng.choice(wordless)
-            # two sentences: a description, then an answer
-            elif rng.random() < 0.15:
+            elif rng.random() < 0.15:  # two sentences: a description, then an answer
                 question, reply = chosen[-1]
                 chosen[-1] = (f"Describe, then answer. {question}", f"{wordless[0][1]} {reply}")
             for n, (question, reply) in enumerate(chosen):
@@ -423,8 +414,7 @@ def language_losses(rows: list[Dialogue], model, heads, summary: float) -> dict[
     position_ids, _ = model.model.get_rope_index(ids, is_image.int(), grid, attention_mask=mask)
     out = model.model.language_model(inputs_embeds=embeds, attention_mask=mask,
                                      position_ids=position_ids, output_hidden_states=True)
-    # the state at a token predicts the next one
-    next_ids = labels[:, 1:]
+    next_ids = labels[:, 1:]  # the state at a token predicts the next one
     logits = model.lm_head(out.last_hidden_state[:, :-1][next_ids != -100])
     # (tokens, 2)
     places = torch.cat([torch.ones(size).nonzero() for size in (grid[:, 1:] // MERGE).tolist()])
@@ -494,8 +484,7 @@ def main() -> None:
     train_language(model, tokenizer, pool, valid, args.language_steps, args.summary)
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
-    # these stay as they are
-    for name in ("preprocessor_config.json", "tokenizer_config.json"):
+    for name in ("preprocessor_config.json", "tokenizer_config.json"):  # as they are
         (out / name).write_bytes((HERE / name).read_bytes())
     print(f"saved {out} after {(time.time() - start) / 60:.1f} minutes")
 
