@@ -59,8 +59,7 @@ def choices_in(text: str) -> dict[str, str]:
 
 def make_item(where: str, name: str, group: str, images: list[Image.Image], words: str,
               choices: dict[str, str], label: str, wrong: bool = False) -> Item:
-    # a label such as B, B. or (b)
-    match = re.fullmatch(r"\(?([A-Za-z])\)?\.?", str(label).strip())
+    match = re.fullmatch(r"\(?([A-Za-z])\)?\.?", str(label).strip())  # B, B. or (b)
     if not match or match[1].upper() not in choices:
         raise ValueError(f"{where}: the label {label!r} is none of the choices "
                          f"{', '.join(choices)}")
@@ -78,8 +77,7 @@ def vstar_item(row: dict, where: str, file: Path) -> Item:
     words = row["text"]
     item = make_item(where, row["question_id"], row["category"], [
         open_image(file.parent / row["image"], where)], words, choices_in(words), row["label"])
-    # as published: the words have options and instruction
-    return replace(item, question=words)
+    return replace(item, question=words)  # as published, with options and instruction
 
 
 def mmvp_item(row: dict, where: str, file: Path) -> Item:
@@ -118,8 +116,7 @@ def rows_of(file: Path) -> Iterable[dict]:
         return csv.DictReader(lines)
     try:
         return [json.loads(line) for line in lines if line.strip()]
-    except json.JSONDecodeError as error:
-        # the line itself
+    except json.JSONDecodeError as error:  # its doc is the line
         raise ValueError(f"{file}: not valid JSON: {error.doc:.80}") from None
 
 

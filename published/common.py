@@ -48,8 +48,7 @@ def parquet_rows(files: list[Path]) -> Iterator[dict]:
 
 
 def clean(text: str) -> str:
-    # a question has no other markup than placeholders
-    return EDGES.sub("", text).strip()
+    return EDGES.sub("", text).strip()  # a question has no other markup than placeholders
 
 
 def open_boxes(text: str) -> tuple[str, list[str]]:
@@ -72,8 +71,7 @@ def split_answer(text: str) -> tuple[str, str]:
     if tagged := list(ANSWER.finditer(text)):
         last = tagged[-1]
         return open_boxes(text[:last.start()] + " " + text[last.end():])[0], open_boxes(last[1])[0]
-    # a sentence may need what is in the box, so the words keep it
-    words, boxes = open_boxes(text)
+    words, boxes = open_boxes(text)  # the words keep what is in a box: a sentence may need it
     if not boxes and (match := GIVEN.search(words)):
         return words[:match.start()].strip(), match[1]
     return words, boxes[-1] if boxes else ""

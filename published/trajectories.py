@@ -52,9 +52,8 @@ def convert(kind: str, sources: list[Path], images: Path | None) -> Iterator[Con
             yield name, "a call that is not JSON"
         except (KeyError, IndexError, TypeError, AttributeError) as error:
             yield name, f"field missing or of another type: {error!r}"
-        # without the details, which differ between records
         except (ValueError, OSError) as error:
-            yield name, str(error).split(":")[0]
+            yield name, str(error).split(":")[0]  # without the details, which differ
 
 
 def example(name: str, task: str, picture: Picture, image: Image.Image, question: str, answer: str,
@@ -64,7 +63,7 @@ def example(name: str, task: str, picture: Picture, image: Image.Image, question
         if not alike(match[1], answer):
             raise ValueError(OTHER_ANSWER)
         words = words[:match.start()]
-    steps = [*steps, f"{words} Answer: {answer}".strip()]
+    question, steps = clean(question), [*steps, f"{words} Answer: {answer}".strip()]
     texts = [question, answer, *(step for step in steps if isinstance(step, str))]
     if not all(texts):
         raise ValueError("no question, no answer, or a text of the trajectory is empty")
@@ -123,7 +122,7 @@ def lvr(name: str, row: dict, images: Path) -> Iterator[Converted | Skip]:
         look = "Look closer at the region that matters." if not steps else "Look here, too."
         # each crop is of the question's picture, not of the crop before
         steps += [crop_text(look, box, of=1 if steps else 0), tools.crop(image, *box)]
-    yield example(name, str(row.get("dataset", "lvr")), path, image, clean(turns[0]),
+    yield example(name, str(row.get("dataset", "lvr")), path, image, turns[0],
                   answer or words, words if answer else "", steps)
 
 
@@ -144,8 +143,7 @@ def thinkmorph(name: str, row: dict, _: None) -> Iterator[Converted]:
     if "problem_image_1" in images:
         raise ValueError("several images beside the question, not one")
     steps, n = [], 0
-    # the first reasoning picture is required
-    while n == 0 or f"reasoning_image_{n}" in images:
+    while n == 0 or f"reasoning_image_{n}" in images:  # the first one is required
         steps += [open_boxes(row[f"resoning_thought_{n}"])[0], images[f"reasoning_image_{n}"]]
         n += 1
     words, stated = split_answer(row[f"resoning_thought_{n}"])
@@ -155,8 +153,7 @@ def thinkmorph(name: str, row: dict, _: None) -> Iterator[Converted]:
         raise ValueError(OTHER_ANSWER)
     remarks = ["its text-only reasoning is left out"] if row.get("full_text_only_thought") else []
     image = images["problem_image_0"]
-    yield example(name, row["folder"], image, image, clean(row["question"]), answer, words, steps,
-                  remarks)
+    yield example(name, row["folder"], image, image, row["question"], answer, words, steps, remarks)
 
 
 def pixelreasoner(name: str, row: dict, images: Path) -> Iterator[Converted]:
@@ -192,7 +189,7 @@ def pixelreasoner(name: str, row: dict, images: Path) -> Iterator[Converted]:
     words, answer = split_answer(f"{pending} {last}")
     if "<tool_call>" in last or not answer:
         raise ValueError("its last turn calls a tool, or has no boxed answer at its end")
-    yield example(name, "pixelreasoner", path, image, clean(" ".join(contents(first, "text"))),
+    yield example(name, "pixelreasoner", path, image, " ".join(contents(first, "text")),
                   answer, words, steps, remarks)
 
 
@@ -233,7 +230,6 @@ def run_call(call: str, pictures: list[Image.Image],
 
 
 def write(examples: Iterator[Converted | Skip], out: Path) -> None:
-    # `out` appears when it is complete
     kinds, remarks, left_out = Counter(), defaultdict(list), defaultdict(list)
     with new_folder(out) as folder:
         (folder / "images").mkdir()
@@ -265,8 +261,7 @@ def save(picture: Picture, pixels: str, folder: Path) -> str:
     if (folder / name).exists():
         pass  # this very picture, of another question
     elif isinstance(picture, Path):
-        # a copy and no link: a change of the copy must not reach the original
-        shutil.copyfile(picture, folder / name)
+        shutil.copyfile(picture, folder / name)  # a link's change would reach the original
     else:
         picture.save(folder / name)
     return name
