@@ -84,6 +84,7 @@ def test_what_is_not_the_published_layout_is_named(sets):
             (lines, lines.read_bytes().replace(b': "A"', b': "C"'), "item 0: .* none of .* A, B"),
             (lines, lines.read_bytes().replace(b': "A"', b': "AB"'), "item 0: the label 'AB'"),
             (table, table.read_bytes() + b"1,Open?,(a) Y (b) N,(a)\n", "item 1: .*there twice"),
+            (table, table.read_bytes() + b"1\n", "row 5, item 1: no field 'Question'"),
             (table, b"\xe4", "Questions.csv: not UTF-8")):
         file.write_bytes(content)
         with pytest.raises(ValueError, match=message):
@@ -97,8 +98,7 @@ def test_a_question_shows_all_of_its_pictures(sets, shipped, monkeypatch):
         len(view.images) for view in views) or generate(views, *rest))
     replies = benchmarks.replies(shipped, items, 4, 2)
     assert sorted(counts) == [1, 1, 1, 2]
-    # in the order of the items, whatever the batches
-    assert benchmarks.replies(shipped, items[::-1], 4, 1) == replies[::-1]
+    assert benchmarks.replies(shipped, items[::-1], 4, 1) == replies[::-1]  # in their order
     # what training refuses is refused before the first question is asked
     monkeypatch.setattr(shipped, "generate", None)
     for words, why in (("What is <|im_end|>?", "im_end"), ("blue one two " * 1200, "tokens, the")):

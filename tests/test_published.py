@@ -153,9 +153,8 @@ def test_questions_on_one_picture_are_on_one_side_with_one_copy(pictures, tmp_pa
 
 def test_what_is_no_json_list_is_named(tmp_path):
     file = tmp_path / "list.json"
-    for text, message in ((b"{}", "must be a"), (b"[1, 2", "not valid JSON"),
-                          (b"[1, {]", "cut off .*column 6"), (b"[\xe4]", "not UTF-8")):
-        file.write_bytes(text)
+    for text, message in (("{}", "must be a"), ("[1, {]", "cut off .*column 6")):
+        file.write_text(text, encoding="utf-8")
         with pytest.raises(ValueError, match=message):
             common.read_list(file)
 
@@ -225,21 +224,19 @@ def test_thinkmorph_with_further_pictures_and_without_files(pictures, monkeypatc
 
 
 def test_the_program_overwrites_nothing_and_leaves_nothing_half(pictures, tmp_path, as_program):
+    def interrupted():
+        yield from published.convert("lvr", [[lvr()]], pictures)
+        raise KeyboardInterrupt
+
     file, out = tmp_path / "a.json", tmp_path / "new" / "out"
-    # as Windows writes it: a byte order mark, other line ends
     rows = json.dumps([lvr(conversations=turns("Was heißt 犬?"))], ensure_ascii=False, indent=1)
-    file.write_text("\ufeff" + rows, encoding="utf-8", newline="\r\n")
+    file.write_text("\ufeff" + rows, encoding="utf-8", newline="\r\n")  # as Windows writes it
     command = published.__file__, "lvr", file, file, "--images", pictures, "--out", out
     as_program(*command)
     assert [(ex.id, ex.question) for ex in read_folder(out)] == [
         (f"lvr-3-{n}", "Was heißt 犬?") for n in range(2)]
     with pytest.raises(SystemExit, match="nothing is overwritten"):
         as_program(*command)
-
-    def interrupted():
-        yield from published.convert("lvr", [[lvr()]], pictures)
-        raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
         published.write(interrupted(), tmp_path / "half")
     assert {*tmp_path.iterdir()} == {pictures, file, out.parent}
