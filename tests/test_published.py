@@ -115,7 +115,7 @@ def test_what_cannot_be_used_is_counted(pictures, tmp_path, kind, row, reason, c
 
 def test_lvr_boxes_become_calls_and_every_turn_is_counted(pictures, tmp_path, capsys):
     boxes = [[0.1, 0.1, 0.5, 0.5], [0.5, 0.5, 0.9, 0.9], [0.07, 0.29, 0.57, 0.58]]
-    plain = turns(answer="<answer>a dog</answer>")
+    plain = turns(answer="a dog")
     rows = [lvr(), lvr(bboxes=boxes), lvr(bboxes=boxes[:2], conversations=plain + plain),
             # the marks say that the first turn has two boxes
             lvr(bboxes=boxes, conversations=turns(answer="<lvr>\n<lvr>\n<answer>No") + turns()),
@@ -126,7 +126,7 @@ def test_lvr_boxes_become_calls_and_every_turn_is_counted(pictures, tmp_path, ca
     assert (ex.question, ex.answer, last) == ("What is there?", "a dog", "Answer: a dog")
     assert ex.task == "flickr30k" and call.endswith("[crop 50 0 75 50]") and ex.remarks == []
     assert [*map(check_calls, (ex, three, one, two))] == [1, 3, 1, 2]
-    assert three.texts[2].endswith("[crop 7 29 57 58 of 1]")
+    assert three.texts[2].endswith("[crop 7 29 57 58 of 1]") and one.texts[-1] == last
     published.write(iter(converted), tmp_path / "out")
     report = capsys.readouterr().out
     assert "4 records kept, 4 left out" in report and "left out       3  a further turn" in report
@@ -197,7 +197,7 @@ So $\boxed{\text{(A)}}$  #  \boxed{A}  #  So (A) Answer: A
 $\boxed{\boxed{A}}$ at $\fbox {x{y}{z}}.  #  x{y}{z}  #  A at $x{y}{z}. Answer: x{y}{z}
 At \boxed{\frac{1}{2}}  #  \boxed{\frac{1}{2}}  #  At \frac{1}{2} Answer: \frac{1}{2}
 <IMAGE_END> < think >Fits</think ><answer>\boxed{A}  #  <answer>A  #  Fits Answer: A
-It fits.</think>Yes.<answer>A. red</answer>  #  A  #  It fits. Yes. Answer: A
+It fits.</think>Yes. Answer: A<answer>A. red</answer>  #  A  #  It fits. Yes. Answer: A
 No <answer>B</answer>, but <answer> A  #  A  #  No B , but Answer: A
 So \boxed{A  #  A  #  So A Answer: A
 It is 12,15. Answer: 12,15  #  12, 15  #  It is 12,15. Answer: 12, 15
