@@ -13,11 +13,11 @@ The controls are those of the critiques of latent visual reasoning (arXiv:2605.2
 2606.01287). All draws have fixed seeds. Letters: B batch, D hidden size.
 """
 
-import argparse
 import difflib
 import random
 import statistics
 import sys
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -51,15 +51,8 @@ NEAR = 2  # a question with fewer words changed is a near copy of a trained one
 # by the question's id: the text of the option that was answered (None: none of them); a mark
 Choices = dict[str, str | None]
 Marks = dict[str, float]
-
-
-class Result(NamedTuple):
-    marks: Marks
-    # what the table subtracts from them, of the same questions
-    against: Marks | None = None
-
-
-Results = dict[tuple[str, str, str], Result]  # by (part, test, measure)
+# by (part, test, measure); the first test of a part replaces nothing
+Results = dict[tuple[str, str, str], Marks]
 
 
 def ask(model: Evaluator, examples: Sequence[Example], way: str = "direct") -> Choices:
@@ -85,16 +78,16 @@ def right(rows: Sequence[Example], choices: Choices) -> Marks:
     return matches(rows, choices, {ex.id: ex.answer for ex in rows})
 
 
-def unreplaced(part: str, test: str, rows: Sequence[Example], before: Choices) -> Results:
-    own, guesses = right(rows, before), {ex.id: 1 / len(ex.options) for ex in rows}
-    return {(part, test, RIGHT): Result(own), (part, GUESS, RIGHT): Result(guesses, own)}
+def unreplaced(part: str, test: str, rows: Sequence[Example], choices: Choices) -> Results:
+    return {(part, test, RIGHT): right(rows, choices),
+            (part, GUESS, RIGHT): {ex.id: 1 / len(ex.options) for ex in rows}}
 
 
 def replaced(part: str, test: str, rows: Sequence[Example], choices: Choices,
              before: Choices) -> Results:
     """before: the answers with nothing replaced."""
-    return {(part, test, RIGHT): Result(right(rows, choices), right(rows, before)),
-            (part, test, SAME): Result(matches(rows, choices, before))}
+    return {(part, test, RIGHT): right(rows, choices),
+            (part, test, SAME): matches(rows, choices, before)}
 
 
 # ---- whose picture replaces a question's own ----------------------------------------------------
@@ -133,13 +126,12 @@ def with_tool_images(example: Example, other: Example) -> Example:
 
 def image_tests(model: Evaluator) -> Results:
     examples, before = model.examples, choices_of(model, model.direct())
-    results = unreplaced("image", "as it is", examples, before)
     grey = [replace(ex, image=Image.new("RGB", opened(ex.image).size, (128, 128, 128)))
             for ex in examples]
     swapped = [replace(ex, image=other.image) for ex, other in partners(examples, 0)]
-    for test, rows in (("grey", grey), ("another question's", swapped)):
-        results |= replaced("image", test, rows, ask(model, rows), before)
-    return results
+    return (unreplaced("image", "as it is", examples, before)
+            | replaced("image", "grey", grey, ask(model, grey), before)
+            | replaced("image", "another question's", swapped, ask(model, swapped), before))
 
 
 def tool_tests(model: Evaluator) -> Results:
@@ -148,19 +140,15 @@ def tool_tests(model: Evaluator) -> Results:
     # some families can be shown one image alone
     if model.vlm.family.single_image_only or not examples:
         return {}
-    before = ask(model, examples, "tool")
-    results = unreplaced("tool image", "as it is", examples, before)
+    results = unreplaced("tool image", "as it is", examples, ask(model, examples, "tool"))
     for test, same in (("another's, same answer", True), ("another's, other answer", False)):
         pairs = partners(examples, -1, partial(fits, same=same))
         rows = [with_tool_images(*pair) for pair in pairs]
         choices = ask(model, rows, "tool")
-        stays = right(rows, choices)
-        if same:
-            results["tool image", test, RIGHT] = Result(stays, right(rows, before))
-        else:
+        results["tool image", test, RIGHT if same else STAYS] = right(rows, choices)
+        if not same:
             follows = matches(rows, choices, {ex.id: other.answer for ex, other in pairs})
-            results["tool image", test, STAYS] = Result(stays)
-            results["tool image", test, FOLLOWS] = Result(follows, stays)
+            results["tool image", test, FOLLOWS] = follows
     return results
 
 
@@ -198,13 +186,13 @@ def latent_tests(model: Evaluator, scale, n: int) -> Results:
     examples = [ex for ex in model.examples if len(ex.images) > 1]
     evaluator = Evaluator(model.vlm, examples, model.prefix)
     before, originals = latent_choices(evaluator, scale, n, {})
-    results, own = unreplaced("latents", "its own", examples, before), right(examples, before)
+    results = unreplaced("latents", "its own", examples, before)
     # at least one latent was fed
-    results["latents", "its own", "with latents"] = Result(
-        {i: int(bool(latents)) for i, latents in originals.items()})
+    results["latents", "its own", "with latents"] = {
+        i: int(bool(latents)) for i, latents in originals.items()}
     for test, choices in (("markers alone", latent_choices(evaluator, scale, 0, {})[0]),
                           ("answered directly", choices_of(evaluator, evaluator.direct()))):
-        results["latents", test, RIGHT] = Result(right(examples, choices), own)
+        results["latents", test, RIGHT] = right(examples, choices)
     # a model that feeds itself no latents has none to replace
     tests = replacements(examples, originals, n) if any(originals.values()) else {}
     for test, feed in tests.items():
@@ -244,25 +232,34 @@ def words_apart(one: str, other: str) -> int:
                if kind != "equal")
 
 
-def untrained_tests(model: Evaluator, questions: Questions, before: Results) -> Results:
-    """before: the results of the model before training; none for itself."""
+def untrained_tests(model: Evaluator, questions: Questions) -> Results:
     marks = {task: right(rows, ask(model, rows)) for task, rows in questions.untrained.items()}
     if far := [task for task in marks if questions.distances[task] >= NEAR]:
         marks[ALL_FAR] = {i: mark for task in far for i, mark in marks[task].items()}
-    keys = [("untrained", task, RIGHT) for task in marks]
-    return {key: Result(own, before[key].marks if before else None)
-            for key, own in zip(keys, marks.values())}
+    return {("untrained", task, RIGHT): own for task, own in marks.items()}
+
+
+def reference(key: tuple[str, str, str], results: Results, before: Results) -> Marks | None:
+    """What the table subtracts from a result. before: of the model before training."""
+    part, test, measure = key
+    if part == "untrained":
+        return before[key] if results is not before else None
+    if measure == FOLLOWS:
+        return results[part, test, STAYS]
+    first = next(other for other in results if other[0] == part)
+    return results[first] if measure == RIGHT and key != first else None
 
 
 def table(systems: dict[str, list[Results]], distances: dict[str, int]) -> str:
     """Markdown: for each result its share in %, with the 95% interval (Wilson) of one seed or the
-    standard deviation over seeds, and the difference to what it is compared with."""
+    standard deviation over seeds, and a difference. systems: first the model before training."""
     head = ["system", "part", "replaced by", "answers", "n", "% [95%] or +/- std", "- unreplaced; "
             "untrained: - before training; as the image: - as the question [95%]"]
-    lines, count = [], 0
+    lines, count, [before] = [], 0, next(iter(systems.values()))
     for name, seeds in systems.items():
         for part, test, measure in seeds[0]:
-            marks, against = zip(*(results[part, test, measure] for results in seeds))
+            marks, against = zip(*((results[part, test, measure], reference(
+                (part, test, measure), results, before)) for results in seeds))
             n, value, change = len(marks[0]), "no question fits", ""
             if n:
                 value = mean_std([100 * statistics.mean(one.values()) for one in marks])
@@ -279,7 +276,7 @@ def table(systems: dict[str, list[Results]], distances: dict[str, int]) -> str:
 
 
 @torch.no_grad()
-def tests_of(vlm: VLM, config, questions: Questions, before: Results, checkpoint=None) -> Results:
+def tests_of(vlm: VLM, config, questions: Questions, checkpoint=None) -> Results:
     examples = adapt_all(questions.trained, config)
     model = Evaluator(vlm.eval(), examples, config.answer_prefix)
     if "recon" in config.method.split("+"):
@@ -287,11 +284,19 @@ def tests_of(vlm: VLM, config, questions: Questions, before: Results, checkpoint
         results = latent_tests(model, scale, config.decode_latents)
     else:
         results = image_tests(model) | tool_tests(model)
-    return results | untrained_tests(model, questions, before)
+    return results | untrained_tests(model, questions)
 
 
-def measure_all(args) -> tuple[dict[str, list[Results]], dict[str, int]]:
-    """All systems, the model before training first; and the distances of untrained tasks."""
+def main() -> None:
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="*", type=Path, metavar="RUN")
+    parser.add_argument("--model", default="", help="without runs: a checkpoint or hub id")
+    parser.add_argument("--data", default="", help="a data folder; default: the runs' own")
+    parser.add_argument("--per_task", type=int, default=200, help="test questions of each task")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+    if bool(args.runs) == bool(args.model):
+        parser.error("name RUN folders, or --model")
     runs = [run.config_and_checkpoint(path) for path in args.runs]
     if len({(Path(config.model).name, config.data or config.regime) for config, _ in runs}) > 1:
         raise ValueError(f"{', '.join(map(str, args.runs))} differ in base, data or regime: name "
@@ -301,28 +306,13 @@ def measure_all(args) -> tuple[dict[str, list[Results]], dict[str, int]]:
     questions = questions_of(base, args.per_task)
     if not questions.trained:
         raise ValueError("there is no test question of a trained task: name other --data")
-    vlm = VLM(base.model, base.dtype).to(args.device)
-    before = tests_of(vlm, base, questions, {})
-    systems = {BASE: [before]}
+    vlm = VLM(base.model, getattr(torch, base.dtype)).to(args.device)
+    systems = {BASE: [tests_of(vlm, base, questions)]}
     for path, (config, checkpoint) in zip(args.runs, runs):
         vlm = evaluate.load_model(path, args.device)[0]
-        results = tests_of(vlm, config, questions, before, checkpoint)
+        results = tests_of(vlm, config, questions, checkpoint)
         systems.setdefault(arm_of(path.name), []).append(results)
-    return systems, questions.distances
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="*", type=Path, metavar="RUN")
-    parser.add_argument("--model", default="", help="without runs: a checkpoint or hub id")
-    parser.add_argument("--data", default="", help="a data folder; default: the runs' own")
-    parser.add_argument("--per_task", type=int, default=200, help="test questions of each task")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    args = parser.parse_args()
-    if bool(args.runs) == bool(args.model):
-        parser.error("name RUN folders, or --model")
-    print(table(*measure_all(args)))
+    print(table(systems, questions.distances))
 
 
 if __name__ == "__main__":

@@ -76,8 +76,8 @@ def test_only_latents_that_were_fed_are_replaced(shipped, monkeypatch, count):
     monkeypatch.setattr(causal, "latent_choices", latent_choices)
     monkeypatch.setattr(Evaluator, "direct", lambda self: [dict(option=1)] * 2)
     results = causal.latent_tests(Evaluator(shipped, world), None, 2)
-    assert results["latents", "its own", "with latents"].marks == {one.id: count > 0, two.id: 0}
-    same = {test: marks for (_, test, name), (marks, _) in results.items() if name == SAME}
+    assert results["latents", "its own", "with latents"] == {one.id: count > 0, two.id: 0}
+    same = {test: marks for (_, test, name), marks in results.items() if name == SAME}
     # a question whose partner made no latents is left out; no answer, twice, is not the same one
     expected = {"zeros": {one.id: 0, two.id: 0}, "noise": {one.id: 1, two.id: 0},
                 OTHER: {two.id: 0}}
@@ -117,7 +117,7 @@ def test_a_model_that_follows_the_image_is_told_from_others(shipped, monkeypatch
     monkeypatch.setattr(Evaluator, "direct", lambda self: [reply(ex, 0) for ex in self.examples])
     monkeypatch.setattr(Evaluator, "tool", lambda self: [reply(ex, -1) for ex in self.examples])
     model = Evaluator(shipped, world)
-    shares = {key[1:]: sum(marks.values()) / len(marks) for key, (marks, _) in
+    shares = {key[1:]: sum(marks.values()) / len(marks) for key, marks in
               (causal.image_tests(model) | causal.tool_tests(model)).items()}
     swapped, follows = "another's, other answer", float(by_image)
     assert shares["as it is", RIGHT] == shares["another's, same answer", RIGHT] == 1
@@ -136,31 +136,34 @@ def test_untrained_tasks_and_their_distance(monkeypatch):
     # every second answer is right
     monkeypatch.setattr(causal, "ask", lambda model, examples: {
         ex.id: ex.answer if n % 2 else None for n, ex in enumerate(examples)})
-    results = causal.untrained_tests(None, questions, {})
-    together, against = results["untrained", causal.ALL_FAR, RIGHT]
-    assert sorted(together.values()) == [0, 0, 1, 1] and against is None
+    together = causal.untrained_tests(None, questions)["untrained", causal.ALL_FAR, RIGHT]
+    assert sorted(together.values()) == [0, 0, 1, 1]
     assert not any(name.startswith(("zoom", "tallest")) for name in together)
-    # what it is compared with is the model before training
-    results, zoom = causal.untrained_tests(None, questions, results), ("untrained", "zoom", RIGHT)
-    assert results[zoom].against == results[zoom].marks
 
 
 def test_the_table_by_hand():
-    def result(*texts):
-        return causal.Result(*({i: int(mark) for i, mark in zip("abcd", text)} for text in texts))
+    own, guess, other = "image | as it is | right", "image | guessing | right", "tool image | other"
+    texts = {own: "1111", guess: "1000", "image | grey | right": "0000",
+             "image | grey | unchanged": "0001", "tool image | as it is | right": "",
+             f"{other} | {STAYS}": "10", f"{other} | {FOLLOWS}": "01",
+             "untrained | zoom | right": "11"}
 
-    own, grey, zoom = ("image", "as it is"), ("image", "grey"), ("untrained", "zoom")
-    seed = {(*own, RIGHT): result("1111"), (*grey, RIGHT): result("0000", "1111"),
-            (*grey, SAME): result("0001"), (*zoom, RIGHT): result("10", "11"),
-            ("tool image", "grey", SAME): result("")}
-    other_seed = seed | {(*own, RIGHT): result("1100")}
-    text = causal.table({"base": [seed], "pearl": [seed, other_seed]}, {"zoom": 0})
-    for line in ("base | image | as it is | right | 4 | 100.0 [51.0, 100.0] |  |",
+    def results(**changed):
+        return {tuple(key.split(" | ")): {i: int(mark) for i, mark in zip("abcd", text)}
+                for key, text in (texts | changed).items()}
+
+    trained = results(**{"untrained | zoom | right": "10"})
+    text = causal.table({"base": [results()], "pearl": [trained, results(**{own: "1100"})],
+                         "sft": [trained]}, {"zoom": 0})
+    for line in (f"base | {own} | 4 | 100.0 [51.0, 100.0] |  |",
+                 f"{guess} | 4 | 25.0 | -75.0 [-100.0, -25.0] |",
                  "grey | right | 4 | 0.0 [0.0, 49.0] | -100.0 [-100.0, -100.0] |",
-                 "zoom (0 words apart) | right | 2 | 50.0 [9.5, 90.5] | -50.0 [-100.0, +0.0] |",
-                 "pearl | image | as it is | right | 4 | 75.0 +/- 35.4 |  |",
-                 "| no question fits |", "\n4 differences. An interval that holds 0"):
-        assert line in text
+                 "grey | unchanged | 4 | 25.0 [4.6, 69.9] |  |", "| no question fits |  |",
+                 f"{other} | {FOLLOWS} | 2 | 50.0 [9.5, 90.5] | +0.0 [-100.0, +100.0] |",
+                 "base | untrained | zoom (0 words apart) | right | 2 | 100.0 [34.2, 100.0] |  |",
+                 "sft | untrained | zoom (0 words apart) | right | 2 | 50.0 [9.5, 90.5] | -50.0 [",
+                 f"pearl | {own} | 4 | 75.0 +/- 35.4 |  |", "\n11 differences. An interval that"):
+        assert line in text, line
 
 
 def test_the_program(monkeypatch, capsys, as_program):
