@@ -10,13 +10,13 @@ number, linear probes of h^_R and h_R among them. The first run of a method is d
 Letters: n examples, D hidden size, K predictor tokens.
 """
 
-import argparse
 import importlib.util
 import json
 import math
 import random
 import statistics
 import sys
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
@@ -32,13 +32,12 @@ import evaluate
 import losses
 import train
 from analysis.compare import BASE
-from analysis.targets import batches_of, config_of, targets_of
+from analysis.targets import batches_of, config_of, load_method, targets_of
 from baselines import reconstruction
-from baselines.variants import EMA, Current
+from baselines.variants import Current
 from data import collate
-from model import VLM
 from predictor import Predictor
-from support import files, processes, run, splits, tables
+from support import families, files, processes, run, splits, tables
 from support.images import load_images
 from support.records import Example
 from world import scenes
@@ -89,13 +88,13 @@ def logged(folder: Path) -> dict[str, list[tuple[float, float]]]:
     return series
 
 
-def curves(runs: dict[str, Path], kinds: tuple[str, ...] = ("valid", "train")):
+def curves(folders: Sequence[Path], kinds: tuple[str, ...] = ("valid", "train")):
     """A chart for every name in any of the logs, with one line for each run."""
-    logs = {name: logged(folder) for name, folder in runs.items()}
-    every = {name for log in logs.values() for name in log}
-    names = [name for kind in kinds for name in sorted(every) if name.startswith(kind)]
+    logs = {str(folder): logged(folder) for folder in folders}
+    every = sorted(set().union(*logs.values()))
+    names = [name for kind in kinds for name in every if name.startswith(kind)]
     if not names:
-        raise ValueError(f"nothing is logged yet in {', '.join(map(str, runs.values()))}")
+        raise ValueError(f"nothing is logged yet in {', '.join(logs)}")
     figure, axes = canvas(names, columns=3, size=(4.6, 3.2))
     for name, axis in zip(names, axes):
         for log in logs.values():
@@ -107,7 +106,7 @@ def curves(runs: dict[str, Path], kinds: tuple[str, ...] = ("valid", "train")):
 
 def latents_per_example(config: train.Config, decoded: int):
     """Fig. 2: how many latents training examples have, of the run's data or of every regime."""
-    vlm, numbers = VLM(config.model), {}
+    family, numbers = families.load_family(config.model), {}
     sources = {Path(config.data).name: config} if config.data else {
         regime: replace(config, regime=regime) for regime in scenes.REGIMES}
     figure, (axis,) = canvas(["Latents that a training example needs (Fig. 2)"])
@@ -115,9 +114,9 @@ def latents_per_example(config: train.Config, decoded: int):
         counts = []
         few = replace(source, train_examples=200, test_per_task=1)
         for example in splits.load_splits(few)[0][:200]:
-            texts = "".join(image.text for image in load_images(example, vlm.family)[1:])
-            ids = vlm.tokenizer(texts, add_special_tokens=False).input_ids
-            counts.append(ids.count(vlm.lm.config.image_token_id))
+            texts = "".join(image.text for image in load_images(example, family)[1:])
+            ids = family.tokenizer(texts, add_special_tokens=False).input_ids
+            counts.append(ids.count(family.lm.config.image_token_id))
         above = sum(one > decoded for one in counts) / len(counts)
         numbers[name] = dict(median=statistics.median(counts), share_above_decoded=above)
         axis.ecdf(counts, label=name, linewidth=2)
@@ -131,7 +130,7 @@ def latents_per_example(config: train.Config, decoded: int):
 def latents_decoded(folder: Path, pearl: Path | None, tests: list[Example]):
     """Fig. 3: accuracy of a recon run against the number of latents decoded, with Pearson's r to
     its logarithm. pearl: a run whose direct accuracy is drawn beside it."""
-    config, vlm = config_of(folder, DEVICE), evaluate.load_model(folder, DEVICE)[0]
+    vlm, config, _ = evaluate.load_model(folder, DEVICE)
     scale = reconstruction.load_scale(run.config_and_checkpoint(folder)[1], vlm)
     evaluator = evaluate.Evaluator(vlm, tests, config.answer_prefix)
     accuracy = []
@@ -166,20 +165,16 @@ def embeddings(folder: Path | None, config: train.Config,
     h_R is by the model that the run predicts: the starting model if its target is frozen. A run
     without [PRED] rows has K = 0: h^_R is the state of the last prompt token.
     """
-    start = VLM(config.model, config.dtype, config.min_pixels, config.max_pixels)
-    vlm, kind, rows = start.to(config.device), train.find_method(config.method), None
-    if folder:
-        vlm = evaluate.load_model(folder, config.device)[0]
-        file = run.config_and_checkpoint(folder)[1] / Predictor.file_name
-        if file.is_file():
-            rows = files.read_tensors(file, config.device)[0]["pred_embeddings"]
+    rows, file = None, folder and run.config_and_checkpoint(folder)[1] / Predictor.file_name
+    if file and file.is_file():
+        rows = files.read_tensors(file, config.device)[0]["pred_embeddings"]
     config = replace(config, pred_tokens=0 if rows is None else len(rows))  # rows (K, D)
-    method, predictions = kind(vlm, config), []
+    method, predictions = load_method(config, folder), []
     for batch, images in batches_of(method, examples):
-        views = collate([example.views.input for example in batch], vlm.pad_id)
-        predictions.append(vlm(views, images, rows).embedding.float().cpu())
-    frozen = rows is not None and not issubclass(kind, (Current, EMA))
-    return torch.cat(predictions), targets_of(kind(start, config) if frozen else method, examples)
+        views = collate([example.views.input for example in batch], method.vlm.pad_id)
+        predictions.append(method.vlm(views, images, rows).embedding.float().cpu())
+    frozen = rows is not None and not isinstance(method, Current)
+    return torch.cat(predictions), targets_of(load_method(config) if frozen else method, examples)
 
 
 def probe(h: Tensor, values: list[str] | Tensor) -> float:
@@ -242,16 +237,16 @@ def knowledge(pair: tuple[Tensor, Tensor], examples: Sequence[Example]) -> dict:
     return numbers | losses.collapse_gauges(*pair)
 
 
-def embedding_maps(runs: dict[str, Path], configs: dict, tests: list[Example]):
+def embedding_maps(configs: dict[Path, train.Config], tests: list[Example]):
     """Fig. 4: h^_R (crosses) and h_R (dots) of each system in two dimensions, coloured by group;
     and what they encode. A recon run has no h^_R and is left out."""
     from sklearn.manifold import TSNE
 
     start = train.Config(model=next(iter(configs.values())).model, device=DEVICE)
     pairs = {BASE: embeddings(None, start, tests)}
-    for name, config in configs.items():
+    for folder, config in configs.items():
         if not issubclass(train.find_method(config.method), reconstruction.Recon):
-            pairs[name] = embeddings(runs[name], config, tests)
+            pairs[str(folder)] = embeddings(folder, config, tests)
     known = {name: knowledge(pair, tests) for name, pair in pairs.items()}
     groups = groups_of(tests[:250])
     count = len(groups)
@@ -278,14 +273,13 @@ def embedding_maps(runs: dict[str, Path], configs: dict, tests: list[Example]):
 
 def all_figures(folders: list[Path], out: Path, per_task: int) -> None:
     """Fill the new folder `out`. Raises ValueError for runs of several data sets."""
-    runs = {str(folder): folder for folder in folders}
-    configs = {name: config_of(folder, DEVICE) for name, folder in runs.items()}
+    configs = {folder: config_of(folder, DEVICE) for folder in folders}
     if len({config.data or config.regime for config in configs.values()}) > 1:
-        raise ValueError(f"{', '.join(runs)} were trained on different data: draw the runs of one "
-                         "data set at a time (--curves draws any)")
+        raise ValueError(f"{', '.join(map(str, folders))} were trained on different data: draw the "
+                         "runs of one data set at a time (--curves draws any)")
     # reversed: the first run of a method is the one that stays
-    first = {config.method: name for name, config in reversed(configs.items())}
-    config = next(iter(configs.values()))
+    first = {config.method: folder for folder, config in reversed(configs.items())}
+    recon, config, numbers = first.get("recon"), configs[folders[0]], {}
     tests = [example for example in splits.load_splits(replace(config, test_per_task=per_task))[2]
              if len(example.images) > 1]
     if len(tests) < MINIMUM:
@@ -293,24 +287,22 @@ def all_figures(folders: list[Path], out: Path, per_task: int) -> None:
                          f"need {MINIMUM}: add records with \"split\": \"test\"")
     # in any order of tasks, so that the map shows all of them
     random.Random(0).shuffle(tests)
-    recon, pearl, numbers = first.get("recon"), runs.get(first.get("pearl")), {}
     with files.new_folder(out) as partial:
-        curves(runs, ("valid",)).savefig(partial / "curves.png")
+        curves(folders, ("valid",)).savefig(partial / "curves.png")
         decoded = configs[recon].decode_latents if recon else 8
         figure, numbers["latents per example"] = latents_per_example(config, decoded)
         figure.savefig(partial / "latents-per-example.png")
         if recon:
-            figure, numbers["latents decoded"] = latents_decoded(runs[recon], pearl, tests)
+            figure, numbers["latents decoded"] = latents_decoded(recon, first.get("pearl"), tests)
             figure.savefig(partial / "latents-decoded.png")
-        figure, numbers["what the embedding knows"] = embedding_maps(runs, configs, tests)
+        figure, numbers["what the embedding knows"] = embedding_maps(configs, tests)
         figure.savefig(partial / "embeddings.png")
         files.write_json(partial / "analyses.json", numbers)
     print(f"{json.dumps(numbers, indent=1)}\npictures and analyses.json are in {out}")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="*", type=Path, metavar="RUN")
     parser.add_argument("--out", type=Path, required=True,
                         help="new folder, or with --curves a new file")
@@ -321,7 +313,7 @@ def main() -> None:
         parser.error("name RUN folders, or --curves RUN")
     refuse(args.out)
     if args.curves:
-        curves({str(folder): folder for folder in args.curves}).savefig(args.out)
+        curves(args.curves).savefig(args.out)
     else:
         all_figures(args.runs, args.out, args.per_task)
 

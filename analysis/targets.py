@@ -39,10 +39,8 @@ from support import options, processes, splits
 from support.records import Example
 from support.run import config_and_checkpoint
 
-# the header and the digits of each column
-COLUMNS = dict(common=("common", 3), task=("task", 3), answer=("answer", 3),
-               answer_by_chance=("by chance", 3), rest=("rest", 3), mean_cosine=("mean cosine", 3),
-               effective_rank=("rank", 1))
+COLUMNS = dict(common="common", task="task", answer="answer", answer_by_chance="by chance",
+               rest="rest", mean_cosine="mean cosine", effective_rank="rank")
 POSITIONS = ("end", "word", "words", "image")
 Place = tuple[int, str]  # a layer and a position
 
@@ -54,6 +52,17 @@ def config_of(run: Path, device: str) -> train.Config:
     # options of an older version are left out
     known = {field.name: saved[field.name] for field in fields(kind) if field.name in saved}
     return kind(**known | dict(device=device, shard=False, gradient_checkpointing=False))
+
+
+def load_method(config: train.Config, run: Path | None = None) -> train.Pearl:
+    """The method around its starting model, or around the best model of a finished run."""
+    if run:
+        vlm = evaluate.load_model(run, config.device)[0].requires_grad_(False)
+        # the model has the run's LoRA, and a second one does not fit around it
+        vlm.set_trainable = lambda *_: None
+    else:
+        vlm = VLM(config.model, getattr(torch, config.dtype), config.min_pixels, config.max_pixels)
+    return train.find_method(config.method)(vlm, config)
 
 
 def batches_of(method: train.Pearl, records: Sequence) -> Iterator[tuple[Examples, Images]]:
@@ -130,10 +139,10 @@ def numbers_of(method: train.Pearl, records: Sequence[Example]) -> dict[str, flo
 
 def table(rows: dict[str, list[dict[str, float]]]) -> str:
     """Markdown: one line for each name, with mean +/- standard deviation over its measurements."""
-    names = [name for name in COLUMNS if name in next(iter(rows.values()))[0]]
-    return table_of(["", *(COLUMNS[name][0] for name in names)], [
-        [title, *(mean_std([numbers[name] for numbers in measurements], COLUMNS[name][1])
-                  for name in names)] for title, measurements in rows.items()])
+    return table_of(["", *COLUMNS.values()], [
+        [title, *(mean_std([numbers[name] for numbers in measurements],
+                           digits=1 if name == "effective_rank" else 3) for name in COLUMNS)]
+        for title, measurements in rows.items()])
 
 
 def layers_table(h_of: dict[Place, Tensor], records: list) -> str:
@@ -155,8 +164,7 @@ def report(config: train.Config, all_layers: bool) -> str:
     examples = list(splits.load_splits(replace(config, test_per_task=1))[0][:config.train_examples])
     read_by = (f"read by {config.model}, {len(examples)} trajectories of "
                f"{config.data or config.regime}")
-    vlm = VLM(config.model, config.dtype, config.min_pixels, config.max_pixels)
-    method = train.find_method(config.method)(vlm, config)
+    method = load_method(config)
     if all_layers:
         return (f"States of R {read_by}; the highest layer is the state behind the final norm\n\n"
                 f"{layers_table(states_of(method, examples), examples)}")
@@ -167,10 +175,9 @@ def runs_report(runs: list[Path], device: str) -> str:
     """h_R of the validation trajectories, read by each run's best model."""
     arms: dict[str, list[dict]] = {}
     for run in runs:
-        config, vlm = config_of(run, device), evaluate.load_model(run, device)[0]
+        config = config_of(run, device)
         examples = list(splits.load_splits(replace(config, test_per_task=1))[1])
-        # the new LoRA layers are zero, so the method's model is the trained one
-        numbers = numbers_of(train.find_method(config.method)(vlm, config), examples)
+        numbers = numbers_of(load_method(config, run), examples)
         arms.setdefault(arm_of(run.name), []).append(numbers)
     return table(arms)
 
