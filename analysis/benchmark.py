@@ -5,9 +5,8 @@
 
 steps: SFT; Pearl with the cached target (the default), with the current model's, with one pass a
 view too, and with Eq. 2 along R, which needs a gradient there (the paper). The variants take turns
-on the same batches of one model in one process, so that other work on the machine slows all of
-them. A row is the median over --steps rounds after two to warm up. Peak GiB, model included: what
-PyTorch allocated on a GPU; 0 on a CPU.
+on the same batches. A row is the median over --steps rounds after two to warm up. Peak GiB, model
+included: what PyTorch allocated on a GPU; 0 on a CPU.
 answers: the median over --per_task questions of each task, one question at a time.
 The last line is one JSON object.
 """

@@ -10,7 +10,7 @@
   untrained   nothing is replaced: tasks without a trajectory, before and after training
 
 The controls are those of the critiques of latent visual reasoning (arXiv:2605.21642, 2605.18445,
-2606.01287). All draws have fixed seeds. Letters: B batch, D hidden size.
+2606.01287). All draws have fixed seeds. D: hidden size.
 """
 
 import difflib
@@ -78,16 +78,13 @@ def right(rows: Sequence[Example], choices: Choices) -> Marks:
     return matches(rows, choices, {ex.id: ex.answer for ex in rows})
 
 
-def unreplaced(part: str, test: str, rows: Sequence[Example], choices: Choices) -> Results:
-    return {(part, test, RIGHT): right(rows, choices),
-            (part, GUESS, RIGHT): {ex.id: 1 / len(ex.options) for ex in rows}}
-
-
-def replaced(part: str, test: str, rows: Sequence[Example], choices: Choices,
-             before: Choices) -> Results:
-    """before: the answers with nothing replaced."""
-    return {(part, test, RIGHT): right(rows, choices),
-            (part, test, SAME): matches(rows, choices, before)}
+def results_of(part: str, test: str, rows: Sequence[Example], choices: Choices,
+               before: Choices | None = None) -> Results:
+    """before: the answers with nothing replaced; None: these are they."""
+    results = {(part, test, RIGHT): right(rows, choices)}
+    if before is None:
+        return results | {(part, GUESS, RIGHT): {ex.id: 1 / len(ex.options) for ex in rows}}
+    return results | {(part, test, SAME): matches(rows, choices, before)}
 
 
 # ---- whose picture replaces a question's own ----------------------------------------------------
@@ -96,10 +93,8 @@ def replaced(part: str, test: str, rows: Sequence[Example], choices: Choices,
 def partners(examples: list[Example], place: int, fits: Callable = lambda one, other: True
              ) -> list[tuple[Example, Example]]:
     """Each question that has one, and another question of its task with fits(question, other) whose
-    picture at this place is another. place: 0, the question's own; -1, its last tool image.
-
-    Drawn with a fixed seed; as far as they fit, no question twice before all were used.
-    """
+    picture at this place is another. place: 0, the question's own; -1, its last tool image. As far
+    as they fit, no question twice before all were used."""
     pixels, pairs = {ex.id: picture_digest(ex.images[place]) for ex in examples}, {}
     for task in dict.fromkeys(ex.task for ex in examples):
         rows = [ex for ex in examples if ex.task == task]
@@ -129,9 +124,9 @@ def image_tests(model: Evaluator) -> Results:
     grey = [replace(ex, image=Image.new("RGB", opened(ex.image).size, (128, 128, 128)))
             for ex in examples]
     swapped = [replace(ex, image=other.image) for ex, other in partners(examples, 0)]
-    return (unreplaced("image", "as it is", examples, before)
-            | replaced("image", "grey", grey, ask(model, grey), before)
-            | replaced("image", "another question's", swapped, ask(model, swapped), before))
+    return (results_of("image", "as it is", examples, before)
+            | results_of("image", "grey", grey, ask(model, grey), before)
+            | results_of("image", "another question's", swapped, ask(model, swapped), before))
 
 
 def tool_tests(model: Evaluator) -> Results:
@@ -140,7 +135,7 @@ def tool_tests(model: Evaluator) -> Results:
     # some families can be shown one image alone
     if model.vlm.family.single_image_only or not examples:
         return {}
-    results = unreplaced("tool image", "as it is", examples, ask(model, examples, "tool"))
+    results = results_of("tool image", "as it is", examples, ask(model, examples, "tool"))
     for test, same in (("another's, same answer", True), ("another's, other answer", False)):
         pairs = partners(examples, -1, partial(fits, same=same))
         rows = [with_tool_images(*pair) for pair in pairs]
@@ -186,19 +181,18 @@ def latent_tests(model: Evaluator, scale, n: int) -> Results:
     examples = [ex for ex in model.examples if len(ex.images) > 1]
     evaluator = Evaluator(model.vlm, examples, model.prefix)
     before, originals = latent_choices(evaluator, scale, n, {})
-    results = unreplaced("latents", "its own", examples, before)
-    # at least one latent was fed
+    results = results_of("latents", "its own", examples, before)
     results["latents", "its own", "with latents"] = {
         i: int(bool(latents)) for i, latents in originals.items()}
     for test, choices in (("markers alone", latent_choices(evaluator, scale, 0, {})[0]),
                           ("answered directly", choices_of(evaluator, evaluator.direct()))):
         results["latents", test, RIGHT] = right(examples, choices)
     # a model that feeds itself no latents has none to replace
-    tests = replacements(examples, originals, n) if any(originals.values()) else {}
-    for test, feed in tests.items():
+    feeds = replacements(examples, originals, n) if any(originals.values()) else {}
+    for test, feed in feeds.items():
         rows = [ex for ex in examples if ex.id in feed]
         choices, _ = latent_choices(evaluator, scale, n, feed)
-        results |= replaced("latents", test, rows, choices, before)
+        results |= results_of("latents", test, rows, choices, before)
     return results
 
 
@@ -277,8 +271,7 @@ def table(systems: dict[str, list[Results]], distances: dict[str, int]) -> str:
 
 @torch.no_grad()
 def tests_of(vlm: VLM, config, questions: Questions, checkpoint=None) -> Results:
-    examples = adapt_all(questions.trained, config)
-    model = Evaluator(vlm.eval(), examples, config.answer_prefix)
+    model = Evaluator(vlm.eval(), adapt_all(questions.trained, config), config.answer_prefix)
     if "recon" in config.method.split("+"):
         scale = reconstruction.load_scale(checkpoint, vlm)
         results = latent_tests(model, scale, config.decode_latents)

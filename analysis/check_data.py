@@ -2,9 +2,9 @@
 
     python analysis/check_data.py --data DIR --model MODEL      # takes the options of train.py
 
-It trains nothing, but the code of a run makes the views and questions (`token_count`), so a fault
-that would stop train.py at some step is found here, but not what a variant alone needs of R. The
-exit status is 1 if there is one. Without --data the small world is checked.
+The code of a run makes the views and questions (`token_count`), so a fault that would stop train.py
+at some step is found here, but not what a variant alone needs of R. The exit status is 1 if there
+is one. Without --data the small world is checked.
 """
 
 import os
@@ -64,11 +64,11 @@ class Check:
     def token_count(self, example: Example) -> int:
         """The tokens of the longest view that the run makes. Raises ValueError naming an example
         that cannot be trained on, or asked."""
-        chat = self.chat
+        config, chat = self.config, self.chat
         if example.split == "test":
             images = load_images(example, chat.family)
             return len(chat.question(example, images, self.forms[example.id]).started.ids)
-        config, method = self.config, train.find_method(self.config.method)
+        method = train.find_method(config.method)
         # a method may learn from a record in two ways, or only from its answer
         views = [method.views(config, chat, record, load_images(record, chat.family))
                  for record in method.records([example], config)]
@@ -77,7 +77,7 @@ class Check:
 
 def check_data(config: train.Config) -> None:
     """Print what the data hold. Raises ValueError listing all faults."""
-    faults, notes = [], []
+    faults: list[str] = []
     family = families.load_family(config.model, config.min_pixels, config.max_pixels)
     chat = Chat(family, family.lm.config.text_config.max_position_embeddings)
     examples = list(chain(*splits.load_splits(config))) if not config.data else splits.read_folder(
@@ -94,13 +94,13 @@ def check_data(config: train.Config) -> None:
         # the first record that names an image counts
         results |= {name: result for name, result in own.items() if name not in results}
     faults += [fault for fault, _ in results.values() if fault]
+    notes = examples.notes if config.data else []
     if few := [f"{file} ({values})" for file, (_, values) in results.items() if values]:
         notes.append(f"{len(few)} images use few of their values, so that the model sees little in "
                      f"them; stretch the values to the range: {', '.join(few)}")
     if config.data:
-        notes = examples.notes + notes
-        usable = examples[[row for row, (*_, own) in enumerate(checked)
-                           if not any(fault for fault, _ in own.values())]]
+        usable = examples.subset([row for row, (*_, own) in enumerate(checked)
+                                  if not any(fault for fault, _ in own.values())])
         try:
             splits.limit({split: usable.split(split) for split in SPLITS}, config)
         except ValueError as error:
@@ -113,9 +113,8 @@ def check_data(config: train.Config) -> None:
     for note in notes:
         print(f"note: {note}")
     # an image may have been opened twice: to find its split, and to check it
-    if faults := list(dict.fromkeys(faults)):
-        count = f"{len(faults)} fault{'s' * (len(faults) > 1)}:"
-        raise ValueError("\n  ".join([count, *faults]))
+    if lines := [f"\n  {fault}" for fault in dict.fromkeys(faults)]:
+        raise ValueError(f"{len(lines)} fault{'s' * (len(lines) > 1)}:{''.join(lines)}")
 
 
 if __name__ == "__main__":

@@ -89,18 +89,15 @@ def read_run(folder: Path, split: str = "test") -> dict:
     return dict(run, config=config)
 
 
-def arms(configs: dict[str, dict]) -> dict[str, str]:
-    """Run -> the name of its arm: its method, and the settings in which the compared runs of that
-    method differ."""
+def arm_among(config: dict, others: list[dict]) -> str:
+    """The arm of a run beside others: its method, and the settings in which the runs of that method
+    differ."""
     # base and data are compared by `setting`; the others do not change what is learned
     ignored = {"seed", "out", "method", "device", "model", "data", "workers"}
-    names = {}
-    for run, config in configs.items():
-        peers = [c for c in configs.values() if c["method"] == config["method"]]
-        differing = [f"{key}={value}" for key, value in config.items()
-                     if key not in ignored and any(peer.get(key) != value for peer in peers)]
-        names[run] = " ".join([config["method"], *differing])
-    return names
+    peers = [other for other in others if other["method"] == config["method"]]
+    return " ".join([config["method"], *(
+        f"{key}={value}" for key, value in config.items()
+        if key not in ignored and any(peer.get(key) != value for peer in peers))])
 
 
 def setting(run: dict) -> dict:
@@ -117,16 +114,16 @@ def comparison(runs: dict[str, dict], reference: str = "sft",
     """Rows, one for each system, and the table as text. Raises ValueError for several settings.
 
     runs: name -> dict(config, answers, and perhaps before). Differences are to the direct answers
-    of the arm `reference`, paired by seed, in points. names: run -> arm; default: see `arms`.
+    of the arm `reference`, paired by seed, in points. names: run -> arm; default: see `arm_among`.
     """
     first, *others = (setting(run) for run in runs.values())
     if unlike := [name for name in first if any(other[name] != first[name] for other in others)]:
         raise ValueError(f"{', '.join(runs)} differ in {' and '.join(unlike)}: compare runs of one "
                          "base, one training set and one set of questions")
-    names = names or arms({name: run["config"] for name, run in runs.items()})
+    configs = [run["config"] for run in runs.values()]
     groups: dict[str, dict[int, dict]] = {}  # arm -> seed -> run
-    for name, run in runs.items():
-        arm, seed = names[name], run["config"]["seed"]
+    for (name, run), config in zip(runs.items(), configs):
+        arm, seed = names[name] if names else arm_among(config, configs), config["seed"]
         # a second run of one arm and seed is no further seed: it is a row that names it
         arm = f"{arm} again ({name})" if seed in groups.get(arm, {}) else arm
         groups.setdefault(arm, {})[seed] = run
@@ -193,11 +190,10 @@ def markdown(rows: list[dict], reference: str) -> str:
             *(row["tasks"].get(task) for task in tasks), row["own"], row["tool"])]
         lines.append([row["system"], str(row["seeds"]), *cells[:-1], change, cells[-1],
                       *(f"{row['cost'][k]:.1f}" for k in ("tokens", "images", "passes"))])
-    if not count:
-        return table_of(head, lines)
-    return (f"{table_of(head, lines)}\n\nComparisons with {reference}: {count}. Each difference is "
-            "paired by seed and question; its 95% interval is a bootstrap over both, and of twenty "
-            "such intervals about one misses the true difference.")
+    note = (f"\n\nComparisons with {reference}: {count}. Each difference is paired by seed and "
+            "question; its 95% interval is a bootstrap over both, and of twenty such intervals "
+            "about one misses the true difference.")
+    return table_of(head, lines) + (note if count else "")
 
 
 def answers_of(path: Path, options: evaluate.Options) -> dict:
@@ -223,8 +219,8 @@ def main() -> None:
     if len(runs) > 1:
         print(f"\n{text}")
     if options.json:
-        tables = {path: dict(table=columns[path], answers=models[path]["answers"])
-                  for path in paths}
+        tables = {path: dict(table=columns[path], answers=model["answers"])
+                  for path, model in models.items()}
         files.write_json(Path(options.json), dict(tables, systems=rows))
 
 

@@ -54,8 +54,7 @@ def refuse(out: Path) -> None:
     if out.exists():
         raise FileExistsError(f"{out} exists already: choose another name, nothing is overwritten")
     if any(importlib.util.find_spec(name) is None for name in ("matplotlib", "sklearn")):
-        raise ValueError("the figures need two optional packages: pip install matplotlib "
-                         "scikit-learn")
+        raise ValueError("figures need optional packages: pip install matplotlib scikit-learn")
 
 
 def canvas(titles: list[str], columns: int = 1, size: tuple[float, float] = (7.0, 4.4)):
@@ -75,11 +74,8 @@ def canvas(titles: list[str], columns: int = 1, size: tuple[float, float] = (7.0
 
 def logged(folder: Path) -> dict[str, list[tuple[float, float]]]:
     """"KIND: NAME" -> [(step, value)] of each finite number in a run's log."""
-    file = folder / "log.jsonl"
-    if not file.is_file():
-        raise FileNotFoundError(f"{file} not found: {folder} is not a run folder")
-    series = defaultdict(list)
-    for record in map(json.loads, file.read_text(encoding="utf-8").splitlines()):
+    series, lines = defaultdict(list), (folder / "log.jsonl").read_text(encoding="utf-8")
+    for record in map(json.loads, lines.splitlines()):
         kind, step = record.pop("kind"), record.pop("step")
         for name, value in record.items():
             # a line of kind "left out" has a text
@@ -178,8 +174,7 @@ def embeddings(folder: Path | None, config: train.Config,
 
 
 def probe(h: Tensor, values: list[str] | Tensor) -> float:
-    """A linear probe of h (n, D), tested on held-out thirds: accuracy for n names, R^2 for numbers
-    (n, d)."""
+    """Linear probe of h (n, D) on held-out thirds: accuracy for n names, R^2 for numbers (n, d)."""
     from sklearn.linear_model import Ridge, RidgeClassifier
     from sklearn.model_selection import KFold, cross_val_score
     from sklearn.pipeline import make_pipeline
@@ -220,19 +215,17 @@ def knowledge(pair: tuple[Tensor, Tensor], examples: Sequence[Example]) -> dict:
     answers = [examples[n].answer for n in rows]
     calls = [CALL.search(examples[n].texts[0]) for n in rows]
     places = [[float(x) for x in call[2].split()] if call else [] for call in calls]
-    probes = {}
-    if len(set(tasks)) > 1:
-        probes["task"] = range(len(tasks)), tasks
+    probes = dict(task=(range(len(tasks)), tasks)) if len(set(tasks)) > 1 else {}
     if count >= MINIMUM and len(set(answers)) > 1:
         probes["answer"] = rows, answers
     # every call must have as many numbers as the others
     if count >= MINIMUM and len(set(map(len, places))) == 1 and places[0]:
         probes["place_r2"] = rows, torch.tensor(places)
-    numbers = {}
+    chance = Counter(answers).most_common(1)[0][1] / count
+    numbers: dict[str, dict] = {}
     for name, h in zip(("h^_R", "h_R"), pair):
         numbers[name] = dict(separation=separation(h, groups)) | {
             value: probe(h[list(part)], values) for value, (part, values) in probes.items()}
-    chance = Counter(answers).most_common(1)[0][1] / count
     numbers["probed"] = dict(task=task, examples=count, chance=chance)
     return numbers | losses.collapse_gauges(*pair)
 
@@ -260,8 +253,7 @@ def embedding_maps(configs: dict[Path, train.Config], tests: list[Example]):
         both = torch.cat([h[:count] for h in pair])
         points = tsne.fit_transform(F.normalize(both, dim=1).numpy()).reshape(2, count, 2)
         for n, group in enumerate(dict.fromkeys(groups)):
-            rows = [i for i, other in enumerate(groups) if other == group]
-            for view, marker in zip(points[:, rows], "x."):
+            for view, marker in zip(points[:, [other == group for other in groups]], "x."):
                 axis.scatter(*view.T.tolist(), marker=marker, s=34, color=f"C{n}",
                              label=group if marker == "." else None)
         axis.set(xticks=[], yticks=[], xlabel="t-SNE 1", ylabel="t-SNE 2")

@@ -38,9 +38,9 @@ def lines(method: type[Pearl], config, family, example: Example) -> Iterator[str
     full, prompt, target = method.views(config, Chat(family, sys.maxsize), example, loaded)
     images = {image.key: image for image in loaded}
     # what is injected, and where h^_R and h_R stand; no loss reads the embedding of the full view
-    views = [("full", full, "latent", "", [])]
+    views = [("full", full, "latent", {})]
     if issubclass(method, SelfDistill):
-        views.append(("student's", prompt, "", "", []))
+        views.append(("student's", prompt, "", {}))
     # SFT has no other views, a bare answer no R
     if not issubclass(method, (SFT, Recon)) and not example.bare:
         place = getattr(config, "target_position", "end")
@@ -48,15 +48,14 @@ def lines(method: type[Pearl], config, family, example: Example) -> Iterator[str
         h_R = variants.positions(collate([target], 0), model, place)[0].nonzero()[:, 0].tolist()
         # no loss reads the labels of the target view
         target = target._replace(labels=[-100] * len(target.ids))
-        views += [("input", prompt, "[PRED]", "h^_R", [prompt.state_at]),
-                  ("target", target, "", "h_R", h_R)]
-    for name, view, injected, embedding, places in views:
-        yield f"\n{name} view, {len(view.ids)} tokens"
-        yield from tokens(family, images, view, injected, embedding, places)
+        views += [("input", prompt, "[PRED]", {prompt.state_at: "  <- h^_R"}),
+                  ("target", target, "", dict.fromkeys(h_R, "  <- h_R"))]
+    for name, *view in views:
+        yield f"\n{name} view, {len(view[0].ids)} tokens"
+        yield from tokens(family, images, *view)
 
 
-def tokens(family, images: dict, view: View, injected: str, embedding: str,
-           places: list[int]) -> Iterator[str]:
+def tokens(family, images: dict, view: View, injected: str, marks: dict[int, str]) -> Iterator[str]:
     """Runs of tokens with which the same is done; image tokens and injected ones in a line."""
     image_id, batch = family.lm.config.image_token_id, collate([view], 0)
     grids = [images[key].grid for key in view.images]
@@ -69,9 +68,9 @@ def tokens(family, images: dict, view: View, injected: str, embedding: str,
         for _ in range(family.tokenizer(images[key].text, add_special_tokens=False)
                        .input_ids.count(image_id))])
     kinds = [(next(owners) if id == image_id else injected if n in view.inject_at else "",
-              view.labels[n] != -100, n in places) for n, id in enumerate(view.ids)]
+              view.labels[n] != -100, marks.get(n, "")) for n, id in enumerate(view.ids)]
     green = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-    for (counted, supervised, marked), group in groupby(range(len(kinds)), kinds.__getitem__):
+    for (counted, supervised, mark), group in groupby(range(len(kinds)), kinds.__getitem__):
         rows = [*group]
         first, texts = rows[0], [" ".join(word(family, view.ids[n]) for n in rows)]
         if counted:
@@ -83,8 +82,7 @@ def tokens(family, images: dict, view: View, injected: str, embedding: str,
         for text in texts:
             size = len(rows) if counted else len(text.split())
             place = f"{first}-{first + size - 1}" if size > 1 else f"{first}"
-            line = f"{'s' if supervised else ' '} {place:>9}  {text}"
-            line += f"  <- {embedding}" if marked else ""
+            line = f"{'s' if supervised else ' '} {place:>9}  {text}{mark}"
             yield f"\033[32m{line}\033[0m" if green and supervised else line
             first += size
 

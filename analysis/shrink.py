@@ -4,15 +4,14 @@
 
 Every run is asked its test and validation questions at each alpha (WiSE-FT, arXiv:2109.01903); with
 LoRA that scales B A. The answers stay in RUN/alphas.json: a second call asks nothing, whatever its
---per_task. Runs whose folders differ in the seed alone are one arm; name them in the order of the
-seeds. An arm's alpha is the smallest that keeps 95% of its accuracy with the tool on validation.
-The table has its test accuracy at alpha 1 and at that alpha, and the difference to the first arm at
-the same alpha.
+--per_task. Runs whose folders differ in the seed alone are one arm; name them in their order. An
+arm's alpha is the smallest that keeps 95% of its accuracy with the tool on validation. The table
+has its test accuracy at alpha 1 and at that alpha, and the difference to the first arm there.
 """
 
-import argparse
 import statistics
 import sys
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # before any other `analysis`
@@ -28,11 +27,10 @@ ALPHAS = (1.0, 0.75, 0.65, 0.5, 0.35)
 # of a run: alpha -> "split/task/way" -> 1 or 0 for each question
 Run = dict[float, dict[str, list[int]]]
 # the columns of the table: way, split, held out or not (see `marks`)
-COLUMNS = dict(direct=("direct",), tool=("tool",), free=("free",), held=("direct", "test", True))
+COLUMNS = [("direct",), ("tool",), ("free",), ("direct", "test", True)]
 
 
 def answers_of(run: Path, per_task: int, device: str) -> Run:
-    """By alpha, which answers of a run are right."""
     file = run / "alphas.json"
     stored = files.read_json(file) if file.is_file() else {}
     for alpha in ALPHAS:
@@ -77,29 +75,29 @@ def table(arms: dict[str, list[Run]]) -> str:
     lines = []
     for name, runs in arms.items():
         for alpha in dict.fromkeys((1.0, smallest_alpha(runs))):
-            shares = [accuracies(runs, alpha, *which) for which in COLUMNS.values()]
+            shares = [accuracies(runs, alpha, *which) for which in COLUMNS]
             cells = [mean_std(values) if values else "-" for values in shares]
-            ours, theirs = (marks(other, alpha, "direct")[:len(runs)]
-                            for other in (runs, arms[reference]))
-            first = name == reference or len(ours) != len(theirs)
-            change = "-" if first else change_text(*difference(ours, theirs))
+            change, others = "-", arms[reference][:len(runs)]
+            if name != reference and len(others) == len(runs):
+                change = change_text(*difference(marks(runs, alpha, "direct"),
+                                                 marks(others, alpha, "direct")))
             lines.append([name, str(len(runs)), f"{alpha:g}", *cells, change])
     return table_of(head, lines)
 
 
-def figure(arms: dict[str, list[Run]], before: tuple[float, float]):
-    """Direct against held-out accuracy, a curve over alpha for each arm. before: both accuracies of
-    the model before training, in %."""
+def figure(arms: dict[str, list[Run]], before: dict[str, dict]):
+    """Direct against held-out accuracy, a curve over alpha for each arm. before: of the model
+    before training (support.tables.summarise)."""
     drawing, (axis,) = figures.canvas(
         ["Accuracy after shrinking the fine-tuning: W0 + alpha (W - W0)\n(the large marker is "
          "alpha 1; hollow: less than 95% of the arm's accuracy with the tool)"], size=(8.4, 5.6))
-    axis.plot(before[1], before[0], "*", color="black", markersize=14, linestyle="none",
-              label="before training")
+    start = (100 * before[task]["direct"][0] for task in (HELD_OUT, overall(before)))
+    axis.plot(*start, "*", color="black", markersize=14, linestyle="none", label="before training")
     for n, (name, runs) in enumerate(arms.items()):
         direct, tool, _, held = ([statistics.mean(accuracies(runs, alpha, *which))
-                                  for alpha in ALPHAS] for which in COLUMNS.values())
-        axis.plot(held, direct, color=f"C{n}",
-                  label=f"{name} ({len(runs)} seed{'s' * (len(runs) > 1)})")
+                                  for alpha in ALPHAS] for which in COLUMNS)
+        count = f"{len(runs)} seed{'s' * (len(runs) > 1)}"
+        axis.plot(held, direct, color=f"C{n}", label=f"{name} ({count})")
         for alpha, x, y, skill in zip(ALPHAS, held, direct, tool):
             axis.plot(x, y, "o", color=f"C{n}", markersize=10 if alpha == 1 else 6,
                       markerfacecolor=f"C{n}" if skill >= 0.95 * tool[0] else "white")
@@ -110,8 +108,7 @@ def figure(arms: dict[str, list[Run]], before: tuple[float, float]):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, nargs="+")
     parser.add_argument("--per_task", type=int, default=200, help="questions of each task")
     parser.add_argument("--device", default="cpu")
@@ -119,8 +116,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.figure:
         figures.refuse(options.figure)
-        start = summarise(files.read_json(options.runs[0] / "results.json")["before"])
-        if HELD_OUT not in start:
+        before = summarise(files.read_json(options.runs[0] / "results.json")["before"])
+        if HELD_OUT not in before:
             raise ValueError(f"--figure needs runs that were asked {HELD_OUT}, as the world's are")
     arms: dict[str, list[Run]] = {}
     for run in options.runs:
@@ -128,7 +125,6 @@ def main() -> None:
         arms.setdefault(arm_of(run.resolve().name), []).append(own)
     print(table(arms))
     if options.figure:
-        before = [100 * start[task]["direct"][0] for task in (overall(start), HELD_OUT)]
         figure(arms, before).savefig(options.figure)
 
 

@@ -12,11 +12,11 @@ interrupted are renamed, never deleted. At the end OUT/BASE/REGIME.md holds the 
 that are there and REGIME.json its numbers. Use another --out for other questions.
 """
 
-import argparse
 import os
 import subprocess
 import sys
 import time
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product, repeat
 from pathlib import Path
@@ -76,7 +76,7 @@ def run_all(jobs: list[Job], side_by_side: int) -> int:
     return failed
 
 
-def plan(args: argparse.Namespace) -> list[Job]:
+def plan(args: Namespace) -> list[Job]:
     """All runs, seed by seed. args: see parse_args. Ends the program for an unknown method or
     option, before any run."""
     name, _, model = args.base.partition("=")
@@ -97,7 +97,7 @@ def plan(args: argparse.Namespace) -> list[Job]:
     return jobs
 
 
-def write_tables(args: argparse.Namespace) -> None:
+def write_tables(args: Namespace) -> None:
     """REGIME.md and REGIME.json of every regime below the base's folder, from all runs there: the
     arms of args first, each compared with args.against."""
     base = args.out / args.base.partition("=")[0]
@@ -113,10 +113,9 @@ def write_tables(args: argparse.Namespace) -> None:
             print(f"\n{base.name}, {regime.name}\n{text}")
 
 
-def parse_args(argv: list[str]) -> argparse.Namespace:
+def parse_args(argv: list[str]) -> Namespace:
     """The options before `--`; `rest` is what follows it."""
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--base", default="tiny-vlm", metavar="NAME[=DIR]", help="or DIR's base")
     parser.add_argument("--arms", nargs="*", default=SYSTEMS, metavar="ARM",

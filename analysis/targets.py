@@ -1,16 +1,14 @@
 """Does h_R depend on the answer? A check before training: what L_JEPA would teach on your data.
 
-    python analysis/targets.py                               # the shipped model: half a minute
-    python analysis/targets.py --model MODEL --data DIR      # yours; takes the options of train.py
+    python analysis/targets.py [--model MODEL --data DIR]    # takes the options of train.py
     python analysis/targets.py --layers                      # every layer and position of R
     python analysis/targets.py --runs RUN [RUN ...]          # after training: a line for each arm
 
 The table has shares of the squared length of h_R: common to all trajectories, dependent on the
 task, on the answer within the task (and by chance, with shuffled answers), and the rest. If hardly
 anything depends on the answer, Pearl has nothing to teach (RESULTS.md, "What h_R tells").
-Tasks and answers must repeat in the data: if every record has its own answer, there is nothing to
-average, and the share by chance comes close to the answer's.
-Letters: n records, B batch, T sequence, D hidden size.
+Tasks and answers must repeat in the data, or the share by chance comes close to the answer's.
+Letters: n records, D hidden size.
 """
 
 import argparse
@@ -18,7 +16,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -48,10 +46,10 @@ Place = tuple[int, str]  # a layer and a position
 def config_of(run: Path, device: str) -> train.Config:
     """The options that a run was trained with, for one process on this device."""
     saved = vars(config_and_checkpoint(run)[0])
-    kind = train.config_class(saved["method"])
-    # options of an older version are left out
-    known = {field.name: saved[field.name] for field in fields(kind) if field.name in saved}
-    return kind(**known | dict(device=device, shard=False, gradient_checkpointing=False))
+    config = train.config_class(saved["method"])()
+    # options of an older version do no harm here
+    vars(config).update(saved, device=device, shard=False, gradient_checkpointing=False)
+    return config
 
 
 def load_method(config: train.Config, run: Path | None = None) -> train.Pearl:
@@ -162,9 +160,8 @@ def layers_table(h_of: dict[Place, Tensor], records: list) -> str:
 def report(config: train.Config, all_layers: bool) -> str:
     """h_R before training, or all states."""
     examples = list(splits.load_splits(replace(config, test_per_task=1))[0][:config.train_examples])
-    read_by = (f"read by {config.model}, {len(examples)} trajectories of "
-               f"{config.data or config.regime}")
-    method = load_method(config)
+    method, data = load_method(config), config.data or config.regime
+    read_by = f"read by {config.model}, {len(examples)} trajectories of {data}"
     if all_layers:
         return (f"States of R {read_by}; the highest layer is the state behind the final norm\n\n"
                 f"{layers_table(states_of(method, examples), examples)}")

@@ -122,7 +122,8 @@ def test_the_table_and_the_figure_have_every_arm():
     assert "| a | 1 | 0.65 | 50.0 | 75.0 | 0.0 | 25.0 | - |" in text
     assert "| b | 1 | 0.35 | 50.0 | 75.0 | 0.0 | 25.0 | +0.0 [+0.0, +0.0] |" in text
     pytest.importorskip("matplotlib")
-    (axis,) = shrink.figure(arms, (40, 60)).axes
+    before = dict.fromkeys(("crop", HELD_OUT), dict(direct=[0.5]))
+    (axis,) = shrink.figure(arms, before).axes
     assert [text.get_text() for text in axis.get_legend().get_texts()] == [
         "before training", "a (1 seed)", "b (1 seed)"]
 
