@@ -18,8 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # before any ot
 import numpy as np
 
 import evaluate
-from support import files, processes
-from support.options import parse
+from support import files, options, processes
 from support.tables import HELD_OUT, format_table, overall, summarise
 
 BASE = "no fine-tuning"  # the name of the model before training in tables
@@ -44,11 +43,8 @@ def table_of(head: list[str], rows: list[list[str]]) -> str:
 def difference(ours: list[dict[str, float]],
                theirs: list[dict[str, float]]) -> tuple[float, float, float] | None:
     """(mean, low, high) of ours - theirs in points, over the questions that all answered; None
-    without any. The 95% interval is a bootstrap over seeds and questions together.
-
-    ours, theirs: for each seed, question -> 1 if the answer is right; a single seed of theirs is
-    compared with each of ours.
-    """
+    without any. The 95% interval is a bootstrap over seeds and questions together. ours, theirs:
+    for each seed, question -> 1 if the answer is right; one seed of theirs serves all of ours."""
     theirs = theirs * (len(ours) if len(theirs) == 1 else 1)
     shared = [i for i in ours[0] if all(i in marks for marks in (*ours, *theirs))]
     if not shared:
@@ -112,10 +108,8 @@ def setting(run: dict) -> dict:
 def comparison(runs: dict[str, dict], reference: str = "sft",
                names: dict[str, str] | None = None) -> tuple[list[dict], str]:
     """Rows, one for each system, and the table as text. Raises ValueError for several settings.
-
     runs: name -> dict(config, answers, and perhaps before). Differences are to the direct answers
-    of the arm `reference`, paired by seed, in points. names: run -> arm; default: see `arm_among`.
-    """
+    of the arm `reference`, paired by seed, in points. names: run -> arm; default: `arm_among`."""
     first, *others = (setting(run) for run in runs.values())
     if unlike := [name for name in first if any(other[name] != first[name] for other in others)]:
         raise ValueError(f"{', '.join(runs)} differ in {' and '.join(unlike)}: compare runs of one "
@@ -148,16 +142,13 @@ def marks(run: dict, way: str) -> dict[str, float]:
 
 
 def row_of(name: str, way: str, seeds: dict[int, dict], against: dict[int, dict]) -> dict:
-    """A system's row, from its runs by seed and those of the arm that it is compared with.
-
-    way: in which the system answers: direct; latent for recon; call for explicit tool use. A
-    reconstruction arm within 10 points of guessing is not compared.
-    """
+    """A system's row, from its runs by seed and those of the arm that it is compared with. way: in
+    which it answers: direct; latent for recon; call for explicit tool use. A reconstruction arm
+    within 10 points of guessing is not compared."""
     tables = [summarise(run["answers"]) for run in seeds.values()]
     one, total = tables[0], overall(tables[0])
 
     def percent(task: str, way: str) -> list[float]:
-        """Accuracies of the seeds that have some."""
         return [100 * table[task][way][0] for table in tables if way in table.get(task, {})]
 
     row = dict(system=name, way=way, seeds=len(seeds), total=total, own=percent(total, way),
@@ -196,11 +187,11 @@ def markdown(rows: list[dict], reference: str) -> str:
     return table_of(head, lines) + (note if count else "")
 
 
-def answers_of(path: Path, options: evaluate.Options) -> dict:
+def answers_of(path: Path, asked: evaluate.Options) -> dict:
     """The answers of a run or checkpoint, stored or asked for; of a run also its config."""
-    if (path / "results.json").is_file() and not options.ask_anew():
+    if (path / "results.json").is_file() and not asked.ask_anew():
         return read_run(path)
-    run = dict(answers=evaluate.ask(str(path), options))
+    run = dict(answers=evaluate.ask(str(path), asked))
     # a checkpoint has a config.json too, of another kind
     if (path / "best.json").is_file():
         run["config"] = files.read_json(path / "config.json")
@@ -210,18 +201,18 @@ def answers_of(path: Path, options: evaluate.Options) -> dict:
 def main() -> None:
     paths = list(takewhile(lambda argument: not argument.startswith("-"), sys.argv[1:]))
     rest = sys.argv[1 + len(paths):] if paths else ["--help"]
-    options = parse(evaluate.Options, rest, __doc__)
-    models = {path: answers_of(Path(path), options) for path in paths}
+    asked = options.parse(evaluate.Options, rest, __doc__)
+    models = {path: answers_of(Path(path), asked) for path in paths}
     columns = {path: summarise(model["answers"]) for path, model in models.items()}
     print(format_table(columns))
     runs = {path: model for path, model in models.items() if "config" in model}
     rows, text = comparison(runs) if runs else ([], "")
     if len(runs) > 1:
         print(f"\n{text}")
-    if options.json:
+    if asked.json:
         tables = {path: dict(table=columns[path], answers=model["answers"])
                   for path, model in models.items()}
-        files.write_json(Path(options.json), dict(tables, systems=rows))
+        files.write_json(Path(asked.json), dict(tables, systems=rows))
 
 
 if __name__ == "__main__":

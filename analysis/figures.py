@@ -18,30 +18,26 @@ import statistics
 import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections import Counter, defaultdict
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # before any other `analysis`
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 import evaluate
 import losses
 import train
 from analysis.compare import BASE
 from analysis.targets import batches_of, config_of, load_method, targets_of
-from baselines import reconstruction
-from baselines.variants import Current
+from baselines import reconstruction, variants
 from data import collate
 from predictor import Predictor
 from support import families, files, processes, run, splits, tables
 from support.images import load_images
 from support.records import Example
-from world import scenes
-from world.tools import CALL
+from world import scenes, tools
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 MINIMUM = 6  # examples: with fewer, nothing can be fitted and tested
@@ -84,7 +80,7 @@ def logged(folder: Path) -> dict[str, list[tuple[float, float]]]:
     return series
 
 
-def curves(folders: Sequence[Path], kinds: tuple[str, ...] = ("valid", "train")):
+def curves(folders: list[Path], kinds: tuple[str, ...] = ("valid", "train")):
     """A chart for every name in any of the logs, with one line for each run."""
     logs = {str(folder): logged(folder) for folder in folders}
     every = sorted(set().union(*logs.values()))
@@ -155,12 +151,10 @@ def latents_decoded(folder: Path, pearl: Path | None, tests: list[Example]):
 
 @torch.no_grad()
 def embeddings(folder: Path | None, config: train.Config,
-               examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
-    """(h^_R, h_R), (n, D) each, by a run; folder None: by the starting model of config.
-
-    h_R is by the model that the run predicts: the starting model if its target is frozen. A run
-    without [PRED] rows has K = 0: h^_R is the state of the last prompt token.
-    """
+               examples: list[Example]) -> tuple[Tensor, Tensor]:
+    """(h^_R, h_R), (n, D) each, by a run; folder None: by the starting model of config. h_R is by
+    the model that the run predicts: the starting model if its target is frozen. A run without
+    [PRED] rows has K = 0: h^_R is the state of the last prompt token."""
     rows, file = None, folder and run.config_and_checkpoint(folder)[1] / Predictor.file_name
     if file and file.is_file():
         rows = files.read_tensors(file, config.device)[0]["pred_embeddings"]
@@ -169,7 +163,7 @@ def embeddings(folder: Path | None, config: train.Config,
     for batch, images in batches_of(method, examples):
         views = collate([example.views.input for example in batch], method.vlm.pad_id)
         predictions.append(method.vlm(views, images, rows).embedding.float().cpu())
-    frozen = rows is not None and not isinstance(method, Current)
+    frozen = rows is not None and not isinstance(method, variants.Current)
     return torch.cat(predictions), targets_of(load_method(config) if frozen else method, examples)
 
 
@@ -195,7 +189,7 @@ def separation(h: Tensor, groups: list[str]) -> float:
     return float(silhouette_score(h.numpy(), groups, metric="cosine"))
 
 
-def groups_of(examples: Sequence[Example]) -> list[str]:
+def groups_of(examples: list[Example]) -> list[str]:
     """The task of each example, or, if there is one task, the answer; the rarest are "other"."""
     tasks = [example.task for example in examples]
     names = tasks if len(set(tasks)) > 1 else [example.answer for example in examples]
@@ -203,17 +197,14 @@ def groups_of(examples: Sequence[Example]) -> list[str]:
     return [name if name in frequent else "other" for name in names]
 
 
-def knowledge(pair: tuple[Tensor, Tensor], examples: Sequence[Example]) -> dict:
-    """Probes, separation and retrieval of (h^_R, h_R).
-
-    The answer, and the numbers in the first call (R^2), are probed on the most frequent task;
-    `chance` is the share of its most frequent answer.
-    """
+def knowledge(pair: tuple[Tensor, Tensor], examples: list[Example]) -> dict:
+    """Probes, separation and retrieval of (h^_R, h_R). The answer, and the numbers in the first
+    call (R^2), are probed on the most frequent task; `chance`: of its most frequent answer."""
     tasks, groups = [example.task for example in examples], groups_of(examples)
     (task, count), = Counter(tasks).most_common(1)
     rows = [n for n, other in enumerate(tasks) if other == task]
     answers = [examples[n].answer for n in rows]
-    calls = [CALL.search(examples[n].texts[0]) for n in rows]
+    calls = [tools.CALL.search(examples[n].texts[0]) for n in rows]
     places = [[float(x) for x in call[2].split()] if call else [] for call in calls]
     probes = dict(task=(range(len(tasks)), tasks)) if len(set(tasks)) > 1 else {}
     if count >= MINIMUM and len(set(answers)) > 1:
@@ -250,8 +241,8 @@ def embedding_maps(configs: dict[Path, train.Config], tests: list[Example]):
               for name, one in known.items()]
     figure, axes = canvas(titles, columns=2, size=(6.4, 5.0))
     for axis, pair in zip(axes, pairs.values()):
-        both = torch.cat([h[:count] for h in pair])
-        points = tsne.fit_transform(F.normalize(both, dim=1).numpy()).reshape(2, count, 2)
+        both = nn.functional.normalize(torch.cat([h[:count] for h in pair]), dim=1)
+        points = tsne.fit_transform(both.numpy()).reshape(2, count, 2)
         for n, group in enumerate(dict.fromkeys(groups)):
             for view, marker in zip(points[:, [other == group for other in groups]], "x."):
                 axis.scatter(*view.T.tolist(), marker=marker, s=34, color=f"C{n}",
@@ -296,8 +287,7 @@ def all_figures(folders: list[Path], out: Path, per_task: int) -> None:
 def main() -> None:
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="*", type=Path, metavar="RUN")
-    parser.add_argument("--out", type=Path, required=True,
-                        help="new folder, or with --curves a new file")
+    parser.add_argument("--out", type=Path, required=True, help="new folder; of --curves: new file")
     parser.add_argument("--curves", nargs="+", type=Path, metavar="RUN", help="draw their logs")
     parser.add_argument("--per_task", type=int, default=240, help="test questions of each task")
     args = parser.parse_args()

@@ -19,8 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # before any ot
 import evaluate
 from analysis import figures
 from analysis.compare import arm_of, change_text, difference, mean_std, table_of
-from support import files, processes, splits
-from support.step import adapt_all
+from support import files, processes, splits, step
 from support.tables import HELD_OUT, overall, summarise
 
 ALPHAS = (1.0, 0.75, 0.65, 0.5, 0.35)
@@ -38,7 +37,7 @@ def answers_of(run: Path, per_task: int, device: str) -> Run:
             vlm, config, _ = evaluate.load_model(run, device, alpha=alpha)
             rights = stored[str(alpha)] = {}
             for split in ("validation", "test"):
-                questions = adapt_all(splits.test_questions(config, per_task, split), config)
+                questions = step.adapt_all(splits.test_questions(config, per_task, split), config)
                 evaluator = evaluate.Evaluator(vlm, questions, config.answer_prefix)
                 for record in evaluate.answer_questions(evaluator):
                     for way in record["cost"]:

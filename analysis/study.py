@@ -20,7 +20,6 @@ from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product, repeat
 from pathlib import Path
-from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # before any other `analysis`
@@ -35,29 +34,21 @@ from world.scenes import REGIMES
 SYSTEMS = ["sft", "direct", "recon --latents 4 --decode_latents 4 --lambda_latent 1", "pearl"]
 STEPS = "300"  # of every run, whatever train.py's default is: RESULTS.md's tables are of so many
 
-
-class Job(NamedTuple):
-    """A run of train.py. ask: options of an evaluate.py that then writes the run's asked.json."""
-
-    folder: Path
-    options: list[str]
-    ask: list[str]
+# by the run's folder: file there -> the command that writes it last
+Jobs = dict[Path, dict[str, list[str]]]
 
 
-def run_one(job: Job, threads: int) -> str:
-    folder, answers, commands, start = job.folder, job.folder / "asked.json", [], time.time()
-    if not (folder / "results.json").is_file():
-        commands.append(["train.py", *job.options, "--out", str(folder)])
-        if folder.exists():
-            folder.rename(folder.with_name(f"{folder.name}.interrupted-{time.time_ns()}"))
-    if job.ask and not answers.is_file():
-        commands.append(["evaluate.py", str(folder), "--again", *job.ask, "--json", str(answers)])
-    if not commands:
+def run_one(folder: Path, commands: dict[str, list[str]], threads: int) -> str:
+    start = time.time()
+    if folder.exists() and not (folder / "results.json").is_file():
+        folder.rename(folder.with_name(f"{folder.name}.interrupted-{time.time_ns()}"))
+    left = [command for file, command in commands.items() if not (folder / file).is_file()]
+    if not left:
         return "done before"
     folder.parent.mkdir(parents=True, exist_ok=True)
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     with open(folder.with_name(f"{folder.name}.txt"), "a", encoding="utf-8") as log:
-        for program, *options in commands:
+        for program, *options in left:
             command = [sys.executable, str(ROOT / program), *options]
             if subprocess.run(command, stdout=log, stderr=subprocess.STDOUT,
                               env=environment).returncode:
@@ -65,18 +56,18 @@ def run_one(job: Job, threads: int) -> str:
     return f"{(time.time() - start) / 60:.1f} minutes"
 
 
-def run_all(jobs: list[Job], side_by_side: int) -> int:
+def run_all(jobs: Jobs, side_by_side: int) -> int:
     """Every job that is not done; how many failed."""
     threads, failed = max(1, (os.cpu_count() or 1) // side_by_side), 0
     with ThreadPoolExecutor(side_by_side) as pool:
-        results = pool.map(run_one, jobs, repeat(threads))
-        for n, (job, result) in enumerate(zip(jobs, results), start=1):
+        results = pool.map(run_one, jobs, jobs.values(), repeat(threads))
+        for n, (folder, result) in enumerate(zip(jobs, results), start=1):
             failed += result.startswith("FAILED")
-            print(f"{n}/{len(jobs)} {job.folder}: {result}", flush=True)
+            print(f"{n}/{len(jobs)} {folder}: {result}", flush=True)
     return failed
 
 
-def plan(args: Namespace) -> list[Job]:
+def plan(args: Namespace) -> Jobs:
     """All runs, seed by seed. args: see parse_args. Ends the program for an unknown method or
     option, before any run."""
     name, _, model = args.base.partition("=")
@@ -88,12 +79,15 @@ def plan(args: Namespace) -> list[Job]:
         # test questions must choose nothing: the run asks one of each task, and nobody reads it
         common += ["--test_per_task", "1"]
         asks = dict.fromkeys(args.arms, ["--split", "validation", *count])
-    jobs = []
+    jobs: Jobs = {}
     for seed, regime, arm in product(args.seeds, args.regimes, args.arms):
         options = ["--method", *arm.split(), "--regime", regime, "--seed", str(seed), *common]
         parse_config(options)
         folder = args.out / name / regime / run_name(arm, seed)
-        jobs.append(Job(folder, options, asks.get(arm, [])))
+        jobs[folder] = {"results.json": ["train.py", *options, "--out", str(folder)]}
+        if arm in asks:
+            jobs[folder]["asked.json"] = ["evaluate.py", str(folder), "--again", *asks[arm],
+                                          "--json", str(folder / "asked.json")]
     return jobs
 
 
@@ -124,8 +118,7 @@ def parse_args(argv: list[str]) -> Namespace:
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument("--split", choices=["test", "validation"], default="test",
                         help="whose questions the table is made of")
-    parser.add_argument("--against", default="sft", metavar="ARM",
-                        help="the arm that the tables compare the others with")
+    parser.add_argument("--against", default="sft", metavar="ARM", help="compared with the others")
     parser.add_argument("--jobs", type=int, default=2, choices=range(1, 65), metavar="N",
                         help="runs side by side")
     cut = argv.index("--") if "--" in argv else len(argv)

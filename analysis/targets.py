@@ -100,12 +100,10 @@ def states_of(method: train.Pearl, records: Sequence[Example]) -> dict[Place, Te
 
 def shares(h: Tensor, records: Sequence) -> dict[str, float]:
     """The parts of h (n, D), as shares of the squared length of rows of length 1. They add up to 1.
-
     common: the mean of all rows. task: what the mean of each task adds. answer: what the mean of
     each answer adds within its task. rest: what is left. Beside them answer_by_chance: the answer's
     share with shuffled answers in each task, because small groups always explain a little, and
-    above_chance: the answer's share minus that.
-    """
+    above_chance: the answer's share minus that."""
     h = F.normalize(h.double(), dim=1)
     tasks = [record.task for record in records]
     shuffled, generator = [""] * len(records), torch.Generator().manual_seed(0)

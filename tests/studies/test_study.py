@@ -19,7 +19,6 @@ from analysis.compare import arm_of, comparison, difference
 from support.adapters import lora_layers
 from support.files import read_json, write_json
 from support.tables import conclusion, format_table, overall, summarise, wilson
-from world.scenes import REGIMES
 
 
 def answers(rights, task="crop", **ways):
@@ -156,13 +155,14 @@ def test_an_arm_is_what_follows_method_and_has_a_folder_of_its_own(tmp_path):
     args = study.parse_args(["--out", str(tmp_path), "--seeds", "0", "1", "--", "--batch", "3"])
     args.arms = [*study.SYSTEMS, "target_state --target_layer -1", "pearl --lambda_latent 0.2"]
     jobs = study.plan(args)
-    assert len({job.folder for job in jobs}) == len(jobs) == 2 * len(REGIMES) * len(args.arms)
-    for job, (seed, regime, arm) in zip(jobs, product(args.seeds, args.regimes, args.arms)):
-        assert job.options[:1 + len(arm.split())] == ["--method", *arm.split()]
-        config = train.parse_config(job.options)
+    settings = [*product(args.seeds, args.regimes, args.arms)]
+    for (folder, commands), (seed, regime, arm) in zip(jobs.items(), settings, strict=True):
+        program, *options = commands["results.json"]
+        assert options[:1 + len(arm.split())] == ["--method", *arm.split()]
+        config = train.parse_config(options)
         assert (config.batch, config.steps, config.seed, config.regime) == (3, 300, seed, regime)
-        assert job.folder.parent.name == regime and arm_of(job.folder.name) == arm
-        assert bool(job.ask) == (arm == "sft")
+        assert folder.parent.name == regime and arm_of(folder.name) == arm
+        assert ("asked.json" in commands) == (arm == "sft")
     for args.arms in (["best"], ["sft --best 1"]):
         with pytest.raises(ValueError, match="best"):
             study.plan(args)
