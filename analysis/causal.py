@@ -87,9 +87,6 @@ def results_of(part: str, test: str, rows: Sequence[Example], choices: Choices,
     return results | {(part, test, SAME): matches(rows, choices, before)}
 
 
-# ---- whose picture replaces a question's own ----------------------------------------------------
-
-
 def partners(examples: list[Example], place: int, fits: Callable = lambda one, other: True
              ) -> list[tuple[Example, Example]]:
     """Each question that has one, and another question of its task with fits(question, other) whose
@@ -196,10 +193,8 @@ def latent_tests(model: Evaluator, scale, n: int) -> Results:
     return results
 
 
-# ---- questions that no trajectory covers --------------------------------------------------------
-
-
 class Questions(NamedTuple):
+    """Those of tasks that trajectories cover, and the others."""
     trained: list[Example]
     untrained: dict[str, list[Example]]  # by task
     distances: dict[str, int]  # of untrained tasks: the fewest words to a trained question

@@ -24,8 +24,6 @@ from support.images import few_values, load_images, open_image
 from support.records import SPLITS, Example, Records
 
 PER_PROCESS = 200  # records for which a further process pays
-# image, or record if it is faulty -> (its fault, its values if they are few)
-Found = dict[str, tuple[str, str]]
 
 
 class Check:
@@ -38,8 +36,9 @@ class Check:
         self.forms = {example.id: form for example, form in zip(tests, forms)}
         self.seen: dict[Path, tuple[str, str]] = {}
 
-    def __call__(self, row: int) -> tuple[str, str, int, Found]:
-        """(task, split, tokens of the longest text that the run makes of it, what was found)"""
+    def __call__(self, row: int) -> tuple[str, str, int, dict[str, tuple[str, str]]]:
+        """(task, split, tokens of the longest text that the run makes of it, and of each image, and
+        of a faulty record, the fault and the values if they are few)"""
         example, tokens = self.examples[row], 0
         where = self.examples.where(row) if self.config.data else f"record {example.id}"
         results = {str(image): self.look(image, where) for image in example.images
@@ -62,8 +61,7 @@ class Check:
         return self.seen[file]
 
     def token_count(self, example: Example) -> int:
-        """The tokens of the longest view that the run makes. Raises ValueError naming an example
-        that cannot be trained on, or asked."""
+        """Of the longest view that the run makes. ValueError names an example that has a fault."""
         config, chat = self.config, self.chat
         if example.split == "test":
             images = load_images(example, chat.family)
@@ -89,7 +87,7 @@ def check_data(config: train.Config) -> None:
                         num_workers=workers, multiprocessing_context="fork" if workers else None)
     checked = list(processes.progress(chain.from_iterable(loader), "checking records",
                                       len(examples)))
-    results: Found = {}
+    results: dict[str, tuple[str, str]] = {}
     for *_, own in checked:
         # the first record that names an image counts
         results |= {name: result for name, result in own.items() if name not in results}

@@ -86,8 +86,7 @@ def read_run(folder: Path, split: str = "test") -> dict:
 
 
 def arm_among(config: dict, others: list[dict]) -> str:
-    """The arm of a run beside others: its method, and the settings in which the runs of that method
-    differ."""
+    """The arm of a run: its method, and the settings in which runs of that method differ."""
     # base and data are compared by `setting`; the others do not change what is learned
     ignored = {"seed", "out", "method", "device", "model", "data", "workers"}
     peers = [other for other in others if other["method"] == config["method"]]
@@ -187,22 +186,19 @@ def markdown(rows: list[dict], reference: str) -> str:
     return table_of(head, lines) + (note if count else "")
 
 
-def answers_of(path: Path, asked: evaluate.Options) -> dict:
-    """The answers of a run or checkpoint, stored or asked for; of a run also its config."""
-    if (path / "results.json").is_file() and not asked.ask_anew():
-        return read_run(path)
-    run = dict(answers=evaluate.ask(str(path), asked))
-    # a checkpoint has a config.json too, of another kind
-    if (path / "best.json").is_file():
-        run["config"] = files.read_json(path / "config.json")
-    return run
-
-
 def main() -> None:
     paths = list(takewhile(lambda argument: not argument.startswith("-"), sys.argv[1:]))
     rest = sys.argv[1 + len(paths):] if paths else ["--help"]
     asked = options.parse(evaluate.Options, rest, __doc__)
-    models = {path: answers_of(Path(path), asked) for path in paths}
+    models: dict[str, dict] = {}  # answers; of a run also its config
+    for path, folder in zip(paths, map(Path, paths)):
+        if (folder / "results.json").is_file() and not asked.ask_anew():
+            models[path] = read_run(folder)
+            continue
+        models[path] = dict(answers=evaluate.ask(path, asked))
+        # a checkpoint has a config.json too, of another kind
+        if (folder / "best.json").is_file():
+            models[path]["config"] = files.read_json(folder / "config.json")
     columns = {path: summarise(model["answers"]) for path, model in models.items()}
     print(format_table(columns))
     runs = {path: model for path, model in models.items() if "config" in model}

@@ -45,8 +45,7 @@ COUNTS = [0, 1, 2, 4, 8, 16, 32, 64]  # of latents, in Fig. 3
 
 
 def refuse(out: Path) -> None:
-    """Raises what would stop a figure, before any work: FileExistsError, or ValueError with the
-    command that installs what is missing."""
+    """What would stop a figure, before any work: FileExistsError; ValueError: a missing package."""
     if out.exists():
         raise FileExistsError(f"{out} exists already: choose another name, nothing is overwritten")
     if any(importlib.util.find_spec(name) is None for name in ("matplotlib", "sklearn")):

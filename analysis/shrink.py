@@ -85,8 +85,7 @@ def table(arms: dict[str, list[Run]]) -> str:
 
 
 def figure(arms: dict[str, list[Run]], before: dict[str, dict]):
-    """Direct against held-out accuracy, a curve over alpha for each arm. before: of the model
-    before training (support.tables.summarise)."""
+    """Direct against held-out accuracy, a curve over alpha for each arm. before: by `summarise`."""
     drawing, (axis,) = figures.canvas(
         ["Accuracy after shrinking the fine-tuning: W0 + alpha (W - W0)\n(the large marker is "
          "alpha 1; hollow: less than 95% of the arm's accuracy with the tool)"], size=(8.4, 5.6))

@@ -56,20 +56,8 @@ def run_one(folder: Path, commands: dict[str, list[str]], threads: int) -> str:
     return f"{(time.time() - start) / 60:.1f} minutes"
 
 
-def run_all(jobs: Jobs, side_by_side: int) -> int:
-    """Every job that is not done; how many failed."""
-    threads, failed = max(1, (os.cpu_count() or 1) // side_by_side), 0
-    with ThreadPoolExecutor(side_by_side) as pool:
-        results = pool.map(run_one, jobs, jobs.values(), repeat(threads))
-        for n, (folder, result) in enumerate(zip(jobs, results), start=1):
-            failed += result.startswith("FAILED")
-            print(f"{n}/{len(jobs)} {folder}: {result}", flush=True)
-    return failed
-
-
 def plan(args: Namespace) -> Jobs:
-    """All runs, seed by seed. args: see parse_args. Ends the program for an unknown method or
-    option, before any run."""
+    """All runs, seed by seed. Ends the program, before any run, for an unknown method or option."""
     name, _, model = args.base.partition("=")
     common = ["--steps", STEPS, *(["--model", model] if model else []), *args.rest]
     count = ["--per_task", value_of("test_per_task", args.rest, str(Config.test_per_task))]
@@ -92,8 +80,7 @@ def plan(args: Namespace) -> Jobs:
 
 
 def write_tables(args: Namespace) -> None:
-    """REGIME.md and REGIME.json of every regime below the base's folder, from all runs there: the
-    arms of args first, each compared with args.against."""
+    """REGIME.md and REGIME.json of every regime that has runs, all of them; args.arms first."""
     base = args.out / args.base.partition("=")[0]
     order = {arm: n for n, arm in enumerate(args.arms)}
     last_file = "results.json" if args.split == "test" else "asked.json"
@@ -129,7 +116,12 @@ def parse_args(argv: list[str]) -> Namespace:
 
 def main() -> None:
     args = parse_args(sys.argv[1:])
-    failed = run_all(plan(args), args.jobs)
+    jobs, failed, threads = plan(args), 0, max(1, (os.cpu_count() or 1) // args.jobs)
+    with ThreadPoolExecutor(args.jobs) as pool:
+        results = pool.map(run_one, jobs, jobs.values(), repeat(threads))
+        for n, (folder, result) in enumerate(zip(jobs, results), start=1):
+            failed += result.startswith("FAILED")
+            print(f"{n}/{len(jobs)} {folder}: {result}", flush=True)
     write_tables(args)
     if failed:
         sys.exit(f"{failed} runs failed; the same command repeats only them")

@@ -166,25 +166,21 @@ def report(config: train.Config, all_layers: bool) -> str:
     return f"h_R {read_by}\n\n{table({'h_R': [numbers_of(method, examples)]})}"
 
 
-def runs_report(runs: list[Path], device: str) -> str:
-    """h_R of the validation trajectories, read by each run's best model."""
-    arms: dict[str, list[dict]] = {}
-    for run in runs:
-        config = config_of(run, device)
-        examples = list(splits.load_splits(replace(config, test_per_task=1))[1])
-        numbers = numbers_of(load_method(config, run), examples)
-        arms.setdefault(arm_of(run.name), []).append(numbers)
-    return table(arms)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--layers", action="store_true")
-    parser.add_argument("--runs", type=Path, nargs="+")
+    parser.add_argument("--runs", type=Path, nargs="+", default=[])
     args, rest = parser.parse_known_args()
     kind = train.config_class(options.value_of("method", rest, "pearl"))
     config = options.parse(kind, rest, __doc__)
-    print(runs_report(args.runs, config.device) if args.runs else report(config, args.layers))
+    # by arm, h_R of the validation trajectories, read by each run's best model
+    arms: dict[str, list[dict]] = {}
+    for run in args.runs:
+        own = config_of(run, config.device)
+        examples = list(splits.load_splits(replace(own, test_per_task=1))[1])
+        numbers = numbers_of(load_method(own, run), examples)
+        arms.setdefault(arm_of(run.name), []).append(numbers)
+    print(table(arms) if arms else report(config, args.layers))
 
 
 if __name__ == "__main__":

@@ -197,7 +197,7 @@ def test_a_line_for_h_R_or_for_every_state_is_printed(monkeypatch, capsys, as_pr
         assert "12 trajectories of single" in printed and printed.count("\n| ") == 1 + lines
 
 
-def test_a_finished_run_is_read_by_its_own_model(tmp_path, monkeypatch):
+def test_a_finished_run_is_read_by_its_own_model(tmp_path, monkeypatch, capsys, as_program):
     world, method = scenes.make_world("single", "train", 12), untrained("pearl", steps=2)
     before, folder = targets.numbers_of(method, world), tmp_path / "pearl,lr=1-seed0"
     for layer in lora_layers(method.vlm.lm).values():
@@ -205,6 +205,7 @@ def test_a_finished_run_is_read_by_its_own_model(tmp_path, monkeypatch):
     trained = targets.numbers_of(method, world)["effective_rank"]
     write_run(folder, method)
     monkeypatch.setattr(splits, "load_splits", lambda config: (world, world, world))
-    cells = targets.runs_report([folder], "cpu").splitlines()[2].strip("| ").split(" | ")
+    as_program(targets.__file__, "--device", "cpu", "--runs", folder)
+    cells = capsys.readouterr().out.splitlines()[2].strip("| ").split(" | ")
     assert cells[0] == "pearl --lr 1" and float(cells[-1]) == pytest.approx(trained, abs=0.06)
     assert trained - before["effective_rank"] > 1
