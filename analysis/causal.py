@@ -3,8 +3,7 @@
     python analysis/causal.py RUN [RUN ...]             # means over the seeds of an arm; minutes
     python analysis/causal.py --model MODEL [--data DIR]    # a checkpoint that was not trained here
 
-  latents     that a recon run feeds itself: zeros, noise or another question's in their place, or
-              the markers alone
+  latents     of a recon run: zeros, noise, another question's in their place, the markers alone
   image       of the question, for a model that answers from it alone: grey, or another question's
   tool image  in the expert's trajectory, of another question: does the answer follow the image?
   untrained   nothing is replaced: tasks without a trajectory, before and after training

@@ -2,7 +2,7 @@
 
     python analysis/check_data.py --data DIR --model MODEL      # takes the options of train.py
 
-The code of a run makes the views and questions (`token_count`), so a fault that would stop train.py
+The code of a run makes the views and questions (`check_of`), so a fault that would stop train.py
 at some step is found here, but not what a variant alone needs of R. The exit status is 1 if there
 is one. Without --data the small world is checked.
 """
@@ -10,6 +10,7 @@ is one. Without --data the small world is checked.
 import os
 import sys
 from collections import Counter
+from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
 
@@ -26,51 +27,47 @@ from support.records import SPLITS, Example, Records
 PER_PROCESS = 200  # records for which a further process pays
 
 
-class Check:
+def check_of(examples: list[Example] | Records, chat: Chat, config: train.Config) -> Callable:
     """The check of one row, in any process."""
+    tests = [example for example in examples if example.split == "test"]
+    forms = {example.id: form
+             for example, form in zip(tests, answers.forms(tests, config.answer_prefix))}
+    method, seen = train.find_method(config.method), {}
 
-    def __init__(self, examples: list[Example] | Records, chat: Chat, config: train.Config):
-        self.examples, self.chat, self.config = examples, chat, config
-        tests = [example for example in examples if example.split == "test"]
-        forms = answers.forms(tests, config.answer_prefix)
-        self.forms = {example.id: form for example, form in zip(tests, forms)}
-        self.seen: dict[Path, tuple[str, str]] = {}
-
-    def __call__(self, row: int) -> tuple[str, str, int, dict[str, tuple[str, str]]]:
+    def check(row: int) -> tuple[str, str, int, dict[str, tuple[str, str]]]:
         """(task, split, tokens of the longest text that the run makes of it, and of each image, and
         of a faulty record, the fault and the values if they are few)"""
-        example, tokens = self.examples[row], 0
-        where = self.examples.where(row) if self.config.data else f"record {example.id}"
-        results = {str(image): self.look(image, where) for image in example.images
+        example, tokens = examples[row], 0
+        where = examples.where(row) if config.data else f"record {example.id}"
+        results = {str(image): look(image, where) for image in example.images
                    if isinstance(image, Path)}
         # the code of a run would stop at a faulty image, which is listed already
         if not any(fault for fault, _ in results.values()):
             try:
-                tokens = self.token_count(example)
+                tokens = token_count(example)
             except ValueError as error:
                 results[where] = f"{where}: {error}", ""
         return example.task, example.split, tokens, results
 
-    def look(self, file: Path, where: str) -> tuple[str, str]:
+    def look(file: Path, where: str) -> tuple[str, str]:
         # many records may name an image; a process opens it once
-        if file not in self.seen:
+        if file not in seen:
             try:
-                self.seen[file] = "", few_values(file, open_image(file, where))
+                seen[file] = "", few_values(file, open_image(file, where))
             except (ValueError, OSError) as error:
-                self.seen[file] = str(error), ""
-        return self.seen[file]
+                seen[file] = str(error), ""
+        return seen[file]
 
-    def token_count(self, example: Example) -> int:
-        """Of the longest view that the run makes. ValueError names an example that has a fault."""
-        config, chat = self.config, self.chat
+    def token_count(example: Example) -> int:
         if example.split == "test":
             images = load_images(example, chat.family)
-            return len(chat.question(example, images, self.forms[example.id]).started.ids)
-        method = train.find_method(config.method)
+            return len(chat.question(example, images, forms[example.id]).started.ids)
         # a method may learn from a record in two ways, or only from its answer
         views = [method.views(config, chat, record, load_images(record, chat.family))
                  for record in method.records([example], config)]
         return max(len(view.ids) for part in views for view in part)
+
+    return check
 
 
 def check_data(config: train.Config) -> None:
@@ -80,13 +77,12 @@ def check_data(config: train.Config) -> None:
     chat = Chat(family, family.lm.config.text_config.max_position_embeddings)
     examples = list(chain(*splits.load_splits(config))) if not config.data else splits.read_folder(
         config.data, config.answer_prefix, problems=faults, by_pixels=True)
-    check = Check(examples, chat, config)
-    workers = min(os.cpu_count(), len(examples) // PER_PROCESS)
+    check, count = check_of(examples, chat, config), len(examples)
+    workers = min(os.cpu_count(), count // PER_PROCESS)
     # the results come in the order of the rows, whichever process has them
-    loader = DataLoader(range(len(examples)), 16, collate_fn=lambda rows: list(map(check, rows)),
+    loader = DataLoader(range(count), 16, collate_fn=lambda rows: list(map(check, rows)),
                         num_workers=workers, multiprocessing_context="fork" if workers else None)
-    checked = list(processes.progress(chain.from_iterable(loader), "checking records",
-                                      len(examples)))
+    checked = list(processes.progress(chain.from_iterable(loader), "checking records", count))
     results: dict[str, tuple[str, str]] = {}
     for *_, own in checked:
         # the first record that names an image counts

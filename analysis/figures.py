@@ -59,12 +59,11 @@ def canvas(titles: list[str], columns: int = 1, size: tuple[float, float] = (7.0
     columns = min(columns, len(titles))
     rows = math.ceil(len(titles) / columns)
     figure = Figure((size[0] * columns, size[1] * rows), dpi=110, layout="constrained")
-    axes = [figure.add_subplot(rows, columns, n, title=title)
-            for n, title in enumerate(titles, start=1)]
-    for axis in axes:
+    for n, title in enumerate(titles, start=1):
+        axis = figure.add_subplot(rows, columns, n, title=title)
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
-    return figure, axes
+    return figure, figure.axes
 
 
 def logged(folder: Path) -> dict[str, list[tuple[float, float]]]:

@@ -155,17 +155,6 @@ def layers_table(h_of: dict[Place, Tensor], records: list) -> str:
         [f"**{cell}**" for cell in cells] if centred == best else cells for centred, cells in rows])
 
 
-def report(config: train.Config, all_layers: bool) -> str:
-    """h_R before training, or all states."""
-    examples = list(splits.load_splits(replace(config, test_per_task=1))[0][:config.train_examples])
-    method, data = load_method(config), config.data or config.regime
-    read_by = f"read by {config.model}, {len(examples)} trajectories of {data}"
-    if all_layers:
-        return (f"States of R {read_by}; the highest layer is the state behind the final norm\n\n"
-                f"{layers_table(states_of(method, examples), examples)}")
-    return f"h_R {read_by}\n\n{table({'h_R': [numbers_of(method, examples)]})}"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--layers", action="store_true")
@@ -173,14 +162,23 @@ def main() -> None:
     args, rest = parser.parse_known_args()
     kind = train.config_class(options.value_of("method", rest, "pearl"))
     config = options.parse(kind, rest, __doc__)
-    # by arm, h_R of the validation trajectories, read by each run's best model
     arms: dict[str, list[dict]] = {}
     for run in args.runs:
         own = config_of(run, config.device)
         examples = list(splits.load_splits(replace(own, test_per_task=1))[1])
         numbers = numbers_of(load_method(own, run), examples)
         arms.setdefault(arm_of(run.name), []).append(numbers)
-    print(table(arms) if arms else report(config, args.layers))
+    if arms:
+        print(table(arms))
+        return
+    examples = list(splits.load_splits(replace(config, test_per_task=1))[0][:config.train_examples])
+    method, data = load_method(config), config.data or config.regime
+    read_by = f"read by {config.model}, {len(examples)} trajectories of {data}"
+    if args.layers:
+        print(f"States of R {read_by}; the highest layer is the state behind the final norm\n\n"
+              f"{layers_table(states_of(method, examples), examples)}")
+    else:
+        print(f"h_R {read_by}\n\n{table({'h_R': [numbers_of(method, examples)]})}")
 
 
 if __name__ == "__main__":

@@ -83,8 +83,6 @@ def test_what_passes_trains_and_what_is_unusual_is_said(tmp_path, capsys):
                  "1 of 2 validation images are also in train", "3.png (15 to 15)"):
         assert part in output, part
     assert (train.train(config) / "results.json").is_file()
-
-
-def test_the_small_world_is_checked_too(capsys):
+    # without a folder the small world
     check_data.check_data(train.parse_config("--train_examples 5 --test_per_task 1".split()))
     assert "records are well-formed; 5 train, 2 validation" in capsys.readouterr().out

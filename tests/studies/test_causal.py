@@ -77,11 +77,9 @@ def test_only_latents_that_were_fed_are_replaced(shipped, monkeypatch, count):
     monkeypatch.setattr(Evaluator, "direct", lambda self: [dict(option=1)] * 2)
     results = causal.latent_tests(Evaluator(shipped, world), None, 2)
     assert results["latents", "its own", "with latents"] == {one.id: count > 0, two.id: 0}
-    same = {test: marks for (_, test, name), marks in results.items() if name == SAME}
+    same = {test: [*marks.values()] for (_, test, name), marks in results.items() if name == SAME}
     # a question whose partner made no latents is left out; no answer, twice, is not the same one
-    expected = {"zeros": {one.id: 0, two.id: 0}, "noise": {one.id: 1, two.id: 0},
-                OTHER: {two.id: 0}}
-    assert same == (expected if count else {})
+    assert same == ({"zeros": [0, 0], "noise": [1, 0], OTHER: [0]} if count else {})
     if count:
         noise = fed[3][one.id]
         # the mean and the standard deviation of 0, 1, 2, 3
@@ -142,27 +140,24 @@ def test_untrained_tasks_and_their_distance(monkeypatch):
 
 
 def test_the_table_by_hand():
-    own, guess, other = "image | as it is | right", "image | guessing | right", "tool image | other"
-    texts = {own: "1111", guess: "1000", "image | grey | right": "0000",
-             "image | grey | unchanged": "0001", "tool image | as it is | right": "",
-             f"{other} | {STAYS}": "10", f"{other} | {FOLLOWS}": "01",
-             "untrained | zoom | right": "11"}
+    def results(own="1111", zoom="10"):
+        texts = {"image | as it is | right": own, "image | guessing | right": "1000",
+                 "image | grey | right": "0000", "image | grey | unchanged": "0001",
+                 "tool image | as it is | right": "", f"tool image | other | {STAYS}": "10",
+                 f"tool image | other | {FOLLOWS}": "01", "untrained | zoom | right": zoom}
+        return {tuple(key.split(" | ")): dict(zip("abcd", map(int, text)))
+                for key, text in texts.items()}
 
-    def results(**changed):
-        return {tuple(key.split(" | ")): {i: int(mark) for i, mark in zip("abcd", text)}
-                for key, text in (texts | changed).items()}
-
-    trained = results(**{"untrained | zoom | right": "10"})
-    text = causal.table({"base": [results()], "pearl": [trained, results(**{own: "1100"})],
-                         "sft": [trained]}, {"zoom": 0})
-    for line in (f"base | {own} | 4 | 100.0 [51.0, 100.0] |  |",
-                 f"{guess} | 4 | 25.0 | -75.0 [-100.0, -25.0] |",
+    text = causal.table({"base": [results(zoom="11")], "sft": [results()],
+                         "pearl": [results(), results("1100")]}, {"zoom": 0})
+    for line in ("base | image | as it is | right | 4 | 100.0 [51.0, 100.0] |  |",
+                 "guessing | right | 4 | 25.0 | -75.0 [-100.0, -25.0] |", "| no question fits |  |",
                  "grey | right | 4 | 0.0 [0.0, 49.0] | -100.0 [-100.0, -100.0] |",
-                 "grey | unchanged | 4 | 25.0 [4.6, 69.9] |  |", "| no question fits |  |",
-                 f"{other} | {FOLLOWS} | 2 | 50.0 [9.5, 90.5] | +0.0 [-100.0, +100.0] |",
+                 "grey | unchanged | 4 | 25.0 [4.6, 69.9] |  |",
+                 f"{FOLLOWS} | 2 | 50.0 [9.5, 90.5] | +0.0 [-100.0, +100.0] |",
                  "base | untrained | zoom (0 words apart) | right | 2 | 100.0 [34.2, 100.0] |  |",
                  "sft | untrained | zoom (0 words apart) | right | 2 | 50.0 [9.5, 90.5] | -50.0 [",
-                 f"pearl | {own} | 4 | 75.0 +/- 35.4 |  |", "\n11 differences. An interval that"):
+                 "pearl | image | as it is | right | 4 | 75.0 +/- 35.4 |  |", "\n11 differences. "):
         assert line in text, line
 
 

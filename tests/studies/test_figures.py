@@ -19,9 +19,6 @@ from support.files import read_json, write_json
 from support.tables import HELD_OUT
 from world import loader, scenes
 
-# answers with the tool; how many of twenty are wrong: none, one, two
-FULL, MOST, LESS = "1" * 20, "1" * 19 + "0", "1" * 18 + "00"
-
 
 def test_probes_and_separation_by_hand():
     pytest.importorskip("sklearn")
@@ -51,9 +48,9 @@ def write_run(out, method, **results):
 def runs(tmp_path_factory):
     """A recon and a Pearl run, untrained, with two validations."""
     folders = [tmp_path_factory.mktemp("study") / name for name in ("recon", "pearl")]
-    answers = [dict(task="crop", options=["a", "b"], direct_right=n == 0) for n in range(4)]
     for out in folders:
-        write_run(out, untrained(out.name), answers=answers, before=answers)
+        write_run(out, untrained(out.name), answers=[
+            dict(task="crop", options=["a", "b"], direct_right=n == 0) for n in range(4)])
         run.log(out, "valid", dict(step=1, direct=0.5, tool=0.25, loss=1.0))
         run.log(out, "valid", dict(step=2, direct=0.4, tool=float("nan"), loss=1.0))
         run.log(out, "train", dict(step=2, lr=1e-3))
@@ -63,11 +60,10 @@ def runs(tmp_path_factory):
 def test_curves_show_what_was_logged_in_a_new_file(runs, tmp_path, as_program):
     pytest.importorskip("matplotlib")
     command = figures.__file__, "--out", tmp_path / "curves.png", "--curves", *runs
-    log = figures.logged(runs[0])
+    log, axes = figures.logged(runs[0]), figures.curves(runs).axes
     assert log["valid: direct"] == [(1, 0.5), (2, 0.4)] and log["valid: tool"] == [(1, 0.25)]
-    axes = figures.curves(runs).axes
-    assert [axis.get_title() for axis in axes] == [
-        "valid: direct", "valid: loss", "valid: tool", "train: lr"]
+    assert [axis.get_title() for axis in axes] == ["valid: direct", "valid: loss", "valid: tool",
+                                                   "train: lr"]
     as_program(*command)
     assert Image.open(tmp_path / "curves.png").width > 1000
     with pytest.raises(SystemExit, match="nothing is overwritten"):
@@ -100,24 +96,21 @@ def test_all_figures_of_two_runs(runs, tmp_path, monkeypatch):
         figures.all_figures(runs, tmp_path / "new", 3)
 
 
-def arm(*tools):
-    """Of one run: its skill with the tool on validation at each alpha; on test all stays."""
-    rows = {"test/crop/direct": "1100", "test/crop/free": "0", "test/crop/tool": "1110",
-            f"test/{HELD_OUT}/direct": "1000"}
-    return [{alpha: {way: [int(mark) for mark in row]
-                     for way, row in (rows | {"validation/crop/tool": tool}).items()}
-             for alpha, tool in zip(shrink.ALPHAS, tools, strict=True)}]
+def arm(*wrong):
+    """Of one run: how many of twenty answers with the tool are wrong on validation at each alpha;
+    on test all stays."""
+    rows = {"test/crop/direct": [1, 1, 0, 0], "test/crop/free": [0],
+            "test/crop/tool": [1, 1, 1, 0], f"test/{HELD_OUT}/direct": [1, 0, 0, 0]}
+    return [{alpha: rows | {"validation/crop/tool": [1] * (20 - n) + [0] * n}
+             for alpha, n in zip(shrink.ALPHAS, wrong, strict=True)}]
 
 
-def test_the_smallest_alpha_that_keeps_the_skill():
-    assert shrink.smallest_alpha(arm(FULL, FULL, MOST, LESS, FULL)) == 0.35
-    assert shrink.smallest_alpha(arm(FULL, LESS, LESS, LESS, LESS)) == 1
+def test_the_table_and_the_figure_have_every_arm_at_the_smallest_alpha_that_keeps_the_skill():
+    assert shrink.smallest_alpha(arm(0, 0, 1, 2, 0)) == 0.35
+    assert shrink.smallest_alpha(arm(0, 2, 2, 2, 2)) == 1
     # the skill that counts is that at alpha 1, and not the best
-    assert shrink.smallest_alpha(arm(LESS, FULL, FULL, FULL, LESS)) == 0.35
-
-
-def test_the_table_and_the_figure_have_every_arm():
-    arms = dict(a=arm(FULL, FULL, MOST, LESS, LESS), b=arm(*[FULL] * 5))
+    assert shrink.smallest_alpha(arm(2, 0, 0, 0, 2)) == 0.35
+    arms = dict(a=arm(0, 0, 1, 2, 2), b=arm(0, 0, 0, 0, 0))
     text = shrink.table(arms)
     assert "| a | 1 | 0.65 | 50.0 | 75.0 | 0.0 | 25.0 | - |" in text
     assert "| b | 1 | 0.35 | 50.0 | 75.0 | 0.0 | 25.0 | +0.0 [+0.0, +0.0] |" in text
@@ -136,8 +129,9 @@ def test_a_run_is_asked_at_each_alpha_once(shipped, tmp_path, monkeypatch):
                         lambda config, count, split: loader.questions("single", count, split))
     first = shrink.answers_of(tmp_path, 3, "cpu")
     assert first == shrink.answers_of(tmp_path, 3, "cpu") and alphas == list(shrink.ALPHAS)
-    records = evaluate.answer_questions(evaluate.Evaluator(shipped, loader.questions("single", 3)))
-    right = [int(r["direct_right"]) for r in records if r["task"] == HELD_OUT]
+    questions = [ex for ex in loader.questions("single", 3) if ex.task == HELD_OUT]
+    records = evaluate.answer_questions(evaluate.Evaluator(shipped, questions))
+    right = [int(record["direct_right"]) for record in records]
     assert first[1.0][f"test/{HELD_OUT}/direct"] == right and len(right) == 3
     # of each split three ways to answer, and two for the held-out task
     assert len(first[1.0]) == 2 * (3 + 2) and "validation/crop/tool" in first[1.0]
@@ -184,28 +178,23 @@ def test_the_states_of_the_table_are_those_that_training_would_predict():
     chosen = untrained("target_state", batch=3, target_layer=2, target_position="words")
     torch.testing.assert_close(targets.targets_of(chosen, world), h_of[2, "words"])
     torch.testing.assert_close(targets.targets_of(method, world), h_of[last, "end"])
-    bare = [example.answer_only("Answer:") for example in world[:2]]
-    assert {position for _, position in targets.states_of(method, bare)} == {"end", "word", "words"}
+    bare = targets.states_of(method, [example.answer_only("Answer:") for example in world[:2]])
+    assert {position for _, position in bare} == {"end", "word", "words"}
 
 
-def test_a_line_for_h_R_or_for_every_state_is_printed(monkeypatch, capsys, as_program):
-    world = scenes.make_world("mixed", "train", 12)
-    monkeypatch.setattr(splits, "load_splits", lambda config: (world, world, world))
-    for options, lines in ([], 1), (["--layers"], 5 * 4):
-        as_program(targets.__file__, *options, "--device", "cpu")
-        printed = capsys.readouterr().out
-        assert "12 trajectories of single" in printed and printed.count("\n| ") == 1 + lines
-
-
-def test_a_finished_run_is_read_by_its_own_model(tmp_path, monkeypatch, capsys, as_program):
+def test_lines_for_h_R_for_every_state_and_for_a_run_read_by_its_own_model(
+        tmp_path, monkeypatch, capsys, as_program):
     world, method = scenes.make_world("single", "train", 12), untrained("pearl", steps=2)
     before, folder = targets.numbers_of(method, world), tmp_path / "pearl,lr=1-seed0"
     for layer in lora_layers(method.vlm.lm).values():
         torch.nn.init.normal_(layer.lora_B, std=0.2)
-    trained = targets.numbers_of(method, world)["effective_rank"]
+    rank = targets.numbers_of(method, world)["effective_rank"]
     write_run(folder, method)
     monkeypatch.setattr(splits, "load_splits", lambda config: (world, world, world))
-    as_program(targets.__file__, "--device", "cpu", "--runs", folder)
-    cells = capsys.readouterr().out.splitlines()[2].strip("| ").split(" | ")
-    assert cells[0] == "pearl --lr 1" and float(cells[-1]) == pytest.approx(trained, abs=0.06)
-    assert trained - before["effective_rank"] > 1
+    for options, words, lines in (([], "12 trajectories of single", 2), (["--layers"], "of R", 21),
+                                  (["--runs", folder], "| pearl --lr 1 |", 1)):
+        as_program(targets.__file__, "--device", "cpu", *options)
+        printed = capsys.readouterr().out
+        assert words in printed and printed.count("\n| ") == lines
+    assert float(printed.split(" | ")[-1].strip("| \n")) == pytest.approx(rank, abs=0.06)
+    assert rank - before["effective_rank"] > 1

@@ -79,8 +79,8 @@ def test_how_the_views_of_a_method_end(show_lines, options, view, end):
 
 
 def test_views_that_are_not_there_are_not_printed(show_lines):
-    recon, direct, sft, pearl = (show_lines("--method", name)
-                                 for name in ("recon", "direct", "sft", "pearl"))
+    recon, direct, sft, pearl = (
+        show_lines("--method", name) for name in ("recon", "direct", "sft", "pearl"))
     assert not [line for line in recon if line.startswith(("input", "target"))]
     # beside a trajectory a bare answer, which has no h_R
     assert show_lines("--method", "both") == sft + direct[1:]
