@@ -193,7 +193,6 @@ def latent_tests(model: Evaluator, scale, n: int) -> Results:
 
 
 class Questions(NamedTuple):
-    """Those of tasks that trajectories cover, and the others."""
     trained: list[Example]
     untrained: dict[str, list[Example]]  # by task
     distances: dict[str, int]  # of untrained tasks: the fewest words to a trained question

@@ -8,8 +8,7 @@ fault in fine-tuning VLMs is a wrong label mask, and people find it by looking.
 A line ends where what is done with its tokens changes. It begins with their numbers in the view,
 and s where L_VLM (Eq. 3) supervises them (green on a terminal, unless NO_COLOR is set). A blank
 that belongs to a token is shown as ·, layout as \\n. Image tokens, [PRED] rows and latents are
-counted, with their first and last position ids (Qwen: time / height / width). No weights are read:
-the model is made from its config, without memory for them.
+counted, with their first and last position ids (Qwen: time / height / width). No weights are read.
 """
 
 import os

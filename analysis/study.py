@@ -34,11 +34,9 @@ from world.scenes import REGIMES
 SYSTEMS = ["sft", "direct", "recon --latents 4 --decode_latents 4 --lambda_latent 1", "pearl"]
 STEPS = "300"  # of every run, whatever train.py's default is: RESULTS.md's tables are of so many
 
-# by the run's folder: file there -> the command that writes it last
-Jobs = dict[Path, dict[str, list[str]]]
-
 
 def run_one(folder: Path, commands: dict[str, list[str]], threads: int) -> str:
+    """commands: by the file in the run's folder that each of them writes last."""
     start = time.time()
     if folder.exists() and not (folder / "results.json").is_file():
         folder.rename(folder.with_name(f"{folder.name}.interrupted-{time.time_ns()}"))
@@ -56,8 +54,8 @@ def run_one(folder: Path, commands: dict[str, list[str]], threads: int) -> str:
     return f"{(time.time() - start) / 60:.1f} minutes"
 
 
-def plan(args: Namespace) -> Jobs:
-    """All runs, seed by seed. Ends the program, before any run, for an unknown method or option."""
+def plan(args: Namespace) -> dict[Path, dict[str, list[str]]]:
+    """All runs, seed by seed: folder -> `commands`. ValueError for an unknown method or option."""
     name, _, model = args.base.partition("=")
     common = ["--steps", STEPS, *(["--model", model] if model else []), *args.rest]
     count = ["--per_task", value_of("test_per_task", args.rest, str(Config.test_per_task))]
@@ -67,7 +65,7 @@ def plan(args: Namespace) -> Jobs:
         # test questions must choose nothing: the run asks one of each task, and nobody reads it
         common += ["--test_per_task", "1"]
         asks = dict.fromkeys(args.arms, ["--split", "validation", *count])
-    jobs: Jobs = {}
+    jobs: dict[Path, dict[str, list[str]]] = {}
     for seed, regime, arm in product(args.seeds, args.regimes, args.arms):
         options = ["--method", *arm.split(), "--regime", regime, "--seed", str(seed), *common]
         parse_config(options)

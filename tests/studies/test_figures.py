@@ -97,8 +97,7 @@ def test_all_figures_of_two_runs(runs, tmp_path, monkeypatch):
 
 
 def arm(*wrong):
-    """Of one run: how many of twenty answers with the tool are wrong on validation at each alpha;
-    on test all stays."""
+    """Of one run: at each alpha so many of twenty validation answers with the tool are wrong."""
     rows = {"test/crop/direct": [1, 1, 0, 0], "test/crop/free": [0],
             "test/crop/tool": [1, 1, 1, 0], f"test/{HELD_OUT}/direct": [1, 0, 0, 0]}
     return [{alpha: rows | {"validation/crop/tool": [1] * (20 - n) + [0] * n}
@@ -129,9 +128,8 @@ def test_a_run_is_asked_at_each_alpha_once(shipped, tmp_path, monkeypatch):
                         lambda config, count, split: loader.questions("single", count, split))
     first = shrink.answers_of(tmp_path, 3, "cpu")
     assert first == shrink.answers_of(tmp_path, 3, "cpu") and alphas == list(shrink.ALPHAS)
-    questions = [ex for ex in loader.questions("single", 3) if ex.task == HELD_OUT]
-    records = evaluate.answer_questions(evaluate.Evaluator(shipped, questions))
-    right = [int(record["direct_right"]) for record in records]
+    records = evaluate.answer_questions(evaluate.Evaluator(shipped, loader.questions("single", 3)))
+    right = [int(r["direct_right"]) for r in records if r["task"] == HELD_OUT]
     assert first[1.0][f"test/{HELD_OUT}/direct"] == right and len(right) == 3
     # of each split three ways to answer, and two for the held-out task
     assert len(first[1.0]) == 2 * (3 + 2) and "validation/crop/tool" in first[1.0]

@@ -78,13 +78,18 @@ def test_how_the_views_of_a_method_end(show_lines, options, view, end):
     assert view_of(show_lines("--method", *options.split()), view)[-len(end):] == end
 
 
-def test_views_that_are_not_there_are_not_printed(show_lines):
+def test_views_that_are_not_there_are_not_printed_and_only_a_terminal_gets_colour(
+        show_lines, monkeypatch):
     recon, direct, sft, pearl = (
         show_lines("--method", name) for name in ("recon", "direct", "sft", "pearl"))
     assert not [line for line in recon if line.startswith(("input", "target"))]
     # beside a trajectory a bare answer, which has no h_R
     assert show_lines("--method", "both") == sft + direct[1:]
     assert show_lines("--method", "with_answers") == pearl + direct[1:]
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    green = {line for line in show_lines() if "\033" in line}
+    assert green == {f"\033[32m{line}\033[0m" for line in pearl if line.startswith("s")}
 
 
 @pytest.mark.parametrize("name", ["qwen3_vl", "idefics3", "gemma3"])
@@ -113,13 +118,4 @@ def test_other_families_without_their_weights(show_lines, folder, tmp_path, name
         assert end == len(view.ids)
         assert image_tokens == view.ids.count(family.lm.config.image_token_id)
         # of the views with an embedding no loss reads the labels
-        labels = view.labels if name == "full" else []
-        assert supervised == [n for n, label in enumerate(labels) if label != -100]
-
-
-def test_only_a_terminal_gets_colour(show_lines, monkeypatch):
-    monkeypatch.delenv("NO_COLOR", raising=False)
-    plain = show_lines()
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
-    green = {line for line in show_lines() if "\033" in line}
-    assert green == {f"\033[32m{line}\033[0m" for line in plain if line.startswith("s")}
+        assert supervised == [n for n, x in enumerate(view.labels) if x != -100 and name == "full"]

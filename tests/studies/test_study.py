@@ -50,8 +50,7 @@ def test_the_interval_of_a_difference_is_over_seeds_and_questions():
     def interval(*sides):
         return difference(*([dict(enumerate(row)) for row in side] for side in sides))
 
-    mean, low, high = interval(ours, theirs)
-    gaps = 100 * (ours - theirs)
+    (mean, low, high), gaps = interval(ours, theirs), 100 * (ours - theirs)
     # with independent answers seeds, questions and their pairs each add the variance of the mean
     half = 1.96 * (3 * gaps.var() / gaps.size) ** 0.5
     assert mean == pytest.approx(gaps.mean()) and high - low == pytest.approx(2 * half, rel=0.2)
@@ -156,9 +155,8 @@ def test_an_arm_is_what_follows_method_and_has_a_folder_of_its_own(tmp_path):
     jobs = study.plan(args)
     settings = [*product(args.seeds, args.regimes, args.arms)]
     for (folder, commands), (seed, regime, arm) in zip(jobs.items(), settings, strict=True):
-        _, *options = commands["results.json"]
-        assert " ".join(options).startswith(f"--method {arm} --")
-        config = train.parse_config(options)
+        assert " ".join(commands["results.json"]).startswith(f"train.py --method {arm} --")
+        config = train.parse_config(commands["results.json"][1:])
         assert (config.batch, config.steps, config.seed, config.regime) == (3, 300, seed, regime)
         assert folder.parent.name == regime and arm_of(folder.name) == arm
         assert ("asked.json" in commands) == (arm == "sft")
@@ -211,7 +209,7 @@ def test_a_benchmark_ends_with_json_and_writes_no_file(tmp_path, monkeypatch, ca
         as_program(benchmark.__file__, *options.split(), "--device", "cpu")
         assert json.loads(capsys.readouterr().out.splitlines()[-1])[name] > 0
     assert [file.name for file in tmp_path.iterdir()] == ["tiny-vlm"]
-    methods = benchmark.build(train.parse_config(["--device", "cpu"]))
-    vlm, = {method.vlm for method in methods.values()}
     # the variants train one model, and LoRA is there once
-    assert lora_layers(vlm) and not any(lora_layers(x.base) for x in lora_layers(vlm).values())
+    methods = benchmark.build(train.parse_config(["--device", "cpu"]))
+    layers, = (lora_layers(vlm) for vlm in {method.vlm for method in methods.values()})
+    assert layers and not any(lora_layers(layer.base) for layer in layers.values())
