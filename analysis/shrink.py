@@ -78,8 +78,8 @@ def table(arms: dict[str, list[Run]]) -> str:
             cells = [mean_std(values) if values else "-" for values in shares]
             change, others = "-", arms[reference][:len(runs)]
             if name != reference and len(others) == len(runs):
-                change = change_text(*difference(marks(runs, alpha, "direct"),
-                                                 marks(others, alpha, "direct")))
+                pair = (marks(side, alpha, "direct") for side in (runs, others))
+                change = change_text(*difference(*pair))
             lines.append([name, str(len(runs)), f"{alpha:g}", *cells, change])
     return table_of(head, lines)
 

@@ -107,9 +107,7 @@ def parse_args(argv: list[str]) -> Namespace:
     parser.add_argument("--jobs", type=int, default=2, choices=range(1, 65), metavar="N",
                         help="runs side by side")
     cut = argv.index("--") if "--" in argv else len(argv)
-    args = parser.parse_args(argv[:cut])
-    args.rest = argv[cut + 1:]
-    return args
+    return parser.parse_args(argv[:cut], Namespace(rest=argv[cut + 1:]))
 
 
 def main() -> None:
