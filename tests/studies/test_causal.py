@@ -121,6 +121,7 @@ def test_a_model_that_follows_the_image_is_told_from_others(shipped, monkeypatch
     assert shares["as it is", RIGHT] == shares["another's, same answer", RIGHT] == 1
     assert shares[swapped, FOLLOWS] == follows and shares[swapped, STAYS] == 1 - follows
     assert shares["grey", RIGHT] == shares["grey", SAME] == 1 - follows
+    assert shares[causal.GUESS, RIGHT] == pytest.approx(0.3)  # of two or four options
     # another image may have the same answer
     assert shares[OTHER, RIGHT] == shares[OTHER, SAME] and (shares[OTHER, SAME] < 1) == by_image
 
