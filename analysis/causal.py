@@ -292,7 +292,7 @@ def main() -> None:
     questions = questions_of(base, args.per_task)
     if not questions.trained:
         raise ValueError("there is no test question of a trained task: name other --data")
-    vlm = VLM(base.model, getattr(torch, base.dtype)).to(args.device)
+    vlm = VLM(base.model, base.dtype).to(args.device)
     systems = {BASE: [tests_of(vlm, base, questions)]}
     for path, (config, checkpoint) in zip(args.runs, runs):
         vlm = evaluate.load_model(path, args.device)[0]

@@ -59,7 +59,7 @@ def load_method(config: train.Config, run: Path | None = None) -> train.Pearl:
         # the model has the run's LoRA, and a second one does not fit around it
         vlm.set_trainable = lambda *_: None
     else:
-        vlm = VLM(config.model, getattr(torch, config.dtype), config.min_pixels, config.max_pixels)
+        vlm = VLM(config.model, config.dtype, config.min_pixels, config.max_pixels)
     return train.find_method(config.method)(vlm, config)
 
 
