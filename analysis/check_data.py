@@ -93,8 +93,8 @@ def check_data(config: train.Config) -> None:
         notes.append(f"{len(few)} images use few of their values, so that the model sees little in "
                      f"them; stretch the values to the range: {', '.join(few)}")
     if config.data:
-        usable = examples.subset([row for row, (*_, own) in enumerate(checked)
-                                  if not any(fault for fault, _ in own.values())])
+        usable = examples[[row for row, (*_, own) in enumerate(checked)
+                           if not any(fault for fault, _ in own.values())]]
         try:
             splits.limit({split: usable.split(split) for split in SPLITS}, config)
         except ValueError as error:
