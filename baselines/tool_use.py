@@ -1,9 +1,11 @@
 """Explicit tool use: the model writes its own calls, each is executed, its image is appended."""
 
 import re
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 
+from support.chat import Chat
 from support.images import load_images
 from support.records import Example
 from world.tools import CALL, TOOLS, call_tool
@@ -24,16 +26,15 @@ def answer(evaluator, limit: int) -> list[dict]:
 def converse(evaluator, limit: int) -> list["Talk"]:
     """The finished conversation of each example. In each round every unfinished one gets a turn of
     the model, and the call in it is executed."""
-    talks = [Talk(evaluator, example) for example in evaluator.examples]
+    talks = [Talk(evaluator.chat, example) for example in evaluator.examples]
+    # its pictures become those of the conversations
+    evaluator = copy(evaluator)
     for _ in range(limit + 1):
-        active = [talk for talk in talks if talk.has_room()]
-        for numbers in evaluator.batches([talk.view for talk in active]):
-            part = [active[n] for n in numbers]
-            images = [image for talk in part for image in talk.images]
-            replies = evaluator.vlm.generate([talk.view for talk in part], images,
-                                             evaluator.encode_images, TURN_TOKENS)
-            for talk, token_ids in zip(part, replies):
-                talk.read(token_ids, limit)
+        evaluator.images = [talk.images for talk in talks]
+        views = [None if "text" in talk.result else talk.view for talk in talks]
+        for talk, reply in zip(talks, evaluator.generate(views, TURN_TOKENS)):
+            if reply:
+                talk.read(reply, limit)
     return talks
 
 
@@ -53,9 +54,8 @@ class Talk:
     """One example's conversation so far, as an example whose trajectory is the model's own. result:
     its cost, and at last its text or `failed`."""
 
-    def __init__(self, evaluator, example: Example):
-        self.chat, self.decode = evaluator.chat, evaluator.decode
-        self.result = dict(calls=0, tokens=0, images=0, passes=0)
+    def __init__(self, chat: Chat, example: Example):
+        self.chat, self.result = chat, dict(calls=0, tokens=0, images=0, passes=0)
         # another id, because the keys of images hold it, and the expert's images are others
         self.take(replace(example, id=f"{example.id}, own calls", trajectory=[]))
 
@@ -63,22 +63,18 @@ class Talk:
         self.images = load_images(example, self.chat.family)
         self.view = self.chat.prompt(self.chat.turns(example), self.images)
         self.example = example
-
-    def has_room(self) -> bool:
-        """Whether it has no answer yet, and the model has positions left for a turn."""
-        room = self.chat.max_tokens - len(self.view.ids)
-        if "text" not in self.result and room < TURN_TOKENS:
+        # the model's positions must suffice for one more turn
+        if (room := self.chat.max_tokens - len(self.view.ids)) < TURN_TOKENS:
             self.fail(f"{room} tokens left, a turn may need {TURN_TOKENS}")
-        return "text" not in self.result
 
     def fail(self, reason: str) -> None:
         self.result |= dict(text="", failed=reason)
 
-    def read(self, ids: list[int], limit: int) -> None:
+    def read(self, reply: dict, limit: int) -> None:
         """Execute the call in a turn and append its image; a turn without one is the answer."""
-        for cost, value in dict(tokens=len(ids), images=len(self.images), passes=len(ids)).items():
-            self.result[cost] += value
-        text = self.decode(ids)
+        for cost in ("tokens", "images", "passes"):
+            self.result[cost] += reply[cost]
+        text = reply["text"]
         call = CALL.search(text)
         if not call and not ATTEMPT.search(text):
             self.result["text"] = text
