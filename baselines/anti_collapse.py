@@ -55,7 +55,12 @@ class RunningMean(Current):
 
 
 class InfoNCE(Pearl):
-    """Eq. 1 with InfoNCE as D: one's own target against the others of the pass (--batch)."""
+    """Eq. 1 with InfoNCE as D: one's own target against the others of the pass (--batch).
+
+    Mean over i of -log( exp(s_ii / tau) / sum over j of exp(s_ij / tau) ), with s_ij =
+    cos(h^_R i, h_R j). j runs over i itself and over the rows of other groups: two rows with the
+    same task and answer may well have the same h_R. Source: CPC (1807.03748).
+    """
 
     class Options:
         infonce_masked: bool = option(True, "no negatives with the same task and answer")
@@ -64,42 +69,19 @@ class InfoNCE(Pearl):
         if self.config.batch < 2:
             raise ValueError("--method infonce needs --batch 2 or more: the other rows of a pass "
                              "are its negatives")
-        groups = [(example.task, example.answer) if self.config.infonce_masked else n
-                  for n, example in enumerate(batch) if not example.bare]
-        return infonce(prediction, target.detach(), groups)
-
-
-def infonce(prediction: Tensor, target: Tensor, groups: list) -> Tensor:
-    """Mean over i of -log( exp(s_ii / tau) / sum over j of exp(s_ij / tau) ), with s_ij =
-    cos(h^_R i, h_R j).
-
-    prediction, target (B, D). j runs over i itself and over the rows of other groups: two rows with
-    the same task and answer may well have the same h_R.
-    Source: CPC (1807.03748). Gradient: to every target too, unless the caller stops it.
-    """
-    scores = F.normalize(prediction, dim=-1) @ F.normalize(target, dim=-1).T  # (B, B)
-    scores = losses.at_least_float32(scores) / TEMPERATURE
-    same = torch.tensor([[one == other for other in groups] for one in groups])
-    scores = scores.masked_fill(same.fill_diagonal_(False).to(scores.device), float("-inf"))
-    return F.cross_entropy(scores, torch.arange(len(scores), device=scores.device))
+        scores = F.normalize(prediction, dim=-1) @ F.normalize(target.detach(), dim=-1).T  # (B, B)
+        scores = losses.at_least_float32(scores) / TEMPERATURE
+        if self.config.infonce_masked:
+            groups = [(example.task, example.answer) for example in batch]
+            same = torch.tensor([[one == other for other in groups] for one in groups])
+            scores = scores.masked_fill(same.fill_diagonal_(False).to(scores.device), -torch.inf)
+        return F.cross_entropy(scores, torch.arange(len(scores), device=scores.device))
 
 
 class VICReg(Current):
-    """VICReg's variance and covariance terms on h_R, beside L_JEPA and inside its lambda."""
+    """VICReg's variance and covariance terms on h_R, beside L_JEPA and inside its lambda.
 
-    class Options:
-        vicreg: float = option(1.0, "weight of VICReg's terms beside L_JEPA")
-
-    target_needs_grad = True
-
-    def jepa(self, prediction: Tensor, target: Tensor, batch: Examples) -> Tensor:
-        # Eq. 1 stops the gradient at the target; this term sends one through it
-        term = vicreg(target) if len(target) > 1 else target.new_zeros(())
-        return super().jepa(prediction, target, batch) + self.config.vicreg * term
-
-
-def vicreg(h: Tensor) -> Tensor:
-    """v + c / 25 on x = sqrt(D) h / |h|, h (B, D).
+    v + c / 25 on x = sqrt(D) h_R / |h_R|, h_R (B, D):
 
         v = mean over D of max(0, 1 - sqrt(var(x_d) + 1e-4))
         c = 1/D * sum over d != e of cov(x)_de^2            var, cov: divided by B - 1
@@ -108,14 +90,22 @@ def vicreg(h: Tensor) -> Tensor:
     Deviation: rows of length sqrt(D). The final norm fixes their length anyway, and its weights
     would decide whether gamma = 1 is out of reach or asks for nothing. With B < D, c cannot be 0.
     """
-    x = losses.at_least_float32(h)
-    x = F.normalize(x, dim=-1) * x.shape[1] ** 0.5
-    x = x - x.mean(dim=0)
-    covariance = x.T @ x / (len(x) - 1)  # (D, D)
-    variance = covariance.diagonal()
-    v = F.relu(1 - (variance + 1e-4).sqrt()).mean()
-    c = (covariance.square().sum() - variance.square().sum()) / x.shape[1]
-    return v + c / 25
+
+    class Options:
+        vicreg: float = option(1.0, "weight of VICReg's terms beside L_JEPA")
+
+    target_needs_grad = True
+
+    def jepa(self, prediction: Tensor, target: Tensor, batch: Examples) -> Tensor:
+        if len(target) < 2:
+            return super().jepa(prediction, target, batch)
+        # Eq. 1 stops the gradient at the target; this term sends one through it
+        x = F.normalize(losses.at_least_float32(target), dim=-1) * target.shape[1] ** 0.5
+        covariance = torch.cov(x.T)  # (D, D)
+        variance = covariance.diagonal()
+        v = F.relu(1 - (variance + 1e-4).sqrt()).mean()
+        c = (covariance.square().sum() - variance.square().sum()) / x.shape[1]
+        return super().jepa(prediction, target, batch) + self.config.vicreg * (v + c / 25)
 
 
 class SIGReg(Current):

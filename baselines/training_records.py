@@ -89,7 +89,8 @@ class WithAnswers(Pearl):
 
     def jepa(self, prediction: Tensor, target: Tensor, batch: Examples) -> Tensor:
         # a pass of bare answers alone has nothing to predict, and the mean of nothing is NaN
-        return super().jepa(prediction, target, batch) if len(target) else prediction.sum()
+        batch = [example for example in batch if not example.bare]
+        return super().jepa(prediction, target, batch) if batch else prediction.sum()
 
 
 class ImageFirst(Pearl):

@@ -5,6 +5,7 @@ Letters: B batch, T sequence, D hidden size, N sample.
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from copy import copy
 from operator import attrgetter
 from typing import Literal
 
@@ -28,9 +29,8 @@ Images = dict[str, EncodedImage]
 def read_all(method: Pearl, dataset: Trajectories, rows: Tensor
              ) -> Iterator[tuple[Examples, Images]]:
     """These rows of a data set in batches, with their images, and a progress bar."""
-    size = method.config.batch
-    for part in progress(rows.split(size), f"reading {dataset.split}"):
-        batch = dataset.micro_batches(part.tolist(), size)[0]
+    for part in progress(rows.split(method.config.batch), f"reading {dataset.split}"):
+        (batch,) = dataset.micro_batches(part.tolist(), len(part))
         yield batch, method.encode_images([image for ex in batch for image in ex.images])
 
 
@@ -68,11 +68,9 @@ class EMA(Current):
 
     def target(self, batch: Examples, images: Images) -> Encoded:
         weights = dict(zip(self.weights, self.teacher.buffers()))
-
-        def teacher(*inputs):
-            return functional_call(self.vlm, weights, inputs)
-
-        teacher.lm, teacher.family, teacher.pad_id = self.vlm.lm, self.vlm.family, self.vlm.pad_id
+        # the model itself, but for the weights of its forward pass
+        teacher = copy(self.vlm)
+        teacher.forward = lambda *inputs: functional_call(self.vlm, weights, inputs)
         with torch.no_grad():
             return self.encode_target(teacher, batch, images)
 
@@ -206,7 +204,7 @@ class RandomTarget(Pearl):
     """The control: a vector drawn once for each row, as long as its h_R."""
 
     def jepa(self, prediction: Tensor, target: Tensor, batch: Examples) -> Tensor:
-        seeds = [1_000_003 * self.config.seed + ex.index[1] for ex in batch if not ex.bare]
+        seeds = [1_000_003 * self.config.seed + example.index[1] for example in batch]
         noise = [torch.randn(target.shape[1], generator=torch.Generator().manual_seed(seed))
                  for seed in seeds]
         noise = F.normalize(torch.stack(noise), dim=1).to(target)
