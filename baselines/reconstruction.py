@@ -8,9 +8,11 @@ frozen embedding; all others are in docs/differences.md, last section.
 """
 
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DynamicCache
 
@@ -40,8 +42,7 @@ class Recon(Pearl):
         if missing := {LATENT_START, LATENT_END} - vocabulary.keys():
             raise ValueError(f"--method recon marks its latents with {sorted(missing)[0]}, which "
                              "this model's vocabulary lacks: use a Qwen-VL model")
-        zeros = torch.zeros(self.vlm.dim)
-        self.predictor = LatentScale(zeros, zeros + 1, torch.ones(()))  # until `prepare`
+        self.predictor = None  # until `prepare`
 
     @classmethod
     def views(cls, config, chat: Chat, example: Example, images: list[LoadedImage]) -> Views:
@@ -60,8 +61,7 @@ class Recon(Pearl):
         chat.check_length(len(whole.ids), example)
         # the markers of the question's image are not supervised
         end = chat.tokenizer.convert_tokens_to_ids(LATENT_END)
-        is_marker = [label == end for label in whole.labels]
-        inject_at = tuple(n for n, pair in enumerate(zip(is_marker, is_marker[1:])) if all(pair))
+        inject_at = tuple(n for n, pair in enumerate(pairwise(whole.labels)) if pair == (end, end))
         labels = [-100 if label == end else label for label in whole.labels]
         return views._replace(full=View(whole.ids, labels, [images[0].key], len(labels) - 1,
                                         inject_at))
@@ -135,9 +135,8 @@ def load_scale(checkpoint: Path, vlm: VLM) -> LatentScale:
 
 @torch.no_grad()
 def generate_latent(vlm: VLM, views: list[View], images: dict, scale: LatentScale, latents: int,
-                    max_new_tokens: int, instead: Callable | None = None
-                    ) -> list[tuple[list[int], int]]:
-    """Greedy words, and after each start marker `latents` latents; (words, latents fed) of each.
+                    max_new_tokens: int, instead: Callable | None = None) -> list[list[int]]:
+    """The greedy words of each view; after each start marker come `latents` latents.
 
     A latent is the last state, brought to the scale of an input and fed back in place of a word;
     after the last one the end marker is written. Every row is fed one position a step, a word or a
@@ -146,36 +145,34 @@ def generate_latent(vlm: VLM, views: list[View], images: dict, scale: LatentScal
     """
     start_marker, end_marker = vlm.tokenizer.convert_tokens_to_ids([LATENT_START, LATENT_END])
     end_id, inputs = vlm.family.end_id, vlm.lm_inputs(collate(views, vlm.pad_id, left=True), images)
-    position, mask = inputs["position_ids"].amax(dim=(0, 2)) + 1, inputs["attention_mask"]
-    cache, words, fed = DynamicCache(), [[] for _ in views], [0] * len(views)
-    # positions up to the model's next word: latents, and last the end marker
-    due = [0] * len(views)
+    # due: positions up to the model's next word, which are latents, and last the end marker
+    cache, words, due = DynamicCache(), [[] for _ in views], [0] * len(views)
     while True:
         out = vlm.family.states(**inputs, past_key_values=cache, use_cache=True)
         state = out.last_hidden_state[:, -1]  # (B, D)
         token_ids = vlm.lm.lm_head(state).argmax(dim=-1).tolist()
-        latent = torch.tensor([count > 1 for count in due], device=vlm.lm.device)  # (B)
+        is_latent = torch.tensor([count > 1 for count in due], device=vlm.lm.device)  # (B)
+        latent_inputs = state / scale.size * scale.std + scale.mean  # (B, D)
         for row, token in enumerate(token_ids):
             if due[row]:
-                fed[row] += due[row] > 1
                 # a latent replaces the embedding of any token
                 token_ids[row] = end_marker
                 due[row] -= 1
+                if instead and due[row]:
+                    number = latents * words[row].count(start_marker) - due[row]
+                    latent_inputs[row] = instead(row, number, latent_inputs[row])
             elif words[row][-1:] != [end_id] and len(words[row]) < max_new_tokens:
                 words[row].append(token)
                 due[row] = latents + 1 if token == start_marker else 0
         if not any(due) and all(row[-1] == end_id or len(row) == max_new_tokens for row in words):
-            return list(zip(words, fed))
+            return words
         embeds = vlm.lm.get_input_embeddings()(torch.tensor(token_ids, device=vlm.lm.device))
-        latent_inputs = state / scale.size * scale.std + scale.mean  # (B, D)
-        for row in latent.nonzero()[:, 0].tolist() if instead else ():
-            latent_inputs[row] = instead(row, fed[row] - 1, latent_inputs[row])
-        embeds = torch.where(latent[:, None], latent_inputs.to(embeds.dtype), embeds)
-        mask = torch.cat([mask, mask.new_ones(len(views), 1)], dim=1)
-        rows = position.expand(len(inputs["position_ids"]), -1)[..., None]
-        inputs |= dict(inputs_embeds=embeds[:, None], attention_mask=mask, position_ids=rows,
-                       is_image=torch.zeros_like(mask[:, :1]) > 0, levels=inputs["levels"][:0])
-        position = position + 1
+        embeds = torch.where(is_latent[:, None], latent_inputs.to(embeds.dtype), embeds)
+        mask, positions = F.pad(inputs["attention_mask"], (0, 1), value=1), inputs["position_ids"]
+        # (A, B, 1) each row counts on from its largest position
+        positions = positions.amax(dim=(0, 2), keepdim=True).expand(len(positions), -1, -1) + 1
+        inputs |= dict(inputs_embeds=embeds[:, None], attention_mask=mask, position_ids=positions,
+                       is_image=torch.zeros_like(is_latent)[:, None], levels=inputs["levels"][:0])
 
 
 def answer(evaluator, scale: LatentScale, latents: int, instead: Callable | None = None,
@@ -190,7 +187,8 @@ def answer(evaluator, scale: LatentScale, latents: int, instead: Callable | None
         control = instead and (lambda row, *latent, of=numbers: instead(of[row], *latent))
         rows = generate_latent(vlm, [views[n] for n in numbers], images, scale, latents, tokens,
                                control)
-        for n, (ids, fed) in zip(numbers, rows):
-            results[n] = dict(text=evaluator.decode(ids), tokens=len(ids), latents=fed, images=1,
-                              passes=len(ids) + fed + ids.count(start))
+        for n, ids in zip(numbers, rows):
+            runs = ids.count(start)  # each of so many latents and the end marker
+            results[n] = dict(text=evaluator.decode(ids), tokens=len(ids), latents=latents * runs,
+                              images=1, passes=len(ids) + (latents + 1) * runs)
     return results
