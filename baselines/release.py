@@ -1,6 +1,6 @@
 """Pearl as the paper's text describes it, and as its authors' code does it: docs/differences.md
 lists all rules of the release, and those that no option takes over.
-Letters: B batch, T sequence, D hidden size, K predictor tokens, n selected positions.
+Letters: B batch, T sequence, D hidden size, V vocabulary, K predictor tokens, n forecasts.
 """
 
 from dataclasses import replace
@@ -91,7 +91,15 @@ class Release(Dropout, Current):
             first = [0, *ends][-2]
             full = full._replace(labels=[-100] * first + full.labels[first:])
         if config.supervise_layout:
-            full = with_layout(chat, full)
+            # what the template writes behind an assistant's turn (Qwen: a line break); behind the
+            # last one, the view was cut
+            ids = chat.conversation(chat.turns(example), images, layout=True).ids
+            layout = len(ids) - len(full.ids)
+            labels = full.labels + [-100] * layout
+            for n, label in enumerate(full.labels, start=1):
+                if label == chat.end_id:
+                    labels[n:n + layout] = ids[n:n + layout]
+            full = full._replace(ids=ids, labels=labels)
         if config.pred_in_user_turn:
             prompt = in_user_turn(chat, example, images, config.pred_tokens)
         for view in (full, target):
@@ -99,29 +107,28 @@ class Release(Dropout, Current):
         return Views(full, prompt, target)
 
     def nextlat(self, full: Encoded, target: Encoded) -> Tensor:
+        """Gradient: flows to the forecasts, stops at the states and the head that judge them."""
         term, config = super().nextlat(full, target), self.config
-        labels, states = full.padded.labels, full.states
+        states, labels = full.states, full.padded.labels  # (B, T, D), (B, T)
         forecasts = self.predictor.latent.forecasts(states, full.input_embeddings, labels != -100,
                                                     config.horizon)
-        if config.nextlat_mean == "examples":
-            term = sum(mean_of_means(states, *one) for one in forecasts) / len(forecasts)
-        if config.nextlat_token != "none":
-            head = self.vlm.lm.lm_head.weight  # (V, D)
-            parts = [token_loss(*one, labels, head, config.nextlat_token) for one in forecasts]
-            term = term + sum(parts) / len(parts)
-        return term
-
-
-def with_layout(chat: Chat, view: View) -> View:
-    """Supervised too: what the template writes behind an assistant's turn (Qwen: a line break)."""
-    turns = [("user", ["Q"]), ("assistant", ["Xyz"])]
-    layout = chat.conversation(turns, [], layout=True).ids[len(chat.conversation(turns, []).ids):]
-    # the view was cut behind its last end of turn: that turn's layout is put back
-    ids, labels = view.ids + layout, view.labels + [-100] * len(layout)
-    for n, label in enumerate(view.labels, start=1):
-        if label == chat.end_id:
-            labels[n:n + len(layout)] = ids[n:n + len(layout)]
-    return view._replace(ids=ids, labels=labels)
+        if config.nextlat_token == "next":  # what the true state is trained to predict
+            labels = F.pad(labels[:, 1:], (0, 1), value=-100)
+        head = self.vlm.lm.lm_head.weight.detach()  # (V, D)
+        means, decoded = [], []
+        for forecast, where in forecasts:  # (n, D), (B, T)
+            if config.nextlat_mean == "examples":
+                gaps = losses.distance(forecast, states[where].detach(), "smoothl1")  # (n)
+                gaps = gaps.new_zeros(where.shape).masked_scatter(where, gaps)  # (B, T)
+                # an example without any forecast counts as zero
+                means.append((gaps.sum(dim=1) / where.sum(dim=1).clamp_min(1)).mean())
+            if config.nextlat_token != "none":
+                logits = losses.at_least_float32(F.linear(forecast, head.to(forecast.dtype)))
+                total = F.cross_entropy(logits, labels[where], reduction="sum")
+                decoded.append(total / (labels[where] != -100).sum().clamp_min(1))
+        if means:
+            term = sum(means) / len(means)
+        return term + sum(decoded) / len(decoded) if decoded else term
 
 
 def in_user_turn(chat: Chat, example: Example, images: list[LoadedImage], count: int) -> View:
@@ -135,28 +142,3 @@ def in_user_turn(chat: Chat, example: Example, images: list[LoadedImage], count:
                          "that ends the assistant's: use --pred_in_user_turn false")
     return prompt._replace(ids=prompt.ids[:last + 1], labels=prompt.labels[:last + 1],
                            state_at=last, inject_at=tuple(range(last - count, last)))
-
-
-def mean_of_means(states: Tensor, forecast: Tensor, where: Tensor) -> Tensor:
-    """SmoothL1(sg[h], h^) as a mean over each example's forecasts, then over the batch.
-
-    states (B, T, D); forecast (n, D); where (B, T): its positions. An example without any counts
-    as zero.
-    """
-    gaps = losses.distance(forecast, states[where].detach(), "smoothl1")  # (n)
-    gaps = gaps.new_zeros(where.shape).masked_scatter(where, gaps)  # (B, T)
-    return (gaps.sum(dim=1) / where.sum(dim=1).clamp_min(1)).mean()
-
-
-def token_loss(forecast: Tensor, where: Tensor, labels: Tensor, head: Tensor, which: str) -> Tensor:
-    """Cross-entropy of head(h^_p) for forecasts at positions p, where its token is supervised.
-
-    which: "fed", token p, which the latent predictor was given to make h^_p (the release's);
-    "next", token p+1, which the true h_p is trained to predict.
-    Gradient: flows to the forecasts, stops at the head.
-    """
-    if which == "next":
-        labels = F.pad(labels[:, 1:], (0, 1), value=-100)  # (B, T)
-    logits = losses.at_least_float32(F.linear(forecast, head.detach().to(forecast.dtype)))
-    total = F.cross_entropy(logits, labels[where], reduction="sum")
-    return total / (labels[where] != -100).sum().clamp_min(1)
