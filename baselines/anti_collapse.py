@@ -144,14 +144,10 @@ class SIGReg(Current):
         # float32: these are cosines of small differences
         with torch.autocast(target.device.type, enabled=False):
             z = self.projection(target.to(self.projection[0].weight.dtype))  # (B, P)
-            return jepa + self.config.sigreg * epps_pulley(z @ slices.to(z)).mean()
-
-
-def epps_pulley(x: Tensor) -> Tensor:
-    """SIGReg's statistic for each column of x (B, S) -> (S); the trapezoid rule, 17 knots."""
-    t = torch.linspace(0, 3, 17, dtype=x.dtype, device=x.device)
-    gauss = torch.exp(-t.square() / 2)
-    angles = x[..., None] * t  # (B, S, knots)
-    gap = (angles.cos().mean(dim=0) - gauss).square() + angles.sin().mean(dim=0).square()
-    # the integrand is even, so twice the half from 0 on
-    return len(x) * 2 * torch.trapezoid(gap * gauss, t, dim=-1)
+            t = torch.linspace(0, 3, 17, dtype=z.dtype, device=z.device)  # 17 knots
+            gauss = torch.exp(-t.square() / 2)
+            angles = (z @ slices.to(z))[..., None] * t  # (B, S, knots)
+            gap = (angles.cos().mean(dim=0) - gauss).square() + angles.sin().mean(dim=0).square()
+            # the trapezoid rule; the integrand is even, so twice the half from 0 on
+            integrals = 2 * torch.trapezoid(gap * gauss, t, dim=-1)  # (S)
+            return jepa + self.config.sigreg * (len(z) * integrals).mean()

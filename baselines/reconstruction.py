@@ -12,7 +12,6 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DynamicCache
 
@@ -56,8 +55,7 @@ class Recon(Pearl):
         words = "".join(step if isinstance(step, str)
                         else LATENT_START + LATENT_END * (next(counts) + 1)
                         for step in example.trajectory)
-        turns = [*chat.turns(example)[:1], ("assistant", [words])]
-        whole = chat.conversation(turns, images[:1])
+        whole = chat.conversation([chat.turns(example)[0], ("assistant", [words])], images[:1])
         chat.check_length(len(whole.ids), example)
         # the markers of the question's image are not supervised
         end = chat.tokenizer.convert_tokens_to_ids(LATENT_END)
@@ -168,7 +166,8 @@ def generate_latent(vlm: VLM, views: list[View], images: dict, scale: LatentScal
             return words
         embeds = vlm.lm.get_input_embeddings()(torch.tensor(token_ids, device=vlm.lm.device))
         embeds = torch.where(is_latent[:, None], latent_inputs.to(embeds.dtype), embeds)
-        mask, positions = F.pad(inputs["attention_mask"], (0, 1), value=1), inputs["position_ids"]
+        mask = nn.functional.pad(inputs["attention_mask"], (0, 1), value=1)
+        positions = inputs["position_ids"]
         # (A, B, 1) each row counts on from its largest position
         positions = positions.amax(dim=(0, 2), keepdim=True).expand(len(positions), -1, -1) + 1
         inputs |= dict(inputs_embeds=embeds[:, None], attention_mask=mask, position_ids=positions,

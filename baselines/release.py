@@ -62,14 +62,12 @@ class Release(Dropout, Current):
     weight_decay = property(lambda self: self.config.weight_decay)
 
     def build_modules(self) -> None:
-        """--predictor_weights lora: the release wraps its latent predictor together with the model,
-        which freezes its own weights at their random start, and keeps the [PRED] rows in the
-        embedding matrix, which is frozen too."""
         super().build_modules()
         latent, rank = self.predictor.latent, self.config.lora_rank
         if self.config.predictor_weights == "lora":
             if not rank:
                 raise ValueError("--predictor_weights lora needs --lora_rank above 0")
+            # the release wraps its latent predictor with the model; [PRED] rows are vocabulary's
             self.predictor.pred_embeddings.requires_grad_(False)
             latent.mlp[0].eps = 1e-6
             # frozen at the core's zero, it would predict h_t itself
@@ -82,8 +80,7 @@ class Release(Dropout, Current):
         example = cls.adapt(example, config)
         if config.target_image:
             # the conversation without the question's text: R behind a user turn with I0 alone
-            turns = [("user", [example.image]), *chat.turns(example)[1:]]
-            whole = chat.conversation(turns, images)
+            whole = chat.conversation([("user", [example.image]), *chat.turns(example)[1:]], images)
             target = View(whole.ids, whole.labels, full.images, len(whole.ids) - 1)
         if config.supervise_turns == "last":
             # what follows the last but one end of a turn; no text may hold that token

@@ -17,7 +17,6 @@ from torch.utils.data import ConcatDataset, Subset
 import losses
 from baselines.variants import Examples, Images
 from data import Views, collate, make_views
-from losses import Losses, at_least_float32
 from model import VLM, Encoded
 from support.chat import Chat, View
 from support.images import ImageEncoder, LoadedImage
@@ -136,7 +135,7 @@ class SelfDistill(SFT):
         bare = make_views(chat, example.answer_only(config.answer_prefix), images[:1], 0)
         return super().views(config, chat, example, images)._replace(input=bare.full)
 
-    def forward(self, batch: Examples) -> Losses:
+    def forward(self, batch: Examples) -> losses.Losses:
         pictures = [image for example in batch for image in example.images]
         images = self.encode_images(pictures)
         full, answer = ([example.views[n] for example in batch] for n in range(2))
@@ -144,7 +143,7 @@ class SelfDistill(SFT):
         full, answer = (collate(views, self.vlm.pad_id) for views in (full, answer))
         teacher = self.vlm(full, images)
         L_vlm = losses.vlm_loss(teacher.states, teacher.padded.labels, self.vlm.lm.lm_head)
-        student = self.vlm(answer, images)
+        log_q = log_probs(self.vlm, self.vlm(answer, images), counts)  # (n, V)
         log_p = log_probs(self.vlm, teacher, counts).detach()  # (n, V)
         if self.config.teacher == "start":
             with torch.no_grad(), self.vlm.starting_model() as start:
@@ -152,9 +151,8 @@ class SelfDistill(SFT):
                 if self.config.train_vision:
                     images = ImageEncoder(start.family, frozen=False)(pictures)
                 log_p = log_probs(start, start(full, images), counts)
-        log_q = log_probs(self.vlm, student, counts)  # (n, V)
         kl = F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)  # a mean over tokens
-        return Losses.of(L_vlm + self.config.lambda_latent * kl, None, vlm=L_vlm, kl=kl)
+        return losses.Losses.of(L_vlm + self.config.lambda_latent * kl, None, vlm=L_vlm, kl=kl)
 
 
 def common_end(full: View, answer: View) -> int:
@@ -168,4 +166,4 @@ def log_probs(vlm: VLM, encoded: Encoded, counts: list[int]) -> Tensor:
     # a view ends at state_at, and a state predicts the token behind it
     states = torch.cat([states[end - count:end] for states, end, count
                         in zip(encoded.states, encoded.padded.state_at.tolist(), counts)])  # (n, D)
-    return at_least_float32(vlm.lm.lm_head(states)).log_softmax(dim=-1)
+    return losses.at_least_float32(vlm.lm.lm_head(states)).log_softmax(dim=-1)

@@ -12,7 +12,6 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from data import PaddedViews, Trajectories, TrainingExample, collate
 from losses import at_least_float32
@@ -26,11 +25,10 @@ Examples = list[TrainingExample]
 Images = dict[str, EncodedImage]
 
 
-def read_all(method: Pearl, dataset: Trajectories, rows: Tensor
-             ) -> Iterator[tuple[Examples, Images]]:
+def read_all(method: Pearl, data: Trajectories, rows: Tensor) -> Iterator[tuple[Examples, Images]]:
     """These rows of a data set in batches, with their images, and a progress bar."""
-    for part in progress(rows.split(method.config.batch), f"reading {dataset.split}"):
-        (batch,) = dataset.micro_batches(part.tolist(), len(part))
+    for part in progress(rows.split(method.config.batch), f"reading {data.split}"):
+        (batch,) = data.micro_batches(part.tolist(), len(part))
         yield batch, method.encode_images([image for ex in batch for image in ex.images])
 
 
@@ -70,7 +68,7 @@ class EMA(Current):
         weights = dict(zip(self.weights, self.teacher.buffers()))
         # the model itself, but for the weights of its forward pass
         teacher = copy(self.vlm)
-        teacher.forward = lambda *inputs: functional_call(self.vlm, weights, inputs)
+        teacher.forward = lambda *inputs: torch.func.functional_call(self.vlm, weights, inputs)
         with torch.no_grad():
             return self.encode_target(teacher, batch, images)
 
@@ -110,11 +108,7 @@ def states_entering(vlm: VLM, layer: int) -> Iterator[list[Tensor]]:
     if layer >= len(layers):
         raise ValueError(f"--target_layer {layer}: the last layer is {len(layers) - 1}, and -1 the "
                          "state behind the norm")
-
-    def keep(module: nn.Module, inputs: tuple, keywords: dict) -> None:
-        states.append(inputs[0] if inputs else keywords["hidden_states"])
-
-    with layers[layer].register_forward_pre_hook(keep, with_kwargs=True):
+    with layers[layer].register_forward_pre_hook(lambda _, inputs: states.append(inputs[0])):
         yield states
 
 
@@ -125,11 +119,8 @@ def mean_at(states: Tensor, where: Tensor) -> Tensor:
 
 
 def positions(batch: PaddedViews, vlm: VLM, name: str) -> Tensor:
-    """The positions of target views to average, (B, T).
-
-    end: the token that ends the last turn. word: the last one before it; words: all that the
-    assistant says, without the ends of turns. image: all tokens of tool images.
-    """
+    """The positions of target views whose states are averaged, (B, T). name: --target_position;
+    words are what the assistant says, without the ends of turns."""
     if name == "image":
         return (batch.ids == vlm.lm.config.image_token_id) & batch.mask
     if name == "end":
