@@ -63,28 +63,23 @@ class Talk:
         self.images = load_images(example, self.chat.family)
         self.view = self.chat.prompt(self.chat.turns(example), self.images)
         self.example = example
-        # the model's positions must suffice for one more turn
         if (room := self.chat.max_tokens - len(self.view.ids)) < TURN_TOKENS:
-            self.fail(f"{room} tokens left, a turn may need {TURN_TOKENS}")
-
-    def fail(self, reason: str) -> None:
-        self.result |= dict(text="", failed=reason)
+            self.result.update(text="", failed=f"{room} tokens left, a turn may need {TURN_TOKENS}")
 
     def read(self, reply: dict, limit: int) -> None:
         """Execute the call in a turn and append its image; a turn without one is the answer."""
         for cost in ("tokens", "images", "passes"):
             self.result[cost] += reply[cost]
-        text = reply["text"]
-        call = CALL.search(text)
+        call = CALL.search(text := reply["text"])
         if not call and not ATTEMPT.search(text):
             self.result["text"] = text
-        elif self.result["calls"] == limit:
-            self.fail("one call too many")
-        else:
-            try:
-                picture = call_tool(text, *(image.picture for image in self.images))
-                self.take(replace(self.example, trajectory=[
-                    *self.example.trajectory, text[:call.end()], picture]))
-                self.result["calls"] += 1
-            except ValueError as error:
-                self.fail(str(error))
+            return
+        try:
+            if self.result["calls"] == limit:
+                raise ValueError("one call too many")
+            picture = call_tool(text, *(image.picture for image in self.images))
+            steps = [*self.example.trajectory, text[:call.end()], picture]
+            self.take(replace(self.example, trajectory=steps))
+            self.result["calls"] += 1
+        except ValueError as error:
+            self.result.update(text="", failed=str(error))
