@@ -41,7 +41,8 @@ class Recon(Pearl):
         if missing := {LATENT_START, LATENT_END} - vocabulary.keys():
             raise ValueError(f"--method recon marks its latents with {sorted(missing)[0]}, which "
                              "this model's vocabulary lacks: use a Qwen-VL model")
-        self.predictor = None  # until `prepare`
+        zeros = torch.zeros(self.vlm.dim)
+        self.predictor = LatentScale(zeros, zeros + 1, torch.ones(()))  # until `prepare`
 
     @classmethod
     def views(cls, config, chat: Chat, example: Example, images: list[LoadedImage]) -> Views:
@@ -49,20 +50,17 @@ class Recon(Pearl):
         one for each token of the image (LVR), or --latents (Mirage)."""
         # the other views stay, though this method does not read them
         views, example = super().views(config, chat, example, images), cls.adapt(example, config)
-        counts = iter(config.latents or image.text.count(chat.family.placeholder)
-                      for image in images[1:])
+        counts = (config.latents or one.text.count(chat.family.placeholder) for one in images[1:])
         # a latent replaces the embedding of any token, here of one more end marker
-        words = "".join(step if isinstance(step, str)
-                        else LATENT_START + LATENT_END * (next(counts) + 1)
-                        for step in example.trajectory)
-        whole = chat.conversation([chat.turns(example)[0], ("assistant", [words])], images[:1])
+        runs = (LATENT_START + LATENT_END * (count + 1) for count in counts)
+        text = "".join(step if isinstance(step, str) else next(runs) for step in example.trajectory)
+        whole = chat.conversation([chat.turns(example)[0], ("assistant", [text])], images[:1])
         chat.check_length(len(whole.ids), example)
         # the markers of the question's image are not supervised
         end = chat.tokenizer.convert_tokens_to_ids(LATENT_END)
-        inject_at = tuple(n for n, pair in enumerate(pairwise(whole.labels)) if pair == (end, end))
+        where = tuple(n for n, pair in enumerate(pairwise(whole.labels)) if pair == (end, end))
         labels = [-100 if label == end else label for label in whole.labels]
-        return views._replace(full=View(whole.ids, labels, [images[0].key], len(labels) - 1,
-                                        inject_at))
+        return views._replace(full=View(whole.ids, labels, [images[0].key], len(labels) - 1, where))
 
     @torch.no_grad()
     def prepare(self, datasets: list[Trajectories]) -> None:
@@ -70,8 +68,7 @@ class Recon(Pearl):
         parts = read_all(self, datasets[0], torch.arange(len(datasets[0])))
         embeddings = torch.cat([self.embeddings(*part) for part in parts]).float()
         if not len(embeddings):
-            raise ValueError("no trajectory has a tool image: there is nothing for --method recon "
-                             "to reconstruct")
+            raise ValueError("no trajectory has a tool image, which --method recon reconstructs")
         gain = self.vlm.lm.get_decoder().norm.weight.float()
         self.predictor = LatentScale(embeddings.mean(dim=0), embeddings.std(dim=0).clamp_min(1e-6),
                                      gain.square().mean().sqrt())
@@ -121,8 +118,7 @@ class LatentScale(nn.Module):
 
     file_name = "latents.safetensors"
 
-    def __init__(self, mean: Tensor, std: Tensor, size: Tensor):
-        """mean, std (D); size ()."""
+    def __init__(self, mean: Tensor, std: Tensor, size: Tensor):  # (D), (D), ()
         super().__init__()
         self.mean, self.std, self.size = map(nn.Buffer, (mean, std, size))
 
@@ -132,15 +128,17 @@ def load_scale(checkpoint: Path, vlm: VLM) -> LatentScale:
 
 
 @torch.no_grad()
-def generate_latent(vlm: VLM, views: list[View], images: dict, scale: LatentScale, latents: int,
-                    max_new_tokens: int, instead: Callable | None = None) -> list[list[int]]:
-    """The greedy words of each view; after each start marker come `latents` latents.
+def generate_latent(evaluator, numbers: list[int], scale: LatentScale, latents: int,
+                    tokens: int, instead: Callable | None) -> list[list[int]]:
+    """The greedy words of these questions; after each start marker come `latents` latents.
 
     A latent is the last state, brought to the scale of an input and fed back in place of a word;
     after the last one the end marker is written. Every row is fed one position a step, a word or a
-    latent, so rows in and out of a run share one batch and one KV cache. instead(row, number of the
-    latent, latent (D)) -> (D): what a control feeds (analysis/causal.py).
+    latent, so rows in and out of a run share one batch and one KV cache. instead(question's number,
+    latent's number, latent (D)) -> (D): what a control feeds (analysis/causal.py).
     """
+    vlm, views = evaluator.vlm, [evaluator.questions[n].prompt for n in numbers]
+    images = evaluator.encode_images([evaluator.images[n][0] for n in numbers])
     start_marker, end_marker = vlm.tokenizer.convert_tokens_to_ids([LATENT_START, LATENT_END])
     end_id, inputs = vlm.family.end_id, vlm.lm_inputs(collate(views, vlm.pad_id, left=True), images)
     # due: positions up to the model's next word, which are latents, and last the end marker
@@ -153,39 +151,33 @@ def generate_latent(vlm: VLM, views: list[View], images: dict, scale: LatentScal
         latent_inputs = state / scale.size * scale.std + scale.mean  # (B, D)
         for row, token in enumerate(token_ids):
             if due[row]:
-                # a latent replaces the embedding of any token
                 token_ids[row] = end_marker
                 due[row] -= 1
                 if instead and due[row]:
-                    number = latents * words[row].count(start_marker) - due[row]
-                    latent_inputs[row] = instead(row, number, latent_inputs[row])
-            elif words[row][-1:] != [end_id] and len(words[row]) < max_new_tokens:
+                    k = latents * words[row].count(start_marker) - due[row]
+                    latent_inputs[row] = instead(numbers[row], k, latent_inputs[row])
+            elif words[row][-1:] != [end_id] and len(words[row]) < tokens:
                 words[row].append(token)
                 due[row] = latents + 1 if token == start_marker else 0
-        if not any(due) and all(row[-1] == end_id or len(row) == max_new_tokens for row in words):
+        if not any(due) and all(row[-1] == end_id or len(row) == tokens for row in words):
             return words
         embeds = vlm.lm.get_input_embeddings()(torch.tensor(token_ids, device=vlm.lm.device))
         embeds = torch.where(is_latent[:, None], latent_inputs.to(embeds.dtype), embeds)
         mask = nn.functional.pad(inputs["attention_mask"], (0, 1), value=1)
-        positions = inputs["position_ids"]
-        # (A, B, 1) each row counts on from its largest position
-        positions = positions.amax(dim=(0, 2), keepdim=True).expand(len(positions), -1, -1) + 1
-        inputs |= dict(inputs_embeds=embeds[:, None], attention_mask=mask, position_ids=positions,
+        # each row counts on from its largest position
+        position = inputs["position_ids"].amax(dim=(0, 2), keepdim=True) + 1  # (1, B, 1)
+        inputs |= dict(inputs_embeds=embeds[:, None], attention_mask=mask,
+                       position_ids=position.expand_as(inputs["position_ids"][..., :1]),
                        is_image=torch.zeros_like(is_latent)[:, None], levels=inputs["levels"][:0])
 
 
 def answer(evaluator, scale: LatentScale, latents: int, instead: Callable | None = None,
            tokens: int = 112) -> list[dict]:
-    """The rival's way to answer: one dict per example (evaluate.Evaluator). instead: as in
-    `generate_latent`, with the example's number in place of the row."""
-    vlm = evaluator.vlm
-    start = vlm.tokenizer.convert_tokens_to_ids(LATENT_START)
+    """The rival's way to answer: one dict per example (evaluate.Evaluator)."""
+    start = evaluator.vlm.tokenizer.convert_tokens_to_ids(LATENT_START)
     views, results = [q.prompt for q in evaluator.questions], [{}] * len(evaluator.questions)
     for numbers in evaluator.batches(views):
-        images = evaluator.encode_images([evaluator.images[n][0] for n in numbers])
-        control = instead and (lambda row, *latent, of=numbers: instead(of[row], *latent))
-        rows = generate_latent(vlm, [views[n] for n in numbers], images, scale, latents, tokens,
-                               control)
+        rows = generate_latent(evaluator, numbers, scale, latents, tokens, instead)
         for n, ids in zip(numbers, rows):
             runs = ids.count(start)  # each of so many latents and the end marker
             results[n] = dict(text=evaluator.decode(ids), tokens=len(ids), latents=latents * runs,
