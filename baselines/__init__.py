@@ -24,9 +24,6 @@ METHODS = dict(
     two_passes=TwoPasses, centred=Centred, target_state=TargetState, ema=EMA, current=Current,
     self_distill=SelfDistill, sft=SFT, pearl=Pearl)
 
-# what a step of Pearl calls for its latent terms
-TERMS = ("encode_views", "encode_target", "target", "jepa", "nextlat", "prepare")
-
 
 def find(name: str) -> type[Pearl]:
     """The class for a name, or several joined by +. Raises ValueError."""
@@ -37,10 +34,11 @@ def find(name: str) -> type[Pearl]:
     classes = [METHODS[name] for name in METHODS if name in names]
     # a class whose subclass is there too adds nothing
     bases = tuple(cls for cls in classes if sum(issubclass(one, cls) for one in classes) == 1)
-    # a method with a step of its own has no latent terms that another could change
+    # a method with a step of its own has no latent terms, which another could change by these
+    terms = ("encode_views", "encode_target", "target", "jepa", "nextlat", "prepare")
     own_step = [cls for cls in bases if cls.forward is not Pearl.forward]
     idle = [cls for cls in bases if cls not in own_step and "records" not in vars(cls)
-            and any(getattr(cls, name) is not getattr(Pearl, name) for name in TERMS)]
+            and any(getattr(cls, name) is not getattr(Pearl, name) for name in terms)]
     if own_step and idle:
         raise ValueError(f"--method {name}: {own_step[0].__name__} has none of the terms that "
                          f"{idle[0].__name__} changes")

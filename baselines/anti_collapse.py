@@ -67,8 +67,7 @@ class InfoNCE(Pearl):
 
     def jepa(self, prediction: Tensor, target: Tensor, batch: Examples) -> Tensor:
         if self.config.batch < 2:
-            raise ValueError("--method infonce needs --batch 2 or more: the other rows of a pass "
-                             "are its negatives")
+            raise ValueError("--method infonce needs --batch 2 or more: other rows are negatives")
         scores = F.normalize(prediction, dim=-1) @ F.normalize(target.detach(), dim=-1).T  # (B, B)
         scores = losses.at_least_float32(scores) / TEMPERATURE
         if self.config.infonce_masked:

@@ -58,16 +58,14 @@ class Release(Dropout, Current):
         predictor_weights: Literal["trained", "lora"] = option(
             "lora", "the latent predictor is random but for LoRA, the [PRED] rows as they start")
 
-    warmup = property(lambda self: self.config.warmup)
-    weight_decay = property(lambda self: self.config.weight_decay)
-
     def build_modules(self) -> None:
         super().build_modules()
+        self.warmup, self.weight_decay = self.config.warmup, self.config.weight_decay
         latent, rank = self.predictor.latent, self.config.lora_rank
         if self.config.predictor_weights == "lora":
             if not rank:
                 raise ValueError("--predictor_weights lora needs --lora_rank above 0")
-            # the release wraps its latent predictor with the model; [PRED] rows are vocabulary's
+            # its LoRA wraps the latent predictor too, and [PRED] rows are words of the vocabulary
             self.predictor.pred_embeddings.requires_grad_(False)
             latent.mlp[0].eps = 1e-6
             # frozen at the core's zero, it would predict h_t itself
@@ -123,8 +121,7 @@ class Release(Dropout, Current):
                 logits = losses.at_least_float32(F.linear(forecast, head.to(forecast.dtype)))
                 total = F.cross_entropy(logits, labels[where], reduction="sum")
                 decoded.append(total / (labels[where] != -100).sum().clamp_min(1))
-        if means:
-            term = sum(means) / len(means)
+        term = sum(means) / len(means) if means else term
         return term + sum(decoded) / len(decoded) if decoded else term
 
 

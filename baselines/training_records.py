@@ -138,9 +138,8 @@ class SelfDistill(SFT):
     def forward(self, batch: Examples) -> losses.Losses:
         pictures = [image for example in batch for image in example.images]
         images = self.encode_images(pictures)
-        full, answer = ([example.views[n] for example in batch] for n in range(2))
-        counts = [common_end(one, other) for one, other in zip(full, answer)]
-        full, answer = (collate(views, self.vlm.pad_id) for views in (full, answer))
+        counts = [common_end(example.views.full, example.views.input) for example in batch]
+        full, answer = (collate([ex.views[n] for ex in batch], self.vlm.pad_id) for n in range(2))
         teacher = self.vlm(full, images)
         L_vlm = losses.vlm_loss(teacher.states, teacher.padded.labels, self.vlm.lm.lm_head)
         log_q = log_probs(self.vlm, self.vlm(answer, images), counts)  # (n, V)

@@ -88,8 +88,7 @@ class TargetState(Pearl):
             "end", "R's last token, its last word, the mean of its words, or of its image tokens")
 
     def encode_target(self, vlm: VLM, batch: Examples, images: Images) -> Encoded:
-        layer = self.config.target_layer
-        with states_entering(vlm, layer) as states:
+        with states_entering(vlm, self.config.target_layer) as states:
             encoded = super().encode_target(vlm, batch, images)
         where = positions(encoded.padded, vlm, self.config.target_position)
         for example, tokens in zip(batch, where.sum(dim=1).tolist()):
@@ -97,7 +96,7 @@ class TargetState(Pearl):
                 split, number = example.index
                 raise ValueError(f"record {number} of the {split} split has no tool image for "
                                  "--target_position image: choose another, or drop the record")
-        states = encoded.states if layer == -1 else states[0]
+        states = encoded.states if self.config.target_layer == -1 else states[0]
         return encoded._replace(embedding=mean_at(states, where))
 
 
@@ -114,13 +113,11 @@ def states_entering(vlm: VLM, layer: int) -> Iterator[list[Tensor]]:
 
 def mean_at(states: Tensor, where: Tensor) -> Tensor:
     """The mean of states (B, T, D) over the True positions of (B, T) -> (B, D); none: zeros."""
-    weight = F.normalize(where.to(states.dtype), p=1, dim=1)
-    return torch.einsum("bt,btd->bd", weight, states)
+    return torch.einsum("bt,btd->bd", F.normalize(where.to(states.dtype), p=1, dim=1), states)
 
 
 def positions(batch: PaddedViews, vlm: VLM, name: str) -> Tensor:
-    """The positions of target views whose states are averaged, (B, T). name: --target_position;
-    words are what the assistant says, without the ends of turns."""
+    """(B, T): the positions of target views whose states h_R averages; name: --target_position."""
     if name == "image":
         return (batch.ids == vlm.lm.config.image_token_id) & batch.mask
     if name == "end":
@@ -150,8 +147,7 @@ class Centred(Pearl):
             raise ValueError("--method centred needs the frozen target; for the current model's "
                              "there is running_mean")
         super().prepare(datasets)
-        # [PRED] rows before training
-        self.first_rows = self.predictor.pred_embeddings.clone()
+        self.first_rows = self.predictor.pred_embeddings.clone()  # [PRED] before training
         generator = torch.Generator().manual_seed(self.config.seed)
         rows = torch.randperm(len(datasets[0]), generator=generator)[:self.config.sample]
         keys, targets = [], []
