@@ -10,10 +10,10 @@ import pytest
 import torch
 
 import evaluate
-import train
 from support.records import write_folder
 from support.splits import read_folder
 from world import loader
+from conftest import build
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "one_page.py"
 
@@ -27,46 +27,36 @@ def folder(tmp_path_factory):
     return out
 
 
-@pytest.fixture(scope="module")
-def page(folder):
-    """The page as a module, in float64."""
+def test_losses_gradients_and_answers_are_those_of_the_project(folder, vlm64):
+    # the page as a module, in float64
     spec = importlib.util.spec_from_file_location("one_page", PAGE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    module.FOLDER = folder
-    module.vlm.double(), module.latent.double()
-    module.pred.data = module.pred.data.double()
+    page = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(page)
+    page.FOLDER = folder
+    page.vlm.double(), page.latent.double()
+    page.pred.data = page.pred.data.double()
     # away from its start at zero, where most of its gradients are zero
-    torch.nn.init.normal_(module.latent[-1].weight, std=0.02)
-    return module
-
-
-def records_of(folder):
-    return [json.loads(line) for line in (folder / "trajectories.jsonl").open(encoding="utf-8")]
-
-
-def test_losses_gradients_and_answers_are_those_of_the_project(page, folder, vlm64):
+    torch.nn.init.normal_(page.latent[-1].weight, std=0.02)
     # the project's step on the four training records, with the page's weights
-    step = train.Pearl(vlm64, train.Config(device="cpu", lora_rank=0)).double()
+    step, batch = build(vlm64, "pearl", read_folder(folder).split("train"), lora_rank=0)
     step.predictor.pred_embeddings.data.copy_(page.pred.data)
     step.predictor.latent.mlp.load_state_dict(page.latent.state_dict())
-    examples = train.dataset(step, read_folder(folder).split("train"), "train")
-    result = step(examples.micro_batches(list(range(4)), batch=4)[0])
+    result = step(batch)
     expected = dict(result.parts, total=result.total)
-    batch = [page.views(record) for record in records_of(folder) if record["split"] == "train"]
+    records = [json.loads(line) for line in (folder / "trajectories.jsonl").open(encoding="utf-8")]
+    batch = [page.views(record) for record in records[:4]]
     h_R = torch.cat([page.encode([record["target"]])[-1].detach() for record in batch])
     losses = page.losses(batch, h_R)
     for name, loss in losses.items():
         torch.testing.assert_close(loss, expected[name], rtol=1e-10, atol=1e-10)
     losses["total"].backward(), expected["total"].backward()
     # parameters are in one order in both; the model's norms round to float32 inside
-    pairs = [(page.pred, step.predictor.pred_embeddings)]
-    for one, other in ((page.latent, step.predictor.latent.mlp), (page.vlm, step.vlm.lm)):
-        pairs += zip(one.parameters(), other.parameters(), strict=True)
-    for one, other in pairs:
+    weights = [page.pred, *page.latent.parameters(), *page.vlm.parameters()]
+    ours = [*step.predictor.parameters(), *step.vlm.lm.parameters()]
+    for one, other in zip(weights, ours, strict=True):
         torch.testing.assert_close(one.grad, other.grad, rtol=1e-5, atol=1e-6)
     answers = evaluate.Evaluator(vlm64.eval(), read_folder(folder)).direct()
-    for record, answer in zip(records_of(folder), answers, strict=True):
+    for record, answer in zip(records, answers, strict=True):
         assert page.accuracy([record]) == 100 * (answer["text"] == record["answer"])
 
 

@@ -44,10 +44,10 @@ def inputs(vlm, ids, images):
                 mm_token_type_ids=(row == vlm.lm.config.image_token_id).int())
 
 
-def run(vlm, ids, images, layer=-1):
-    """(T, D) final-layer states, or those that enter a layer, and (T, V) logits of one sequence."""
+def run(vlm, ids, images):
+    """(T, D) final-layer states and (T, V) logits of one sequence."""
     out = vlm.lm(**inputs(vlm, ids, images), use_cache=False, output_hidden_states=True)
-    return out.hidden_states[layer][0], out.logits[0]
+    return out.hidden_states[-1][0], out.logits[0]
 
 
 def target_state(vlm, example):

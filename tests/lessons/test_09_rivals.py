@@ -75,8 +75,7 @@ STEPS = {
     *[(name, {}) for name in STEPS], ("infonce+current", dict(infonce_masked=False))])
 def test_the_step_under_a_rival_equals_one_by_hand(vlm64, mixed, name, options):
     method, batch = build(vlm64, name, mixed[:4], seed=3, **options)
-    batch = [example._replace(task=task, answer=answer)
-             for example, (task, answer) in zip(batch, GROUPS)]
+    batch = [ex._replace(task=task, answer=answer) for ex, (task, answer) in zip(batch, GROUPS)]
     method.after_step(6)
     naive = STEPS[name](method, *pair_of(method, batch))
     assert_same(terms_of(method, batch)["jepa"], naive, method)

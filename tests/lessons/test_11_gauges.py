@@ -10,33 +10,24 @@ import losses
 
 
 def rms(rows):
-    return math.sqrt(sum(x * x for row in rows for x in row) / sum(map(len, rows)))
-
-
-def centred(rows):
-    means = [sum(column) / len(rows) for column in zip(*rows)]
-    return [[x - mean for x, mean in zip(row, means)] for row in rows]
+    return (sum(row @ row for row in rows) / rows.numel()).sqrt()
 
 
 def naive_gauges(prediction, target):
-    """Lists of rows of numbers -> the gauges by name."""
+    """One row, or one pair of rows, at a time."""
     batch = len(target)
-    pred, true = ([[x / math.hypot(*row) for x in row] for row in rows]
-                  for rows in (prediction, target))
-    dots = [[sum(x * y for x, y in zip(p, t)) for t in true] for p in pred]
-    gaps = sum((x - y) ** 2 for p, t in zip(pred, true) for x, y in zip(p, t))
-    off = centred(true)
-    gram = torch.tensor([[sum(x * y for x, y in zip(a, b)) for b in off] for a in off])
-    eigenvalues = [max(0.0, float(v)) for v in torch.linalg.eigvalsh(gram.double())]
-    shares = [v / sum(eigenvalues) for v in eigenvalues]
-    cosines = [sum(x * y for x, y in zip(true[i], true[j]))
-               for i in range(batch) for j in range(batch) if i != j]
+    pred, true = (torch.stack([row / row.norm() for row in rows]) for rows in (prediction, target))
+    off_pred, off = (rows - sum(rows) / batch for rows in (pred, true))
+    eigenvalues = torch.linalg.eigvalsh((off @ off.T).double()).clamp_min(0).tolist()
+    shares = [value / sum(eigenvalues) for value in eigenvalues]
+    cosines = [true[i] @ true[j] for i in range(batch) for j in range(batch) if i != j]
+    nearest = [max(range(batch), key=lambda j: row @ true[j]) for row in pred]
     return dict(
-        r2=1 - gaps / sum(x * x for row in off for x in row),
-        spread_pred=rms(centred(pred)) / rms(pred), spread_target=rms(off) / rms(true),
+        r2=1 - sum((p - t) @ (p - t) for p, t in zip(pred, true)) / sum(row @ row for row in off),
+        spread_pred=rms(off_pred) / rms(pred), spread_target=rms(off) / rms(true),
         effective_rank=math.exp(-sum(s * math.log(s) for s in shares if s > 1e-9)),
         mean_cosine=sum(cosines) / len(cosines),
-        retrieval=sum(row.index(max(row)) == i for i, row in enumerate(dots)) / batch,
+        retrieval=sum(i == j for i, j in enumerate(nearest)) / batch,
         retrieval_chance=1 / batch, rms_pred=rms(prediction), rms_target=rms(target))
 
 
@@ -46,7 +37,8 @@ def test_gauges_equal_loops(batch):
     target = torch.randn(batch, 4) + 1
     prediction = 3 * (target + 0.8 * torch.randn(batch, 4))
     gauges = losses.collapse_gauges(prediction, target)
-    assert gauges == pytest.approx(naive_gauges(prediction.tolist(), target.tolist()), rel=1e-4)
+    naive = naive_gauges(prediction, target)
+    assert gauges == pytest.approx({name: float(value) for name, value in naive.items()}, rel=1e-4)
     # one row alone cannot show a collapse
     assert losses.collapse_gauges(prediction[:1], target[:1]) == {}
 

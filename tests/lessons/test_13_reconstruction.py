@@ -94,16 +94,11 @@ def test_decoding_equals_one_row_without_a_cache(vlm64, monkeypatch):
     # a model that writes start markers now and then, and that ends at different times
     push[[start, vlm64.family.end_id]] = torch.tensor([20.0, 7.0], dtype=torch.float64)
     monkeypatch.setattr(vlm64.lm.lm_head, "forward", lambda states: real(states) + push)
-    evaluator = evaluate.Evaluator(vlm64, RECORDS)
+    evaluator, images = evaluate.Evaluator(vlm64, RECORDS), images_of(method, batch)
     answers = reconstruction.answer(evaluator, method.predictor, latents=2, tokens=5)
-    naive = [naive_decode(vlm64, question.prompt, images_of(method, [example]), method.predictor, 2,
-                          5) for question, example in zip(evaluator.questions, batch)]
+    naive = [naive_decode(vlm64, q.prompt, images, method.predictor, 2, 5)
+             for q in evaluator.questions]
     for answer, (words, fed) in zip(answers, naive):
         assert answer == dict(text=evaluator.decode(words), tokens=len(words), latents=fed,
                               images=1, passes=len(words) + fed + words.count(start))
     assert len({len(words) for words, _ in naive}) > 1 and any(fed for _, fed in naive)
-
-
-def test_without_tool_images_there_is_nothing_to_reconstruct(vlm64, mixed):
-    with pytest.raises(ValueError, match="no trajectory has a tool image"):
-        build(vlm64, "recon", [example.answer_only("Answer:") for example in mixed[:2]])

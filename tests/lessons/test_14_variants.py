@@ -58,12 +58,11 @@ def test_an_ablation_weighs_one_term(loaded64, base, change, term, factor):
     torch.testing.assert_close(other, whole | {term: factor * whole[term]})
 
 
-@pytest.mark.parametrize("name, neighbours, sample, options", [
+@pytest.mark.parametrize("name, k, sample, options", [
     ("centred", 2, 4, dict()), ("centred", 0, 5, dict(train_vision=True)),
     ("centred", 9, 3, dict(lora_rank=0)), ("with_answers+centred", 2, 8, dict(share=1.0))])
-def test_a_target_minus_its_neighbours(vlm64, loaded64, name, neighbours, sample, options):
-    method, batch = build(vlm64, name, RECORDS, neighbours=neighbours, sample=sample, seed=4,
-                          **options)
+def test_a_target_minus_its_neighbours(vlm64, loaded64, name, k, sample, options):
+    method, batch = build(vlm64, name, RECORDS, neighbours=k, sample=sample, seed=4, **options)
     order = torch.randperm(len(batch), generator=torch.Generator().manual_seed(4)).tolist()
     # bare answers have no trajectory
     numbers = [n for n in order[:sample] if n < len(RECORDS)]
@@ -80,7 +79,7 @@ def test_a_target_minus_its_neighbours(vlm64, loaded64, name, neighbours, sample
     mean, targets = sum(questions[n] for n in numbers) / len(numbers), []
     for question, state in zip(questions, states):
         nearest = sorted(numbers, key=lambda n: -cosine(question - mean, questions[n] - mean))
-        nearest = nearest[:neighbours or len(numbers)]
+        nearest = nearest[:k or len(numbers)]
         targets.append(state - sum(states[n] for n in nearest) / len(nearest))
     prediction = pair_of(method, batch[:len(RECORDS)])[0]
     assert_same(terms_of(method, batch)["jepa"], eq1(prediction, targets), method)
@@ -137,6 +136,7 @@ def test_classes_compose(vlm64):
     for name, reason in (("both+task_mean", "Both has none of the terms that TaskMean changes"),
                          ("pearl+nope", "unknown method 'nope': choose from with_answers, "),
                          ("centred+paper", "centred needs the frozen target"),
-                         ("vicreg+ema", "need a gradient through R")):
+                         ("vicreg+ema", "need a gradient through R"),
+                         ("direct+recon", "no trajectory has a tool image")):
         with pytest.raises(ValueError, match=reason):
             build(vlm64, name, RECORDS[:2])
