@@ -64,7 +64,7 @@ def naive_sigreg(method, h):
 STEPS = {
     "current": lambda m, p, h: eq1(p, h.detach()),
     "mlp_head+current": lambda m, p, h: eq1(p + naive_head(m.head, p), h.detach()),
-    "infonce+current": lambda m, p, h: naive_infonce(
+    "infonce+paper": lambda m, p, h: naive_infonce(
         p, h.detach(), GROUPS if m.config.infonce_masked else range(4)),
     "vicreg": lambda m, p, h: eq1(p, h.detach()) + naive_vicreg(h),
     "sigreg+vicreg": lambda m, p, h: STEPS["vicreg"](m, p, h) + 0.05 * naive_sigreg(m, h),
@@ -72,7 +72,7 @@ STEPS = {
 
 
 @pytest.mark.parametrize("name, options", [
-    *[(name, {}) for name in STEPS], ("infonce+current", dict(infonce_masked=False))])
+    *[(name, {}) for name in STEPS], ("infonce+paper", dict(infonce_masked=False))])
 def test_the_step_under_a_rival_equals_one_by_hand(vlm64, mixed, name, options):
     method, batch = build(vlm64, name, mixed[:4], seed=3, **options)
     batch = [ex._replace(task=task, answer=answer) for ex, (task, answer) in zip(batch, GROUPS)]

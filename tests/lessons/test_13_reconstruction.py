@@ -88,16 +88,15 @@ def naive_decode(vlm, view, images, scale, latents, tokens):
 @torch.no_grad()
 def test_decoding_equals_one_row_without_a_cache(vlm64, monkeypatch):
     method, batch = build(vlm64, "recon", RECORDS)
-    method.predictor.double()
+    scale = method.predictor.double()
     real, push = vlm64.lm.lm_head.forward, torch.zeros(704, dtype=torch.float64)
     start = vlm64.tokenizer.convert_tokens_to_ids("<|vision_start|>")
     # a model that writes start markers now and then, and that ends at different times
     push[[start, vlm64.family.end_id]] = torch.tensor([20.0, 7.0], dtype=torch.float64)
     monkeypatch.setattr(vlm64.lm.lm_head, "forward", lambda states: real(states) + push)
     evaluator, images = evaluate.Evaluator(vlm64, RECORDS), images_of(method, batch)
-    answers = reconstruction.answer(evaluator, method.predictor, latents=2, tokens=5)
-    naive = [naive_decode(vlm64, q.prompt, images, method.predictor, 2, 5)
-             for q in evaluator.questions]
+    answers = reconstruction.answer(evaluator, scale, latents=2, tokens=5)
+    naive = [naive_decode(vlm64, q.prompt, images, scale, 2, 5) for q in evaluator.questions]
     for answer, (words, fed) in zip(answers, naive):
         assert answer == dict(text=evaluator.decode(words), tokens=len(words), latents=fed,
                               images=1, passes=len(words) + fed + words.count(start))

@@ -115,7 +115,7 @@ def test_bare_answers():
 
 
 def test_bare_answers_are_not_predicted(vlm64):
-    method, batch = build(vlm64, "with_answers", RECORDS[:2], share=1.0)
+    method, batch = build(vlm64, "with_answers+infonce", RECORDS[:2], share=1.0)
     assert [example.bare for example in batch] == [False, False, True, True]
     mixed, pure, bare = (method([batch[n] for n in rows]) for rows in ([2, 0, 3, 1], [0, 1], [2]))
     torch.testing.assert_close(mixed.pair[1], pure.pair[1], rtol=1e-5, atol=1e-5)
