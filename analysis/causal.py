@@ -25,7 +25,6 @@ from types import SimpleNamespace
 from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # before any other `analysis`
-
 import torch
 from PIL import Image
 from torch import Tensor

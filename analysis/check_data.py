@@ -17,7 +17,6 @@ from pathlib import Path
 from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # before any other `analysis`
-
 import train
 from support import answers, families, processes, splits
 from support.chat import Chat

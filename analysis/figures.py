@@ -22,7 +22,6 @@ from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # before any other `analysis`
-
 import torch
 from torch import Tensor, nn
 

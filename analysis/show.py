@@ -21,7 +21,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # before any other `analysis`
-
 from baselines import Recon, SelfDistill, variants
 from data import View, collate
 from support.chat import Chat

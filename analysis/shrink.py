@@ -15,7 +15,6 @@ from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # before any other `analysis`
-
 import evaluate
 from analysis import figures
 from analysis.compare import arm_of, change_text, difference, mean_std, table_of

@@ -23,7 +23,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # before any other `analysis`
-
 from analysis.compare import arm_of, comparison, read_run, run_name
 from support import files, processes
 from support.options import value_of

@@ -21,7 +21,6 @@ from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # before any other `analysis`
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""Published trajectory data -> a folder in this repository's format (README, data format).
+"""Published trajectory data -> a folder in this repository's format (docs/data.md).
 
     python published/trajectories.py lvr lvr_sft.json --images IMAGES --out DIR
     python published/trajectories.py thinkmorph Jigsaw_Assembly Visual_Search --out DIR

@@ -275,8 +275,8 @@ def scan(folder: Path, answer_prefix: str, problems: list[str] | None) -> Record
 def read_lines(path: Path) -> Iterator[tuple[bytes, int, int]]:
     """(line, its number from 1, its start in bytes) of each line that is not blank."""
     if not path.is_file():
-        raise FileNotFoundError(f"{path} not found: a data folder holds {FILE} and its images (see "
-                                "README, data format)")
+        raise FileNotFoundError(f"{path} not found: a data folder holds {FILE} and its images "
+                                "(docs/data.md)")
     start = 0
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):  # a line ends at a line feed alone

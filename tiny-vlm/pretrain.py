@@ -28,7 +28,6 @@ from torch.nn.utils.rnn import pad_sequence
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))  # before any other `world`
-
 from support.options import option, parse
 from world import scenes, tools
 
