@@ -106,6 +106,11 @@ def test_a_picture_is_in_one_split_whatever_its_files_are(tmp_path):
     data = read(tmp_path, *[dict(split=split) for split in SPLITS])
     assert [ex.split for ex in data] == [*SPLITS] and len(data.notes) == 3
     assert "1 of 1 test images are also in train; give all" in data.notes[1]
+    # of several there is no right one for a record that names none
+    alone = read(tmp_path, dict(split=None))[0].split
+    others = [dict(split=split) for split in SPLITS if split != alone]
+    data = read(tmp_path, *others, dict(split=None))
+    assert data[2].split == alone and len(data.notes) == 3
 
 
 def test_shares_of_the_splits_and_the_cache_of_what_was_read(tmp_path, work):

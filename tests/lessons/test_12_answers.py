@@ -107,8 +107,13 @@ def talk(vlm64, monkeypatch):
         evaluator = evaluate.Evaluator(vlm64, loader.questions("single", 1)[:1])
         prompts, end = [], evaluator.chat.end_id
         replies = iter([[*vlm64.tokenizer(text).input_ids, end] for text in texts])
-        monkeypatch.setattr(vlm64, "generate", lambda views, images, encode, tokens: (
-            prompts.extend(views) or [next(replies)]))
+
+        def generate(views, images, encode, tokens):
+            assert [image.key for image in images] == views[0].images
+            prompts.extend(views)
+            return [next(replies)]
+
+        monkeypatch.setattr(vlm64, "generate", generate)
         (record,) = tool_use.answer(evaluator, limit)
         return record, prompts
     return run
