@@ -25,10 +25,10 @@ def base(folders):
     return folders("qwen2_5_vl")
 
 
-def prepare(folder, base, dtype=torch.float32, std=0.1, vision=False, rank=4):
+def prepare(folder, base, dtype=torch.float32, std=0.1, rank=4):
     """A model away from its start, saved in `folder`."""
     vlm = VLM(base, dtype)
-    vlm.set_trainable(train.Config(lora_rank=rank, train_vision=vision, device="cpu"))
+    vlm.set_trainable(train.Config(lora_rank=rank, device="cpu"))
     stir(vlm.lm, std) if rank else move(vlm.lm)
     folder.mkdir(parents=True, exist_ok=True)
     vlm.save_adapter(folder)
@@ -47,12 +47,10 @@ def logits(lm):
     return lm(input_ids=torch.arange(10, 60)[None]).logits.float()
 
 
-@pytest.mark.parametrize("name, old, new", [
-    ("qwen2_5_vl", "model.layers.1.", "model.language_model.layers.1."),
-    ("qwen2_5_vl", "visual.blocks.", "model.visual.blocks."),
-    ("llava_next", "language_model.model.layers.1.", "model.language_model.layers.1.")])
-def test_an_adapter_by_the_names_of_an_older_transformers(folders, tmp_path, name, old, new):
-    vlm = prepare(tmp_path, folders(name), torch.float64, vision=True)
+@pytest.mark.parametrize("name, old", [
+    ("qwen2_5_vl", "model.layers.1."), ("llava_next", "language_model.model.layers.1.")])
+def test_an_adapter_by_the_names_of_an_older_transformers(folders, tmp_path, name, old):
+    vlm, new = prepare(tmp_path, folders(name), torch.float64), "model.language_model.layers.1."
     named = {key.replace(f"base_model.model.{new}", f"base_model.model.{old}"): tensor
              for key, tensor in load_file(tmp_path / ADAPTER).items()}
     assert sum(f"model.{old}" in key for key in named) >= 2
@@ -108,17 +106,14 @@ def test_what_model_may_name(base, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("named, file, fields, message", [
-    ("Some/Model", "", {}, "^Some/Model, seen from .*, cannot be loaded"),
     ("outside", "best.json", dict(checkpoint="../a/checkpoint-2"), "^outside/checkpoint-2 .the ba"),
     ("words", "config.json", dict(model_type="qwen2"), "configuration class .*Qwen2Config"),
     ("circle", CONFIG, dict(base_model_name_or_path="circle"), "names 'circle' as its base model;"),
-    ("nameless", CONFIG, dict(base_model_name_or_path=""), "names '' as its base model; correct"),
-    ("astray", CONFIG, dict(base_model_name_or_path="runs/tiny"), "^runs/tiny .the base of a")])
+    ("nameless", CONFIG, dict(base_model_name_or_path=""), "names '' as its base model; correct")])
 def test_what_model_may_not_name(tmp_path, monkeypatch, named, file, fields, message):
     monkeypatch.chdir(tmp_path)
-    if file:
-        (tmp_path / named).mkdir()
-        write(tmp_path / named / file, **fields)
+    (tmp_path / named).mkdir()
+    write(tmp_path / named / file, **fields)
     refuses(named, message)
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers.utils import is_torchvision_available
 
-from checkpoints import BOTH, BUILDERS, IMAGES, OLD, TEMPLATES, TOKENS, write
+from checkpoints import BUILDERS, IMAGES, OLD, TEMPLATES, TOKENS, write
 from conftest import refuses
 from data import collate, make_views
 from model import VLM
@@ -79,20 +79,20 @@ def test_labels_are_what_the_assistant_says(vlm):
     assert {family.placeholder, image_token, family.end_token} <= family.reserved
     assert not {"▁▁", "<table>", "</table>", "\n"} & family.reserved
     for example in map(record, range(1 if family.single_image_only else 3)):
-        for reader in (family, load_family(family.path)):
-            chat, images = Chat(reader, 4096), load_images(example, reader)
-            chat.check_ids(example, images)
-            full, _, target = make_views(chat, example, images, 1)
-            learned = [label for label in full.labels if label != -100]
-            assert full.ids[-1] == family.end_id
-            assert learned.count(family.end_id) == len(example.texts)
-            words = family.tokenizer.decode(learned, skip_special_tokens=True)
-            assert "".join(words.split()) == "".join("".join(example.texts).split())
-            assert (target.ids[:1] == bos) == (full.ids[:1] == bos)
-            assert bos * 2 not in (full.ids[:2], target.ids[:2])
-            rest = 1 - len(target.ids)
-            assert target.ids[1:] == full.ids[rest:]
-            assert target.labels == [-100, *full.labels[rest:]]
+        views, same = (make_views(Chat(reader, 4096), example, load_images(example, reader), 1)
+                       for reader in (family, load_family(family.path)))
+        assert views == same
+        full, _, target = views
+        learned = [label for label in full.labels if label != -100]
+        assert full.ids[-1] == family.end_id
+        assert learned.count(family.end_id) == len(example.texts)
+        words = family.tokenizer.decode(learned, skip_special_tokens=True)
+        assert "".join(words.split()) == "".join("".join(example.texts).split())
+        assert (target.ids[:1] == bos) == (full.ids[:1] == bos)
+        assert bos * 2 not in (full.ids[:2], target.ids[:2])
+        rest = 1 - len(target.ids)
+        assert target.ids[1:] == full.ids[rest:]
+        assert target.labels == [-100, *full.labels[rest:]]
 
 
 def test_which_template_counts(copy_of):
@@ -103,9 +103,8 @@ def test_which_template_counts(copy_of):
     write(folder / TOKENS, chat_template="{{ 'for text only' }}")
     assert family_of(folder).processor.chat_template == before
     (folder / OLD).unlink()
-    for template in (TEMPLATES["QWEN_TEXT_ONLY"], "{{ raise_exception('no') }}"):
-        write(folder / TOKENS, chat_template=template)
-        refuses(folder, "has no chat template that writes a question, its image and an answer")
+    write(folder / TOKENS, chat_template=TEMPLATES["QWEN_TEXT_ONLY"])
+    refuses(folder, "has no chat template that writes a question, its image and an answer")
     folder = copy_of("qwen2_5_vl")
     turns = Chat(family_of(folder), 4096).turns(record(1))
     whole, template = family_of(folder).render(turns), read_json(folder / OLD)["chat_template"]
@@ -137,9 +136,7 @@ def test_sizes_of_images(folders):
 
 @pytest.mark.parametrize("name, file, change, message", [
     ("tiny", IMAGES, dict(size=dict(shortest_edge="1")), "from '1' to None pixels: correct short"),
-    ("tiny", IMAGES, dict(merge_size=1), "becomes 48 tokens of number 5, and 12 features"),
-    ("tiny", IMAGES, dict(patch_size=16), "tokenizer.json of .* does not fit config.json .Runtime"),
-    ("idefics3", BOTH, dict(processor_class="Nothing"), "cannot be used"),
+    ("tiny", IMAGES, dict(merge_size=1), "fit config.json .* becomes 48 tokens of number 5, and 1"),
     # lost; without its tokenizer.json transformers makes an empty tokenizer without a word
     ("qwen3_vl", IMAGES, None, "cannot be used .OSError"),
     ("qwen3_vl", "tokenizer.json", None, "tokenizer.json of .* does not fit|cannot be used")])
@@ -184,12 +181,9 @@ def test_weights_that_are_not_whole_are_refused_by_name(copy_of):
 def test_damaged_weights_and_code_in_a_checkpoint_never_run(copy_of, tmp_path):
     folder, mark = copy_of("tiny"), tmp_path / "mark"
     file = folder / "model.safetensors"
-    whole, bomb = file.read_bytes(), f"cos\nsystem\n(S'touch {mark}'\ntR.".encode()
-    for content in (whole[:len(whole) // 2], bomb):
-        file.write_bytes(content)
-        refuses(folder, f"{folder}, seen from .*, cannot be loaded")
-    file.unlink()
-    (folder / "pytorch_model.bin").write_bytes(bomb)
+    file.write_bytes(f"cos\nsystem\n(S'touch {mark}'\ntR.".encode())
+    refuses(folder, f"{folder}, seen from .*, cannot be loaded")
+    file.rename(folder / "pytorch_model.bin")
     refuses(folder, "safetensors")
     write(folder / "config.json", model_type="mine", auto_map=dict(AutoConfig="code.Config"))
     (folder / "code.py").write_text(f"open({str(mark)!r}, 'w')", encoding="utf-8")
