@@ -56,8 +56,7 @@ def sentencepiece(*special: str, mark: str, eos: str = "</s>", words=(), **rest)
                   pre_tokenizers.Metaspace(), vocab_size=516,
                   special_tokens=["<unk>", "<s>", "</s>", *(f"<0x{n:02X}>" for n in range(256))],
                   initial_alphabet=["▁", *(chr(c) for c in range(33, 127))])
-    # afterwards the bytes are ordinary tokens
-    plain = dict(added_tokens=[], pre_tokenizer=None)
+    plain = dict(added_tokens=[], pre_tokenizer=None)  # now the bytes are ordinary tokens
     raw = Tokenizer.from_str(json.dumps(json.loads(raw.to_str()) | plain))
     raw.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(),
                                      decoders.Fuse(), decoders.Strip(" ", 1, 0)])
@@ -77,16 +76,14 @@ def complete(raw: Tokenizer, special, eos: str, opens: str = "", **rest):
         raw.post_processor = processors.TemplateProcessing(
             f"{opens} $A", f"{opens} $A {opens} $B", [(opens, raw.token_to_id(opens))])
         rest["bos_token"] = opens
-    raw.add_special_tokens([AddedToken(token, special=True, normalized=False)
-                            for token in (*special, eos, "<pad>")])
+    raw.add_special_tokens([*special, eos, "<pad>"])
     return hf.PreTrainedTokenizerFast(tokenizer_object=raw, eos_token=eos, pad_token="<pad>",
                                       **rest)
 
 
 CHATML = partial(byte_level, "<|im_start|>", "<image>")
 LLAMA = partial(sentencepiece, "<unk>", "<s>", "<image>", opens="<s>")
-# as published, and so the first Mistral's
-LLAMA_2 = partial(LLAMA, mark="prepend")
+LLAMA_2 = partial(LLAMA, mark="prepend")  # as published, and so the first Mistral's
 LLAMA_3 = partial(byte_level, "<image>", "<|start_header_id|>", "<|end_header_id|>",
                   eos="<|eot_id|>", opens="<|begin_of_text|>")
 # without bos in front, for here it is also what opens every turn
@@ -261,8 +258,7 @@ BUILDERS = dict(
     idefics3=(idefics3, "<|begin_of_text|>", BOTH), smolvlm=(idefics3, "<|im_start|>", OLD),
     gemma3=(gemma3,), llava_onevision=(llava_onevision,), internvl=(internvl,),
     pixtral=(mistral, "Llava", "PIXTRAL", OLD), mistral3=(mistral, "Mistral3", "MISTRAL_3", NEW))
-# their processors need torchvision
-TORCHVISION = ("llava_onevision", "internvl", "pixtral", "mistral3")
+TORCHVISION = ("llava_onevision", "internvl", "pixtral", "mistral3")  # for their processors
 
 
 def build(name: str, folder: Path) -> Path:

@@ -91,14 +91,10 @@ def test_a_comparison_by_hand():
         "no fine-tuning": ("direct", 25), "sft": ("direct", 25, 50), "sft + tools": ("call", 100),
         "pearl pred_tokens=4": ("direct", 75, 75), "pearl pred_tokens=0": ("direct", 50),
         "image_first+recon": ("latent", 25), "sft again (runs/g)": ("direct", 100)}
-    differences = {row["system"]: row.get("difference") for row in rows}
-    # over seeds and questions: 0 1 1 0 and 0 0 1 0 are the gaps
-    assert differences["pearl pred_tokens=4"] == pytest.approx((37.5, 0, 87.5))
-    # who guesses is no opponent
-    assert differences["image_first+recon"] is None
+    # over seeds and questions: 0 1 1 0 and 0 0 1 0 are the gaps; who guesses is no opponent
     for cells in ("| system | seeds | `crop` | `crop` - sft [95%] |", "| sft | 2 | 37.5 +/- 17.7 |",
-                  "+recon | 1 | 25.0 | guesses |", "+37.5 [+0.0, +87.5]",
-                  "\n\nComparisons with sft: 3. "):
+                  "| pearl pred_tokens=4 | 2 | 75.0 +/- 0.0 | +37.5 [+0.0, +87.5] |",
+                  "+recon | 1 | 25.0 | guesses |", "\n\nComparisons with sft: 3. "):
         assert cells in text
 
 
@@ -125,8 +121,7 @@ def test_the_program_compares_runs_and_a_checkpoint(tmp_path, monkeypatch, as_pr
     tables = read_json(tmp_path / "all.json")
     assert models == ["model"] and tables["model"]["table"]["crop"]["direct"][0] == 0
     assert [row["system"] for row in tables["systems"]] == ["no fine-tuning", "sft", "pearl"]
-    # an option that changes the question
-    as_program(compare.__file__, "a", "--alpha", 0.5)
+    as_program(compare.__file__, "a", "--alpha", 0.5)  # is another question
     assert models == ["model", "a"]
 
 
@@ -159,7 +154,6 @@ def test_an_arm_is_what_follows_method_and_has_a_folder_of_its_own(tmp_path):
         config = train.parse_config(commands["results.json"][1:])
         assert (config.batch, config.steps, config.seed, config.regime) == (3, 300, seed, regime)
         assert folder.parent.name == regime and arm_of(folder.name) == arm
-        assert ("asked.json" in commands) == (arm == "sft")
     for args.arms in (["best"], ["sft --best 1"]):
         with pytest.raises(ValueError, match="best"):
             study.plan(args)
@@ -202,13 +196,12 @@ def test_settings_are_chosen_on_validation_questions(commands, tmp_path, as_prog
 
 
 def test_a_benchmark_ends_with_json_and_writes_no_file(tmp_path, monkeypatch, capsys, as_program):
-    (tmp_path / "tiny-vlm").symlink_to(Path(train.__file__).parent / "tiny-vlm")
     monkeypatch.chdir(tmp_path)
     for options, name in (("steps --steps 1 --batch 2 --train_examples 4", "paper_over_sft"),
-                          ("answers tiny-vlm --per_task 1", "tool_ms")):
+                          (f"answers {train.Config().model} --per_task 1", "tool_ms")):
         as_program(benchmark.__file__, *options.split(), "--device", "cpu")
         assert json.loads(capsys.readouterr().out.splitlines()[-1])[name] > 0
-    assert [file.name for file in tmp_path.iterdir()] == ["tiny-vlm"]
+    assert not list(tmp_path.iterdir())
     # the variants train one model, and LoRA is there once
     methods = benchmark.build(train.parse_config(["--device", "cpu"]))
     layers, = (lora_layers(vlm) for vlm in {method.vlm for method in methods.values()})
