@@ -60,6 +60,7 @@ def test_ids_are_those_of_the_familys_own_processor(vlm):
             continue
         whole = chat.conversation(turns, images, prompt, layout=True)
         assert whole.ids == family.own_ids(turns, example.images, prompt)
+        assert len(whole.ends) == len(whole.ids) and whole.ends[-1] == len(whole.text)
         # ours has no part for videos; theirs makes nothing of a `size` with old keys
         if "qwen" in family.path and is_torchvision_available() and "old_size" not in family.path:
             theirs = copy.copy(family)
