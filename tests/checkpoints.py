@@ -110,8 +110,7 @@ def checkpoint(folder: Path, stem: str, processor, template: str, layout: str, t
     config = getattr(hf, f"{stem}Config")(
         text_config=TEXT | text | dict(vocab_size=len(tokenizer)), vision_config=VISION | vision,
         **config)
-    # the same weights each time, in float64 to be compared
-    torch.manual_seed(1)
+    torch.manual_seed(1)  # the same weights each time, in float64 to be compared
     getattr(hf, f"{stem}ForConditionalGeneration")(config).double().save_pretrained(folder)
     processor.save_pretrained(folder)
     write(folder / TOKENS, tokenizer_class=kind)
@@ -127,8 +126,7 @@ def checkpoint(folder: Path, stem: str, processor, template: str, layout: str, t
     write(folder / layout, chat_template=TEMPLATES[template])
 
 
-# sizes of images by the old and the new keys
-PIXELS = dict(min_pixels=1024, max_pixels=4096)
+PIXELS = dict(min_pixels=1024, max_pixels=4096)  # sizes of images by the old and the new keys
 EDGES = dict(shortest_edge=1024, longest_edge=4096)
 QWEN_2 = dict(image_processor_type="Qwen2VLImageProcessor", **PIXELS)
 FAST = dict(image_processor_type="Qwen2VLImageProcessorFast", size=EDGES)

@@ -11,8 +11,7 @@ import signal
 import sys
 from pathlib import Path
 
-# nothing in the tests may reach for the network
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing in the tests may reach for the network
 # bit for bit holds for one number of threads; several only wait on a model as small as this
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))

@@ -54,8 +54,7 @@ if __name__ == "__main__":
         again.encode_images = evaluator.encode_images
         return again.direct()
 
-    # one run of each first: images and targets are then kept
-    evaluator.direct()
+    evaluator.direct()  # one run of each first: images and targets are then kept
     batch, _ = line()
     report("a training step (at most 26 in 9)", lambda: method(batch))
     report("a line to its loss (60 in 11)", line)

@@ -119,8 +119,7 @@ def test_passes_hold_views_of_similar_length(trajectories):
 
 
 def test_a_record_is_read_when_it_is_used(trajectories, tmp_path, monkeypatch):
-    # records in memory keep what was made of them
-    dataset = trajectories(RECORDS)
+    dataset = trajectories(RECORDS)  # records in memory keep what was made of them
     assert dataset[2] is dataset[2] and dataset[2].index == ("train", 2)
     opened, real = [], images.open_image
     monkeypatch.setattr(images, "open_image", lambda file: opened.append(file.name) or real(file))

@@ -9,8 +9,7 @@ from torch import nn
 import losses
 from predictor import LatentPredictor, Predictor
 
-# batch, sequence, hidden size, vocabulary
-B, T, D, V = 3, 6, 5, 7
+B, T, D, V = 3, 6, 5, 7  # batch, sequence, hidden size, vocabulary
 # where a token is supervised
 TARGETS = torch.tensor([[0, 1, 1, 1, 0, 0], [0, 0, 1, 0, 1, 1], [1, 0, 0, 0, 0, 1]]).bool()
 DISTANCES = dict(
@@ -37,8 +36,7 @@ def test_eq3_is_the_mean_over_supervised_tokens():
 def test_eq1_and_the_rivals_loss_are_means_of_distances(name):
     prediction, target = rand(B, D), 2 * rand(B, D)
     naive = sum(map(DISTANCES[name], prediction, target.detach())) / B
-    # the target gets no gradient
-    for loss in (losses.jepa_loss, losses.reconstruction_loss):
+    for loss in (losses.jepa_loss, losses.reconstruction_loss):  # the target gets no gradient
         same(loss(prediction, target, name), naive, prediction, target)
     with pytest.raises(ValueError, match="'euclid': choose cosine"):
         losses.distance(prediction, target, "euclid")
@@ -54,15 +52,13 @@ def test_eq2_predicts_each_state_from_the_one_before(horizon, sees_next):
         terms = []
         for b in range(B):
             for t in range(T - i):
-                # t+1 .. t+i are all supervised
-                if TARGETS[b, t + 1:t + i + 1].all():
+                if TARGETS[b, t + 1:t + i + 1].all():  # t+1 .. t+i are all supervised
                     forecast = states[b, t]
                     for j in range(1, i + 1):
                         forecast = latent(predictor, forecast, words[b, t + j].detach())
                     # neither the next state nor a token embedding gets a gradient
                     terms.append(smooth_l1(forecast, states[b, t + i].detach()))
-        # no text here has four supervised tokens in a row
-        assert bool(terms) == (i < 4)
+        assert bool(terms) == (i < 4)  # no text here has four supervised tokens in a row
         naive = naive + sum(terms) / max(1, len(terms)) / horizon
     value = losses.nextlat_loss(states, predictor.forecasts(states, words, TARGETS, horizon))
     same(value, naive, states, words, *predictor.parameters())

@@ -83,8 +83,7 @@ def test_words_are_those_of_transformers_own_generate(loaded64, monkeypatch, way
                               images=len(example.images) if way == "tool" else 1)
     cut = "free: 3 of 4 questions may need more tokens than --free_tokens 4"
     assert capsys.readouterr().out.partition(";")[0] == (cut if count else "")
-    # at least the paper's four tokens
-    evaluate.Evaluator(loaded64, QUESTIONS[:1]).free()
+    evaluate.Evaluator(loaded64, QUESTIONS[:1]).free()  # at least the paper's four tokens
     assert rooms[-1] == 4
 
 

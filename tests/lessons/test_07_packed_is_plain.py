@@ -18,8 +18,7 @@ from conftest import assert_same, build, embed, images_of, terms_of
 @pytest.mark.parametrize("name", ["pearl", "two_passes"])
 def test_the_step_equals_one_record_at_a_time(vlm64, loaded64, mixed, monkeypatch, name, options):
     if name == "two_passes":
-        # what a family that cannot pack gets
-        monkeypatch.delattr(train, "encode_two_views")
+        monkeypatch.delattr(train, "encode_two_views")  # what a family that cannot pack gets
     method, batch = build(vlm64, name, mixed[:3], **options)
     vlm, images, horizon = method.vlm, images_of(method, batch), method.config.horizon
     words, pairs, nextlat = [], [], [[] for _ in range(horizon)]

@@ -85,8 +85,7 @@ def test_where_a_rival_has_nothing_to_do(vlm64, mixed):
     # the head starts at Pearl's own prediction
     method = train.find_method("mlp_head")(vlm64, train.Config(device="cpu", lora_rank=0))
     assert not method.head(torch.randn(3, 128)).any()
-    # one row alone has no spread
-    h = torch.randn(1, 128, dtype=torch.float64)
+    h = torch.randn(1, 128, dtype=torch.float64)  # one row alone has no spread
     for name in ("vicreg", "sigreg"):
         method, batch = build(vlm64, name, mixed[:1], lora_rank=0)
         assert method.jepa(h, h, batch) == pytest.approx(0, abs=1e-9)

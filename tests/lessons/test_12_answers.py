@@ -69,8 +69,7 @@ def test_one_question_about_one_picture(tmp_path, capsys):
     for wrong in (dict(image=""), dict(question=""), dict(json="a.json")):
         with pytest.raises(ValueError, match="--image and --question need each other"):
             evaluate.ask(TINY, replace(options, **wrong))
-    # without options, what the model writes
-    evaluate.ask(TINY, replace(options, options=""))
+    evaluate.ask(TINY, replace(options, options=""))  # without options, what the model writes
     assert len(capsys.readouterr().out.splitlines()) == 1
 
 

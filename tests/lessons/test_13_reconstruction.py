@@ -82,7 +82,7 @@ def naive_decode(vlm, view, images, scale, latents, tokens):
             at.append(len(ids))
             ids.append(end)
         ids += [end] if words[-1] == start else []
-    return words, len(fed)
+    return words, fed
 
 
 @torch.no_grad()
@@ -95,9 +95,12 @@ def test_decoding_equals_one_row_without_a_cache(vlm64, monkeypatch):
     push[[start, vlm64.family.end_id]] = torch.tensor([20.0, 7.0], dtype=torch.float64)
     monkeypatch.setattr(vlm64.lm.lm_head, "forward", lambda states: real(states) + push)
     evaluator, images = evaluate.Evaluator(vlm64, RECORDS), images_of(method, batch)
-    answers = reconstruction.answer(evaluator, scale, latents=2, tokens=5)
+    kept = [[] for _ in RECORDS]
+    answers = reconstruction.answer(
+        evaluator, scale, 2, lambda n, k, latent: kept[n].append(latent.clone()) or latent, 5)
     naive = [naive_decode(vlm64, q.prompt, images, scale, 2, 5) for q in evaluator.questions]
-    for answer, (words, fed) in zip(answers, naive):
-        assert answer == dict(text=evaluator.decode(words), tokens=len(words), latents=fed,
-                              images=1, passes=len(words) + fed + words.count(start))
+    for answer, latents, (words, fed) in zip(answers, kept, naive):
+        assert answer == dict(text=evaluator.decode(words), tokens=len(words), latents=len(fed),
+                              images=1, passes=len(words) + len(fed) + words.count(start))
+        torch.testing.assert_close(latents, fed, rtol=1e-4, atol=1e-4)
     assert len({len(words) for words, _ in naive}) > 1 and any(fed for _, fed in naive)

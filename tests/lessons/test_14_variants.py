@@ -64,14 +64,12 @@ def test_an_ablation_weighs_one_term(loaded64, base, change, term, factor):
 def test_a_target_minus_its_neighbours(vlm64, loaded64, name, k, sample, options):
     method, batch = build(vlm64, name, RECORDS, neighbours=k, sample=sample, seed=4, **options)
     order = torch.randperm(len(batch), generator=torch.Generator().manual_seed(4)).tolist()
-    # bare answers have no trajectory
-    numbers = [n for n in order[:sample] if n < len(RECORDS)]
+    numbers = [n for n in order[:sample] if n < len(RECORDS)]  # bare answers have no trajectory
     assert 1 < len(numbers) < len(RECORDS)
     # the rows, the model and the images of before training count, whatever training moves
     rows = method.predictor.pred_embeddings.detach().clone()
     images = images_of(*build(copy.deepcopy(loaded64), "sft", RECORDS))
-    # far enough for other neighbours
-    move(move(method).predictor, size=1.0)
+    move(move(method).predictor, size=1.0)  # far enough for other neighbours
     with torch.no_grad():
         states = [target_state(loaded64, record) for record in RECORDS]
         questions = [embed(loaded64, example.views.input, images, rows).embedding[0]
