@@ -63,8 +63,7 @@ def steps(config: train.Config) -> dict[str, float]:
     order = iter(StepRows(len(examples), config.batch, config.seed))
     for step in range(WARMUP + config.steps):
         rows, turn = next(order), step % len(names)
-        # each round begins with another variant
-        for name in names[turn:] + names[:turn]:
+        for name in names[turn:] + names[:turn]:  # each round begins with another variant
             method, (batch,) = methods[name], sets[name].micro_batches(rows, config.batch)
             # pictures and cached targets cost nothing after the first epoch
             images = method.encode_images([image for example in batch for image in example.images])
@@ -103,8 +102,7 @@ def answers(path: str, options: evaluate.Options) -> dict[str, float]:
             # an evaluator for each way: the next one must not find the picture encoded
             evaluator = evaluate.Evaluator(vlm, [example], config.answer_prefix)
             start = now(options.device)
-            # None: the question has no tool image
-            if answer(evaluator)[0]:
+            if answer(evaluator)[0]:  # None: the question has no tool image
                 times[way].append(1000 * (now(options.device) - start))
     # the first question warms up
     return {f"{way}_ms": statistics.median(values[1:] or values) for way, values in times.items()

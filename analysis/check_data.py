@@ -49,8 +49,7 @@ def check_of(examples: list[Example] | Records, chat: Chat, config: train.Config
         return example.task, example.split, tokens, results
 
     def look(file: Path, where: str) -> tuple[str, str]:
-        # many records may name an image; a process opens it once
-        if file not in seen:
+        if file not in seen:  # many records may name an image; a process opens it once
             try:
                 seen[file] = "", few_values(file, open_image(file, where))
             except (ValueError, OSError) as error:

@@ -195,8 +195,7 @@ def main() -> None:
             models[path] = read_run(folder)
             continue
         models[path] = dict(answers=evaluate.ask(path, asked))
-        # a checkpoint has a config.json too, of another kind
-        if (folder / "best.json").is_file():
+        if (folder / "best.json").is_file():  # a checkpoint has a config.json too, of another kind
             models[path]["config"] = files.read_json(folder / "config.json")
     columns = {path: summarise(model["answers"]) for path, model in models.items()}
     print(format_table(columns))

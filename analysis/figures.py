@@ -129,8 +129,7 @@ def latents_decoded(folder: Path, pearl: Path | None, tests: list[Example]):
                  for reply, ex in zip(replies, tests)]
         accuracy.append(100 * statistics.mean(right))
     pair = torch.tensor([[math.log2(count) for count in COUNTS[1:]], accuracy[1:]])
-    # equal accuracies have no correlation: 0
-    r = float(torch.corrcoef(pair)[0, 1].nan_to_num())
+    r = float(torch.corrcoef(pair)[0, 1].nan_to_num())  # equal accuracies have no correlation: 0
     guessing = 100 * statistics.mean(1 / len(example.options) for example in tests)
     figure, (axis,) = canvas(["Accuracy against latents decoded (Fig. 3)"])
     axis.plot(accuracy, marker="o", label=f"reconstruction (r = {r:.2f})")
@@ -265,8 +264,7 @@ def all_figures(folders: list[Path], out: Path, per_task: int) -> None:
     if len(tests) < MINIMUM:
         raise ValueError(f"{len(tests)} test questions have a trajectory with images, the figures "
                          f"need {MINIMUM}: add records with \"split\": \"test\"")
-    # in any order of tasks, so that the map shows all of them
-    random.Random(0).shuffle(tests)
+    random.Random(0).shuffle(tests)  # in any order of tasks, so that the map shows all of them
     with files.new_folder(out) as partial:
         curves(folders, ("valid",)).savefig(partial / "curves.png")
         decoded = configs[recon].decode_latents if recon else 8

@@ -34,7 +34,8 @@ def find(name: str) -> type[Pearl]:
     classes = [METHODS[name] for name in METHODS if name in names]
     # a class whose subclass is there too adds nothing
     bases = tuple(cls for cls in classes if sum(issubclass(one, cls) for one in classes) == 1)
-    # a method with a step of its own has no latent terms, which another could change by these
+    # what Pearl's step calls for its latent terms; a method with a step of its own has none of them
+    # that another could change
     terms = ("encode_views", "encode_target", "target", "jepa", "nextlat", "prepare")
     own_step = [cls for cls in bases if cls.forward is not Pearl.forward]
     idle = [cls for cls in bases if cls not in own_step and "records" not in vars(cls)

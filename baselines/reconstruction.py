@@ -58,9 +58,10 @@ class Recon(Pearl):
         chat.check_length(len(whole.ids), example)
         # the markers of the question's image are not supervised
         end = chat.tokenizer.convert_tokens_to_ids(LATENT_END)
-        where = tuple(n for n, pair in enumerate(pairwise(whole.labels)) if pair == (end, end))
+        latents = tuple(n for n, pair in enumerate(pairwise(whole.labels)) if pair == (end, end))
         labels = [-100 if label == end else label for label in whole.labels]
-        return views._replace(full=View(whole.ids, labels, [images[0].key], len(labels) - 1, where))
+        full = View(whole.ids, labels, [images[0].key], len(labels) - 1, inject_at=latents)
+        return views._replace(full=full)
 
     @torch.no_grad()
     def prepare(self, datasets: list[Trajectories]) -> None:
@@ -130,7 +131,8 @@ def load_scale(checkpoint: Path, vlm: VLM) -> LatentScale:
 @torch.no_grad()
 def generate_latent(evaluator, numbers: list[int], scale: LatentScale, latents: int,
                     tokens: int, instead: Callable | None) -> list[list[int]]:
-    """The greedy words of these questions; after each start marker come `latents` latents.
+    """Greedy token ids of these questions, at most `tokens` of each; behind each start marker the
+    model is fed `latents` latents.
 
     A latent is the last state, brought to the scale of an input and fed back in place of a word;
     after the last one the end marker is written. Every row is fed one position a step, a word or a
@@ -154,6 +156,7 @@ def generate_latent(evaluator, numbers: list[int], scale: LatentScale, latents: 
                 token_ids[row] = end_marker
                 due[row] -= 1
                 if instead and due[row]:
+                    # the latent's number in the whole answer
                     k = latents * words[row].count(start_marker) - due[row]
                     latent_inputs[row] = instead(numbers[row], k, latent_inputs[row])
             elif words[row][-1:] != [end_id] and len(words[row]) < tokens:

@@ -65,7 +65,8 @@ class Release(Dropout, Current):
         if self.config.predictor_weights == "lora":
             if not rank:
                 raise ValueError("--predictor_weights lora needs --lora_rank above 0")
-            # its LoRA wraps the latent predictor too, and [PRED] rows are words of the vocabulary
+            # The release puts LoRA on the latent predictor too, so its own weights stay at their
+            # random start; and its [PRED] rows are words of the vocabulary, which is frozen.
             self.predictor.pred_embeddings.requires_grad_(False)
             latent.mlp[0].eps = 1e-6
             # frozen at the core's zero, it would predict h_t itself
@@ -107,11 +108,13 @@ class Release(Dropout, Current):
         states, labels = full.states, full.padded.labels  # (B, T, D), (B, T)
         forecasts = self.predictor.latent.forecasts(states, full.input_embeddings, labels != -100,
                                                     config.horizon)
-        if config.nextlat_token == "next":  # what the true state is trained to predict
+        # labels[where] below: the token that h^ was made with (position p, the release's), or with
+        # "next" the one behind it, which the true state of p is trained to predict
+        if config.nextlat_token == "next":
             labels = F.pad(labels[:, 1:], (0, 1), value=-100)
         head = self.vlm.lm.lm_head.weight.detach()  # (V, D)
         means, decoded = [], []
-        for forecast, where in forecasts:  # (n, D), (B, T)
+        for forecast, where in forecasts:  # (n, D), and the mask (B, T) of its positions
             if config.nextlat_mean == "examples":
                 gaps = losses.distance(forecast, states[where].detach(), "smoothl1")  # (n)
                 gaps = gaps.new_zeros(where.shape).masked_scatter(where, gaps)  # (B, T)
@@ -122,7 +125,7 @@ class Release(Dropout, Current):
                 total = F.cross_entropy(logits, labels[where], reduction="sum")
                 decoded.append(total / (labels[where] != -100).sum().clamp_min(1))
         term = sum(means) / len(means) if means else term
-        return term + sum(decoded) / len(decoded) if decoded else term
+        return term + (sum(decoded) / len(decoded) if decoded else 0)
 
 
 def in_user_turn(chat: Chat, example: Example, images: list[LoadedImage], count: int) -> View:

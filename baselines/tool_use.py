@@ -27,8 +27,7 @@ def converse(evaluator, limit: int) -> list["Talk"]:
     """The finished conversation of each example. In each round every unfinished one gets a turn of
     the model, and the call in it is executed."""
     talks = [Talk(evaluator.chat, example) for example in evaluator.examples]
-    # its pictures become those of the conversations
-    evaluator = copy(evaluator)
+    evaluator = copy(evaluator)  # its pictures become those of the conversations
     for _ in range(limit + 1):
         evaluator.images = [talk.images for talk in talks]
         views = [None if "text" in talk.result else talk.view for talk in talks]
@@ -60,6 +59,7 @@ class Talk:
         self.take(replace(example, id=f"{example.id}, own calls", trajectory=[]))
 
     def take(self, example: Example) -> None:
+        """The conversation so far. It fails if the model has too few positions for a turn."""
         self.images = load_images(example, self.chat.family)
         self.view = self.chat.prompt(self.chat.turns(example), self.images)
         self.example = example
@@ -70,7 +70,8 @@ class Talk:
         """Execute the call in a turn and append its image; a turn without one is the answer."""
         for cost in ("tokens", "images", "passes"):
             self.result[cost] += reply[cost]
-        call = CALL.search(text := reply["text"])
+        text = reply["text"]
+        call = CALL.search(text)
         if not call and not ATTEMPT.search(text):
             self.result["text"] = text
             return

@@ -66,8 +66,7 @@ class EMA(Current):
 
     def target(self, batch: Examples, images: Images) -> Encoded:
         weights = dict(zip(self.weights, self.teacher.buffers()))
-        # the model itself, but for the weights of its forward pass
-        teacher = copy(self.vlm)
+        teacher = copy(self.vlm)  # the model itself, but for the weights of its forward pass
         teacher.forward = lambda *inputs: torch.func.functional_call(self.vlm, weights, inputs)
         with torch.no_grad():
             return self.encode_target(teacher, batch, images)
@@ -102,7 +101,8 @@ class TargetState(Pearl):
 
 @contextmanager
 def states_entering(vlm: VLM, layer: int) -> Iterator[list[Tensor]]:
-    """A list that holds the states (B, T, D) that enter a layer, once it has run."""
+    """A list that holds the states (B, T, D) that enter a layer, once it has run. transformers'
+    decoders pass them as the first argument, not by name."""
     layers, states = vlm.lm.get_decoder().layers, []
     if layer >= len(layers):
         raise ValueError(f"--target_layer {layer}: the last layer is {len(layers) - 1}, and -1 the "
@@ -122,6 +122,7 @@ def positions(batch: PaddedViews, vlm: VLM, name: str) -> Tensor:
         return (batch.ids == vlm.lm.config.image_token_id) & batch.mask
     if name == "end":
         return F.one_hot(batch.state_at, batch.ids.shape[1]).bool()
+    # words: all that the assistant says, without the ends of turns; word: the last of them
     words = (batch.labels != -100) & (batch.labels != vlm.family.end_id)
     remaining = words.flip(1).cumsum(dim=1).flip(1)  # how many words from here on
     return words if name == "words" else words & (remaining == 1)

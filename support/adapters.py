@@ -60,7 +60,7 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
 
 def add_lora(model: nn.Module, rank: int, alpha: float, dropout: float) -> None:
     """Freeze `model`, then put a LoRALinear around each of its nn.Linear layers."""
-    model.requires_grad_(False)
+    model.requires_grad_(False)  # first, because the new layers train
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear):
             model.set_submodule(name, LoRALinear(module, rank, alpha, dropout))

@@ -132,7 +132,7 @@ class Chat:
         return Conversation(text, ids[:stop], labels[:stop], ends[:stop], starts)
 
     def question(self, example: Example, images: list[LoadedImage], form: AnswerForm) -> Question:
-        """A test question. form: how its answer is written. A ValueError names the example."""
+        """A test question. form: how its answer is written. Raises ValueError."""
         turns, whole, ends = self.turns(example), [], []
         # each option is tokenised as training would: inside the whole answer
         for option in example.options:
@@ -141,7 +141,7 @@ class Chat:
             # the option's own tokens end here; its full stop and the end of the turn follow
             end = len(answer.text) - len(form.closing + self.ending)
             ends.append(bisect(answer.ends, end - 1) + 1)
-        # the prompt is what all options share, up to the end of the prefix
+        # the prompt is what all options share, up to the end of the prefix (here the last option's)
         start = bisect(answer.ends, end - len(form.gap + option))
         # a tokenizer may join the prefix's last letters with an option's first ones
         while any(ids[:start] != whole[0][:start] for ids in whole):

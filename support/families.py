@@ -191,7 +191,7 @@ class Family:
         return BatchFeature(tensors).to(self.lm.device, self.lm.dtype)
 
     def positions(self, ids: Tensor, mask: Tensor, grids: list) -> Tensor:
-        """(A, B, T) from ids and mask (B, T), on the CPU, and the grids of the images in them."""
+        """(A, B, T), on the CPU as ids and mask (B, T) are. grids: of the images in them."""
         return (mask.long().cumsum(dim=1) - 1).clamp_min(0)[None]  # (1, B, T)
 
     def states(self, inputs_embeds: Tensor, position_ids: Tensor, is_image: Tensor, levels: Tensor,
@@ -261,6 +261,7 @@ class QwenFamily(Family):
         return [torch.stack(image) for image in zip(*levels)]
 
     def positions(self, ids: Tensor, mask: Tensor, grids: list) -> Tensor:
+        # on the CPU: these are hundreds of small steps, and on a GPU each would be a kernel
         grid = torch.tensor(grids) if grids else None
         # without the token types the model would silently count in one row
         is_image = (ids == self.lm.config.image_token_id).int()
@@ -280,8 +281,8 @@ FAMILIES = dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl"), QwenFamily)
 
 def load_checkpoint(path: str, dtype: torch.dtype | str, min_pixels: int | None = None,
                     max_pixels: int | None = None) -> tuple[PreTrainedModel, Family]:
-    """The model and its family. path: a checkpoint folder, a hub id, or a run or adapter folder,
-    whose adapter is then merged. Raises ValueError, one sentence, for what cannot be served."""
+    """The model and its family. path: a checkpoint, a hub id, or a run or adapter folder, whose
+    adapter is then merged. Raises ValueError, one sentence, if it cannot be loaded or served."""
     base, adapters = resolve(path)
     name = base if base == path else f"{base} (the base of {path})"
     # no pickle and no code of the checkpoint: what is downloaded is only data

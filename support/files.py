@@ -24,8 +24,7 @@ def read_json(file: Path) -> dict:
 
 def read_tensors(file: Path, device="cpu") -> tuple[dict[str, Tensor], dict[str, str]]:
     """All tensors, finite ones, and the metadata of a file."""
-    # safetensors and never pickle: data that cannot run
-    try:
+    try:  # safetensors and never pickle: data that cannot run
         with safe_open(file, framework="pt", device=str(device)) as saved:
             tensors, metadata = {n: saved.get_tensor(n) for n in saved.keys()}, saved.metadata()
     except (SafetensorError, OSError) as error:

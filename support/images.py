@@ -69,7 +69,7 @@ class ImageEncoder:
 
     family: Any
     frozen: bool = True
-    limit: float = 2e9  # bytes that `cache` may still take
+    room: float = 2e9  # bytes that `cache` may still take
     cache: dict[str, EncodedImage] = field(default_factory=dict)
 
     def __call__(self, images: list[LoadedImage]) -> dict[str, EncodedImage]:
@@ -83,9 +83,9 @@ class ImageEncoder:
                 features = self.family.features(pixels)
             for image, tensor in zip(new, features):
                 encoded[image.key] = EncodedImage(tensor, image.grid)
-                if self.frozen and tensor.nbytes <= self.limit:
+                if self.frozen and tensor.nbytes <= self.room:
                     self.cache[image.key] = encoded[image.key]
-                    self.limit -= tensor.nbytes
+                    self.room -= tensor.nbytes
         return encoded
 
 
@@ -138,7 +138,8 @@ def few_values(file: Path, image: Image.Image) -> str:
     of classes as pixels), else "". image: the picture as the model gets it."""
     with Image.open(file) as header:
         deep = header.mode.startswith("I")
-    low, high = np.min(image), np.max(image)
+    extrema = image.getextrema()  # (lowest, highest) of each channel
+    low, high = np.min(extrema), np.max(extrema)
     # nothing above a quarter of white, or 16-bit values within some quarter of their range
     return f"{low} to {high}" if high < 64 or (deep and 0 < high - low < 64) else ""
 

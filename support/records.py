@@ -62,8 +62,8 @@ class Example:
         joined = []
         # texts that now meet are one turn of the assistant
         for are_texts, run in groupby(steps, lambda step: isinstance(step, str)):
-            run = [" ".join(run)] if are_texts else run
-            joined += run
+            run = list(run)
+            joined += [" ".join(run)] if are_texts else run
         return replace(self, trajectory=joined)
 
     def answer_only(self, answer_prefix: str) -> "Example":
@@ -144,9 +144,10 @@ def _text(value, name: str) -> str:
 
 
 def check(example: Example, prefix: str) -> str:
-    """What is unusual, said of such records, or "". A record that is TWICE cannot be used. prefix:
-    what last texts put before the answer. A text that says none of the options literally must
-    contain the answer's words, whole, and no other option's. Raises ValueError."""
+    """What the notes say of a record like this one if it is unusual, else "". One that is TWICE
+    cannot be used. prefix: what last texts put before the answer. A text that says none of the
+    options literally must contain the answer's words, whole, and no other option's. Raises
+    ValueError."""
     options, answer = example.options, example.answer
     if not example.trajectory or not isinstance(text := example.trajectory[-1], str):
         raise ValueError("the trajectory must end in a text that gives the answer")
@@ -180,11 +181,10 @@ def short_hash(content: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big")
 
 
-# what is kept of a record
-ROW = np.dtype([
+ROW = np.dtype([  # what is kept of a record
     ("start", np.int64), ("line", np.int32),  # where its line starts, in bytes, and its number
     ("split", np.int8),  # index in SPLITS, -1 if it has none yet
-    ("task", np.int64),  # hash of its name
+    ("task", np.int64),  # hash of its name, in this process alone
     ("digest", np.uint64),  # hash of the line and of its pictures' sizes and times
     # hash of the question's picture: of its pixels if they were read, else of its name
     ("picture", np.uint64)])
@@ -289,7 +289,7 @@ def read_record(folder: str | Path, row: int) -> Example:
     """The record in this row, from 0, for a look at it: no other line is parsed, and no answer is
     checked. Raises ValueError also if there is no such row."""
     path = Path(folder) / FILE
-    for line, number, _ in islice(read_lines(path), row, row + 1):
+    for line, number, _ in islice(read_lines(path), max(row, 0), max(row + 1, 0)):
         try:
             return parse(line, path.parent)
         except ValueError as error:

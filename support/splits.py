@@ -95,7 +95,8 @@ def give_splits(records: Records) -> None:
     """Give a split to each record without one, and note which splits share pictures."""
     splits = records.table["split"]
     pictures, picture_of = np.unique(records.table["picture"], return_inverse=True)  # (P,), (N,)
-    # (P, 3): a record of the picture is in the split; those with -1, in none, get a last column
+    # (P, 3): whether a record of the picture is in the split. A record in none, -1, writes into a
+    # last column, which is dropped
     members = np.zeros((len(pictures), len(SPLITS) + 1), bool)
     members[picture_of, splits] = True
     members = members[:, :-1]

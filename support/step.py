@@ -73,8 +73,7 @@ class StoredTargets:
         """h_R (B, D) of these rows. new: those just computed, on the model's device."""
         device = next(iter(new.values())).device if new else None
         for row, h in new.items():
-            # all have one size
-            if (len(self.cache) + 1) * h.nbytes <= self.limit:
+            if (len(self.cache) + 1) * h.nbytes <= self.limit:  # all have one size
                 self.cache[row] = h.cpu()
         return torch.stack([new[row] if row in new else self.cache[row].to(device) for row in rows])
 
@@ -138,8 +137,7 @@ def encode_two_views(vlm, full_views, input_views, images, pred_embeddings: Tens
     batch = add_branches(full_views, input_views, partial(collate, pad_id=vlm.pad_id))
     encoded = vlm(batch, images, pred_embeddings)
     views, width = encoded.padded, encoded.padded.ids.shape[1] - encoded.padded.branch
-    # the branches stand behind the full views
-    full = encoded._replace(
+    full = encoded._replace(  # the branches stand behind the full views
         states=encoded.states[:, :width], input_embeddings=encoded.input_embeddings[:, :width],
         padded=replace(views, labels=views.labels[:, :width], mask=views.mask[:, :width]))
     return full, encoded.embedding

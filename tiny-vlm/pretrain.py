@@ -280,8 +280,7 @@ def make_pool(count: int, seed: int) -> list[Picture]:
         # the edge of the image may cut a crop short: then labels and tokens do not match
         if grid[1:] == (labels.cells, labels.cells):
             patches = out["pixel_values"].astype(np.float16)
-            # the four cells of each merged token, in raster order
-            n = labels.cells // 2
+            n = labels.cells // 2  # the four cells of each merged token, in raster order
             cells = labels.values.reshape(n, 2, n, 2, -1).swapaxes(1, 2).reshape(n * n, 4, -1)
             pool.append(Picture(patches, grid, cells, questions))
     return pool

@@ -122,8 +122,7 @@ def draw_objects(spec: dict) -> Image.Image:
 def solve_objects(spec: dict) -> Iterator[str]:
     x, y, r, shape, colour, _ = spec["objects"][0]
     count, corner, size = spec.get("calls", 1), (0, 0), SIZE
-    # each call acts on the previous crop, so its box counts from that crop's corner
-    if count > 1:
+    if count > 1:  # each call acts on the previous crop, so its box counts from that crop's corner
         corner, size = (64 * (x >= 64), 64 * (y >= 64)), 64
         panel = box(corner[0] + 32, corner[1] + 32, 32)
         yield _call(f"Zoom in on the {panel_of(x, y)} panel.", "crop", *panel)
@@ -159,8 +158,7 @@ def sample_highlight(rng: np.random.Generator, digits: bool = False) -> dict:
 def sample_tallest(rng: np.random.Generator) -> dict:
     """Large bars that need no tool. No trajectory is about this question."""
     bars = sample_highlight(rng)["bars"]
-    # the tallest bar is at least 24 px taller than any other
-    ranks = _choose(rng, range(8), 6)
+    ranks = _choose(rng, range(8), 6)  # the tallest bar is at least 24 px taller than any other
     ranks = [10 if rank == max(ranks) else rank for rank in ranks]
     bars = [(x, 18 + 8 * rank, *rest) for (x, _, *rest), rank in zip(bars, ranks)]
     return dict(bars=bars, **_question(

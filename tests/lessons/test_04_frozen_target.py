@@ -92,7 +92,7 @@ def test_a_frozen_tower_encodes_each_image_once_within_a_limit(vlm64, mixed, tow
     size = sum(kept.features.nbytes for kept in first.values())
     tower_calls.clear()
     for limit, kept in ((size, 3), (size - 1, 2)):
-        encode = ImageEncoder(vlm64.family, limit=limit)
+        encode = ImageEncoder(vlm64.family, room=limit)
         assert all(len(encode(images[:3])) == 3 for _ in range(2)) and len(encode.cache) == kept
     assert tower_calls == [3, 3, 1]
 
