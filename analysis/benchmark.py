@@ -1,13 +1,11 @@
-"""What training and answering cost: time and memory of a step, time of an answer.
+"""What training costs: time and memory of a step.
 
-    python analysis/benchmark.py steps --steps 20 --train_examples 640    # options of train.py
-    python analysis/benchmark.py answers RUN_OR_MODEL                     # --data, --per_task ...
+    python analysis/benchmark.py --steps 20 --train_examples 640    # takes the options of train.py
 
-steps: SFT; Pearl with the cached target (the default), with the current model's, with one pass a
-view too, and with Eq. 2 along R, which needs a gradient there (the paper). The variants take turns
-on the same batches. A row is the median over --steps rounds after two to warm up. Peak GiB, model
-included: what PyTorch allocated on a GPU; 0 on a CPU.
-answers: the median over --per_task questions of each task, one question at a time.
+SFT; Pearl with the cached target (the default), with the current model's, with one pass a view too,
+and with Eq. 2 along R, which needs a gradient there (the paper). The variants take turns on the
+same batches, so that other work on the machine slows all of them. A row is the median over --steps
+rounds after two to warm up. Peak GiB, model included: what PyTorch allocated on a GPU; 0 on a CPU.
 The last line is one JSON object.
 """
 
@@ -20,12 +18,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # before any other `analysis`
 import torch
 
-import evaluate
 import train
 from data import StepRows
 from model import VLM
 from support import processes, run, splits
-from support.options import parse
 
 VARIANTS = dict(sft="sft", cached="pearl", current="current", two_passes="two_passes+current",
                 paper="paper")
@@ -91,32 +87,8 @@ def steps(config: train.Config) -> dict[str, float]:
     return numbers
 
 
-def answers(path: str, options: evaluate.Options) -> dict[str, float]:
-    """Median milliseconds of an answer, for each way to answer."""
-    vlm, config, ways = evaluate.load_model(path, options.device, options.max_pixels)
-    config.data = options.data or config.data
-    ways = {way: getattr(evaluate.Evaluator, way) for way in ("direct", "free", "tool")} | ways
-    times: dict[str, list[float]] = {way: [] for way in ways}
-    for example in splits.test_questions(config, options.per_task, options.split):
-        for way, answer in ways.items():
-            # an evaluator for each way: the next one must not find the picture encoded
-            evaluator = evaluate.Evaluator(vlm, [example], config.answer_prefix)
-            start = now(options.device)
-            if answer(evaluator)[0]:  # None: the question has no tool image
-                times[way].append(1000 * (now(options.device) - start))
-    # the first question warms up
-    return {f"{way}_ms": statistics.median(values[1:] or values) for way, values in times.items()
-            if values}
-
-
 def main() -> None:
-    command, rest = (sys.argv[1:2] or ["--help"])[0], sys.argv[2:]
-    if command == "steps":
-        numbers = steps(train.parse_config(rest))
-    elif command == "answers" and rest:
-        numbers = answers(rest[0], parse(evaluate.Options, ["--per_task", "8", *rest[1:]], __doc__))
-    else:
-        sys.exit(__doc__)
+    numbers = steps(train.parse_config())
     print(json.dumps({name: round(n, 3) for name, n in numbers.items()}))
 
 

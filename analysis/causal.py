@@ -228,7 +228,7 @@ def untrained_tests(model: Evaluator, questions: Questions) -> Results:
 def reference(key: tuple[str, str, str], results: Results, before: Results) -> Marks | None:
     """What the table subtracts from a result. before: of the model before training."""
     part, test, measure = key
-    if part == "untrained":
+    if part == "untrained":  # from the model before training itself nothing
         return before[key] if results is not before else None
     if measure == FOLLOWS:
         return results[part, test, STAYS]
@@ -241,11 +241,13 @@ def table(systems: dict[str, list[Results]], distances: dict[str, int]) -> str:
     standard deviation over seeds, and a difference. systems: first the model before training."""
     head = ["system", "part", "replaced by", "answers", "n", "% [95%] or +/- std", "- unreplaced; "
             "untrained: - before training; as the image: - as the question [95%]"]
-    lines, count, [before] = [], 0, next(iter(systems.values()))
+    lines, count = [], 0
+    [before] = next(iter(systems.values()))
     for name, seeds in systems.items():
-        for part, test, measure in seeds[0]:
-            marks, against = zip(*((results[part, test, measure], reference(
-                (part, test, measure), results, before)) for results in seeds))
+        for key in seeds[0]:
+            part, test, measure = key
+            marks = [results[key] for results in seeds]
+            against = [reference(key, results, before) for results in seeds]
             n, value, change = len(marks[0]), "no question fits", ""
             if n:
                 value = mean_std([100 * statistics.mean(one.values()) for one in marks])

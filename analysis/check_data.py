@@ -86,7 +86,7 @@ def check_data(config: train.Config) -> None:
         # the first record that names an image counts
         results |= {name: result for name, result in own.items() if name not in results}
     faults += [fault for fault, _ in results.values() if fault]
-    notes = examples.notes if config.data else []
+    notes = [*examples.notes] if config.data else []
     if few := [f"{file} ({values})" for file, (_, values) in results.items() if values]:
         notes.append(f"{len(few)} images use few of their values, so that the model sees little in "
                      f"them; stretch the values to the range: {', '.join(few)}")

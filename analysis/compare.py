@@ -89,9 +89,9 @@ def arm_among(config: dict, others: list[dict]) -> str:
     # base and data are compared by `setting`; the others do not change what is learned
     ignored = {"seed", "out", "method", "device", "model", "data", "workers"}
     peers = [other for other in others if other["method"] == config["method"]]
-    return " ".join([config["method"], *(
-        f"{key}={value}" for key, value in config.items()
-        if key not in ignored and any(peer.get(key) != value for peer in peers))])
+    differing = [f"{key}={value}" for key, value in config.items()
+                 if key not in ignored and any(peer.get(key) != value for peer in peers)]
+    return " ".join([config["method"], *differing])
 
 
 def setting(run: dict) -> dict:
@@ -147,6 +147,7 @@ def row_of(name: str, way: str, seeds: dict[int, dict], against: dict[int, dict]
     one, total = tables[0], overall(tables[0])
 
     def percent(task: str, way: str) -> list[float]:
+        """Accuracies of the seeds that have some."""
         return [100 * table[task][way][0] for table in tables if way in table.get(task, {})]
 
     row = dict(system=name, way=way, seeds=len(seeds), total=total, own=percent(total, way),
@@ -188,13 +189,13 @@ def markdown(rows: list[dict], reference: str) -> str:
 def main() -> None:
     paths = list(takewhile(lambda argument: not argument.startswith("-"), sys.argv[1:]))
     rest = sys.argv[1 + len(paths):] if paths else ["--help"]
-    asked = options.parse(evaluate.Options, rest, __doc__)
+    settings = options.parse(evaluate.Options, rest, __doc__)
     models: dict[str, dict] = {}  # answers; of a run also its config
     for path, folder in zip(paths, map(Path, paths)):
-        if (folder / "results.json").is_file() and not asked.ask_anew():
+        if (folder / "results.json").is_file() and not settings.ask_anew():
             models[path] = read_run(folder)
             continue
-        models[path] = dict(answers=evaluate.ask(path, asked))
+        models[path] = dict(answers=evaluate.ask(path, settings))
         if (folder / "best.json").is_file():  # a checkpoint has a config.json too, of another kind
             models[path]["config"] = files.read_json(folder / "config.json")
     columns = {path: summarise(model["answers"]) for path, model in models.items()}
@@ -203,10 +204,10 @@ def main() -> None:
     rows, text = comparison(runs) if runs else ([], "")
     if len(runs) > 1:
         print(f"\n{text}")
-    if asked.json:
+    if settings.json:
         tables = {path: dict(table=columns[path], answers=model["answers"])
                   for path, model in models.items()}
-        files.write_json(Path(asked.json), dict(tables, systems=rows))
+        files.write_json(Path(settings.json), dict(tables, systems=rows))
 
 
 if __name__ == "__main__":

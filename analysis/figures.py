@@ -67,8 +67,10 @@ def canvas(titles: list[str], columns: int = 1, size: tuple[float, float] = (7.0
 
 def logged(folder: Path) -> dict[str, list[tuple[float, float]]]:
     """"KIND: NAME" -> [(step, value)] of each finite number in a run's log."""
-    series, lines = defaultdict(list), (folder / "log.jsonl").read_text(encoding="utf-8")
-    for record in map(json.loads, lines.splitlines()):
+    series, file = defaultdict(list), folder / "log.jsonl"
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} not found: {folder} is not a run folder")
+    for record in map(json.loads, file.read_text(encoding="utf-8").splitlines()):
         kind, step = record.pop("kind"), record.pop("step")
         for name, value in record.items():
             # a line of kind "left out" has a text
@@ -151,7 +153,8 @@ def embeddings(folder: Path | None, config: train.Config,
     """(h^_R, h_R), (n, D) each, by a run; folder None: by the starting model of config. h_R is by
     the model that the run predicts: the starting model if its target is frozen. A run without
     [PRED] rows has K = 0: h^_R is the state of the last prompt token."""
-    rows, file = None, folder and run.config_and_checkpoint(folder)[1] / Predictor.file_name
+    rows = None  # of [PRED], where the run has some
+    file = folder and run.config_and_checkpoint(folder)[1] / Predictor.file_name
     if file and file.is_file():
         rows = files.read_tensors(file, config.device)[0]["pred_embeddings"]
     config = replace(config, pred_tokens=0 if rows is None else len(rows))  # rows (K, D)
@@ -195,7 +198,7 @@ def groups_of(examples: list[Example]) -> list[str]:
 
 def knowledge(pair: tuple[Tensor, Tensor], examples: list[Example]) -> dict:
     """Probes, separation and retrieval of (h^_R, h_R). The answer, and the numbers in the first
-    call (R^2), are probed on the most frequent task; `chance`: of its most frequent answer."""
+    call (R^2), are probed on the most frequent task; `chance`: share of its commonest answer."""
     tasks, groups = [example.task for example in examples], groups_of(examples)
     (task, count), = Counter(tasks).most_common(1)
     rows = [n for n, other in enumerate(tasks) if other == task]

@@ -6,12 +6,11 @@ fault in fine-tuning VLMs is a wrong label mask, and people find it by looking.
     python analysis/show.py --method recon --latents 4          # and every other option of train.py
 
 A line ends where what is done with its tokens changes. It begins with their numbers in the view,
-and s where L_VLM (Eq. 3) supervises them (green on a terminal, unless NO_COLOR is set). A blank
-that belongs to a token is shown as ·, layout as \\n. Image tokens, [PRED] rows and latents are
-counted, with their first and last position ids (Qwen: time / height / width). No weights are read.
+and s where L_VLM (Eq. 3) supervises them. A blank that belongs to a token is shown as ·, layout as
+\\n. Image tokens, [PRED] rows and latents are counted, with their first and last position ids
+(Qwen: time / height / width). No weights are read.
 """
 
-import os
 import sys
 import textwrap
 from collections.abc import Iterator
@@ -48,13 +47,14 @@ def lines(method: type[Pearl], config, family, example: Example) -> Iterator[str
         target = target._replace(labels=[-100] * len(target.ids))
         views += [("input", prompt, "[PRED]", {prompt.state_at: "  <- h^_R"}),
                   ("target", target, "", dict.fromkeys(h_R, "  <- h_R"))]
-    for name, *view in views:
-        yield f"\n{name} view, {len(view[0].ids)} tokens"
-        yield from tokens(family, images, *view)
+    for name, view, injected, marks in views:
+        yield f"\n{name} view, {len(view.ids)} tokens"
+        yield from tokens(family, images, view, injected, marks)
 
 
 def tokens(family, images: dict, view: View, injected: str, marks: dict[int, str]) -> Iterator[str]:
-    """Runs of tokens with which the same is done; image tokens and injected ones in a line."""
+    """Runs of tokens with which the same is done; image tokens and injected ones in a line. marks:
+    by position, what is written behind its text."""
     image_id, batch = family.lm.config.image_token_id, collate([view], 0)
     grids = [images[key].grid for key in view.images]
     positions = family.positions(batch.ids, batch.mask, grids)[:, 0]
@@ -67,7 +67,6 @@ def tokens(family, images: dict, view: View, injected: str, marks: dict[int, str
                        .input_ids.count(image_id))])
     kinds = [(next(owners) if id == image_id else injected if n in view.inject_at else "",
               view.labels[n] != -100, marks.get(n, "")) for n, id in enumerate(view.ids)]
-    green = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     for (counted, supervised, mark), group in groupby(range(len(kinds)), kinds.__getitem__):
         rows = [*group]
         first, texts = rows[0], [" ".join(word(family, view.ids[n]) for n in rows)]
@@ -80,8 +79,7 @@ def tokens(family, images: dict, view: View, injected: str, marks: dict[int, str
         for text in texts:
             size = len(rows) if counted else len(text.split())
             place = f"{first}-{first + size - 1}" if size > 1 else f"{first}"
-            line = f"{'s' if supervised else ' '} {place:>9}  {text}{mark}"
-            yield f"\033[32m{line}\033[0m" if green and supervised else line
+            yield f"{'s' if supervised else ' '} {place:>9}  {text}{mark}"
             first += size
 
 

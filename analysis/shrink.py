@@ -4,9 +4,10 @@
 
 Every run is asked its test and validation questions at each alpha (WiSE-FT, arXiv:2109.01903); with
 LoRA that scales B A. The answers stay in RUN/alphas.json: a second call asks nothing, whatever its
---per_task. Runs whose folders differ in the seed alone are one arm; name them in their order. An
-arm's alpha is the smallest that keeps 95% of its accuracy with the tool on validation. The table
-has its test accuracy at alpha 1 and at that alpha, and the difference to the first arm there.
+--per_task. Runs whose folders differ in the seed alone are one arm; name them in the order of the
+seeds. An arm's alpha is the smallest that keeps 95% of its accuracy with the tool on validation.
+The table has its test accuracy at alpha 1 and at that alpha, and the difference to the first arm at
+the same alpha.
 """
 
 import statistics

@@ -54,7 +54,8 @@ def run_one(folder: Path, commands: dict[str, list[str]], threads: int) -> str:
 
 
 def plan(args: Namespace) -> dict[Path, dict[str, list[str]]]:
-    """All runs, seed by seed: folder -> `commands`. ValueError for an unknown method or option."""
+    """All runs, seed by seed: folder -> `commands` (see run_one). An unknown method, option or
+    value ends the program here, before any run."""
     name, _, model = args.base.partition("=")
     common = ["--steps", STEPS, *(["--model", model] if model else []), *args.rest]
     count = ["--per_task", value_of("test_per_task", args.rest, str(Config.test_per_task))]
@@ -77,7 +78,8 @@ def plan(args: Namespace) -> dict[Path, dict[str, list[str]]]:
 
 
 def write_tables(args: Namespace) -> None:
-    """REGIME.md and REGIME.json of every regime that has runs, all of them; args.arms first."""
+    """REGIME.md and REGIME.json of every regime below the base's folder, from all runs there:
+    args.arms first, each compared with args.against."""
     base = args.out / args.base.partition("=")[0]
     order = {arm: n for n, arm in enumerate(args.arms)}
     last_file = "results.json" if args.split == "test" else "asked.json"
@@ -100,9 +102,8 @@ def parse_args(argv: list[str]) -> Namespace:
                         help=f"as --method of train.py; default: {', '.join(SYSTEMS)}")
     parser.add_argument("--regimes", nargs="*", choices=list(REGIMES), default=list(REGIMES))
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2, 3, 4])
-    parser.add_argument("--split", choices=["test", "validation"], default="test",
-                        help="whose questions the table is made of")
-    parser.add_argument("--against", default="sft", metavar="ARM", help="compared with the others")
+    parser.add_argument("--split", choices=["test", "validation"], default="test")
+    parser.add_argument("--against", default="sft", metavar="ARM", help="what tables compare with")
     parser.add_argument("--jobs", type=int, default=2, choices=range(1, 65), metavar="N",
                         help="runs side by side")
     cut = argv.index("--") if "--" in argv else len(argv)

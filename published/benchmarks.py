@@ -3,7 +3,8 @@
     python published/benchmarks.py vstar vstar_bench --model MODEL_OR_RUN --out predictions.jsonl
     python published/benchmarks.py blink BLINK --configs Counting Jigsaw --model ... --out ...
 
-Decoding is greedy. README.md says how answers are scored.
+Decoding is greedy. Strict score: the answer is the right letter; lenient: it names the right letter
+and no other (published/README.md).
 """
 
 import argparse
@@ -145,7 +146,8 @@ def read_items(kind: str, folder: Path, configs: list[str] = ()) -> list[Item]:
 
 
 def letters_in(text: str, letters: str) -> tuple[str, str]:
-    """(strict, lenient) answer letter (README.md); "" where there is none, or more than one."""
+    """(strict, lenient) answer letter; "" where there is none, or more than one."""
+    # strict: A, (A), "A. red", "Answer: A", "A is right"; lenient: also "It is A"; none: "A man is"
     text = re.sub(r"[*_`\"$\[\]{}]+", " ", open_boxes(text)[0]).strip()
     letter = rf"(?<!\w)(?<!\w['’-])([{letters}])(?!['’-]?\w)"
     # the article or the pronoun, unless "option" or the like is before it

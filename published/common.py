@@ -1,5 +1,5 @@
 """Shared by both readers: text files, parquet rows, texts without markup, which is known by its
-place (README.md): elsewhere the same letters are words ("<image> or <img>?")."""
+place (published/README.md): elsewhere such letters are words ("<image> or <img>?")."""
 
 import json
 import re

@@ -3,6 +3,9 @@
     python published/trajectories.py lvr lvr_sft.json --images IMAGES --out DIR
     python published/trajectories.py thinkmorph Jigsaw_Assembly Visual_Search --out DIR
     python published/trajectories.py pixelreasoner data.json --images UNZIPPED --out DIR
+
+The report counts what was changed and left out, with reasons (published/README.md). After an
+interruption the same command starts from the beginning.
 """
 
 import argparse

@@ -234,8 +234,7 @@ def internvl(folder):
                downsample_ratio=0.5, image_seq_length=4)
 
 
-# name -> builder and its arguments
-BUILDERS = dict(
+BUILDERS = dict(  # name -> builder and its arguments
     qwen2_vl=(qwen, "Qwen2VL", OLD, QWEN_2, "QWEN_2"),
     qwen2_5_vl=(qwen, "Qwen2_5_VL", OLD, QWEN_2, "QWEN_TEXT_ONLY"),
     # by an older transformers: `size` too has the old keys, or it alone

@@ -13,8 +13,7 @@ from conftest import TINY
 from published import benchmarks
 from test_published import BLUE_PNG
 
-# strict letter, lenient letter, all letters of the item: replies
-LETTERS = {
+LETTERS = {  # strict letter, lenient letter, all letters of the item: replies
     ("A", "A", "ABCD"): "A|<answer>A</answer>|A. red|A) red|(A) red|A, red|A - red|A\nred|**A**|"
     "answer: A.|Option A shows|A is right|A. A dog",
     ("B", "B", "ABCD"): "(B)|B. a dog|B red|\\boxed{\\text{B}}",

@@ -38,9 +38,8 @@ def test_imports_go_one_way_and_in_no_circle():
                        for module, file in MODULES.items()}).prepare()
 
 
-def test_lines_and_functions_are_short_and_imports_are_at_the_top():
-    for file, lines in LINES.items():
-        assert all(len(line) <= 100 for line in lines), file
+def test_functions_are_short_and_imports_are_at_the_top():
+    for file in LINES:
         for node in ast.walk(TREES[file]):
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
                 assert node.end_lineno - node.lineno < 50, (file, node.name)
@@ -54,6 +53,5 @@ def test_the_house_is_small():
     text = [line.strip() for file in CORE for line in LINES[file] if line.strip()]
     assert 8 * sum(line.startswith("#") for line in text) >= len(text)
     core, source, tests = (sum(len(LINES[f]) for f in files) for files in (CORE, SOURCE, TESTS))
-    # 135 of the source are docs/one_page.py, a second telling of the core
-    assert core <= 1200 and source <= 8300 + 135 and tests <= 5200, (core, source, tests)
+    assert core <= 1200 and source <= 8000 and tests <= 5000, (core, source, tests)
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150

@@ -6,7 +6,9 @@
      on tool outputs.
   2. Language: the language model learns dialogues on the features of the frozen tower. Most are
      about one to three of these images: captions, boxes, short answers such as "Answer: seven".
-     Some have no image ("Repeat: ..."): they train the embedding of every word.
+     Some have no image ("Repeat: ..."): they train the embedding of every word. Two auxiliary
+     heads, which the checkpoint does not keep, learn where an image token is and, from its
+     end-of-turn state, which words a turn had (--summary).
 """
 
 import random
@@ -72,7 +74,8 @@ class Labels:
         self.values[inside, CHANNEL[name]] = 1
 
 
-def ask(question: str, *answer: str | int) -> QA:
+def qa(question: str, *answer: str | int) -> QA:
+    """A question, and its answer as the assistant writes it."""
     return question, f"Answer: {' '.join(map(str, answer))}"
 
 
@@ -89,17 +92,17 @@ def describe_objects(labels: Labels, spec: dict):
         labels.area(x - r, y - r, x + r, y + r, colour)
         labels.put(x, y, r / 20, digit=digit, shape=SHAPES.index(shape), **{colour: 1})
         place = scenes.box(x, y, r, labels.origin, labels.size)
-        rows += [ask(f"Which digit is on the {colour} {shape}?", DIGITS[digit])] * 3
-        rows += [ask(f"Where is the {colour} {shape}?", *place)] * 3
-        rows += [ask(f"What shape is the {colour} object?", shape)] * 3
+        rows += [qa(f"Which digit is on the {colour} {shape}?", DIGITS[digit])] * 3
+        rows += [qa(f"Where is the {colour} {shape}?", *place)] * 3
+        rows += [qa(f"What shape is the {colour} object?", shape)] * 3
         if shapes.count(shape) == 1:
-            rows.append(ask(f"What colour is the {shape}?", colour))
-    rows.append(ask("How many objects are there?", DIGITS[len(objects)]))
+            rows.append(qa(f"What colour is the {shape}?", colour))
+    rows.append(qa("How many objects are there?", DIGITS[len(objects)]))
     in_order = sorted(objects, key=lambda o: (o[1] // 40, o[0]))  # top to bottom, left to right
     rows += captions(*(f"{o[4]} {o[3]} {DIGITS[o[5]]}" for o in in_order)) * 2
     if spec["family"] == "zoom":
         for x, y, _, shape, colour, _ in objects:
-            rows += [ask(f"Which panel is the {colour} {shape} in?", scenes.panel_of(x, y))] * 2
+            rows += [qa(f"Which panel is the {colour} {shape} in?", scenes.panel_of(x, y))] * 2
     return rows, []
 
 
@@ -107,25 +110,25 @@ def describe_bars(labels: Labels, spec: dict):
     bars, dotted = spec["bars"], scenes.dotted(spec["bars"])
     left, _, tallest, *_ = scenes.tallest(dotted)
     dotted_colours = [bar[2] for bar in dotted]
-    rows = [ask("Which bar is the tallest?", scenes.tallest(bars)[2]),
-            ask("Which bar is the shortest?", min(bars, key=lambda bar: bar[1])[2]),
-            ask("Which bars are dotted?", *dotted_colours),
-            ask("Which colours are the bars?", *(bar[2] for bar in bars)),
+    rows = [qa("Which bar is the tallest?", scenes.tallest(bars)[2]),
+            qa("Which bar is the shortest?", min(bars, key=lambda bar: bar[1])[2]),
+            qa("Which bars are dotted?", *dotted_colours),
+            qa("Which colours are the bars?", *(bar[2] for bar in bars)),
             *captions(*(bar[2] + " bar" + " dotted" * bar[3] for bar in bars))]
     for x, height, colour, has_dot, digit in bars:
         labels.area(x, 110 - height, x + 14, 110, colour)
         labels.put(x + 7, 103, height / 100, dotted=has_dot, answer=colour == tallest,
                    **{colour: 1})
         place = map(scenes.percent, (x - 1, 108 - height, x + 16))
-        rows.append(ask(f"Where is the {colour} bar?", *place, 87))
+        rows.append(qa(f"Where is the {colour} bar?", *place, 87))
         if spec["family"] == "highlight+crop":
             labels.put(x + 7, 119, digit=digit)
-            rows += [ask(f"Which digit is under the {colour} bar?", DIGITS[digit]),
-                     ask(f"Where is the digit under the {colour} bar?", *scenes.box(x + 7, 118, 9))]
-    return rows, [ask("Which bright bar is the tallest?", tallest),
-                  ask("Which bars are bright?", *dotted_colours),
+            rows += [qa(f"Which digit is under the {colour} bar?", DIGITS[digit]),
+                     qa(f"Where is the digit under the {colour} bar?", *scenes.box(x + 7, 118, 9))]
+    return rows, [qa("Which bright bar is the tallest?", tallest),
+                  qa("Which bars are bright?", *dotted_colours),
                   *captions(*(f"{c} bar" for c in dotted_colours), f"{tallest} tallest"),
-                  ask(f"Where is the digit under the {tallest} bar?",
+                  qa(f"Where is the digit under the {tallest} bar?",
                       *scenes.box(left + 7, 118, 9))]
 
 
@@ -137,9 +140,9 @@ def describe_balls(labels: Labels, spec: dict):
     for i, name in spec["marks"]:
         x, y, _, z = spec["balls"][i]
         labels.put(x, y, 0.15, near=(z + 1) / 16, answer=name == nearer, **{name: 1})
-        rows.append(ask(f"Where is the {name} mark?", *map(scenes.percent, (x, y))))
+        rows.append(qa(f"Where is the {name} mark?", *map(scenes.percent, (x, y))))
     rows += captions(*(f"{name} mark" for _, name in spec["marks"]))
-    return rows, [ask("Which mark is brighter?", nearer), *captions(f"{nearer} brighter")]
+    return rows, [qa("Which mark is brighter?", nearer), *captions(f"{nearer} brighter")]
 
 
 def describe_pieces(labels: Labels, spec: dict):
@@ -147,14 +150,14 @@ def describe_pieces(labels: Labels, spec: dict):
     for (x, y), frame in zip(tools.PIECES, spec["frames"]):
         for flag in (frame, "answer") if frame == right else (frame,):
             labels.area(x, y, x + 42, y + 42, flag)
-    rows = [ask("Which colours are the frames?", *spec["frames"]),
+    rows = [qa("Which colours are the frames?", *spec["frames"]),
             *captions(*(f"{frame} frame" for frame in spec["frames"]))]
-    return rows, [ask("What colour is the frame?", right), *captions(f"{right} frame")]
+    return rows, [qa("What colour is the frame?", right), *captions(f"{right} frame")]
 
 
 def describe_routes(labels: Labels, spec: dict):
     routes = [[scenes.node_xy(node) for node in walk] for walk in spec["walks"]]
-    rows = [ask("Where is the ring?", *map(scenes.percent, routes[0][0]))] * 2
+    rows = [qa("Where is the ring?", *map(scenes.percent, routes[0][0]))] * 2
     rows += captions("ring", *(f"{colour} disc" for colour in spec["colours"]))
     for points, colour, digit in zip(routes, spec["colours"], spec["digits"]):
         flag = "route" if points is routes[0] else "other route"
@@ -162,16 +165,16 @@ def describe_routes(labels: Labels, spec: dict):
             for point in np.linspace(start, stop, 7):
                 labels.put(*point, **{flag: 1})
         labels.put(*points[-1], 0.5, **{colour: 1})
-        rows.append(ask(f"Where is the {colour} disc?", *scenes.box(*points[-1], 11)))
+        rows.append(qa(f"Where is the {colour} disc?", *scenes.box(*points[-1], 11)))
         if spec["family"] == "path+crop":
             labels.put(*points[-1], digit=digit)
-            rows.append(ask(f"Which digit is on the {colour} disc?", DIGITS[digit]))
+            rows.append(qa(f"Which digit is on the {colour} disc?", DIGITS[digit]))
     labels.put(*routes[0][0], 0.5, ring=1)
     labels.put(*routes[0][-1], answer=1)
     end = spec["colours"][0]
-    return rows, [ask("Which disc does the pink route reach?", end),
+    return rows, [qa("Which disc does the pink route reach?", end),
                   *captions(f"pink route, {end} disc"),
-                  ask(f"Where is the {end} disc?", *scenes.box(*routes[0][-1], 11))]
+                  qa(f"Where is the {end} disc?", *scenes.box(*routes[0][-1], 11))]
 
 
 # The tasks of the pretraining, how often each is drawn, and its description. A list of its own: the
@@ -187,7 +190,7 @@ def describe(spec: dict) -> tuple[Labels, list[QA], list[QA]]:
     labels = Labels(8)
     rows, tool_rows = TASKS[spec["family"]][1](labels, spec)
     # the task's own question, which is one of the object questions
-    task_rows = [] if "objects" in spec else [ask(spec["question"], spec["answer"])] * 5
+    task_rows = [] if "objects" in spec else [qa(spec["question"], spec["answer"])] * 5
     return labels, task_rows + rows, tool_rows
 
 
@@ -196,7 +199,7 @@ def close_up(image: Image.Image, x: int, y: int, r: int, digit: int, below: int 
     """A crop around (x, y); the digit is `below` px under the centre of what `name` names."""
     labels = Labels(4, (x - r, y - r), 2 * r)
     labels.put(x, y + below, digit=digit)
-    questions = [ask("Which digit is this?", DIGITS[digit]), *captions(name + DIGITS[digit])]
+    questions = [qa("Which digit is this?", DIGITS[digit]), *captions(name + DIGITS[digit])]
     return tools.crop(image, *scenes.box(x, y, r)), labels, questions
 
 
@@ -215,9 +218,9 @@ def object_crop(spec: dict, image: Image.Image, rng: random.Random):
     else:
         out, labels, questions = close_up(image, x, y, r, digit, below, f"{name} ")
         labels.put(x, y, shape=SHAPES.index(shape))
-        questions += [ask("What is this?", name),
-                      ask(f"Which digit is on the {name}?", DIGITS[digit]),
-                      ask("Where is the mark?", *scenes.box(r, r + below, 7, size=2 * r))]
+        questions += [qa("What is this?", name),
+                      qa(f"Which digit is on the {name}?", DIGITS[digit]),
+                      qa("Where is the mark?", *scenes.box(r, r + below, 7, size=2 * r))]
     labels.area(0, 0, scenes.SIZE, scenes.SIZE, colour)
     return out, labels, questions
 
@@ -414,7 +417,7 @@ def language_losses(rows: list[Dialogue], model, heads, summary: float) -> dict[
                                      position_ids=position_ids, output_hidden_states=True)
     next_ids = labels[:, 1:]  # the state at a token predicts the next one
     logits = model.lm_head(out.last_hidden_state[:, :-1][next_ids != -100])
-    # (tokens, 2)
+    # (tokens, 2): row and column of each image token, in raster order
     places = torch.cat([torch.ones(size).nonzero() for size in (grid[:, 1:] // MERGE).tolist()])
     place = heads["place"](out.hidden_states[2][is_image]).float().view(-1, 2, 4).transpose(1, 2)
     turns, at, words = zip(*((n, *end) for n, r in enumerate(rows) for end in r.ends))
@@ -482,7 +485,8 @@ def main() -> None:
     train_language(model, tokenizer, pool, valid, args.language_steps, args.summary)
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
-    for name in ("preprocessor_config.json", "tokenizer_config.json"):  # as they are
+    # as they are: save_pretrained would add how this tokenizer was loaded
+    for name in ("preprocessor_config.json", "tokenizer_config.json"):
         (out / name).write_bytes((HERE / name).read_bytes())
     print(f"saved {out} after {(time.time() - start) / 60:.1f} minutes")
 

@@ -1,7 +1,7 @@
 """The small world: scenes from a seed, questions that need a tool, and the expert's trajectories.
 
-README.md says what a task and a spec are. The hash of a spec's repr decides its split, so a change
-to a key or to the order of keys would change the scenes. "family" in a spec is the task's name.
+world/README.md says what a task and a spec are. The hash of a spec's repr decides its split, so a
+change to a key or to the order of keys would change the scenes. "family" is the task's name.
 """
 
 import zlib
@@ -68,7 +68,8 @@ def percent(pixels: float, size: int = SIZE) -> int:
 def box(x: float, y: float, r: float, origin=(0, 0), size: int = SIZE) -> tuple[int, ...]:
     """Left, top, right, bottom of the square around (x, y), in hundredths of an image of `size` px
     whose corner is at `origin`."""
-    return tuple(percent(v - o, size) for v, o in zip((x - r, y - r, x + r, y + r), origin * 2))
+    x, y = x - origin[0], y - origin[1]
+    return tuple(percent(v, size) for v in (x - r, y - r, x + r, y + r))
 
 
 def _call(plan: str, tool: str, *numbers: int) -> str:
@@ -79,12 +80,13 @@ def _call(plan: str, tool: str, *numbers: int) -> str:
 def sample_objects(rng: np.random.Generator, zoom: bool = False) -> dict:
     """Five objects (x, y, radius, shape, colour, digit) on a 3 x 3 grid. zoom: one in each panel;
     the smaller their digits, the more crops it takes to read one (1 to 3)."""
+    # cells in a row; px of a cell's side, and those that stay free at its edge
     spec, radius, cells, side, margin = dict(objects=[], height=8), None, 3, 43, 1
     if zoom:
         calls, cells, side, margin = int(rng.integers(1, 4)), 2, 64, 3
         radius, height = {1: (16, 14), 2: (13, 11), 3: (12, 8)}[calls]
         spec = dict(objects=[], height=height, calls=calls)
-    # a cell of its own keeps objects apart, a colour of its own makes "the" unique
+    # a cell of its own keeps objects apart (zoom has four), a colour of its own makes "the" unique
     for cell, colour in zip(_choose(rng, range(cells ** 2), 5), _choose(rng, list(COLOURS), 5)):
         r = radius or int(rng.integers(15, 19))
         x, y = rng.integers(r + margin, side - margin - r, 2).tolist()
@@ -351,7 +353,7 @@ def make_example(task: str, split: str, index: int, seed: int) -> Example:
     """R is each call of the expert with its output, then the conclusion and the answer."""
     _, draw, solve, conclusion = TASKS[task]
     spec = make_spec(task, split, index, seed)
-    steps = [draw(spec)]
+    steps = [draw(spec)]  # I0, then R
     for call in solve(spec):
         steps += [call, call_tool(call, steps[-1])]  # it acts on the previous image
     if steps[1:]:

@@ -1,6 +1,8 @@
 """The tools, which are functions from image to image, and the calls that name them in a text.
 
-README.md says what a call means. Numbers are hundredths of width or height, from 0 to 100.
+A call is [name a b c ...], on the last image, or [name a b c ... of 1] on the image with that
+number; coordinates are hundredths of width or height. The expert's trajectories hold calls and
+their outputs; explicit tool use (evaluate.py) runs those that a model writes.
 """
 
 import re
@@ -80,7 +82,7 @@ def path(image: Image.Image, x: int, y: int) -> Image.Image:
     route = pixels.min(-1) > ROUTE_SHADE - 45  # (H, W): nothing else is bright grey but the ring
     region = Image.fromarray(route.astype(np.uint8)).copy()  # a copy may be painted
     for dy, dx in np.argwhere(route[top:row + 7, left:column + 7]).tolist():
-        ImageDraw.floodfill(region, (left + dx, top + dy), 2)
+        ImageDraw.floodfill(region, (left + dx, top + dy), 2)  # nothing where it is painted
     pixels[np.asarray(region) == 2] = ROUTE_PAINT
     return Image.fromarray(pixels)
 

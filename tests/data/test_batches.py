@@ -127,8 +127,7 @@ def test_a_record_is_read_when_it_is_used(trajectories, tmp_path, monkeypatch):
     dataset.micro_batches([2, 1, 2, 1], 4)
     # the first record shows whether the tokenizer is read as its own processor reads it
     assert opened == ["0.png", "2.png", "1.png", "2.png", "1.png"]
-    # an image whose features are kept needs no pixels
-    dataset.cache = {str(tmp_path / "2.png")}
+    dataset.cache = {str(tmp_path / "2.png")}  # an image whose features are kept needs no pixels
     ((two, one),) = dataset.micro_batches([2, 1], 2)
     assert two.images[0].pixels is None and one.images[0].pixels is not None
     assert two.images[0].picture is None is one.images[0].picture

@@ -41,8 +41,7 @@ def test_direct_is_the_option_with_the_largest_log_probability(vlm64):
         assert answer["option"] == naive.index(max(naive))
         assert answer["text"] == example.options[answer["option"]]
         assert [answer[name] for name in ("tokens", "images", "passes")] == [0, 1, 1]
-    # a model that has broken down chooses nothing
-    vlm64.lm.lm_head.weight.data[5] = float("nan")
+    vlm64.lm.lm_head.weight.data[5] = float("nan")  # a model that has broken down chooses nothing
     (answer,) = evaluate.Evaluator(vlm64, QUESTIONS[:1]).direct()
     assert answer["option"] is None and answer["text"] == ""
 

@@ -14,8 +14,7 @@ import train
 from world import loader
 from conftest import assert_same, build, embed, images_of, pair_of, terms_of
 
-# the highest number first
-PREDS = "<|predictor_4|><|predictor_3|><|predictor_2|><|predictor_1|>"
+PREDS = "<|predictor_4|><|predictor_3|><|predictor_2|><|predictor_1|>"  # the highest number first
 TURN = re.compile(r"<\|im_start\|>assistant\n(.*?<\|im_end\|>\n)", re.DOTALL)
 # two and three tool images
 RECORDS = [loader.examples("all", "train", 6, seed=3)[n] for n in (0, 5)]
@@ -43,8 +42,7 @@ def naive_embeddings(vlm, tokenizer, example):
     # four new tokens, whose rows stand behind the vocabulary's
     first, size = len(vlm.tokenizer), len(vlm.lm.get_input_embeddings().weight)
     ids = [token if token < first else token - first + size for token in prompt.ids]
-    # the target has I0 and not the question
-    whole = tokens(vlm, [(role, [example.image]), *rest])
+    whole = tokens(vlm, [(role, [example.image]), *rest])  # the target has I0 and not the question
     return run(vlm, ids, prompt.images)[0][-2], run(vlm, whole.ids, whole.images)[0][-2].detach()
 
 

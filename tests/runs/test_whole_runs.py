@@ -111,8 +111,7 @@ def test_a_fault_in_a_step_leaves_the_state_before_it(tmp_path, monkeypatch, fau
     state = run.read_state(tmp_path / "run" / "state.safetensors")
     assert all(tensor.isfinite().all() for tensor in state["weights"].values())
     assert state["step"] == done
-    # the rest of the run; the time before the fault counts, too
-    train.train(config, resume=True)
+    train.train(config, resume=True)  # the rest of the run; the time before the fault counts, too
     assert read_json(tmp_path / "run" / "results.json")["train_seconds"] > state["seconds"] > 0
     steps = [line["step"] for line in log_of(tmp_path / "run") if line["kind"] == "train"]
     assert steps == list(range(1, 13))

@@ -71,8 +71,7 @@ def test_a_summary_by_hand_has_the_row_all_only_for_several_tasks():
     assert list(table) == ["crop", "tallest"] and overall(table) == "crop"
     assert table["crop"]["direct"] == [0.75, *wilson(3, 4)] and table["crop"]["chance"] == 0.25
     assert table["tallest"].keys() == {"n", "chance", "direct", "free"}
-    # the held-out task is not in it
-    every = summarise(rows + answers([0, 0, 0, 0], "path"))["all"]
+    every = summarise(rows + answers([0, 0, 0, 0], "path"))["all"]  # the held-out task is not in it
     assert every["n"] == 8 and every["direct"][0] == 0.375
     text = format_table({"before": table}) + conclusion(summarise(answers([1, 0])), table)
     for words in (" 75.0 [", "tallest (held out)", "50.0% were right before and 75.0% are now"):
@@ -197,10 +196,9 @@ def test_settings_are_chosen_on_validation_questions(commands, tmp_path, as_prog
 
 def test_a_benchmark_ends_with_json_and_writes_no_file(tmp_path, monkeypatch, capsys, as_program):
     monkeypatch.chdir(tmp_path)
-    for options, name in (("steps --steps 1 --batch 2 --train_examples 4", "paper_over_sft"),
-                          (f"answers {train.Config().model} --per_task 1", "tool_ms")):
-        as_program(benchmark.__file__, *options.split(), "--device", "cpu")
-        assert json.loads(capsys.readouterr().out.splitlines()[-1])[name] > 0
+    options = "--steps 1 --batch 2 --train_examples 4 --device cpu"
+    as_program(benchmark.__file__, *options.split())
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["paper_over_sft"] > 0
     assert not list(tmp_path.iterdir())
     # the variants train one model, and LoRA is there once
     methods = benchmark.build(train.parse_config(["--device", "cpu"]))
