@@ -62,7 +62,8 @@ def add_lora(model: nn.Module, rank: int, alpha: float, dropout: float) -> None:
     """Freeze `model`, then put a LoRALinear around each of its nn.Linear layers."""
     model.requires_grad_(False)  # first, because the new layers train
     for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear):
+        # not the last layer of torch's own attention, whose weight is read without a call of it
+        if type(module) is nn.Linear:
             model.set_submodule(name, LoRALinear(module, rank, alpha, dropout))
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from plain import inputs, rand, same, tokens, turns_of
 
-from support.adapters import LoRALinear, lora_layers
+from support.adapters import LoRALinear, add_lora, lora_layers
 from train import Config
 from conftest import assert_same, build, stir
 
@@ -66,6 +66,9 @@ def test_lora_is_on_every_linear_layer_and_starts_from_the_base(vlm64, mixed, vi
     layer, x = stir(layers[0].double()), rand(4, layers[0].base.in_features)
     naive = layer.base(x) + 2 * x @ layer.lora_A.T @ layer.lora_B.T
     same(layer(x).square().sum(), naive.square().sum(), x, layer.lora_A, layer.lora_B)
+    attention = torch.nn.MultiheadAttention(4, 2)  # it reads a weight without calling the layer
+    add_lora(attention, 2, 4.0, 0.0)
+    attention(*rand(3, 5, 4).float())
     # a large rank is added to the weights, but not to those of 16 bits
     assert layer.adds_up == (rank == 64)
     assert not LoRALinear(torch.nn.Linear(8, 8).bfloat16(), 4, 8.0).adds_up
