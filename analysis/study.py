@@ -102,7 +102,8 @@ def parse_args(argv: list[str]) -> Namespace:
                         help=f"as --method of train.py; default: {', '.join(SYSTEMS)}")
     parser.add_argument("--regimes", nargs="*", choices=list(REGIMES), default=list(REGIMES))
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2, 3, 4])
-    parser.add_argument("--split", choices=["test", "validation"], default="test")
+    parser.add_argument("--split", choices=["test", "validation"], default="test",
+                        help="whose questions the table is made of")
     parser.add_argument("--against", default="sft", metavar="ARM", help="what tables compare with")
     parser.add_argument("--jobs", type=int, default=2, choices=range(1, 65), metavar="N",
                         help="runs side by side")

@@ -139,7 +139,8 @@ class SelfDistill(SFT):
         pictures = [image for example in batch for image in example.images]
         images = self.encode_images(pictures)
         counts = [common_end(example.views.full, example.views.input) for example in batch]
-        full, answer = (collate([ex.views[n] for ex in batch], self.vlm.pad_id) for n in range(2))
+        full, answer = (collate([getattr(example.views, name) for example in batch],
+                                self.vlm.pad_id) for name in ("full", "input"))
         teacher = self.vlm(full, images)
         L_vlm = losses.vlm_loss(teacher.states, teacher.padded.labels, self.vlm.lm.lm_head)
         log_q = log_probs(self.vlm, self.vlm(answer, images), counts)  # (n, V)

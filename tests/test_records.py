@@ -139,8 +139,8 @@ def test_the_answer_is_an_option_and_the_last_text_says_it(tmp_path):
     row = dict(options=["A. 红", "B. 蓝"], answer="b", trajectory=[{"text": "答案：B。"}])
     data = read(tmp_path, row, answer_prefix="答案： ")
     assert data[0].answer == "B. 蓝" and not data.notes
-    for answer, prefix, said in (("a", "答案：", "B。"), ("a", "", "答案：B。")):
-        with pytest.raises(ValueError, match=f"the last text says '{said}' but the field 'answer'"):
+    for answer, prefix, text in (("a", "答案：", "B。"), ("a", "", "答案：B。")):
+        with pytest.raises(ValueError, match=f"the last text says '{text}' but the field 'answer'"):
             read(tmp_path, dict(row, answer=answer), answer_prefix=prefix)
 
 

@@ -128,8 +128,7 @@ def describe_bars(labels: Labels, spec: dict):
     return rows, [qa("Which bright bar is the tallest?", tallest),
                   qa("Which bars are bright?", *dotted_colours),
                   *captions(*(f"{c} bar" for c in dotted_colours), f"{tallest} tallest"),
-                  qa(f"Where is the digit under the {tallest} bar?",
-                      *scenes.box(left + 7, 118, 9))]
+                  qa(f"Where is the digit under the {tallest} bar?", *scenes.box(left + 7, 118, 9))]
 
 
 def describe_balls(labels: Labels, spec: dict):
@@ -283,7 +282,8 @@ def make_pool(count: int, seed: int) -> list[Picture]:
         # the edge of the image may cut a crop short: then labels and tokens do not match
         if grid[1:] == (labels.cells, labels.cells):
             patches = out["pixel_values"].astype(np.float16)
-            n = labels.cells // 2  # the four cells of each merged token, in raster order
+            n = labels.cells // 2
+            # (tokens, 4, channels): the four cells of each merged token, in raster order
             cells = labels.values.reshape(n, 2, n, 2, -1).swapaxes(1, 2).reshape(n * n, 4, -1)
             pool.append(Picture(patches, grid, cells, questions))
     return pool

@@ -160,7 +160,8 @@ def sample_highlight(rng: np.random.Generator, digits: bool = False) -> dict:
 def sample_tallest(rng: np.random.Generator) -> dict:
     """Large bars that need no tool. No trajectory is about this question."""
     bars = sample_highlight(rng)["bars"]
-    ranks = _choose(rng, range(8), 6)  # the tallest bar is at least 24 px taller than any other
+    ranks = _choose(rng, range(8), 6)
+    # the tallest bar is at least 24 px taller than any other
     ranks = [10 if rank == max(ranks) else rank for rank in ranks]
     bars = [(x, 18 + 8 * rank, *rest) for (x, _, *rest), rank in zip(bars, ranks)]
     return dict(bars=bars, **_question(
